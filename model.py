@@ -1,0 +1,616 @@
+"""The networks: UNet3D (the denoiser ε), VAE (pixels <-> latents) and TextEncoder (caption -> c).
+
+One UNet3D serves VideoCrafter2, ModelScopeT2V and the toy: an image diffusion UNet whose every block is followed by its
+temporal twin. ResBlock = image convolutions, then convolutions along T; Transformer over space, then over time.
+
+Axes: B batch, C channels, T frames, H W space, L tokens, D width. Latents and clips are (B, C, T, H, W).
+All activations are channels-last, in memory (B, T, H, W, C), so that each of the four folds below is a view:
+    frames_to_batch    (B, C, T, H, W) -> (B*T, C, H, W)     image layers see frames as a batch
+    pixels_to_tokens   (B, C, T, H, W) -> (B, T*H*W, C)      linear layers see tokens
+and back. Symbols: z noisy latent, t timestep, w guidance scale ω, eps the predicted noise ε.
+"""
+import math
+import warnings
+from collections import OrderedDict
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    in_channels: int = 4
+    channels: int = 320
+    mult: tuple = (1, 2, 4, 4)              # width of each level, in units of channels
+    res_blocks: int = 2                     # per level on the way down; one more on the way up
+    attention_levels: tuple = (0, 1, 2)
+    head_dim: int = 64
+    context_dim: int = 1024                 # width of the text states
+    init_heads: int = 8                     # of the temporal transformer right after the first convolution
+    fps: bool = False                       # VideoCrafter2 is told the frame rate
+    guidance: bool = False                  # T2V-Turbo is told ω
+    motion: bool = False                    # T2V-Turbo-v2 is told the strength of its motion guidance, too
+    dropout: float = 0.0                    # in the temporal convolutions, in train mode; the teachers had 0.1
+    spacetime: int = 0                      # toy only: width of SpaceTime, 0 = none
+
+
+VC2 = UNetConfig(fps=True)
+MODELSCOPE = UNetConfig()
+SHAPES = UNetConfig(channels=64, mult=(1, 2, 2), res_blocks=1, head_dim=32, context_dim=128, init_heads=2,
+                    spacetime=128)
+
+
+# ---------------------------------------------------------------------------------------------- folds
+
+def frames_to_batch(x):
+    """(B, C, T, H, W) -> (B*T, C, H, W)"""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def batch_to_frames(x, B):
+    """(B*T, C, H, W) -> (B, C, T, H, W)"""
+    return x.unflatten(0, (B, -1)).transpose(1, 2)
+
+
+def pixels_to_tokens(x):
+    """(B, C, T, H, W) -> (B, T*H*W, C)"""
+    return x.permute(0, 2, 3, 4, 1).flatten(1, 3)
+
+
+def tokens_to_pixels(x, T, H, W):
+    """(B, T*H*W, C) -> (B, C, T, H, W)"""
+    return x.unflatten(1, (T, H, W)).permute(0, 4, 1, 2, 3)
+
+
+def per_frame(layer, x):
+    """Apply an image layer to every frame of x (B, C, T, H, W)."""
+    return batch_to_frames(layer(frames_to_batch(x)), x.shape[0])
+
+
+def channels_last(module):
+    """Convolution weights in the memory format of the activations (in place)."""
+    for p in module.parameters():
+        if p.dim() in (4, 5):
+            p.data = p.data.to(memory_format=torch.channels_last if p.dim() == 4 else torch.channels_last_3d)
+    return module
+
+
+# ---------------------------------------------------------------------------------------- embeddings
+
+def timestep_embedding(t, dim):
+    """Sinusoids of a timestep or frame rate, (B,) -> (B, dim), float32: all cosines, then all sines."""
+    half = dim // 2
+    frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def guidance_embedding(w, dim=256):
+    """Sinusoids of 1000 ω, (B,) -> (B, dim), float32: all sines, then all cosines.
+
+    Angles reach 15,000 rad, where a float32 is only good to 1e-3: the order of operations below is that of the published
+    weights and must stay in float32.
+    """
+    half = dim // 2
+    step = torch.log(torch.tensor(10000.0, device=w.device)) / (half - 1)
+    angle = (1000 * w.float())[:, None] * torch.exp(torch.arange(half, device=w.device) * -step)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class SpaceTime(nn.Module):
+    """Tells the toy where and when: a caption-modulated function of (x, y, t), added to the first features.
+
+    The published UNets know neither place (only what zero padding leaks) nor time (their temporal attention has no
+    positions); a billion weights cope, a toy that must move a shape "from left to right" does not.
+    """
+
+    octaves = 4
+
+    def __init__(self, width, context_dim, channels):
+        super().__init__()
+        self.features = nn.Linear(3 * (1 + 2 * self.octaves), width)
+        self.modulation = nn.Linear(context_dim, 2 * width)
+        self.hidden = nn.Linear(width, width)
+        self.out = nn.Linear(width, channels)
+        zero(self.out)
+
+    def forward(self, context, T, H, W):
+        """context (B, L, D), whose last token is the caption as a whole -> (B, C, T, H, W)"""
+        axes = [torch.linspace(-1, 1, n, device=context.device) for n in (T, H, W)]
+        c = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)                # (T, H, W, 3)
+        waves = [f(math.pi * 2 ** k * c) for k in range(self.octaves) for f in (torch.sin, torch.cos)]
+        h = self.features(torch.cat([c, *waves], dim=-1).to(context.dtype))          # (T, H, W, D)
+        scale, shift = self.modulation(context[:, -1])[:, None, None, None].chunk(2, dim=-1)
+        h = F.silu(h * (1 + scale) + shift)                                          # (B, T, H, W, D)
+        return self.out(F.silu(self.hidden(h))).permute(0, 4, 1, 2, 3)
+
+
+# -------------------------------------------------------------------------------------------- blocks
+
+def zero(layer):
+    """A residual branch whose last layer is zero starts as the identity."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+class FrameConv(nn.Module):
+    """3x3 convolution of every frame, which may halve (stride 2) or first double H and W."""
+
+    def __init__(self, cin, cout, stride=1, double=False):
+        super().__init__()
+        self.conv = nn.Conv2d(cin, cout, 3, stride, padding=1)
+        self.double = double
+
+    def forward(self, x, emb, context):
+        B, x = x.shape[0], frames_to_batch(x)
+        if self.double:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return batch_to_frames(self.conv(x), B)
+
+
+class TemporalConv(nn.Module):
+    """Four convolutions over three frames each, residual; normalised over all frames together."""
+
+    def __init__(self, channels, dropout):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(32, channels) for _ in range(4))
+        self.convs = nn.ModuleList(nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0)) for _ in range(4))
+        self.dropout = dropout
+        zero(self.convs[-1])
+
+    def forward(self, x):
+        h = x
+        for i, (norm, conv) in enumerate(zip(self.norms, self.convs)):
+            h = F.silu(norm(h))
+            if i > 0:
+                h = F.dropout(h, self.dropout, self.training)
+            h = conv(h)
+        return x + h
+
+
+class ResBlock(nn.Module):
+    """Two image convolutions with the timestep added between them, then TemporalConv."""
+
+    def __init__(self, cin, cout, emb_dim, dropout):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, cin)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.emb = nn.Linear(emb_dim, cout)
+        self.norm2 = nn.GroupNorm(32, cout)
+        self.conv2 = zero(nn.Conv2d(cout, cout, 3, padding=1))
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        self.temporal = TemporalConv(cout, dropout)
+
+    def forward(self, x, emb, context):
+        h = per_frame(lambda x: self.conv1(F.silu(self.norm1(x))), x)
+        h = h + self.emb(emb)[:, :, None, None, None]
+        h = per_frame(lambda h: self.conv2(F.silu(self.norm2(h))), h)
+        return self.temporal(per_frame(self.skip, x) + h)
+
+
+def attention(q, k, v):
+    """softmax(q kᵀ / √d) v over (N, heads, L, d)"""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    """Multi-head attention among the pixels of a frame ("space"), the frames of a pixel ("time"), or to the text ("text")."""
+
+    def __init__(self, width, heads, head_dim, over, context_dim=None):
+        super().__init__()
+        inner = heads * head_dim
+        self.q = nn.Linear(width, inner, bias=False)
+        self.k = nn.Linear(context_dim or width, inner, bias=False)
+        self.v = nn.Linear(context_dim or width, inner, bias=False)
+        self.out = nn.Linear(inner, width)
+        self.head_dim, self.over = head_dim, over
+        self.maps = None                    # a list while record_attention listens
+
+    def forward(self, x, context, T):
+        """x (B, T*H*W, D), context (B, L, D) -> (B, T*H*W, D)
+
+        Nothing is copied: over time, pixels count as heads, (B, T, H*W*heads, d); over the text, a clip is one
+        sequence of T*H*W queries, so that its keys and values are computed once and not once per frame.
+        """
+        B, L, _ = x.shape
+        source = context if self.over == "text" else x
+        fold = {"space": (B * T, L // T), "time": (B, T), "text": (B, L)}[self.over]
+        fold_source = (B, source.shape[1]) if self.over == "text" else fold
+        q = self.q(x).view(*fold, -1, self.head_dim).transpose(1, 2)
+        k, v = (f(source).view(*fold_source, -1, self.head_dim).transpose(1, 2) for f in (self.k, self.v))
+        if self.maps is None:
+            h = attention(q, k, v)
+        else:
+            p = (q @ k.transpose(-1, -2) * self.head_dim ** -0.5).softmax(dim=-1)    # (B, H*W*heads, T, T)
+            self.maps[self] = p.unflatten(1, (L // T, -1))
+            h = p @ v
+        return self.out(h.transpose(1, 2).reshape(B, L, -1))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.proj = nn.Linear(width, 8 * width)
+        self.out = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return self.out(value * F.gelu(gate))
+
+
+class Transformer(nn.Module):
+    """Self-attention, a second attention, feed-forward. Over "space" the second one reads the text; over "time" it is
+    self-attention again, and so the text reaches time only through space."""
+
+    def __init__(self, channels, heads, head_dim, over, context_dim):
+        super().__init__()
+        inner = heads * head_dim
+        text = dict(over="text", context_dim=context_dim) if over == "space" else dict(over=over)
+        self.over = over
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, inner)
+        self.norm1, self.attn1 = nn.LayerNorm(inner), Attention(inner, heads, head_dim, over)
+        self.norm2, self.attn2 = nn.LayerNorm(inner), Attention(inner, heads, head_dim, **text)
+        self.norm3, self.ff = nn.LayerNorm(inner), GEGLU(inner)
+        self.proj_out = zero(nn.Linear(inner, channels))
+
+    def forward(self, x, emb, context):
+        B, C, T, H, W = x.shape
+        h = per_frame(self.norm, x) if self.over == "space" else self.norm(x)
+        h = self.proj_in(pixels_to_tokens(h))
+        h = h + self.attn1(self.norm1(h), context, T)
+        h = h + self.attn2(self.norm2(h), context, T)
+        h = h + self.ff(self.norm3(h))
+        return x + tokens_to_pixels(self.proj_out(h), T, H, W)
+
+
+class Block(nn.Sequential):
+    def forward(self, x, emb, context):
+        for layer in self:
+            x = layer(x, emb, context)
+        return x
+
+
+# ---------------------------------------------------------------------------------------------- UNet
+
+def blocks(c):
+    """The layers of every block of a UNetConfig: on the way down, in the middle, on the way up."""
+    widths = [c.channels * m for m in c.mult]
+
+    def res(cin, cout):
+        return ResBlock(cin, cout, 4 * c.channels, c.dropout)
+
+    def attend(width):
+        return [Transformer(width, width // c.head_dim, c.head_dim, over, c.context_dim) for over in ("space", "time")]
+
+    down, skips = [[FrameConv(c.in_channels, c.channels)]], [c.channels]         # skips: widths, popped on the way up
+    for level, width in enumerate(widths):
+        for _ in range(c.res_blocks):
+            down.append([res(skips[-1], width)] + (attend(width) if level in c.attention_levels else []))
+            skips.append(width)
+        if level < len(widths) - 1:
+            down.append([FrameConv(width, width, stride=2)])
+            skips.append(width)
+
+    middle = [res(width, width), *attend(width), res(width, width)]
+
+    up = []
+    for level, out in reversed(list(enumerate(widths))):
+        for _ in range(c.res_blocks + 1):
+            up.append([res(width + skips.pop(), out)] + (attend(out) if level in c.attention_levels else []))
+            width = out
+        if level > 0:
+            up[-1].append(FrameConv(width, width, double=True))
+    return down, middle, up
+
+
+class UNet3D(nn.Module):
+    """eps = UNet3D(z, t, c, ω). The names of its outer parts are VideoCrafter2's."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        self.checkpointing = False          # recompute each block in the backward pass instead of storing it
+
+        def mlp():
+            return nn.Sequential(nn.Linear(c.channels, 4 * c.channels), nn.SiLU(),
+                                 nn.Linear(4 * c.channels, 4 * c.channels))
+
+        self.time_embed = mlp()
+        if c.fps:
+            self.fps_embedding = mlp()
+        if c.guidance or c.motion:          # zero: the student starts as its teacher, blind to ω
+            self.time_cond_proj = zero(nn.Linear(256, c.channels, bias=False))
+        if c.motion:
+            self.motion_cond_proj = zero(nn.Linear(256, c.channels, bias=False))
+            self.combine_proj = nn.Linear(2 * c.channels, c.channels, bias=False)
+            self.combine_proj.weight.data.copy_(torch.eye(c.channels).repeat(1, 2))                # starts as a sum
+        if c.spacetime:
+            self.spacetime = SpaceTime(c.spacetime, c.context_dim, c.channels)
+
+        down, middle, up = blocks(c)
+        self.input_blocks = nn.ModuleList(Block(*layers) for layers in down)
+        self.init_attn = Block(Transformer(c.channels, c.init_heads, c.head_dim, "time", c.context_dim))
+        self.middle_block = Block(*middle)
+        self.output_blocks = nn.ModuleList(Block(*layers) for layers in up)
+        self.out = nn.Sequential(nn.GroupNorm(32, c.channels), nn.SiLU(),
+                                 zero(nn.Conv2d(c.channels, c.in_channels, 3, padding=1)))
+        channels_last(self)
+
+    @property
+    def dtype(self):
+        return self.out[0].weight.dtype     # of a norm, which LoRA never wraps
+
+    def embed(self, z, t, w, fps, motion):
+        """Everything that is said to a whole clip, (B, 4 C): the timestep, and ω, λ and the frame rate where known."""
+        c, B = self.config, z.shape[0]
+        h = timestep_embedding(t, c.channels).to(self.dtype)
+        if w is not None:
+            assert c.guidance or c.motion, "this UNet was built without a guidance embedding"
+            cond = self.time_cond_proj(guidance_embedding(w).to(self.dtype))
+            if motion is not None:
+                cond = self.combine_proj(torch.cat([cond, self.motion_cond_proj(
+                    guidance_embedding(motion).to(self.dtype))], dim=1))
+            h = h + cond
+        h = self.time_embed(h)
+        if c.fps:
+            fps = torch.as_tensor(16 if fps is None else fps, device=z.device).expand(B)
+            h = h + self.fps_embedding(timestep_embedding(fps, c.channels).to(self.dtype))
+        return F.silu(h)
+
+    def forward(self, z, t, context, w=None, fps=None, motion=None):
+        """z (B, C, T, H, W), t (B,), context (B, L, D), w, fps, motion (B,) or None -> eps (B, C, T, H, W)"""
+        emb = self.embed(z, t, w, fps, motion)
+        context = context.to(self.dtype)
+        h = z.to(self.dtype, memory_format=torch.channels_last_3d)
+
+        skips = []
+        for i, block in enumerate(self.input_blocks):
+            h = self.run(block, h, emb, context)
+            if i == 0:
+                if self.config.spacetime:
+                    h = h + self.spacetime(context, *h.shape[2:])
+                h = self.run(self.init_attn, h, emb, context)
+            skips.append(h)
+        h = self.run(self.middle_block, h, emb, context)
+        for block in self.output_blocks:
+            skip = skips.pop()
+            h = h[..., :skip.shape[-2], :skip.shape[-1]]    # an odd size was rounded up when halved
+            h = self.run(block, torch.cat([h, skip], dim=1), emb, context)
+        return per_frame(self.out, h).to(z.dtype)
+
+    def run(self, block, *args):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
+
+
+@contextmanager
+def record_attention(unet):
+    """`with record_attention(unet) as maps:` a forward pass leaves its temporal attention in maps, differentiable.
+
+    maps: {module: (B, H*W, heads, T, T)} of the first self-attention over time of every block on the way up that has
+    one, the layers that T2V-Turbo-v2 takes the motion of a clip from.
+    """
+    maps = {}
+    listening = [m.attn1 for m in unet.output_blocks.modules() if isinstance(m, Transformer) and m.over == "time"]
+    for attn in listening:
+        attn.maps = maps
+    try:
+        yield maps
+    finally:
+        for attn in listening:
+            attn.maps = None
+
+
+# ----------------------------------------------------------------------------------------------- VAE
+
+@dataclass(frozen=True)
+class VAEConfig:
+    channels: int = 128
+    mult: tuple = (1, 2, 4, 4)
+    res_blocks: int = 2                     # per level of the encoder; one more in the decoder
+    latent: int = 4
+    scale: float = 0.18215                  # brings latents to unit variance
+    patch: int = 1                          # toy only: pixels of a patch enter and leave as channels
+
+    @property
+    def factor(self):
+        return self.patch * 2 ** (len(self.mult) - 1)
+
+
+KL_F8 = VAEConfig()
+SHAPES_VAE = VAEConfig(channels=32, mult=(1, 2), res_blocks=1, patch=4)
+
+
+class VAEResBlock(nn.Module):
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(32, cin, eps=1e-6)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2 = nn.GroupNorm(32, cout, eps=1e-6)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class VAEAttention(nn.Module):
+    """One head over all pixels of a frame."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, width, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).permute(0, 2, 3, 1).flatten(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (N, 1, H*W, C)
+        h = attention(q, k, v)[:, 0].unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)
+        return x + self.proj_out(h)
+
+
+def named(**layers):
+    return nn.Sequential(OrderedDict(layers))
+
+
+def vae_down(width):                                        # the pad is lopsided, as it was in training
+    return dict(downsample=named(lopsided=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2)))
+
+
+def vae_up(width):
+    return dict(upsample=named(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(width, width, 3, padding=1)))
+
+
+def vae_level(cin, cout, count, resample):
+    blocks = [VAEResBlock(cin if i == 0 else cout, cout) for i in range(count)]
+    return named(block=nn.Sequential(*blocks), **resample)
+
+
+def vae_middle(width):
+    return named(block_1=VAEResBlock(width, width), attn_1=VAEAttention(width), block_2=VAEResBlock(width, width))
+
+
+class Encoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        widths = [c.channels * m for m in c.mult]
+        self.conv_in = nn.Conv2d(3 * c.patch ** 2, c.channels, 3, padding=1)
+        self.down = nn.ModuleList(
+            vae_level(cin, cout, c.res_blocks, vae_down(cout) if i < len(widths) - 1 else {})
+            for i, (cin, cout) in enumerate(zip([c.channels] + widths, widths)))
+        self.mid = vae_middle(widths[-1])
+        self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        for layer in (*self.down, self.mid):
+            h = layer(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        widths = [c.channels * m for m in c.mult]
+        self.conv_in = nn.Conv2d(c.latent, widths[-1], 3, padding=1)
+        self.mid = vae_middle(widths[-1])
+        self.up = nn.ModuleList(                            # up.0 is the finest level and runs last
+            vae_level(cin, cout, c.res_blocks + 1, vae_up(cout) if i > 0 else {})
+            for i, (cin, cout) in enumerate(zip(widths[1:] + widths[-1:], widths)))
+        self.norm_out = nn.GroupNorm(32, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3 * c.patch ** 2, 3, padding=1)
+
+    def forward(self, z):
+        h = self.conv_in(z)
+        for layer in (self.mid, *reversed(self.up)):
+            h = layer(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class VAE(nn.Module):
+    """Clips (B, 3, T, H, W) in [-1, 1] <-> latents (B, 4, T, H/8, W/8) of unit variance, frame by frame.
+
+    The names of its parts are those of Stable Diffusion's first_stage_model.
+    """
+
+    def __init__(self, config=KL_F8):
+        super().__init__()
+        c = self.config = config
+        self.checkpointing = False          # recompute each chunk of decoded frames in the backward pass
+        self.encoder, self.decoder = Encoder(c), Decoder(c)
+        self.quant_conv = nn.Conv2d(2 * c.latent, 2 * c.latent, 1)
+        self.post_quant_conv = nn.Conv2d(c.latent, c.latent, 1)
+        channels_last(self)
+
+    @property
+    def dtype(self):
+        return self.quant_conv.weight.dtype
+
+    def posterior(self, x):
+        """x (B, 3, T, H, W) -> mean and log-variance of q(z | x), (B, 4, T, H/8, W/8) each, unscaled"""
+        frames = frames_to_batch(x.to(self.dtype, memory_format=torch.channels_last_3d))
+        h = self.quant_conv(self.encoder(F.pixel_unshuffle(frames, self.config.patch)))
+        mean, logvar = batch_to_frames(h, x.shape[0]).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, x, noise=None):
+        """The posterior's mean, or its sample with that noise; scaled."""
+        mean, logvar = self.posterior(x)
+        z = mean if noise is None else mean + (0.5 * logvar).exp() * noise.to(mean)
+        return z * self.config.scale
+
+    def decode(self, z, chunk=None):
+        """Scaled latents -> pixels, `chunk` frames at a time; not clamped, as rewards need the gradient."""
+        frames = frames_to_batch((z / self.config.scale).to(self.dtype, memory_format=torch.channels_last_3d))
+        pixels = [self.run(part) for part in frames.split(chunk or len(frames))]
+        return batch_to_frames(torch.cat(pixels), z.shape[0])
+
+    def decode_frames(self, z):
+        return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.config.patch)
+
+    def run(self, z):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.decode_frames, z, use_reentrant=False)
+        return self.decode_frames(z)
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+@dataclass(frozen=True)
+class TextConfig:
+    width: int = 1024
+    layers: int = 24                        # of the published tower; its last layer is never run
+    heads: int = 16
+    context_length: int = 77
+    vocab_size: int = 49408
+
+
+VIT_H = TextConfig()
+
+
+class TextEncoder(nn.Module):
+    """Captions -> states of all L tokens before CLIP's last layer, (B, L, D).
+
+    The tower is open_clip's, and so are its names. Unlike the pooled embedding, these states keep every word's place.
+    """
+
+    def __init__(self, config=VIT_H, tokenizer=None):
+        super().__init__()
+        import open_clip                    # here, so that the rest of this file needs nothing but torch
+        c = self.config = config
+        self.tokenizer = tokenizer or open_clip.get_tokenizer("ViT-H-14")
+        self.token_embedding = nn.Embedding(c.vocab_size, c.width)
+        self.positional_embedding = nn.Parameter(torch.randn(c.context_length, c.width) * 0.01)
+        self.transformer = open_clip.transformer.Transformer(c.width, c.layers - 1, c.heads)
+        self.ln_final = nn.LayerNorm(c.width)
+        self.warned = False
+
+    @property
+    def width(self):
+        return self.config.width
+
+    def tokenize(self, captions):
+        """list of B captions -> (B, L) token ids; the first time that one is too long, says so and cuts it."""
+        limit = self.config.context_length - 2              # start and end take a place each
+        for caption in captions if hasattr(self.tokenizer, "encode") and not self.warned else ():
+            if len(self.tokenizer.encode(caption)) > limit:
+                warnings.warn(f"caption is cut at {limit} tokens, the text encoder's limit: {caption[:60]}...")
+                self.warned = True
+                break
+        return self.tokenizer(captions)
+
+    def forward(self, captions):
+        ids = self.tokenize(captions).to(self.positional_embedding.device)
+        x = self.token_embedding(ids) + self.positional_embedding
+        L = ids.shape[1]
+        causal = torch.full((L, L), float("-inf"), device=x.device, dtype=x.dtype).triu(1)
+        return self.ln_final(self.transformer(x, attn_mask=causal))
