@@ -104,7 +104,7 @@ class RewardTerm:
         return [start + i * stride for i in range(self.frames)]
 
 
-def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[RewardTerm], generator: torch.Generator,
+def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[RewardTerm], generators: list[torch.Generator],
                     chunk: int = 1) -> tuple[Tensor, dict[str, float]]:
     """g = ∂(β_img J_img + β_vid J_vid)/∂ẑ0 and each reward's mean score.
 
@@ -113,25 +113,30 @@ def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[Rew
         1. decode the frames that any reward wants, without a graph;
         2. ∂/∂pixels, one reward after the other;
         3. ∂/∂ẑ0 through the decoder, `chunk` frames at a time.
-    decode: (B, C, T, h, w) -> (B, 3, T, H, W) in [-1, 1]. J is the mean over a clip's frames and over the batch.
+    decode: (B, C, T, h, w) -> (B, 3, T, H, W) in [-1, 1], frame by frame: it is given the wanted frames of all clips as one clip of P.
+    generators: one per clip, they choose its frames. J is the mean over a clip's frames and over the batch.
     """
     z0_hat, g = z0_hat.detach(), torch.zeros_like(z0_hat)
-    picks = [term.pick(z0_hat.shape[2], generator) for term in terms]
-    frames = sorted(set().union(*picks))
-    chunks = [frames[i:i + chunk] for i in range(0, len(frames), chunk)]
+    B, T = len(z0_hat), z0_hat.shape[2]
+    picks = [[(b, i) for b in range(B) for i in term.pick(T, generators[b])] for term in terms]
+    wanted = sorted(set().union(*picks))                                                    # P pairs (clip, frame)
+    clip, frame = torch.tensor(wanted, device=z0_hat.device).T
+    chunks = z0_hat[clip, :, frame].transpose(0, 1)[None].split(chunk, 2)                   # each (1, C, chunk, h, w)
     with torch.no_grad():
-        pixels = torch.cat([decode(z0_hat[:, :, some]).float() for some in chunks], 2)      # (B, 3, F, H, W)
+        pixels = torch.cat([decode(z).float() for z in chunks], 2)                          # (1, 3, P, H, W)
     pixels.requires_grad_()
     g_pixels, scores = torch.zeros_like(pixels), {}
     for term, pick in zip(terms, picks, strict=True):
-        shown = pixels[:, :, [frames.index(i) for i in pick]]
-        score = term.reward((shown / 2 + 0.5).clamp(0, 1).transpose(1, 2), captions)        # (B, T, 3, H, W) -> (B,)
+        shown = pixels[0].transpose(0, 1)[[wanted.index(p) for p in pick]].unflatten(0, (B, -1))    # (B, M, 3, H, W)
+        score = term.reward((shown / 2 + 0.5).clamp(0, 1), captions)                        # (B,)
         g_pixels += torch.autograd.grad(term.weight * score.float().mean(), pixels)[0]       # Eq. 8, Eq. 9
         scores[term.name] = score.detach().float().mean()
-    for some, g_some in zip(chunks, g_pixels.split(chunk, 2), strict=True):
-        z = z0_hat[:, :, some].requires_grad_()
+    g_chunks = []
+    for z, g_some in zip(chunks, g_pixels.split(chunk, 2), strict=True):
+        z = z.detach().requires_grad_()
         with torch.enable_grad():
-            g[:, :, some] = torch.autograd.grad(decode(z), z, g_some.to(pixels.dtype))[0]
+            g_chunks.append(torch.autograd.grad(decode(z), z, g_some.to(pixels.dtype))[0])
+    g[clip, :, frame] = torch.cat(g_chunks, 2)[0].transpose(0, 1)
     return g, {name: score.item() for name, score in scores.items()}
 
 
