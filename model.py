@@ -10,7 +10,7 @@ All activations are channels-last, in memory (B, T, H, W, C), so that each of th
 and back. Symbols: z noisy latent, t timestep, w guidance scale ω, eps the predicted noise ε.
 """
 import math
-import warnings
+import sys
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,8 +92,8 @@ def timestep_embedding(t, dim):
 def guidance_embedding(w, dim=256):
     """Sinusoids of 1000 ω, (B,) -> (B, dim), float32: all sines, then all cosines.
 
-    Angles reach 15,000 rad, where a float32 is only good to 1e-3: the order of operations below is that of the published
-    weights and must stay in float32.
+    Angles reach 15,000 rad, where a float32 is only good to 1e-3: the published weights were trained with the order of
+    operations below, in float32.
     """
     half = dim // 2
     step = torch.log(torch.tensor(10000.0, device=w.device)) / (half - 1)
@@ -158,19 +158,17 @@ class TemporalConv(nn.Module):
 
     def __init__(self, channels, dropout):
         super().__init__()
-        self.norms = nn.ModuleList(nn.GroupNorm(32, channels) for _ in range(4))
-        self.convs = nn.ModuleList(nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0)) for _ in range(4))
-        self.dropout = dropout
-        zero(self.convs[-1])
+
+        def layer(*drop):
+            return nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), *drop,
+                                 nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0)))
+
+        self.conv1 = layer()
+        self.conv2, self.conv3, self.conv4 = (layer(nn.Dropout(dropout)) for _ in range(3))
+        zero(self.conv4[-1])
 
     def forward(self, x):
-        h = x
-        for i, (norm, conv) in enumerate(zip(self.norms, self.convs)):
-            h = F.silu(norm(h))
-            if i > 0:
-                h = F.dropout(h, self.dropout, self.training)
-            h = conv(h)
-        return x + h
+        return x + self.conv4(self.conv3(self.conv2(self.conv1(x))))
 
 
 class ResBlock(nn.Module):
@@ -196,8 +194,8 @@ class ResBlock(nn.Module):
 def attention(q, k, v):
     """softmax(q kᵀ / √d) v over (N, heads, L, d)
 
-    torch's fused kernel, except for short bf16 sequences on a CPU, where it takes 2 (forward) to 5 times (with backward)
-    as long as the formula.
+    By torch's fused kernel, except for short bf16 sequences on a CPU, where that takes twice as long as the formula,
+    and with its backward pass five times.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 128:
         return attention_map(q, k) @ v
@@ -209,7 +207,7 @@ def attention_map(q, k):
 
 
 class Attention(nn.Module):
-    """Multi-head attention among the pixels of a frame ("space"), the frames of a pixel ("time"), or to the text ("text")."""
+    """Multi-head attention over the pixels of a frame ("space"), the frames of a pixel ("time") or the caption ("text")."""
 
     def __init__(self, width, heads, head_dim, over, context_dim=None):
         super().__init__()
@@ -264,9 +262,10 @@ class Transformer(nn.Module):
         self.over = over
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, inner)
-        self.norm1, self.attn1 = nn.LayerNorm(inner), Attention(inner, heads, head_dim, over)
-        self.norm2, self.attn2 = nn.LayerNorm(inner), Attention(inner, heads, head_dim, **text)
-        self.norm3, self.ff = nn.LayerNorm(inner), GEGLU(inner)
+        self.attn1 = Attention(inner, heads, head_dim, over)
+        self.ff = GEGLU(inner)              # before attn2, as VideoCrafter2 has it: public LoRA files go by this order
+        self.attn2 = Attention(inner, heads, head_dim, **text)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(inner) for _ in range(3))
         self.proj_out = zero(nn.Linear(inner, channels))
 
     def forward(self, x, emb, context):
@@ -319,6 +318,21 @@ def blocks(c):
     return down, middle, up
 
 
+def condition_layers(c):
+    """What T2V-Turbo adds to its teacher: layers for ω, and in v2 for the strength of motion guidance.
+
+    They start at zero (and combine_proj as a sum), so that a student starts as its teacher.
+    """
+    layers = {}
+    if c.guidance:
+        layers["time_cond_proj"] = zero(nn.Linear(256, c.channels, bias=False))
+    if c.motion:
+        layers["motion_cond_proj"] = zero(nn.Linear(256, c.channels, bias=False))
+        layers["combine_proj"] = nn.Linear(2 * c.channels, c.channels, bias=False)
+        layers["combine_proj"].weight.data.copy_(torch.eye(c.channels).repeat(1, 2))
+    return layers
+
+
 class UNet3D(nn.Module):
     """eps = UNet3D(z, t, c, ω). The names of its outer parts are VideoCrafter2's."""
 
@@ -334,12 +348,8 @@ class UNet3D(nn.Module):
         self.time_embed = mlp()
         if c.fps:
             self.fps_embedding = mlp()
-        if c.guidance or c.motion:          # zero: the student starts as its teacher, blind to ω
-            self.time_cond_proj = zero(nn.Linear(256, c.channels, bias=False))
-        if c.motion:
-            self.motion_cond_proj = zero(nn.Linear(256, c.channels, bias=False))
-            self.combine_proj = nn.Linear(2 * c.channels, c.channels, bias=False)
-            self.combine_proj.weight.data.copy_(torch.eye(c.channels).repeat(1, 2))                # starts as a sum
+        for name, layer in condition_layers(c).items():
+            self.add_module(name, layer)
         if c.spacetime:
             self.spacetime = SpaceTime(c.spacetime, c.context_dim, c.channels)
 
@@ -361,7 +371,7 @@ class UNet3D(nn.Module):
         c, B = self.config, z.shape[0]
         h = timestep_embedding(t, c.channels).to(self.dtype)
         if w is not None:
-            assert c.guidance or c.motion, "this UNet was built without a guidance embedding"
+            assert c.guidance, "this UNet was built without a guidance embedding"
             cond = self.time_cond_proj(guidance_embedding(w).to(self.dtype))
             if motion is not None:
                 cond = self.combine_proj(torch.cat([cond, self.motion_cond_proj(
@@ -495,7 +505,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3 * c.patch ** 2, c.channels, 3, padding=1)
         self.down = nn.ModuleList(
             vae_level(cin, cout, c.res_blocks, vae_down(cout) if i < len(widths) - 1 else {})
-            for i, (cin, cout) in enumerate(zip([c.channels] + widths, widths)))
+            for i, (cin, cout) in enumerate(zip([c.channels] + widths[:-1], widths, strict=True)))
         self.mid = vae_middle(widths[-1])
         self.norm_out = nn.GroupNorm(32, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent, 3, padding=1)
@@ -515,7 +525,7 @@ class Decoder(nn.Module):
         self.mid = vae_middle(widths[-1])
         self.up = nn.ModuleList(                            # up.0 is the finest level and runs last
             vae_level(cin, cout, c.res_blocks + 1, vae_up(cout) if i > 0 else {})
-            for i, (cin, cout) in enumerate(zip(widths[1:] + widths[-1:], widths)))
+            for i, (cin, cout) in enumerate(zip(widths[1:] + widths[-1:], widths, strict=True)))
         self.norm_out = nn.GroupNorm(32, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3 * c.patch ** 2, 3, padding=1)
 
@@ -595,7 +605,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config=VIT_H, tokenizer=None):
         super().__init__()
-        import open_clip                    # here, so that the rest of this file needs nothing but torch
+        import open_clip  # here, for it takes seconds, and the rest of this file needs nothing but torch
         c = self.config = config
         self.tokenizer = tokenizer or open_clip.get_tokenizer("ViT-H-14")
         self.token_embedding = nn.Embedding(c.vocab_size, c.width)
@@ -613,7 +623,7 @@ class TextEncoder(nn.Module):
         limit = self.config.context_length - 2              # start and end take a place each
         for caption in captions if hasattr(self.tokenizer, "encode") and not self.warned else ():
             if len(self.tokenizer.encode(caption)) > limit:
-                warnings.warn(f"caption is cut at {limit} tokens, the text encoder's limit: {caption[:60]}...")
+                print(f"caption is cut at {limit} tokens, the text encoder's limit: {caption[:60]}...", file=sys.stderr)
                 self.warned = True
                 break
         return self.tokenizer(captions)
