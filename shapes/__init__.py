@@ -1,0 +1,83 @@
+"""The embedded toy: a world whose clips a program draws, and small models trained on it from scratch. No download."""
+import json
+import random
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import model
+import rewards as reward_models
+from shapes import world
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors (as float32) and configuration of one of the toy's weight files."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; make it with: python shapes/pretrain.py --out {path.parent}")
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key).float() for key in file.keys()}, json.loads(file.metadata()["config"])
+
+
+class CaptionEncoder(nn.Module):
+    """Captions → context (B, 25, 128): the CLIP text tower's states of 24 tokens, then ViCLIP's embedding of the whole caption.
+
+    The last token is the toy's help: what moves where is said once, in one vector, by a model that has learned to see motion.
+    """
+
+    def __init__(self, text: model.TextEncoder, viclip: reward_models.ViCLIP):
+        super().__init__()
+        self.text, self.viclip = text, viclip
+
+    @property
+    def width(self) -> int:
+        return self.text.width
+
+    @torch.no_grad()
+    def forward(self, captions: list[str]) -> Tensor:
+        whole = self.viclip.encode_text(world.tokenize(captions).to(self.text.ln_final.weight.device))
+        whole = whole / whole.norm(dim=1, keepdim=True) * whole.shape[1] ** 0.5     # unit variance
+        return torch.cat([self.text(captions), whole[:, None]], 1)
+
+
+def load_vae(folder: Path = WEIGHTS) -> model.VAE:
+    """The toy's VAE, frozen."""
+    tensors, config = read(Path(folder) / "vae.safetensors")
+    vae = model.VAE(model.VAEConfig(**{**config, "mult": tuple(config["mult"])}))
+    vae.load_state_dict(tensors)
+    return vae.eval().requires_grad_(False)
+
+
+def load_text(folder: Path = WEIGHTS) -> CaptionEncoder:
+    """The toy's caption encoder, frozen: parts of the CLIP and of the ViCLIP that also serve as rewards."""
+    tensors, config = read(Path(folder) / "clip.safetensors")
+    cfg = config["text_cfg"]
+    text = model.TextEncoder(model.TextConfig(cfg["width"], cfg["layers"], cfg["heads"], cfg["context_length"], cfg["vocab_size"]), world.tokenize)
+    text.load_state_dict({key: tensors[key] for key in text.state_dict()})
+    tensors, config = read(Path(folder) / "viclip.safetensors")
+    viclip = reward_models.ViCLIP(reward_models.ViCLIPConfig(**config))
+    viclip.load_state_dict(tensors)
+    return CaptionEncoder(text, viclip).eval().requires_grad_(False)
+
+
+class Clips:
+    """Captioned clips without end, drawn when asked for: a dataset for `data.loader`. The same index gives the same clip."""
+
+    def __init__(self, held_out: bool = False, frames: int = world.FRAMES, size: int = world.SIZE, length: int = 1_000_000):
+        self.held_out, self.frames, self.size, self.length = held_out, frames, size, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def scene(self, index: int) -> tuple[world.Scene, str, Tensor]:
+        """Scene, caption and clip (3, T, H, W) number `index`."""
+        rng = random.Random(f"{self.held_out} {index}")
+        scene = world.draw_scene(rng, self.held_out)
+        return scene, world.describe(scene, rng), world.render(scene, rng, self.frames, self.size)
+
+    def get(self, index: int, generator=None) -> dict:
+        _, caption, clip = self.scene(index)
+        return dict(clip=clip, caption=caption, reward_caption=None, index=index)

@@ -1,0 +1,215 @@
+"""Trains from nothing the models that T2V-Turbo takes as given: a VAE, a CLIP (its text tower conditions the UNet, the whole of it is
+the image reward), a video-text model (the video reward), and the teacher, a guided text-to-video diffusion model.
+
+    python shapes/pretrain.py --all --out runs/shapes        # all four stages; interrupted, the same command goes on where it was
+    python shapes/pretrain.py --stage teacher --out runs/shapes
+"""
+import json
+import math
+import os
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cli
+import model
+import rewards
+import shapes
+from shapes import world
+from solver import Schedule
+from turbo import EMA
+
+
+@dataclass(frozen=True)
+class Config:
+    stage: Literal["vae", "clip", "viclip", "teacher"] = "vae"   # which model to train; later ones need earlier ones
+    all: bool = False                   # all stages in their order
+    out: str = "runs/shapes"            # folder for weights, logs and checkpoints
+    seed: int = 0                       # of initial weights and of every batch
+    vae_steps: int = 1600               # batches of 64 frames
+    clip_steps: int = 3000              # batches of 128 frames and captions
+    viclip_steps: int = 1500            # batches of 64 clips and captions
+    teacher_steps: int = 3000           # batches of 16 clips
+    lr: float = 1e-3                    # peak, after 5 % of the steps; falls to 2 % of it as a cosine
+    save_every: int = 100               # steps between checkpoints
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"   # cuda or cpu
+
+
+CLIP = dict(embed_dim=128, image_size=world.SIZE,
+            vision_cfg=dict(image_size=world.SIZE, patch_size=8, width=128, layers=3, head_width=32),
+            text_cfg=dict(width=128, layers=4, heads=4, context_length=24, vocab_size=world.VOCABULARY_SIZE))
+VICLIP = rewards.ViCLIPConfig(image_size=world.SIZE, patch=16, frames=world.FRAMES, width=128, layers=3, heads=4, embed_dim=128,
+                              text_width=128, text_layers=3, text_heads=4, context_length=24, vocab_size=world.VOCABULARY_SIZE)
+
+
+def save(path: Path, tensors: dict[str, Tensor], config: dict) -> None:
+    """Writes weights as float16 with their configuration in the header, all or nothing."""
+    save_file({k: v.detach().half().cpu().contiguous() for k, v in tensors.items()}, f"{path}.part", {"config": json.dumps(config)})
+    os.replace(f"{path}.part", path)
+
+
+def fit(name: str, network: torch.nn.Module, loss_of, steps: int, config: Config, ema: float = 0.995) -> None:
+    """The training loop of all stages: AdamW, warm-up and cosine, an average of the weights, exact resumption. The network is left
+    with the averaged weights. loss_of(rng) -> (loss, figures to log) draws its batch from rng, which depends on the step alone."""
+    params = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, config.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    average, start, path = EMA(params, ema), 0, Path(config.out) / f"{name}.ckpt"
+    if path.exists():
+        saved = torch.load(path, weights_only=True, map_location=config.device)
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        average.average, start = saved["ema"], saved["step"]
+    log, began = open(Path(config.out) / f"{name}.jsonl", "a"), time.time()
+    bar = tqdm(range(start, steps), name, initial=start, total=steps)
+    for step in bar:
+        rate = config.lr * min(1, (step + 1) / (0.05 * steps)) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        loss, figures = loss_of(random.Random(f"{config.seed} {name} {step}"))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        average.decay = min(ema, (step + 1) / (step + 10))                          # early averages forget the random start
+        average.update()
+        if step % 20 == 19:
+            figures = {"loss": loss.item(), **{k: float(v) for k, v in figures.items()}}
+            bar.set_postfix({k: f"{v:.4f}" for k, v in figures.items()}, refresh=False)
+            log.write(json.dumps(dict(step=step + 1, **figures, seconds=round(time.time() - began, 1))) + "\n")
+            log.flush()
+        if (step + 1) % config.save_every == 0 or step + 1 == steps:
+            torch.save(dict(network=network.state_dict(), optimizer=optimizer.state_dict(), ema=average.average, step=step + 1), f"{path}.part")
+            os.replace(f"{path}.part", path)
+    average._exchange()
+
+
+def draw(rng: random.Random, count: int, T: int, vary: str = "") -> tuple[Tensor, list[str]]:
+    """A batch of training clips in [-1, 1] (B, 3, T, H, W) and captions. With `vary`, every second scene differs from the one before it
+    in one respect: who has which attribute, or one attribute of one thing. Contrastive models learn to bind from such pairs."""
+    scenes = []
+    while len(scenes) < count:
+        scenes.append(world.draw_scene(rng))
+        if vary:
+            scenes.append(variation(scenes[-1], rng, vary.split()))
+    captions = [world.describe(scene, rng) for scene in scenes]
+    clips = torch.stack([world.render(scene, rng, T) for scene in scenes])
+    return clips.float() / 127.5 - 1, captions
+
+
+def variation(scene: world.Scene, rng: random.Random, attributes: list[str]) -> world.Scene:
+    """The scene with an attribute exchanged between its two things, or changed in one of them; from trained combinations only."""
+    values = {"colour": world.COLOURS, "shape": world.SHAPES, "motion": world.MOTIONS}
+    for _ in range(50):
+        things, name = [vars(t).copy() for t in scene.things], rng.choice(attributes)
+        if len(things) == 2 and rng.random() < 0.5:
+            things[0][name], things[1][name] = things[1][name], things[0][name]
+        else:
+            rng.choice(things)[name] = rng.choice(list(values[name]))
+        new = world.Scene(tuple(world.Thing(**t) for t in things), scene.background)
+        if set(new.things) != set(scene.things) and len({t.colour for t in new.things}) == len(things) and not any(t.held_out for t in new.things):
+            return new
+    return world.draw_scene(rng)
+
+
+def vae(config: Config) -> None:
+    """Pixels ↔ latents 8 times smaller: L1 + L2 + a little KL; then the scale that gives latents unit variance."""
+    network = model.VAE(model.SHAPES_VAE).to(config.device)
+
+    def loss_of(rng):
+        clips = draw(rng, 32, 2)[0].to(config.device)
+        mean, logvar = network.posterior(clips)
+        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+        error = network.decode(z * network.config.scale) - clips
+        kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+        return error.abs().mean() + (error ** 2).mean() + 1e-3 * kl, dict(l1=error.detach().abs().mean(), kl=kl.detach())
+
+    fit("vae", network, loss_of, config.vae_steps, config)
+    with torch.no_grad():
+        spread = network.posterior(draw(random.Random(0), 256, 2)[0].to(config.device))[0].std()
+    save(Path(config.out) / "vae.safetensors", network.state_dict(), {**asdict(network.config), "scale": 1 / spread.item()})
+
+
+def contrast(images: Tensor, texts: Tensor, logit_scale: Tensor) -> tuple[Tensor, dict]:
+    """The symmetric InfoNCE loss of CLIP, and how often the right caption comes first."""
+    logits = logit_scale.exp().clamp(max=100) * F.normalize(images.float(), dim=1) @ F.normalize(texts.float(), dim=1).T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, dict(first=(logits.argmax(1) == target).float().mean())
+
+
+def clip(config: Config) -> None:
+    """Image-text contrast on single frames: colours, shapes, who has which, background."""
+    network = open_clip.CLIP(CLIP["embed_dim"], CLIP["vision_cfg"], CLIP["text_cfg"]).to(config.device)
+
+    def loss_of(rng):
+        clips, captions = draw(rng, 128, 2, "colour shape")
+        frames = clips[torch.arange(128), :, [rng.randrange(2) for _ in range(128)]].to(config.device)
+        with torch.autocast(config.device, torch.bfloat16):
+            images, texts = network.encode_image(frames), network.encode_text(world.tokenize(captions).to(config.device))
+        return contrast(images, texts, network.logit_scale)
+
+    fit("clip", network, loss_of, config.clip_steps, config)
+    save(Path(config.out) / "clip.safetensors", network.state_dict(), CLIP)
+
+
+def viclip(config: Config) -> None:
+    """Video-text contrast on whole clips: also what moves where."""
+    network = rewards.ViCLIP(VICLIP).to(config.device)
+    logit_scale = torch.tensor(math.log(20.0), device=config.device)
+
+    def loss_of(rng):
+        clips, captions = draw(rng, 64, world.FRAMES, "colour shape motion motion")
+        with torch.autocast(config.device, torch.bfloat16):
+            videos = network.encode_video(clips.transpose(1, 2).to(config.device))
+            texts = network.encode_text(world.tokenize(captions).to(config.device))
+        return contrast(videos, texts, logit_scale)
+
+    fit("viclip", network, loss_of, config.viclip_steps, config)
+    save(Path(config.out) / "viclip.safetensors", network.state_dict(), asdict(VICLIP))
+
+
+def teacher(config: Config) -> None:
+    """ε-prediction with the papers' schedule; one caption in ten is empty, for guidance. Half of the timesteps lie at t ≥ 750, where
+    what moves where is decided but where ‖ε - ε_θ‖² hardly shows it."""
+    pixels, text, schedule = shapes.load_vae(config.out).to(config.device), shapes.load_text(config.out).to(config.device), Schedule(device=config.device)
+    network = model.UNet3D(model.SHAPES).to(config.device)
+
+    def loss_of(rng):
+        clips, captions = draw(rng, 16, world.FRAMES)
+        context = text([caption if rng.random() > 0.1 else "" for caption in captions])
+        t = torch.tensor([rng.randrange(750 * (i % 2), 1000) for i in range(16)], device=config.device)
+        with torch.no_grad():
+            z0 = pixels.encode(clips.to(config.device), torch.randn(16, 4, world.FRAMES, world.SIZE // 8, world.SIZE // 8))
+        eps = torch.randn_like(z0)
+        with torch.autocast(config.device, torch.bfloat16):
+            error = (network(schedule.add_noise(z0, eps, t), t, context).float() - eps) ** 2
+        return error.mean(), dict(noisy=error[1::2].mean(), clean=error[::2].mean())
+
+    fit("teacher", network, loss_of, config.teacher_steps, config, ema=0.999)
+    save(Path(config.out) / "teacher.safetensors", network.state_dict(), asdict(network.config))
+
+
+@cli.main
+def main(argv=None):
+    config = cli.parse(Config, argv, __doc__)
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    for stage in (vae, clip, viclip, teacher) if config.all else (globals()[config.stage],):
+        if not config.all or not (Path(config.out) / f"{stage.__name__}.safetensors").exists():
+            torch.manual_seed(config.seed)
+            stage(config)
+
+
+if __name__ == "__main__":
+    main()
