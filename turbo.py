@@ -26,8 +26,8 @@ def boundary(t: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
 
 
 def consistency(unet, schedule: Schedule, z: Tensor, t: Tensor, w: Tensor | None, c: Tensor, **conditions) -> Tensor:
-    """f(z, ω, c, t): the end of the guided ODE path through z, in one network pass. f(z, ω, c, 0) = z exactly. In float32."""
-    eps = unet(z, t, c, w=w, **conditions).float()
+    """f(z, ω, c, t): the end of the guided ODE path through z, in one network pass. f(z, ω, c, 0) = z exactly. In z's dtype, float32."""
+    eps = unet(z, t, c, w=w, **conditions).to(z.dtype)
     z0 = predict_z0(z, eps, *schedule.at(t))
     c_skip, c_out = boundary(t)
     return c_skip * z + c_out * z0                                                  # Eq. 5
@@ -36,7 +36,7 @@ def consistency(unet, schedule: Schedule, z: Tensor, t: Tensor, w: Tensor | None
 @torch.no_grad()
 def solve(teacher, schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, w: Tensor, c: Tensor, null: Tensor, **conditions) -> Tensor:
     """ẑ_s: one DDIM step of the teacher's guided ODE from t to s, both of its passes in one batch of 2 B."""
-    eps = teacher(torch.cat([z, z]), torch.cat([t, t]), torch.cat([c, null]), **conditions).float()
+    eps = teacher(torch.cat([z, z]), torch.cat([t, t]), torch.cat([c, null]), **conditions).to(z.dtype)
     return ddim_step(z, cfg(*eps.chunk(2), w), schedule.at(t), schedule.at(s))      # Eq. 7
 
 
@@ -105,7 +105,7 @@ class RewardTerm:
 
 
 def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[RewardTerm], generators: list[torch.Generator],
-                    chunk: int = 1) -> tuple[Tensor, dict[str, float]]:
+                    chunk: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
     """g = ∂(β_img J_img + β_vid J_vid)/∂ẑ0 and each reward's mean score.
 
     Rewards reach the network only through ẑ0, so their gradient is taken on a detached ẑ0 and handed to the UNet's backward as
@@ -123,21 +123,21 @@ def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[Rew
     clip, frame = torch.tensor(wanted, device=z0_hat.device).T
     chunks = z0_hat[clip, :, frame].transpose(0, 1)[None].split(chunk, 2)                   # each (1, C, chunk, h, w)
     with torch.no_grad():
-        pixels = torch.cat([decode(z).float() for z in chunks], 2)                          # (1, 3, P, H, W)
+        pixels = torch.cat([decode(z).to(z.dtype) for z in chunks], 2)                          # (1, 3, P, H, W)
     pixels.requires_grad_()
     g_pixels, scores = torch.zeros_like(pixels), {}
     for term, pick in zip(terms, picks, strict=True):
         shown = pixels[0].transpose(0, 1)[[wanted.index(p) for p in pick]].unflatten(0, (B, -1))    # (B, M, 3, H, W)
         score = term.reward((shown / 2 + 0.5).clamp(0, 1), captions)                        # (B,)
-        g_pixels += torch.autograd.grad(term.weight * score.float().mean(), pixels)[0]       # Eq. 8, Eq. 9
-        scores[term.name] = score.detach().float().mean()
+        scores[term.name] = score.to(z0_hat.dtype).mean()                                   # Eq. 8, Eq. 9
+        g_pixels += term.weight * torch.autograd.grad(scores[term.name], pixels)[0]
     g_chunks = []
     for z, g_some in zip(chunks, g_pixels.split(chunk, 2), strict=True):
         z = z.detach().requires_grad_()
         with torch.enable_grad():
-            g_chunks.append(torch.autograd.grad(decode(z), z, g_some.to(pixels.dtype))[0])
+            g_chunks.append(torch.autograd.grad(decode(z).to(z.dtype), z, g_some)[0])
     g[clip, :, frame] = torch.cat(g_chunks, 2)[0].transpose(0, 1)
-    return g, {name: score.item() for name, score in scores.items()}
+    return g, {name: score.detach() for name, score in scores.items()}
 
 
 def total_loss(loss_cd: Tensor, z0_hat: Tensor, g: Tensor | None) -> Tensor:
@@ -208,11 +208,14 @@ class LoRA(nn.Module):
         return (self.up.weight.flatten(1) @ self.down.weight.flatten(1)).view(self.base.weight.shape)
 
 
-def inject(unet: nn.Module, rank: int) -> list[nn.Parameter]:
-    """Freezes a network and wraps every Linear, Conv2d and Conv3d in it with LoRA. Returns the new parameters, the only ones that train."""
+def inject(unet: nn.Module, rank: int, skip: tuple[str, ...] = ()) -> list[nn.Parameter]:
+    """Freezes a network and wraps every Linear, Conv2d and Conv3d in it with LoRA. Returns the new parameters, the only ones that train.
+
+    skip: names of layers to leave alone.
+    """
     unet.requires_grad_(False)
     for name, module in list(unet.named_modules()):
-        if type(module) in (nn.Linear, nn.Conv2d, nn.Conv3d):
+        if type(module) in (nn.Linear, nn.Conv2d, nn.Conv3d) and name not in skip:
             parent, _, child = name.rpartition(".")
             setattr(unet.get_submodule(parent), child, LoRA(module, rank))
     return [p for p in unet.parameters() if p.requires_grad]
