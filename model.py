@@ -207,7 +207,7 @@ def attention_map(q, k):
 
 
 class Attention(nn.Module):
-    """Multi-head attention over the pixels of a frame ("space"), the frames of a pixel ("time") or the caption ("text")."""
+    """Multi-head attention over a frame's pixels ("space"), a pixel's frames ("time") or the caption ("text")."""
 
     def __init__(self, width, heads, head_dim, over, context_dim=None):
         super().__init__()
@@ -358,8 +358,8 @@ class UNet3D(nn.Module):
         self.init_attn = Block(Transformer(c.channels, c.init_heads, c.head_dim, "time", c.context_dim))
         self.middle_block = Block(*middle)
         self.output_blocks = nn.ModuleList(Block(*layers) for layers in up)
-        self.out = nn.Sequential(nn.GroupNorm(32, c.channels), nn.SiLU(),
-                                 zero(nn.Conv2d(c.channels, c.in_channels, 3, padding=1)))
+        self.out = nn.Sequential(nn.GroupNorm(32, c.channels * c.mult[0]), nn.SiLU(),
+                                 zero(nn.Conv2d(c.channels * c.mult[0], c.in_channels, 3, padding=1)))
         channels_last(self)
 
     @property
@@ -634,3 +634,39 @@ class TextEncoder(nn.Module):
         L = ids.shape[1]
         causal = torch.full((L, L), float("-inf"), device=x.device, dtype=x.dtype).triu(1)
         return self.ln_final(self.transformer(x, attn_mask=causal))
+
+
+# --------------------------------------------------------------------------------------------- models
+
+@dataclass(frozen=True)
+class Family:
+    """A teacher: its networks, and the clips it was trained for."""
+    unet: UNetConfig
+    height: int
+    width: int
+    fps: int                                # of a generated clip; VideoCrafter2's UNet is told
+    frames: int = 16
+    vae: VAEConfig = KL_F8
+    text: TextConfig = VIT_H
+
+
+FAMILIES = {"vc2": Family(VC2, 320, 512, fps=16), "ms": Family(MODELSCOPE, 256, 256, fps=8)}
+
+
+@dataclass
+class Models:
+    """What sampling and training start from; weights.load makes one."""
+    name: str                               # vc2, ms or shapes
+    unet: nn.Module
+    vae: nn.Module
+    text: nn.Module
+    fps: int
+    height: int
+    width: int
+    frames: int
+    header: dict                            # of the student's weights: method, steps, w_min, w_max; {} for a teacher
+
+    @property
+    def steps(self):
+        """N of the grid that the student was trained on."""
+        return self.header.get("steps", 50)
