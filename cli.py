@@ -61,7 +61,8 @@ def parser_for(cls, description: str = "", positional: str | None = None, prog: 
 def parse(cls, argv=None, description="", positional=None, defaults=None, prog=None):
     """Command line → instance of the dataclass. `defaults` (a preset) replaces field defaults; what is typed wins over both."""
     parser = parser_for(cls, description, positional, prog)
-    parser.set_defaults(**(defaults or {}))
+    defaults = defaults or {}
+    parser.set_defaults(**{name: value for name, value in defaults.items() if not isinstance(value, tuple)})
     args, unknown = parser.parse_known_args(argv)
     for word in unknown:
         if word.startswith("--"):
@@ -72,7 +73,8 @@ def parse(cls, argv=None, description="", positional=None, defaults=None, prog=N
     values = vars(args)
     for field in dataclasses.fields(cls):                                           # tuples: None means "not given"
         if isinstance(field.default, tuple):
-            values[field.name] = field.default if values[field.name] is None else tuple(values[field.name])
+            typed = values[field.name]
+            values[field.name] = defaults.get(field.name, field.default) if typed is None else tuple(typed)
     return cls(**values)
 
 
