@@ -1,25 +1,26 @@
 """The embedded toy: a world whose clips a program draws, and small models trained on it from scratch. No download."""
-import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 import model
 import rewards as reward_models
+import weights
 from shapes import world
 
 WEIGHTS = Path(__file__).parent / "weights"
+STUDENTS = ("vcm", "vcm-img", "vcm-vid", "turbo")
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors (as float32) and configuration of one of the toy's weight files."""
     if not path.exists():
-        raise ValueError(f"{path} does not exist; make it with: python shapes/pretrain.py --out {path.parent}")
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key).float() for key in file.keys()}, json.loads(file.metadata()["config"])
+        raise ValueError(f"{path} does not exist; make it with: python shapes/pretrain.py --all --out {path.parent}")
+    tensors, config = weights.read_checkpoint(path)
+    return {key: tensor.float() for key, tensor in tensors.items()}, config
 
 
 class CaptionEncoder(nn.Module):
@@ -63,19 +64,46 @@ def load_text(folder: Path = WEIGHTS) -> CaptionEncoder:
     return CaptionEncoder(text, viclip).eval().requires_grad_(False)
 
 
+def load(turbo: str | Path | None = None, folder: str | Path | None = None, device="cpu", dtype=torch.float32, **conditions) -> model.Models:
+    """The toy's networks, like `weights.load`: the teacher's, or with turbo weights (a file, or vcm, vcm-img, vcm-vid, turbo for the
+    embedded ones) a student's. folder: where pretrain.py wrote, instead of the embedded weights."""
+    folder = Path(folder or WEIGHTS)
+    state, config = read(folder / "teacher.safetensors")
+    config = replace(model.UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}), **conditions)
+    lora, header = None, {}
+    if turbo is not None:
+        turbo = folder / f"{turbo}.safetensors" if str(turbo) in STUDENTS else turbo
+        config, student, lora, header = weights.read_turbo(turbo, config)
+        state = student or state
+    if config.guidance and "time_cond_proj.weight" not in state:
+        state["time_cond_proj.weight"] = torch.zeros(config.channels, 256)         # what LoRA adds to
+    with torch.device("meta"):
+        unet = model.UNet3D(config)
+    weights.fill(unet, state, turbo or folder, device, dtype, lora)
+    frozen = load_vae(folder).to(device, dtype), load_text(folder).to(device, dtype)
+    return model.Models("shapes", unet, *frozen, fps=8, height=world.SIZE, width=world.SIZE, frames=world.FRAMES, header=header)
+
+
+def rewards(device="cpu", folder: str | Path | None = None) -> dict[str, reward_models.Reward]:
+    """R_img, the toy's CLIP, and R_vid, its ViCLIP."""
+    folder = Path(folder or WEIGHTS)
+    return {kind: reward_models.load(f"shapes-{name}", folder / f"{name}.safetensors", device, tokenizer=world.tokenize)
+            for kind, name in (("image", "clip"), ("video", "viclip"))}
+
+
 class Clips:
     """Captioned clips without end, drawn when asked for: a dataset for `data.loader`. The same index gives the same clip."""
 
-    def __init__(self, held_out: bool = False, frames: int = world.FRAMES, size: int = world.SIZE, length: int = 1_000_000):
-        self.held_out, self.frames, self.size, self.length = held_out, frames, size, length
+    def __init__(self, split: str = "train", frames: int = world.FRAMES, size: int = world.SIZE, length: int = 1_000_000):
+        self.split, self.frames, self.size, self.length = split, frames, size, length    # split: train or held-out combinations
 
     def __len__(self) -> int:
         return self.length
 
     def scene(self, index: int) -> tuple[world.Scene, str, Tensor]:
         """Scene, caption and clip (3, T, H, W) number `index`."""
-        rng = random.Random(f"{self.held_out} {index}")
-        scene = world.draw_scene(rng, self.held_out)
+        rng = random.Random(f"{self.split} {index}")
+        scene = world.draw_scene(rng, self.split == "held-out")
         return scene, world.describe(scene, rng), world.render(scene, rng, self.frames, self.size)
 
     def get(self, index: int, generator=None) -> dict:
