@@ -83,8 +83,8 @@ def crop(clips, S, generator=None):
 
 # ------------------------------------------------------------------ captions: B strings -> token ids (B, L)
 class WordPiece:
-    """BERT's uncased tokenizer. A word becomes its longest known prefix, then the longest known continuation (##...) and
-    so on; one that cannot be finished is [UNK]. `extra` tokens follow the list; `sep` closes a caption with [SEP]."""
+    """BERT's uncased tokenizer. A word becomes its longest known prefix, then the longest known continuation (##...)
+    and so on; one that cannot be finished is [UNK]. `extra` tokens follow the list; `sep`: a caption ends in [SEP]."""
 
     def __init__(self, vocab_file, length, extra=(), sep=True):
         words = Path(vocab_file).read_text(encoding="utf-8").rstrip("\n").split("\n")
@@ -607,7 +607,7 @@ def read(path):
                 config = json.loads((file.metadata() or {}).get("config", "null"))
                 return {key: file.get_tensor(key) for key in file.keys()}, config
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError) as error:
+    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).split("\n")[0].split(". ")[0]
         raise ValueError(f"{path} cannot be read as a file of weights ({reason}); fetch it again") from error
     for wrapper in ("state_dict", "module", "model"):               # HPS, InternVideo2, ViCLIP
@@ -626,8 +626,8 @@ def build(model_class, config, weights, path):
     bad += [f"{key} is {tuple(weights[key].shape)} instead of {tuple(p.shape)}"
             for key, p in wanted.items() if key in weights and weights[key].shape != p.shape]
     if bad:
-        raise ValueError(f"{path} is no complete {model_class.__name__}: {bad[0]} ({len(bad)} of {len(wanted)} tensors)")
-    unused = sorted({re.sub(r"\d+", "*", key) for key in weights if key not in wanted})
+        raise ValueError(f"{path} is no {model_class.__name__}: {bad[0]} ({len(bad)} of {len(wanted)} tensors)")
+    unused = sorted({".".join(key.split(".")[:2]) for key in weights if key not in wanted})
     if unused:
         print(f"{path}: {len(weights) - len(wanted)} tensors not needed: {', '.join(unused)}", file=sys.stderr)
     model.load_state_dict({key: weights[key] for key in wanted}, assign=True)
@@ -709,7 +709,7 @@ def known(name):
 
 
 def parse_spec(spec):
-    """What follows --reward: "name", "name=FILE", "name:weight", "name=FILE:weight" -> (name, path, weight), or None."""
+    """What follows --reward: "name", "name=FILE", "name:weight", "name=FILE:weight" -> (name, path, weight)."""
     head, _, tail = spec.rpartition(":")
     try:
         spec, weight = (head, float(tail)) if head else (spec, None)

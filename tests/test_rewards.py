@@ -1,0 +1,670 @@
+"""Rewards against transformers, against numbers of the original code, and against what gradients have to be.
+
+The reference numbers come from the original models (T2V-Turbo's ViCLIP and InternVideo2, ImageReward's BLIP) run in float64
+on `weights(shapes)`, which anyone can draw again: no weight file is needed.
+"""
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.functional as tv
+import transformers
+from safetensors.torch import save_file
+
+import rewards
+
+BICUBIC = tv.InterpolationMode.BICUBIC
+
+
+# ------------------------------------------------------------------ public names and shapes, written down independently
+def linear(name, i, o, bias=True):
+    return {f"{name}.weight": (o, i), **({f"{name}.bias": (o,)} if bias else {})}
+
+
+def norm(name, D):
+    return {f"{name}.weight": (D,), f"{name}.bias": (D,)}
+
+
+def merge(*dicts):
+    return {key: shape for d in dicts for key, shape in d.items()}
+
+
+def clip_blocks(prefix, D, layers, hidden):
+    return merge(*(merge(norm(r + "ln_1", D), norm(r + "ln_2", D), linear(r + "attn.out_proj", D, D),
+                         {r + "attn.in_proj_weight": (3 * D, D), r + "attn.in_proj_bias": (3 * D,)},
+                         linear(r + "mlp.c_fc", D, hidden), linear(r + "mlp.c_proj", hidden, D))
+                   for r in (f"{prefix}transformer.resblocks.{i}." for i in range(layers))))
+
+
+def text_tower(prefix, D, layers, length, vocab, E):
+    return merge({prefix + "positional_embedding": (length, D), prefix + "text_projection": (D, E)},
+                 clip_blocks(prefix, D, layers, 4 * D), {prefix + "token_embedding.weight": (vocab, D)},
+                 norm(prefix + "ln_final", D))
+
+
+def clip_shapes(c):
+    v, t, E = c["vision_cfg"], c["text_cfg"], c["embed_dim"]
+    D, N = v["width"], (v["image_size"] // v["patch_size"]) ** 2
+    p = "visual."
+    return merge(text_tower("", t["width"], t["layers"], t["context_length"], t["vocab_size"], E), {"logit_scale": ()},
+                 {p + "class_embedding": (D,), p + "positional_embedding": (1 + N, D), p + "proj": (D, E),
+                  p + "conv1.weight": (D, 3, v["patch_size"], v["patch_size"])},
+                 norm(p + "ln_pre", D), norm(p + "ln_post", D), clip_blocks(p, D, v["layers"], 4 * D))
+
+
+def viclip_shapes(c):
+    p, D, N = "vision_encoder.", c.width, (c.image_size // c.patch) ** 2
+    return merge({"temp": (), p + "class_embedding": (D,), p + "positional_embedding": (1 + N, D),
+                  p + "temporal_positional_embedding": (1, c.frames, D), p + "proj": (D, c.embed_dim),
+                  p + "conv1.weight": (D, 3, 1, c.patch, c.patch)},
+                 norm(p + "ln_pre", D), norm(p + "ln_post", D), clip_blocks(p, D, c.layers, 4 * D),
+                 text_tower("text_encoder.", c.text_width, c.text_layers, c.context_length, c.vocab_size, c.embed_dim))
+
+
+def bert_attention(p, D, source):
+    return merge(linear(p + "self.query", D, D), linear(p + "self.key", source, D), linear(p + "self.value", source, D),
+                 linear(p + "output.dense", D, D), norm(p + "output.LayerNorm", D))
+
+
+def bert_shapes(p, c, layers=None, fusion=0):
+    """With cross-attention from layer `fusion` on."""
+    D, e = c.width, p + "embeddings."
+    shapes = merge({e + "position_ids": (1, 512), e + "word_embeddings.weight": (c.vocab_size, D),
+                    e + "position_embeddings.weight": (512, D)}, norm(e + "LayerNorm", D),
+                   {e + "token_type_embeddings.weight": (2, D)} if c.token_types else {})
+    for i in range(layers or c.layers):
+        r = f"{p}encoder.layer.{i}."
+        shapes |= merge(bert_attention(r + "attention.", D, D), linear(r + "intermediate.dense", D, c.hidden),
+                        linear(r + "output.dense", c.hidden, D), norm(r + "output.LayerNorm", D),
+                        bert_attention(r + "crossattention.", D, c.image_width) if i >= fusion and c.image_width else {})
+    return shapes
+
+
+def imagereward_shapes(c):
+    v, p = c.vit, "blip.visual_encoder."
+    D, N = v.width, (v.image_size // v.patch) ** 2
+    shapes = merge({p + "cls_token": (1, 1, D), p + "pos_embed": (1, 1 + N, D), p + "patch_embed.proj.bias": (D,),
+                    p + "patch_embed.proj.weight": (D, 3, v.patch, v.patch)}, norm(p + "norm", D),
+                   bert_shapes("blip.text_encoder.", c.bert),
+                   linear("blip.vision_proj", D, 256), linear("blip.text_proj", c.bert.width, 256))
+    for i in range(v.layers):
+        r = f"{p}blocks.{i}."
+        shapes |= merge(norm(r + "norm1", D), norm(r + "norm2", D), linear(r + "attn.qkv", D, 3 * D),
+                        linear(r + "attn.proj", D, D), linear(r + "mlp.fc1", D, v.hidden), linear(r + "mlp.fc2", v.hidden, D))
+    sizes = [c.bert.width, 1024, 128, 64, 16, 1]
+    return merge(shapes, *(linear(f"mlp.layers.{j}", sizes[i], sizes[i + 1]) for i, j in enumerate((0, 2, 4, 6, 7))))
+
+
+def internvideo2_shapes(c, frames=4, extra_layers=1):
+    """What is used, and of what is not: BERT's last layers and one other."""
+    v, p = c.vit, "vision_encoder."
+    D, N, q = v.width, (v.image_size // v.patch) ** 2, p + "clip_projector."
+    shapes = merge({p + "cls_token": (1, 1, D), p + "pos_embed": (1, 1 + frames * N, D), p + "patch_embed.proj.bias": (D,),
+                    p + "patch_embed.proj.weight": (D, 3, 1, v.patch, v.patch), p + "img_pos_embed": (1, 1 + N, D)})
+    for i in range(v.layers):
+        r = f"{p}blocks.{i}."
+        shapes |= merge({r + name: (D,) for name in ("norm1.weight", "norm2.weight", "attn.q_norm.weight",
+                                                     "attn.k_norm.weight", "ls1.gamma", "ls2.gamma")},
+                        linear(r + "attn.qkv", D, 3 * D, bias=False), linear(r + "attn.proj", D, D),
+                        linear(r + "mlp.fc1", D, v.hidden), linear(r + "mlp.fc2", v.hidden, D))
+    shapes |= merge(*(norm(f"{q}norm1_{x}", D) for x in "qkv"), {f"{q}cross_attn.{x}_bias": (D,) for x in "qkv"},
+                    *(linear(f"{q}cross_attn.{x}", D, D, bias=False) for x in "qkv"),
+                    linear(q + "cross_attn.proj", D, c.pool_dim))
+    bert = rewards.replace(c.bert, image_width=D)
+    return merge(shapes, bert_shapes("text_encoder.bert.", bert, c.bert.layers + extra_layers, fusion=c.bert.layers),
+                 linear("vision_proj", c.pool_dim, c.embed_dim), linear("text_proj", c.bert.width, c.embed_dim),
+                 {"temp": ()})
+
+
+def weights(shapes, seed=0):
+    """Random weights at which every part of a model matters: in order of the names, norms near one, the rest of variance
+    1 / fan-in."""
+    generator, out = np.random.default_rng(seed), {}
+    for key in sorted(shapes):
+        w = generator.standard_normal(shapes[key])
+        if len(shapes[key]) < 2:
+            near_one = ("norm" in key.lower() or "ln_" in key or "gamma" in key) and not key.endswith("bias")
+            w = near_one + 0.2 * w
+        elif "embed" not in key:
+            w = w * np.prod(shapes[key][1:]) ** -0.5
+        out[key] = torch.tensor(w, dtype=torch.float32)
+    return out
+
+
+# ------------------------------------------------------------------ small models
+VICLIP = rewards.ViCLIPConfig(image_size=28, patch=14, frames=8, width=64, layers=2, heads=4, embed_dim=24, text_width=32,
+                              text_layers=2, text_heads=2, context_length=12, vocab_size=50)
+VIT = rewards.ViTConfig(image_size=28, patch=14, width=64, layers=2, heads=4, hidden=160)
+IMAGEREWARD = rewards.ImageRewardConfig(VIT, rewards.BERTConfig(60, 32, 2, 4, 80, image_width=64))
+INTERNVIDEO2 = rewards.InternVideo2Config(VIT, rewards.BERTConfig(60, 32, 3, 4, 80, token_types=2), pool_dim=48, embed_dim=24)
+
+
+def clips(T=8, H=40, W=64, B=2):
+    return torch.tensor(np.random.default_rng(1).random((B, T, 3, H, W)), dtype=torch.float32)
+
+
+def clip_ids(captions):
+    """As CLIP's tokenizer lays them out: start 1, words, end = the highest id, zeros."""
+    return torch.tensor([[1, 5, 9, 17, 49, 0, 0, 0, 0, 0, 0, 0], [1, 33, 12, 8, 4, 21, 7, 49, 0, 0, 0, 0]])[:len(captions)]
+
+
+def bert_ids(captions):
+    return torch.tensor([[2, 15, 41, 7, 3, 0, 0, 0, 0], [2, 22, 8, 9, 30, 31, 59, 3, 0]])[:len(captions)]
+
+
+CAPTIONS = ["a red square", "two blue circles that move apart"]
+
+
+# ------------------------------------------------------------------ their files
+def clip_config():
+    return {"embed_dim": 24, "vision_cfg": dict(image_size=28, patch_size=14, width=64, layers=2, head_width=16),
+            "text_cfg": dict(context_length=12, vocab_size=50, width=32, heads=2, layers=2)}
+
+
+CONTAINERS = {      # name -> (configuration, shapes, what the public file wraps its tensors in, tokenizer)
+    "hpsv2": (clip_config(), clip_shapes, lambda w: {"epoch": 1, "state_dict": {f"module.{k}": p for k, p in w.items()}},
+              clip_ids),
+    "clip": (clip_config(), clip_shapes, lambda w: w, clip_ids),
+    "imagereward": (IMAGEREWARD, imagereward_shapes, lambda w: w, bert_ids),
+    "viclip": (VICLIP, viclip_shapes, lambda w: {"model": w}, clip_ids),
+    "internvideo2": (INTERNVIDEO2, internvideo2_shapes, lambda w: {"module": w, "optimizer": None}, bert_ids)}
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """load(name, **options): a small reward out of a public container."""
+    folder = tmp_path_factory.mktemp("rewards")
+
+    def load(name, **options):
+        config, shapes, wrap, tokenizer = CONTAINERS[name]
+        path = folder / f"{name}.pt"
+        if not path.exists():
+            torch.save(wrap(weights(shapes(config))), path)
+        return rewards.load(name, path, config=config, tokenizer=tokenizer, **options)
+    return load
+
+
+def score_and_gradient(reward, x, captions=CAPTIONS):
+    x = x.clone().requires_grad_()
+    score = reward(x, captions)
+    return score.detach(), torch.autograd.grad(score.sum(), x)[0]
+
+
+def close(ours, theirs, rtol=1e-5):
+    """To `rtol` of the largest element."""
+    theirs = torch.as_tensor(theirs, dtype=torch.float64)
+    torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=rtol * float(theirs.abs().max()))
+
+
+# ------------------------------------------------------------------ the original code's numbers
+REFERENCE = {       # (name, frames): scores of two clips; their sum's gradient at [:, ::3, 1, 20, 30]; its norm
+    ("viclip", 8): ([-0.06269718313, -0.1390922172], [0.0003793927818, 0.0002436946477, -2.632559925e-05,
+                    0.0001404695454, -1.971720097e-05, 0.000278374092], 0.09804530193),
+    ("imagereward", 8): ([-1.156924749, -0.6765835377], [-0.001204208423, -0.001287735312, -0.0007726507715,
+                         -0.003403357582, -0.002245642109, -0.003706315536], 0.7087854433),
+    ("internvideo2", 8): ([0.2553976606, 0.2822592445], [-0.003752977194, -0.001394125006, -0.00048465021,
+                          -0.0008097755599, 0.001422763965, -0.0007325530688], 0.6304153019),
+    ("internvideo2", 4): ([0.3830673407, -0.03503385646], [-0.008638080269, -0.003268915968, -0.003786213548,
+                          -0.00436756971], 0.8062115892)}
+
+
+@pytest.mark.parametrize("name, frames", REFERENCE)
+def test_the_original_code(load, name, frames):
+    scores, gradients, size = REFERENCE[name, frames]
+    reward = load(name, frames=frames if name == "internvideo2" else None)
+    score, gradient = score_and_gradient(reward, clips(frames))
+    close(score, scores)
+    torch.testing.assert_close(gradient[:, ::3, 1, 20, 30].flatten().double(), torch.tensor(gradients).double(),
+                               rtol=0, atol=1e-5 * gradient.abs().max().item())
+    close(gradient.norm(), size)
+
+
+# ------------------------------------------------------------------ transformers
+def small_hf_clip():
+    common = dict(num_hidden_layers=2, hidden_act="gelu", projection_dim=24)
+    config = transformers.CLIPConfig(
+        text_config=dict(common, hidden_size=32, intermediate_size=128, num_attention_heads=2, vocab_size=50,
+                         max_position_embeddings=12, eos_token_id=49, bos_token_id=1, pad_token_id=0),
+        vision_config=dict(common, hidden_size=64, intermediate_size=256, num_attention_heads=4, image_size=28, patch_size=14),
+        projection_dim=24)
+    hf = transformers.CLIPModel(config).eval()
+    shapes = {key: tuple(p.shape) for key, p in hf.state_dict().items()}
+    hf.load_state_dict({**hf.state_dict(), **weights(shapes)})
+    return hf
+
+
+def test_clip_is_transformers_clip(tmp_path):
+    """The folder of a CLIPModel, as PickScore's: names, projections, pairing of frames and captions, pixels' gradient."""
+    hf = small_hf_clip()
+    hf.save_pretrained(tmp_path)
+    reward = rewards.load("pickscore", tmp_path, config=clip_config(), tokenizer=clip_ids)
+    x = clips(T=3)
+    score, gradient = score_and_gradient(reward, x)
+    x.requires_grad_()
+    pixels = F.interpolate(x.flatten(0, 1), (28, 28), mode="bicubic", antialias=True)
+    mean, std = (torch.tensor(v)[:, None, None] for v in rewards.CLIP_PIXELS)
+    ids = clip_ids(CAPTIONS)
+    out = hf(input_ids=ids, pixel_values=(pixels - mean) / std)
+    pairs = (out.image_embeds.view(2, 3, -1) * out.text_embeds[:, None]).sum(-1)             # both of unit length
+    close(score, pairs.mean(1).detach())
+    close(gradient, torch.autograd.grad(pairs.mean(1).sum(), x)[0])
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_bert_is_transformers_bert(cross):
+    config = rewards.BERTConfig(60, 32, 3, 4, 80, token_types=2, image_width=32 if cross else 0)
+    hf = transformers.BertModel(transformers.BertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80,
+        is_decoder=cross, add_cross_attention=cross), add_pooling_layer=False).eval()
+    shapes = {key: tuple(p.shape) for key, p in hf.state_dict().items()}
+    w = weights(shapes)
+    hf.load_state_dict(w)
+    ours = rewards.build(rewards.BERT, config, {key.removeprefix("bert."): p for key, p in rewards.rename(
+        {f"bert.{key}": p for key, p in w.items()}, rewards.BERT_NAMES).items()}, "file")
+    ids = bert_ids(CAPTIONS)
+    image = torch.tensor(np.random.default_rng(3).standard_normal((2, 5, 32)), dtype=torch.float32) if cross else None
+    mask = (ids != 0).long()
+    if cross:       # transformers' cross-attention needs a decoder, and that a causal mask; undo it with a 3-D mask
+        mask = (1 - mask)[:, None, None].float().expand(-1, 1, ids.shape[1], -1) * -1e9
+    theirs = hf(input_ids=ids, attention_mask=mask, encoder_hidden_states=image).last_hidden_state[:, 0]
+    close(ours(ids, image).detach(), theirs.detach())
+
+
+def test_blip_is_transformers_blip():
+    """The ViT of ImageReward against BLIP's vision model."""
+    hf = transformers.BlipVisionModel(transformers.BlipVisionConfig(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14,
+        hidden_act="gelu", layer_norm_eps=1e-6)).eval()
+    w = weights({key: tuple(p.shape) for key, p in hf.state_dict().items()})
+    hf.load_state_dict(w)
+    table = [(r"^embeddings\.class_embedding", "vision.cls_token"), (r"^embeddings\.position_embedding", "vision.pos_embed"),
+             (r"^embeddings\.patch_embedding", "vision.patch_embed"), (r"^encoder\.layers", "vision.blocks"),
+             (r"self_attn\.qkv", "attn.qkv"), (r"self_attn\.projection", "attn.proj"), (r"layer_norm", "norm"),
+             (r"^post_layernorm", "norm")]
+    model = rewards.ImageReward(IMAGEREWARD)
+    missing = model.load_state_dict(rewards.rename(w, table), strict=False)
+    assert not missing.unexpected_keys and not any(k.startswith(("vision", "norm")) for k in missing.missing_keys)
+    x = clips(T=1, H=28, W=28)
+    close(model.norm(model.vision(x)).detach(), hf(pixel_values=x[:, 0]).last_hidden_state.detach())
+
+
+def vocabulary():
+    """A vocabulary with words, beginnings, continuations, marks, and letters that are not everywhere known."""
+    words = "the a an red green blue circle square move run play jump cat dog on in of over sky naive cafe uber running"
+    parts = "ing ed er s es ly un re # able ness ful 1 2 3 10 20 2024 th"
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789αβγδабвгдеあいうかアイ中文字국한ßøłæđ"
+    marks = "!\"#$%&'()*+,-./:;<=>?@[]^_`{|}~。、「」–—…“”‘’«»¿¡€£°·§"
+    out = ["[PAD]", *(f"[unused{i}]" for i in range(5)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    out += [*words.split(), *parts.split(), *letters, *marks]
+    out += [f"##{x}" for x in [*words.split()[:12], *parts.split(), *letters]]
+    return list(dict.fromkeys(out))
+
+
+def strings():
+    fixed = ["", " ", "a", "A red circle.", "Naïve café über", "don't stop-running!", "x" * 100, "x" * 101, "word " * 60,
+             "the " * 200, "中文字 and 中", "한국", "あいうアイ", "İstanbul ŁØß Æ", "e\u0301 u\u0308ber", "tab\tnew\nline\r",
+             "zero\u200bwidth", "bell\x07bell", "nul\x00nul", "\ufffdreplacement", "no\u00a0break\u2003space", "100% $5 + 3 = ~8",
+             "[SEP] and [MASK] in a text", "[unused1] [cls]", "ａｂｃ ｆｕｌｌｗｉｄｔｈ", "ﬁne ligature", "👍🏽 emoji 😀", "𝒜 math",
+             "«quotes» “curly” ‘single’ … – —", "ΑΒΓ Σας", "Дети", "¿qué? ¡sí!", "a\u0300\u0301\u0302", "#hash @at", "__init__",
+             "naïve-café/über", "\u2028separator", "\u0085next", "soft\u00adhyphen", "1st 2nd 20th 2024", "ẞ ǆ ŉ", "\U00020000 \uf900",
+             "\ud7a3", "caf\u00e9" * 30, "unrunningly", "RE-PLAYable", "``code``", "a|b~c^d", "\t", "।॥ ؟،", "नमस्ते", "สวัสดี", "ﷺ"]
+    rng = np.random.default_rng(4)
+    pool = list("abcdefgh aeiou  REDCAT.,'!?-#é̈üñçßИи中文あ가ａ😀\t\u00a0\u200b123[]$") + ["the ", "running", " red", "##", "un"]
+    return fixed + ["".join(rng.choice(pool, rng.integers(1, 60))) for _ in range(400)]
+
+
+def test_wordpiece_is_transformers_tokenizer(tmp_path):
+    words = vocabulary()
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    theirs = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+    for length in (6, 35):
+        ours = rewards.WordPiece(tmp_path / "vocab.txt", length)
+        for text in strings():
+            expected = theirs(text, padding="max_length", truncation=True, max_length=length)["input_ids"]
+            assert ours([text])[0].tolist() == expected, repr(text)
+
+
+def test_wordpiece_of_both_users(tmp_path):
+    """ImageReward has two tokens behind the list; InternVideo2 no [SEP]."""
+    words = vocabulary()
+    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    one = rewards.WordPiece(tmp_path / "vocab.txt", 8, extra=("[DEC]", "[ENC]"))
+    cls, sep, red = (words.index(w) for w in ("[CLS]", "[SEP]", "red"))
+    assert one(["red[ENC]red"])[0].tolist() == [cls, red, len(words) + 1, red, sep, 0, 0, 0]
+    two = rewards.WordPiece(tmp_path / "vocab.txt", 4, sep=False)
+    assert two(["Red", "red red red red red"]).tolist() == [[cls, red, 0, 0], [cls, red, red, red]]
+    (tmp_path / "words.txt").write_text("a\nb")
+    with pytest.raises(ValueError, match="not BERT's vocabulary"):
+        rewards.WordPiece(tmp_path / "words.txt", 8)
+
+
+def test_clip_tokens_of_viclip_are_cut_to_32():
+    ids = rewards.RECIPES["viclip"].tokenizer("file")(["a red circle " * 20, "a"])
+    assert ids.shape == (2, 32) and ids[0, -1] == 49407 and ids[1, :4].tolist() == [49406, 320, 49407, 0]
+
+
+# ------------------------------------------------------------------ pixels
+def torchvision_views(x, S):
+    """What the original code does to frames (N, 3, H, W), with torchvision."""
+    H, W = x.shape[-2:]
+    side = [max(1, round(n * S / max(H, W))) for n in (H, W)]
+    h, w = S - side[0], S - side[1]
+    bars = tv.pad(tv.resize(x, side, BICUBIC), [w // 2, h // 2, w - w // 2, h - h // 2])
+    shorter = tv.resize(x, [round(n * S / min(H, W)) for n in (H, W)], BICUBIC)
+    return {rewards.pad: bars, rewards.squash: tv.resize(x, [S, S], BICUBIC), rewards.window: tv.center_crop(shorter, [S, S]),
+            rewards.centre: tv.center_crop(tv.resize(x, S, BICUBIC), [S, S])}
+
+
+@pytest.mark.parametrize("H, W", [(320, 512), (256, 256), (65, 31), (28, 28), (40, 28), (5, 97)])
+def test_views_are_torchvisions(H, W):
+    x = clips(T=2, H=H, W=W)
+    for view, expected in torchvision_views(x.flatten(0, 1), 28).items():
+        assert view(x, 28).shape == (2, 2, 3, 28, 28)
+        torch.testing.assert_close(view(x, 28).flatten(0, 1), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_window_per_clip():
+    """All frames of a clip share a window; clips differ; every place can come up; a seed repeats it."""
+    y, x = torch.meshgrid(torch.arange(28.), torch.arange(40.), indexing="ij")
+    place = torch.stack([y, x, x]).expand(64, 3, 3, 28, 40)
+    first, again = (rewards.window(place, 28, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert (first == first[:, :1]).all()
+    assert set(first[:, 0, 1, 0, 0].tolist()) == set(range(13))
+    assert (rewards.window(place, 28)[:, 0, 1, 0, 0] == 6).all()
+
+
+# ------------------------------------------------------------------ what every reward promises
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_each_clip_meets_its_own_caption(load, name):
+    reward, x = load(name), clips()
+    assert (reward.kind, reward.frames) == (("video", 8) if name in ("viclip", "internvideo2") else ("image", None))
+    both = reward(x, CAPTIONS)
+    reward.tokenizer = None                                         # cached: no caption is read twice
+    alone = torch.cat([reward(x[b:b + 1], CAPTIONS[b:b + 1]) for b in (0, 1)])
+    close(both, alone)
+    swapped = reward(x, CAPTIONS[::-1])
+    assert (swapped - both).abs().min() > 1e-4
+    assert both.dtype == torch.float32 and not both.requires_grad
+    if reward.kind == "image":
+        close(both, torch.stack([reward(x[:, t:t + 1], CAPTIONS) for t in range(8)]).mean(0))
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_the_gradient_is_the_gradient(load, name):
+    reward, x = load(name), clips()
+    score, gradient = score_and_gradient(reward, x)
+    b, t, c, i, j = np.unravel_index(gradient[:, :, :, 15:25, 25:40].abs().argmax(), gradient[:, :, :, 15:25, 25:40].shape)
+    at, step = (b, t, c, i + 15, j + 25), 0.05
+    plus, minus = x.clone(), x.clone()
+    plus[at] += step
+    minus[at] -= step
+    difference = (reward(plus, CAPTIONS) - reward(minus, CAPTIONS)).double().sum() / (2 * step)
+    assert abs(difference - gradient[at]) < 0.02 * abs(gradient[at])
+    climbed = reward(x + 0.02 * gradient / gradient.abs().max(), CAPTIONS)
+    assert (climbed > score).all()
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_only_pixels_learn(load, name):
+    reward, x = load(name), clips().requires_grad_()
+    parameters = dict(reward.model.named_parameters())
+    assert not any(p.requires_grad for p in parameters.values())
+    assert not reward.text(CAPTIONS).requires_grad
+    reward(x, CAPTIONS).sum().backward()
+    assert x.grad.abs().sum() > 0 and all(p.grad is None for p in parameters.values())
+    assert not reward.model.training
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_checkpointing_changes_nothing(load, name):
+    plain, saving = load(name), load(name, grad_checkpointing=True)
+    calls = []
+    blocks = [m for m in saving.model.modules() if isinstance(m, (rewards.Block, rewards.BERTLayer,
+                                                                  open_clip.transformer.ResidualAttentionBlock))]
+    for block in blocks:
+        block.register_forward_pre_hook(lambda *args: calls.append(1))
+    score, gradient = score_and_gradient(saving, clips())
+    once = len(blocks)
+    assert len(calls) > once                                        # the vision blocks run twice
+    expected = score_and_gradient(plain, clips())
+    close(score, expected[0])
+    close(gradient, expected[1])
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_bfloat16(load, name):
+    """Norms stay in float32, the pixels' gradient too; inside someone's autocast as well."""
+    reward, exact = load(name, dtype=torch.bfloat16), load(name)
+    kept = [p.dtype for m in reward.model.modules() if isinstance(m, rewards.FLOAT32) for p in m.parameters()]
+    assert kept and set(kept) == {torch.float32} and reward.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        score, gradient = score_and_gradient(reward, clips())
+        inside = exact(clips(), CAPTIONS)
+    expected, slope = score_and_gradient(exact, clips())
+    assert (score - expected).abs().max() < 0.05 and gradient.dtype == torch.float32
+    assert F.cosine_similarity(gradient.flatten(), slope.flatten(), dim=0) > 0.98
+    close(inside, expected)
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("H, W", [(64, 40), (20, 24), (28, 28)])
+def test_any_size(load, name, H, W):
+    score, gradient = score_and_gradient(load(name), clips(H=H, W=W))
+    assert score.isfinite().all() and gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+def test_imagereward_is_capped_at_two(load):
+    reward = load("imagereward")
+    reward.model.mlp[4].bias.data += 100
+    score, gradient = score_and_gradient(reward, clips())
+    assert (score == 2).all() and (gradient == 0).all()
+
+
+def test_cache_forgets_before_it_fills_the_memory(load):
+    reward = load("viclip")
+    reward.tokenizer = lambda captions: torch.tensor([[1, 49, *[0] * 10]]).expand(len(captions), -1)
+    reward.cache = {str(i): None for i in range(10_001)}
+    assert reward.text(["new"]).shape == (1, 24) and list(reward.cache) == ["new"]
+
+
+# ------------------------------------------------------------------ the toy's pair
+def test_toy_files(tmp_path):
+    config = clip_config()
+    clip = rewards.CLIP(config)
+    save_file(clip.state_dict(), tmp_path / "clip.safetensors", metadata={"config": json.dumps({**config, "image_size": 28})})
+    viclip = rewards.ViCLIP(VICLIP)
+    viclip.save(tmp_path / "viclip.safetensors")
+    mean = torch.tensor(0.5)
+    for x in (clips(H=28, W=28), clips(H=40, W=64)):
+        pixels = (rewards.squash(x, 28) - mean) / mean
+        image = rewards.load("shapes-clip", tmp_path / "clip.safetensors", tokenizer=clip_ids)
+        frames = clip.encode_image(pixels.flatten(0, 1)).view(2, 8, -1)
+        close(image(x, CAPTIONS), F.cosine_similarity(frames, clip.encode_text(clip_ids(CAPTIONS))[:, None], dim=-1).mean(1))
+        video = rewards.load("shapes-viclip", tmp_path / "viclip.safetensors", tokenizer=clip_ids)
+        close(video(x, CAPTIONS),
+              F.cosine_similarity(viclip.encode_video(pixels), viclip.encode_text(clip_ids(CAPTIONS))).detach())
+    with pytest.raises(ValueError, match="tokenizer"):
+        rewards.load("shapes-clip", tmp_path / "clip.safetensors")
+
+
+def test_viclip_learns_from_scratch(tmp_path):
+    """A few steps of contrastive training on noise; the file keeps what was learnt."""
+    torch.manual_seed(0)
+    model = rewards.ViCLIP(VICLIP)
+    x, ids = clips(H=28, W=28) - 0.5, clip_ids(CAPTIONS)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for _ in range(30):
+        video, text = (F.normalize(f, dim=-1) for f in (model.encode_video(x), model.encode_text(ids)))
+        loss = F.cross_entropy(20 * video @ text.T, torch.arange(2))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    model.save(tmp_path / "viclip.safetensors")
+    assert torch.equal(rewards.ViCLIP.from_file(tmp_path / "viclip.safetensors").encode_video(x), model.encode_video(x))
+
+
+# ------------------------------------------------------------------ files and their errors
+def test_clip_containers(tmp_path, load, capsys):
+    """HPS with and without the data-parallel prefix, a .safetensors, a folder: the same weights."""
+    config, w = clip_config(), weights(clip_shapes(clip_config()))
+    torch.save({"state_dict": w}, tmp_path / "hps.pt")
+    save_file(w, tmp_path / "clip.safetensors")
+    (tmp_path / "folder").mkdir()
+    torch.save(w, tmp_path / "folder/open_clip_pytorch_model.bin", _use_new_zipfile_serialization=False)
+    expected = load("clip")(clips(), CAPTIONS)
+    for name in ("hps.pt", "clip.safetensors", "folder"):
+        assert torch.equal(rewards.load("clip", tmp_path / name, config=config, tokenizer=clip_ids)(clips(), CAPTIONS), expected)
+    assert not capsys.readouterr().err                              # all of it was used
+    close(load("hpsv2")(clips(H=28, W=28), CAPTIONS), load("clip")(clips(H=28, W=28), CAPTIONS))
+
+
+def test_unused_tensors_are_named_once(load, capsys):
+    load("internvideo2")
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "temp" in line and "bert.layers" in line and "vision.img_pos_embed" in line
+
+
+def test_frames_of_internvideo2_are_interpolated_in_time():
+    table = torch.arange(4.).repeat_interleave(4)[None, :, None]                    # 4 frames of 4 patches
+    longer = rewards.stretch(torch.cat([torch.full((1, 1, 1), 9.), table], 1), 8, 4)
+    expected = [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]
+    assert longer[0, 0, 0] == 9 and longer[0, 1:, 0].view(8, 4)[:, 0].tolist() == expected
+
+
+def test_wrong_files_end_in_one_line(tmp_path, load):
+    config, w = clip_config(), weights(clip_shapes(clip_config()))
+
+    def message(contents=None, name="hpsv2", path=tmp_path / "file.pt", **options):
+        if contents is not None:
+            torch.save(contents, path)
+        with pytest.raises(ValueError) as error:
+            rewards.load(name, path, config=config, tokenizer=clip_ids, **options)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "visual.proj is missing" in message({k: p for k, p in w.items() if k != "visual.proj"})
+    assert "(24, 64) instead of (64, 24)" in message({**w, "visual.proj": w["visual.proj"].T.contiguous()})
+    assert "of 62 tensors" in message(weights(viclip_shapes(VICLIP)))
+    assert "holds a list" in message([w["visual.proj"]])
+    assert "cannot be read" in message({"state_dict": w, "code": np.random.default_rng})    # would run code
+    torch.save(w, tmp_path / "whole.pt")
+    for size in (0, 100, 5000):
+        (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:size])
+        assert "cannot be read" in message(path=tmp_path / "cut.pt")
+    (tmp_path / "page.pt").write_text("<html>not found</html>")
+    (tmp_path / "page.safetensors").write_text("<html>not found</html>")
+    assert "cannot be read" in message(path=tmp_path / "page.pt")
+    assert "cannot be read" in message(path=tmp_path / "page.safetensors")
+    assert "xswu/HPSv2" in message(path=tmp_path / "nowhere.pt")
+    assert "no file of weights" in message(path=tmp_path, name="clip")
+    assert "did you mean hpsv2" in message(name="hpsv")
+    with pytest.raises(ValueError, match="takes 8 frames, not 16"):
+        load("viclip", frames=16)
+
+
+def test_missing_downloads_end_in_one_line(tmp_path, monkeypatch):
+    def offline(*args):
+        raise OSError("no route")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    with pytest.raises(ValueError, match="HPS_v2.1_compressed.pt of huggingface.co/xswu/HPSv2 cannot be fetched"):
+        rewards.load("hpsv2")
+    with pytest.raises(ValueError, match="vocab.txt of huggingface.co/google-bert/bert-large-uncased"):
+        rewards.RECIPES["internvideo2"].tokenizer(tmp_path / "weights.pt")
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary()), encoding="utf-8")
+    assert rewards.RECIPES["internvideo2"].tokenizer(tmp_path / "weights.pt")(["red"]).shape == (1, 40)
+    assert rewards.RECIPES["imagereward"].tokenizer(tmp_path / "weights.pt")(["red"]).shape == (1, 35)
+
+
+def test_bad_calls_say_what_is_wrong(load):
+    image, video = load("clip"), load("viclip")
+    for reward, x, captions, words in [(video, clips(T=4), CAPTIONS, "takes 8 frames, not 4"),
+                                       (image, clips()[0], CAPTIONS, "takes clips"),
+                                       (image, clips(), "a red square", "one caption per clip"),
+                                       (image, clips(), CAPTIONS[:1], "one caption per clip")]:
+        with pytest.raises(ValueError, match=words):
+            reward(x, captions)
+
+
+def test_parse_spec():
+    assert rewards.parse_spec("hpsv2") == ("hpsv2", None, None)
+    assert rewards.parse_spec("hpsv2:0.2") == ("hpsv2", None, 0.2)
+    assert rewards.parse_spec("viclip=/a/b.pth") == ("viclip", "/a/b.pth", None)
+    assert rewards.parse_spec("viclip=C:/a=b.pth:2") == ("viclip", "C:/a=b.pth", 2.0)
+    assert rewards.parse_spec("viclip=C:/a.pth") == ("viclip", "C:/a.pth", None)
+    for wrong, words in [("hpsv3=FILE", "did you mean hpsv2"), ("x", "no reward 'x': hpsv2, "), ("clip:nan", "finite")]:
+        with pytest.raises(ValueError, match=words):
+            rewards.parse_spec(wrong)
+
+
+# ------------------------------------------------------------------ full size, one process each
+FULL = {"hpsv2": (lambda: clip_shapes(rewards.vit_h_14(None)), CONTAINERS["hpsv2"][2], 1),
+        "pickscore": (lambda: hf_clip_shapes(), lambda w: w, 1),
+        "clip": (lambda: clip_shapes(rewards.vit_h_14(None)), lambda w: w, 1),
+        "imagereward": (lambda: imagereward_shapes(rewards.ImageRewardConfig()), lambda w: w, 1),
+        "viclip": (lambda: viclip_shapes(rewards.ViCLIPConfig()), CONTAINERS["viclip"][2], 8),
+        "internvideo2": (lambda: internvideo2_shapes(rewards.InternVideo2Config(), extra_layers=5),
+                         CONTAINERS["internvideo2"][2], 4)}
+
+
+def hf_clip_shapes():
+    size = dict(num_hidden_layers=24, hidden_size=1024, intermediate_size=4096, num_attention_heads=16, projection_dim=1024)
+    image = dict(num_hidden_layers=32, hidden_size=1280, intermediate_size=5120, num_attention_heads=16, patch_size=14)
+    with torch.device("meta"):
+        hf = transformers.CLIPModel(transformers.CLIPConfig(text_config=size, vision_config=image, projection_dim=1024))
+    return {key: tuple(p.shape) for key, p in hf.state_dict().items()}
+
+
+def full_size(name, folder):
+    shapes, wrap, frames = FULL[name]
+    noise = torch.randn(2 ** 22, dtype=torch.float16) * 0.02
+
+    def tensor(shape):
+        count = int(np.prod(shape))
+        return noise.repeat(-(-count // len(noise)))[:count].view(shape)
+
+    w = {key: 1 + tensor(shape) if "norm" in key.lower() or "ln_" in key else tensor(shape)
+         for key, shape in shapes().items()}
+    path = folder / rewards.RECIPES[name].source[1]
+    if path.suffix == ".safetensors":
+        save_file(w, path)
+    else:
+        torch.save(wrap(w), path)
+    del w
+    unused = [f"[unused{i}]" for i in range(100)]
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", *unused, *vocabulary()[6:]]), encoding="utf-8")
+    start = time.time()
+    reward = rewards.load(name, path, grad_checkpointing=True, frames=frames if frames > 1 else None)
+    loaded = time.time()
+    x = torch.rand(2, frames, 3, 320, 512, requires_grad=True)
+    score = reward(x, CAPTIONS)
+    score.sum().backward()
+    assert score.isfinite().all() and (score[0] - score[1]).abs() > 1e-6 and x.grad.isfinite().all() and x.grad.norm() > 0
+    path.unlink()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    print(f"{name}: load {loaded - start:.1f} s, score and gradient of two clips {time.time() - loaded:.1f} s, "
+          f"peak {peak:.1f} GiB, scores {score.tolist()}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_full_size(name, tmp_path, capfd):
+    command = [sys.executable, __file__, name, str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(Path(rewards.__file__).parent)})
+    assert done.returncode == 0, capfd.readouterr().err[-2000:]
+    with capfd.disabled():
+        print("\n" + capfd.readouterr().out.strip())
+
+
+if __name__ == "__main__":
+    full_size(sys.argv[1], Path(sys.argv[2]))
