@@ -34,6 +34,7 @@ class UNetConfig:
     fps: bool = False                       # VideoCrafter2 is told the frame rate
     guidance: bool = False                  # T2V-Turbo is told ω
     motion: bool = False                    # T2V-Turbo-v2 is told the strength of its motion guidance, too
+    groups: int = 32                        # of every group norm
     dropout: float = 0.0                    # in the temporal convolutions, in train mode; the teachers had 0.1
     spacetime: int = 0                      # toy only: width of SpaceTime, 0 = none
 
@@ -41,7 +42,7 @@ class UNetConfig:
 VC2 = UNetConfig(fps=True)
 MODELSCOPE = UNetConfig()
 SHAPES = UNetConfig(channels=32, mult=(2, 3), res_blocks=1, attention_levels=(0, 1), head_dim=32, context_dim=128,
-                    init_heads=1, spacetime=128)
+                    init_heads=1, groups=8, spacetime=128)
 
 
 # ---------------------------------------------------------------------------------------------- folds
@@ -69,17 +70,6 @@ def tokens_to_pixels(x, T, H, W):
 def per_frame(layer, x):
     """Apply an image layer to every frame of x (B, C, T, H, W)."""
     return batch_to_frames(layer(frames_to_batch(x)), x.shape[0])
-
-
-class GroupNorm(nn.GroupNorm):
-    """torch's, which for channels-last input on a CPU crawls where groups are only a few channels wide, as in the toy:
-    there two copies around the contiguous kernel are up to 5 times faster."""
-
-    def forward(self, x):
-        if x.device.type == "cpu" and self.num_channels < 4 * self.num_groups:
-            last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-            return super().forward(x.contiguous()).contiguous(memory_format=last)
-        return super().forward(x)
 
 
 def channels_last(module):
@@ -167,11 +157,11 @@ class FrameConv(nn.Module):
 class TemporalConv(nn.Module):
     """Four convolutions over three frames each, residual; normalised over all frames together."""
 
-    def __init__(self, channels, dropout):
+    def __init__(self, channels, dropout, groups):
         super().__init__()
 
         def layer(*drop):
-            return nn.Sequential(GroupNorm(32, channels), nn.SiLU(), *drop,
+            return nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), *drop,
                                  nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0)))
 
         self.conv1 = layer()
@@ -185,15 +175,15 @@ class TemporalConv(nn.Module):
 class ResBlock(nn.Module):
     """Two image convolutions with the timestep added between them, then TemporalConv."""
 
-    def __init__(self, cin, cout, emb_dim, dropout):
+    def __init__(self, cin, cout, emb_dim, dropout, groups):
         super().__init__()
-        self.norm1 = GroupNorm(32, cin)
+        self.norm1 = nn.GroupNorm(groups, cin)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         self.emb = nn.Linear(emb_dim, cout)
-        self.norm2 = GroupNorm(32, cout)
+        self.norm2 = nn.GroupNorm(groups, cout)
         self.conv2 = zero(nn.Conv2d(cout, cout, 3, padding=1))
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
-        self.temporal = TemporalConv(cout, dropout)
+        self.temporal = TemporalConv(cout, dropout, groups)
 
     def forward(self, x, emb, context):
         h = per_frame(lambda x: self.conv1(F.silu(self.norm1(x))), x)
@@ -266,12 +256,12 @@ class Transformer(nn.Module):
     """Self-attention, a second attention, feed-forward. Over "space" the second one reads the text; over "time" it is
     self-attention again, and so the text reaches time only through space."""
 
-    def __init__(self, channels, heads, head_dim, over, context_dim):
+    def __init__(self, channels, heads, head_dim, over, context_dim, groups):
         super().__init__()
         inner = heads * head_dim
         text = dict(over="text", context_dim=context_dim) if over == "space" else dict(over=over)
         self.over = over
-        self.norm = GroupNorm(32, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, inner)
         self.attn1 = Attention(inner, heads, head_dim, over)
         self.ff = GEGLU(inner)              # before attn2, as VideoCrafter2 has it: public LoRA files go by this order
@@ -303,10 +293,10 @@ def blocks(c):
     widths = [c.channels * m for m in c.mult]
 
     def res(cin, cout):
-        return ResBlock(cin, cout, 4 * c.channels, c.dropout)
+        return ResBlock(cin, cout, 4 * c.channels, c.dropout, c.groups)
 
     def attend(width):
-        return [Transformer(width, width // c.head_dim, c.head_dim, over, c.context_dim) for over in ("space", "time")]
+        return [Transformer(width, width // c.head_dim, c.head_dim, over, c.context_dim, c.groups) for over in ("space", "time")]
 
     down, skips = [[FrameConv(c.in_channels, c.channels)]], [c.channels]         # skips: widths, popped on the way up
     for level, width in enumerate(widths):
@@ -366,10 +356,10 @@ class UNet3D(nn.Module):
 
         down, middle, up = blocks(c)
         self.input_blocks = nn.ModuleList(Block(*layers) for layers in down)
-        self.init_attn = Block(Transformer(c.channels, c.init_heads, c.head_dim, "time", c.context_dim))
+        self.init_attn = Block(Transformer(c.channels, c.init_heads, c.head_dim, "time", c.context_dim, c.groups))
         self.middle_block = Block(*middle)
         self.output_blocks = nn.ModuleList(Block(*layers) for layers in up)
-        self.out = nn.Sequential(GroupNorm(32, c.channels * c.mult[0]), nn.SiLU(),
+        self.out = nn.Sequential(nn.GroupNorm(c.groups, c.channels * c.mult[0]), nn.SiLU(),
                                  zero(nn.Conv2d(c.channels * c.mult[0], c.in_channels, 3, padding=1)))
         channels_last(self)
 
@@ -447,6 +437,7 @@ class VAEConfig:
     mult: tuple = (1, 2, 4, 4)
     res_blocks: int = 2                     # per level of the encoder; one more in the decoder
     latent: int = 4
+    groups: int = 32                        # of every group norm
     scale: float = 0.18215                  # brings latents to unit variance
     patch: int = 1                          # toy only: pixels of a patch enter and leave as channels
 
@@ -456,15 +447,15 @@ class VAEConfig:
 
 
 KL_F8 = VAEConfig()
-SHAPES_VAE = VAEConfig(channels=32, mult=(1, 2), res_blocks=1, patch=4)
+SHAPES_VAE = VAEConfig(channels=48, mult=(1, 1), res_blocks=1, groups=8, patch=4)
 
 
 class VAEResBlock(nn.Module):
-    def __init__(self, cin, cout):
+    def __init__(self, cin, cout, groups):
         super().__init__()
-        self.norm1 = GroupNorm(32, cin, eps=1e-6)
+        self.norm1 = nn.GroupNorm(groups, cin, eps=1e-6)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2 = GroupNorm(32, cout, eps=1e-6)
+        self.norm2 = nn.GroupNorm(groups, cout, eps=1e-6)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
@@ -476,9 +467,9 @@ class VAEResBlock(nn.Module):
 class VAEAttention(nn.Module):
     """One head over all pixels of a frame."""
 
-    def __init__(self, width):
+    def __init__(self, width, groups):
         super().__init__()
-        self.norm = GroupNorm(32, width, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, x):
@@ -500,13 +491,14 @@ def vae_up(width):
     return dict(upsample=named(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(width, width, 3, padding=1)))
 
 
-def vae_level(cin, cout, count, resample):
-    blocks = [VAEResBlock(cin if i == 0 else cout, cout) for i in range(count)]
+def vae_level(cin, cout, count, groups, resample):
+    blocks = [VAEResBlock(cin if i == 0 else cout, cout, groups) for i in range(count)]
     return named(block=nn.Sequential(*blocks), **resample)
 
 
-def vae_middle(width):
-    return named(block_1=VAEResBlock(width, width), attn_1=VAEAttention(width), block_2=VAEResBlock(width, width))
+def vae_middle(width, groups):
+    return named(block_1=VAEResBlock(width, width, groups), attn_1=VAEAttention(width, groups),
+                 block_2=VAEResBlock(width, width, groups))
 
 
 class Encoder(nn.Module):
@@ -515,10 +507,10 @@ class Encoder(nn.Module):
         widths = [c.channels * m for m in c.mult]
         self.conv_in = nn.Conv2d(3 * c.patch ** 2, c.channels, 3, padding=1)
         self.down = nn.ModuleList(
-            vae_level(cin, cout, c.res_blocks, vae_down(cout) if i < len(widths) - 1 else {})
+            vae_level(cin, cout, c.res_blocks, c.groups, vae_down(cout) if i < len(widths) - 1 else {})
             for i, (cin, cout) in enumerate(zip([c.channels] + widths[:-1], widths, strict=True)))
-        self.mid = vae_middle(widths[-1])
-        self.norm_out = GroupNorm(32, widths[-1], eps=1e-6)
+        self.mid = vae_middle(widths[-1], c.groups)
+        self.norm_out = nn.GroupNorm(c.groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent, 3, padding=1)
 
     def forward(self, x):
@@ -533,11 +525,11 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [c.channels * m for m in c.mult]
         self.conv_in = nn.Conv2d(c.latent, widths[-1], 3, padding=1)
-        self.mid = vae_middle(widths[-1])
+        self.mid = vae_middle(widths[-1], c.groups)
         self.up = nn.ModuleList(                            # up.0 is the finest level and runs last
-            vae_level(cin, cout, c.res_blocks + 1, vae_up(cout) if i > 0 else {})
+            vae_level(cin, cout, c.res_blocks + 1, c.groups, vae_up(cout) if i > 0 else {})
             for i, (cin, cout) in enumerate(zip(widths[1:] + widths[-1:], widths, strict=True)))
-        self.norm_out = GroupNorm(32, widths[0], eps=1e-6)
+        self.norm_out = nn.GroupNorm(c.groups, widths[0], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3 * c.patch ** 2, 3, padding=1)
 
     def forward(self, z):

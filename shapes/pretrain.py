@@ -38,9 +38,9 @@ class Config:
     all: bool = False                   # all stages in their order
     out: str = "runs/shapes"            # folder for weights, logs and checkpoints
     seed: int = 0                       # of initial weights and of every batch
-    vae_steps: int = 1600               # batches of 64 frames
-    clip_steps: int = 3000              # batches of 128 frames and captions
-    viclip_steps: int = 1500            # batches of 64 clips and captions
+    vae_steps: int = 1500               # batches of 64 frames
+    clip_steps: int = 1200              # batches of 64 frames and captions
+    viclip_steps: int = 1200            # batches of 64 clips and captions
     teacher_steps: int = 3000           # batches of 16 clips
     lr: float = 1e-3                    # peak, after 5 % of the steps; falls to 2 % of it as a cosine
     save_every: int = 100               # steps between checkpoints
@@ -134,7 +134,7 @@ def vae(config: Config) -> None:
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
         error = network.decode(z * network.config.scale) - clips
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-        return error.abs().mean() + (error ** 2).mean() + 1e-3 * kl, dict(l1=error.detach().abs().mean(), kl=kl.detach())
+        return error.abs().mean() + (error ** 2).mean() + 1e-4 * kl, dict(l1=error.detach().abs().mean(), kl=kl.detach())
 
     fit("vae", network, loss_of, config.vae_steps, config)
     with torch.no_grad():
@@ -154,8 +154,8 @@ def clip(config: Config) -> None:
     network = open_clip.CLIP(CLIP["embed_dim"], CLIP["vision_cfg"], CLIP["text_cfg"]).to(config.device)
 
     def loss_of(rng):
-        clips, captions = draw(rng, 128, 2, "colour shape")
-        frames = clips[torch.arange(128), :, [rng.randrange(2) for _ in range(128)]].to(config.device)
+        clips, captions = draw(rng, 64, 2, "colour shape")
+        frames = clips[torch.arange(64), :, [rng.randrange(2) for _ in range(64)]].to(config.device)
         with torch.autocast(config.device, torch.bfloat16):
             images, texts = network.encode_image(frames), network.encode_text(world.tokenize(captions).to(config.device))
         return contrast(images, texts, network.logit_scale)
