@@ -257,12 +257,16 @@ def lora_to_list(lora, config):
     return [matrix.detach().float().cpu().contiguous() for name in order for matrix in lora[name]]
 
 
-def lora_from_dict(tensors, config, source):
+def split_lora(tensors):
     """{layer.up: ..., layer.down: ...}, as in our own files -> {layer: (up, down)}"""
-    lora = {key[:-3]: (tensors[key], tensors.get(key[:-2] + "down")) for key in tensors if key.endswith(".up")}
-    if 2 * len(lora) != len(tensors) or any(down is None for _, down in lora.values()):
-        raise ValueError(f"{source}: not a LoRA file: not all of its tensors are pairs NAME.up, NAME.down")
-    return check_lora(lora, config, source)
+    return {key[:-3]: (tensors[key], tensors[key[:-2] + "down"]) for key in tensors if key.endswith(".up")}
+
+
+def lora_from_dict(tensors, config, source):
+    """Our own files' LoRA -> {layer: (up, down)}, checked."""
+    if {key.rpartition(".")[0] + end for key in tensors for end in (".up", ".down")} != set(tensors):
+        raise ValueError(f"{source}: not a LoRA file: its tensors are not pairs NAME.up, NAME.down")
+    return check_lora(split_lora(tensors), config, source)
 
 
 def read_lora(path, config):
