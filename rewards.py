@@ -9,16 +9,13 @@ with `text`, which sees the captions alone, and `score`; their files; and `Rewar
 
 B clips, T frames, H W pixels, S side of the model's square input, N patches of a frame, L tokens, D width, E features.
 """
-import json
 import math
-import pickle
 import re
 import sys
 import unicodedata
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from itertools import pairwise
@@ -28,10 +25,10 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import SimpleTokenizer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from weights import huggingface_text, read_checkpoint, read_tensors, rename
 
 
 # ------------------------------------------------------------------ clips: (B, T, 3, H, W) -> (B, T, 3, S, S), float32
@@ -132,16 +129,16 @@ class WordPiece:
         return pieces or ["[UNK]"]
 
 
-def is_punctuation(c):
-    """Unicode's, and what else of ASCII is neither letter, digit nor space ($ + < = > ^ ` | ~ are no P in Unicode)."""
-    return unicodedata.category(c)[0] == "P" or (33 <= ord(c) <= 126 and not c.isalnum())
+CJK = [(0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2CEAF), (0x2F800, 0x2FA1F)]
 
 
 def is_chinese(c):
-    """The CJK ideographs; Japanese kana and Korean are written with spaces or treated as if."""
-    blocks = [(0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
-              (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)]
-    return ord(c) >= 0x3400 and any(first <= ord(c) <= last for first, last in blocks)
+    return c >= "\u3400" and any(first <= ord(c) <= last for first, last in CJK)
+
+
+def is_punctuation(c):
+    """Unicode's, and the symbols of ASCII ($ + < = > ^ ` | ~)."""
+    return unicodedata.category(c)[0] == "P" or ("!" <= c <= "~" and not c.isalnum())
 
 
 # ------------------------------------------------------------------ parts that the transformers share
@@ -149,19 +146,12 @@ class LayerNorm(nn.LayerNorm):
     """In float32, whatever the dtype of the tokens; its parameters stay float32 too (see `freeze`)."""
 
     def forward(self, x):
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+        return super().forward(x.float()).to(x.dtype)
 
 
-class RMSNorm(nn.Module):
-    """LayerNorm without mean and bias."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        y = x.float()
-        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6) * self.weight).to(x.dtype)
+        return super().forward(x.float()).to(x.dtype)
 
 
 class LayerScale(nn.Module):
@@ -180,7 +170,7 @@ class Float32Linear(nn.Linear):
         return super().forward(x.float())
 
 
-FLOAT32 = (nn.LayerNorm, RMSNorm, LayerScale, Float32Linear)         # these keep float32 parameters in a bf16 model
+FLOAT32 = (nn.LayerNorm, RMSNorm, LayerScale, Float32Linear)        # these keep float32 parameters in a bf16 model
 
 
 class QuickGELU(nn.Module):
@@ -230,9 +220,9 @@ class InternVideo2Block(Block):
     The tanh GELU is the one of the fused kernel that InternVideo2 was trained with."""
 
     def __init__(self, width, heads, hidden):
-        super().__init__(width, heads, hidden, act=partial(nn.GELU, "tanh"), norm=RMSNorm)
+        super().__init__(width, heads, hidden, act=partial(nn.GELU, "tanh"), norm=partial(RMSNorm, eps=1e-6))
         self.attn.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.attn.q_norm, self.attn.k_norm = RMSNorm(width), RMSNorm(width)
+        self.attn.q_norm, self.attn.k_norm = RMSNorm(width, eps=1e-6), RMSNorm(width, eps=1e-6)
         self.ls1, self.ls2 = LayerScale(width), LayerScale(width)
 
 
@@ -261,9 +251,10 @@ def cosine(a, b):
 class CLIP(open_clip.CLIP):
     """open_clip's, with its own configuration: {"embed_dim": E, "vision_cfg": {...}, "text_cfg": {...}}."""
 
+    fields = ("embed_dim", "vision_cfg", "text_cfg")
+
     def __init__(self, config: dict):
-        keys = ("embed_dim", "vision_cfg", "text_cfg")
-        super().__init__(*(config[key] for key in keys), cast_dtype=torch.bfloat16)         # norms in float32
+        super().__init__(*(config[key] for key in self.fields), cast_dtype=torch.bfloat16)      # norms in float32
         self.image_size, self.frames = config["vision_cfg"]["image_size"], None
 
     def text(self, ids):
@@ -330,7 +321,7 @@ class TextTower(nn.Module):
 
     def forward(self, ids):
         x = self.blocks(self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]])
-        return self.ln_final(x)[torch.arange(len(ids)), ids.argmax(dim=1)] @ self.text_projection
+        return self.ln_final(x)[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)] @ self.text_projection
 
 
 class ViCLIP(nn.Module):
@@ -365,15 +356,6 @@ class ViCLIP(nn.Module):
 
     def score(self, frames, text):
         return cosine(self.encode_video(frames), text)
-
-    def save(self, path):
-        save_file(self.state_dict(), path, metadata={"config": json.dumps(asdict(self.config))})
-
-    @classmethod
-    def from_file(cls, path, device="cpu"):
-        """A file of `save`: the configuration stands in its header."""
-        weights, config = read(path)
-        return build(cls, ViCLIPConfig(**config), weights, path).to(device)
 
 
 # ------------------------------------------------------------------ BERT, BLIP's ViT and ImageReward
@@ -547,22 +529,12 @@ def stretch(table, frames, N):
 
 
 # ------------------------------------------------------------------ files: public names -> ours, strictly
-def rename(weights, table):
-    for pattern, ours in table:
-        weights = {re.sub(pattern, ours, key): w for key, w in weights.items()}
-    return {key: w.squeeze(2) if w.ndim == 5 else w for key, w in weights.items()}      # Conv3d over one frame = Conv2d
-
-
-HF_CLIP = [
-    (r"^text_model\.embeddings\.token_embedding", "token_embedding"),
-    (r"^text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
-    (r"^text_model\.final_layer_norm", "ln_final"), (r"^text_model\.encoder", "transformer"),
+HUGGINGFACE_VISION = [
     (r"^vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"),
     (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"), (r"^vision_model\.embeddings\.", "visual."),
     (r"^vision_model\.pre_layrnorm", "visual.ln_pre"), (r"^vision_model\.post_layernorm", "visual.ln_post"),
-    (r"^vision_model\.encoder", "visual.transformer"), (r"\.layers\.", ".resblocks."), (r"\.layer_norm", ".ln_"),
-    (r"\.self_attn\.", ".attn."), (r"\.mlp\.fc1", ".mlp.c_fc"), (r"\.mlp\.fc2", ".mlp.c_proj"),
-    (r"^visual_projection\.weight", "visual.proj"), (r"^text_projection\.weight", "text_projection")]
+    (r"^vision_model\.encoder\.layers", "visual.transformer.resblocks"),
+    (r"^(visual)_projection\.weight", r"\1.proj"), (r"^(text_projection)\.weight", r"\1")]
 VICLIP = [
     (r"transformer\.resblocks", "blocks"), (r"\.ln_(\d)", r".norm\1"), (r"\.attn\.in_proj_", ".attn.qkv."),
     (r"\.attn\.out_proj", ".attn.proj"), (r"\.mlp\.c_fc", ".mlp.fc1"), (r"\.mlp\.c_proj", ".mlp.fc2")]
@@ -581,13 +553,10 @@ INTERNVIDEO2 = [
 
 
 def from_clip(weights, config):
-    """open_clip's names, or those of transformers' CLIPModel, which keeps q, k, v apart and projections transposed."""
+    """open_clip's names, or those of transformers' CLIPModel, which also transposes the projections."""
     if not any(key.startswith("vision_model.") for key in weights):
         return weights
-    weights = rename(weights, HF_CLIP)
-    for key in [key for key in weights if ".attn.q_proj." in key]:
-        qkv = [weights.pop(key.replace("q_proj", f"{part}_proj")) for part in "qkv"]
-        weights[key.replace("q_proj.", "in_proj_")] = torch.cat(qkv)
+    weights = huggingface_text(rename(weights, HUGGINGFACE_VISION))
     return {key: w.T if key in ("visual.proj", "text_projection") else w for key, w in weights.items()}
 
 
@@ -600,21 +569,16 @@ def from_internvideo2(weights, config):
 
 
 def read(path):
-    """A .safetensors file or one of torch.save, out of whatever it is wrapped in -> (name -> tensor, configuration)."""
-    try:
-        if str(path).endswith(".safetensors"):
-            with safe_open(path, "pt") as file:
-                config = json.loads((file.metadata() or {}).get("config", "null"))
-                return {key: file.get_tensor(key) for key in file.keys()}, config
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, pickle.UnpicklingError, OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).split("\n")[0].split(". ")[0]
-        raise ValueError(f"{path} cannot be read as a file of weights ({reason}); fetch it again") from error
-    for wrapper in ("state_dict", "module", "model"):               # HPS, InternVideo2, ViCLIP
-        weights = weights[wrapper] if isinstance(weights, dict) and wrapper in weights else weights
-    if not isinstance(weights, dict):
-        raise ValueError(f"{path} holds a {type(weights).__name__}, not named tensors; is it a reward model?")
-    return {key.removeprefix("module."): w for key, w in weights.items() if isinstance(w, torch.Tensor)}, None
+    """A weights file, out of whatever it is wrapped in -> ({public name: tensor}, configuration in the header)."""
+    if path.suffix == ".safetensors":
+        return read_checkpoint(path)
+    content = read_tensors(path)
+    for wrapper in ("module", "model"):                             # InternVideo2, ViCLIP
+        content = content[wrapper] if isinstance(content, dict) and wrapper in content else content
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors; is it a reward model?")
+    content = {key.removeprefix("module."): w for key, w in content.items() if isinstance(w, torch.Tensor)}     # HPS
+    return {key: w.squeeze(2) if w.ndim == 5 else w for key, w in content.items()}, {}      # Conv3d over single frames
 
 
 def build(model_class, config, weights, path):
@@ -662,8 +626,8 @@ class Recipe:
     config: Callable                                                # configuration in the file's header -> of the model
     view: Callable                                                  # fits clips to the model's input
     pixels: tuple                                                   # their mean and standard deviation
-    source: tuple = ()                                              # repository and file
-    convert: Callable = lambda weights, config: weights
+    source: tuple = ()                                              # public repository and file
+    convert: Callable = lambda weights, config: weights             # public names -> ours
     tokenizer: Callable | None = None                               # path of the weights -> tokenizer
 
 
@@ -674,30 +638,33 @@ def bpe(length):
 def wordpiece(repository, **options):
     """`vocab.txt` beside the weights, else from `repository`."""
     def make(path):
-        beside = Path(path).parent / "vocab.txt"
+        beside = path.parent / "vocab.txt"
         return WordPiece(beside if beside.exists() else download(repository, "vocab.txt"), **options)
     return make
 
 
-def vit_h_14(header):
-    return open_clip.get_model_config("ViT-H-14")
+def vit_h_14(view, *source):
+    def config(header):
+        return open_clip.get_model_config("ViT-H-14")
+    return Recipe(CLIP, config, view, CLIP_PIXELS, source, from_clip, bpe(77))
 
 
 RECIPES = {
-    "hpsv2": Recipe(CLIP, vit_h_14, pad, CLIP_PIXELS, ("xswu/HPSv2", "HPS_v2.1_compressed.pt"), from_clip, bpe(77)),
-    "pickscore": Recipe(CLIP, vit_h_14, squash, CLIP_PIXELS, ("yuvalkirstain/PickScore_v1", "model.safetensors"),
-                        from_clip, bpe(77)),
-    "clip": Recipe(CLIP, vit_h_14, squash, CLIP_PIXELS,
-                   ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_pytorch_model.bin"), from_clip, bpe(77)),
-    "imagereward": Recipe(ImageReward, lambda header: ImageRewardConfig(), centre, CLIP_PIXELS,
-                          ("THUDM/ImageReward", "ImageReward.pt"), lambda w, c: rename(w, IMAGEREWARD),
-                          wordpiece("google-bert/bert-base-uncased", length=35, extra=("[DEC]", "[ENC]"))),
-    "viclip": Recipe(ViCLIP, lambda header: ViCLIPConfig(), window, IMAGENET_PIXELS,
-                     ("OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth"), lambda w, c: rename(w, VICLIP), bpe(32)),
-    "internvideo2": Recipe(InternVideo2, lambda header: InternVideo2Config(), window, IMAGENET_PIXELS,
-                           ("OpenGVLab/InternVideo2-Stage2_1B-224p-f4", "InternVideo2-stage2_1b-224p-f4.pt"),
-                           from_internvideo2, wordpiece("google-bert/bert-large-uncased", length=40, sep=False)),
-    "shapes-clip": Recipe(CLIP, lambda header: header, squash, TOY_PIXELS),
+    "hpsv2": vit_h_14(pad, "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
+    "pickscore": vit_h_14(squash, "yuvalkirstain/PickScore_v1", "model.safetensors"),
+    "clip": vit_h_14(squash, "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_pytorch_model.bin"),
+    "imagereward": Recipe(
+        ImageReward, lambda header: ImageRewardConfig(), centre, CLIP_PIXELS, ("THUDM/ImageReward", "ImageReward.pt"),
+        lambda weights, config: rename(weights, IMAGEREWARD),
+        wordpiece("google-bert/bert-base-uncased", length=35, extra=("[DEC]", "[ENC]"))),
+    "viclip": Recipe(
+        ViCLIP, lambda header: ViCLIPConfig(), window, IMAGENET_PIXELS,
+        ("OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth"), lambda weights, config: rename(weights, VICLIP), bpe(32)),
+    "internvideo2": Recipe(
+        InternVideo2, lambda header: InternVideo2Config(), window, IMAGENET_PIXELS,
+        ("OpenGVLab/InternVideo2-Stage2_1B-224p-f4", "InternVideo2-stage2_1b-224p-f4.pt"),
+        from_internvideo2, wordpiece("google-bert/bert-large-uncased", length=40, sep=False)),
+    "shapes-clip": Recipe(CLIP, lambda header: {key: header[key] for key in CLIP.fields}, squash, TOY_PIXELS),
     "shapes-viclip": Recipe(ViCLIP, lambda header: ViCLIPConfig(**header), squash, TOY_PIXELS)}
 
 
@@ -744,15 +711,16 @@ def load(name, path=None, device="cpu", dtype=None, tokenizer=None, frames=None,
     recipe = RECIPES[known(name)]
     path, device = find(recipe, path), torch.device(device)
     weights, header = read(path)
-    if config is None and recipe.tokenizer is None and header is None:
-        raise ValueError(f"{path} has no configuration in its header: not a file of {name}")
-    config = config or recipe.config(header)
+    try:
+        config = config or recipe.config(header)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a file of {name}: its header says {header}") from error
     if frames and recipe.model is InternVideo2:
         config = replace(config, frames=frames)
     model = build(recipe.model, config, recipe.convert(weights, config), path)
     if frames and frames != (model.frames or frames):
         raise ValueError(f"{name} takes {model.frames} frames, not {frames}")
-    if tokenizer is None and recipe.tokenizer is None:
+    if not (tokenizer or recipe.tokenizer):
         raise ValueError(f"{name} needs the toy's tokenizer")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     reward = Reward(name, freeze(model, device, dtype), tokenizer or recipe.tokenizer(path), generator)

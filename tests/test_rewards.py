@@ -1,7 +1,7 @@
 """Rewards against transformers, against numbers of the original code, and against what gradients have to be.
 
-The reference numbers come from the original models (T2V-Turbo's ViCLIP and InternVideo2, ImageReward's BLIP) run in float64
-on `weights(shapes)`, which anyone can draw again: no weight file is needed.
+The reference numbers come from the original models (T2V-Turbo's ViCLIP and InternVideo2, ImageReward's BLIP), run in
+float64 on `weights(shapes)`, which anyone can draw again: no weight file is needed.
 """
 import json
 import os
@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -83,9 +84,9 @@ def bert_shapes(p, c, layers=None, fusion=0):
                    {e + "token_type_embeddings.weight": (2, D)} if c.token_types else {})
     for i in range(layers or c.layers):
         r = f"{p}encoder.layer.{i}."
+        cross = bert_attention(r + "crossattention.", D, c.image_width) if i >= fusion and c.image_width else {}
         shapes |= merge(bert_attention(r + "attention.", D, D), linear(r + "intermediate.dense", D, c.hidden),
-                        linear(r + "output.dense", c.hidden, D), norm(r + "output.LayerNorm", D),
-                        bert_attention(r + "crossattention.", D, c.image_width) if i >= fusion and c.image_width else {})
+                        linear(r + "output.dense", c.hidden, D), norm(r + "output.LayerNorm", D), cross)
     return shapes
 
 
@@ -99,7 +100,8 @@ def imagereward_shapes(c):
     for i in range(v.layers):
         r = f"{p}blocks.{i}."
         shapes |= merge(norm(r + "norm1", D), norm(r + "norm2", D), linear(r + "attn.qkv", D, 3 * D),
-                        linear(r + "attn.proj", D, D), linear(r + "mlp.fc1", D, v.hidden), linear(r + "mlp.fc2", v.hidden, D))
+                        linear(r + "attn.proj", D, D),
+                        linear(r + "mlp.fc1", D, v.hidden), linear(r + "mlp.fc2", v.hidden, D))
     sizes = [c.bert.width, 1024, 128, 64, 16, 1]
     return merge(shapes, *(linear(f"mlp.layers.{j}", sizes[i], sizes[i + 1]) for i, j in enumerate((0, 2, 4, 6, 7))))
 
@@ -108,8 +110,8 @@ def internvideo2_shapes(c, frames=4, extra_layers=1):
     """What is used, and of what is not: BERT's last layers and one other."""
     v, p = c.vit, "vision_encoder."
     D, N, q = v.width, (v.image_size // v.patch) ** 2, p + "clip_projector."
-    shapes = merge({p + "cls_token": (1, 1, D), p + "pos_embed": (1, 1 + frames * N, D), p + "patch_embed.proj.bias": (D,),
-                    p + "patch_embed.proj.weight": (D, 3, 1, v.patch, v.patch), p + "img_pos_embed": (1, 1 + N, D)})
+    shapes = {p + "cls_token": (1, 1, D), p + "pos_embed": (1, 1 + frames * N, D), p + "img_pos_embed": (1, 1 + N, D),
+              p + "patch_embed.proj.weight": (D, 3, 1, v.patch, v.patch), p + "patch_embed.proj.bias": (D,)}
     for i in range(v.layers):
         r = f"{p}blocks.{i}."
         shapes |= merge({r + name: (D,) for name in ("norm1.weight", "norm2.weight", "attn.q_norm.weight",
@@ -119,15 +121,15 @@ def internvideo2_shapes(c, frames=4, extra_layers=1):
     shapes |= merge(*(norm(f"{q}norm1_{x}", D) for x in "qkv"), {f"{q}cross_attn.{x}_bias": (D,) for x in "qkv"},
                     *(linear(f"{q}cross_attn.{x}", D, D, bias=False) for x in "qkv"),
                     linear(q + "cross_attn.proj", D, c.pool_dim))
-    bert = rewards.replace(c.bert, image_width=D)
+    bert = replace(c.bert, image_width=D)
     return merge(shapes, bert_shapes("text_encoder.bert.", bert, c.bert.layers + extra_layers, fusion=c.bert.layers),
                  linear("vision_proj", c.pool_dim, c.embed_dim), linear("text_proj", c.bert.width, c.embed_dim),
                  {"temp": ()})
 
 
 def weights(shapes, seed=0):
-    """Random weights at which every part of a model matters: in order of the names, norms near one, the rest of variance
-    1 / fan-in."""
+    """Random weights at which every part of a model matters, in order of the names: norms near one, the rest of
+    variance 1 / fan-in."""
     generator, out = np.random.default_rng(seed), {}
     for key in sorted(shapes):
         w = generator.standard_normal(shapes[key])
@@ -141,11 +143,14 @@ def weights(shapes, seed=0):
 
 
 # ------------------------------------------------------------------ small models
-VICLIP = rewards.ViCLIPConfig(image_size=28, patch=14, frames=8, width=64, layers=2, heads=4, embed_dim=24, text_width=32,
-                              text_layers=2, text_heads=2, context_length=12, vocab_size=50)
+VICLIP = rewards.ViCLIPConfig(image_size=28, patch=14, frames=8, width=64, layers=2, heads=4, embed_dim=24,
+                              text_width=32, text_layers=2, text_heads=2, context_length=12, vocab_size=50)
 VIT = rewards.ViTConfig(image_size=28, patch=14, width=64, layers=2, heads=4, hidden=160)
 IMAGEREWARD = rewards.ImageRewardConfig(VIT, rewards.BERTConfig(60, 32, 2, 4, 80, image_width=64))
-INTERNVIDEO2 = rewards.InternVideo2Config(VIT, rewards.BERTConfig(60, 32, 3, 4, 80, token_types=2), pool_dim=48, embed_dim=24)
+INTERNVIDEO2 = rewards.InternVideo2Config(VIT, rewards.BERTConfig(60, 32, 3, 4, 80, token_types=2), 48, 24)
+
+
+CAPTIONS = ["a red square", "two blue circles that move apart"]
 
 
 def clips(T=8, H=40, W=64, B=2):
@@ -154,14 +159,13 @@ def clips(T=8, H=40, W=64, B=2):
 
 def clip_ids(captions):
     """As CLIP's tokenizer lays them out: start 1, words, end = the highest id, zeros."""
-    return torch.tensor([[1, 5, 9, 17, 49, 0, 0, 0, 0, 0, 0, 0], [1, 33, 12, 8, 4, 21, 7, 49, 0, 0, 0, 0]])[:len(captions)]
+    ids = torch.tensor([[1, 5, 9, 17, 49, 0, 0, 0, 0, 0, 0, 0], [1, 33, 12, 8, 4, 21, 7, 49, 0, 0, 0, 0]])
+    return ids[[CAPTIONS.index(caption) for caption in captions]]
 
 
 def bert_ids(captions):
-    return torch.tensor([[2, 15, 41, 7, 3, 0, 0, 0, 0], [2, 22, 8, 9, 30, 31, 59, 3, 0]])[:len(captions)]
-
-
-CAPTIONS = ["a red square", "two blue circles that move apart"]
+    ids = torch.tensor([[2, 15, 41, 7, 3, 0, 0, 0, 0], [2, 22, 8, 9, 30, 31, 59, 3, 0]])
+    return ids[[CAPTIONS.index(caption) for caption in captions]]
 
 
 # ------------------------------------------------------------------ their files
@@ -170,9 +174,9 @@ def clip_config():
             "text_cfg": dict(context_length=12, vocab_size=50, width=32, heads=2, layers=2)}
 
 
-CONTAINERS = {      # name -> (configuration, shapes, what the public file wraps its tensors in, tokenizer)
-    "hpsv2": (clip_config(), clip_shapes, lambda w: {"epoch": 1, "state_dict": {f"module.{k}": p for k, p in w.items()}},
-              clip_ids),
+CONTAINERS = {      # name: (configuration, shapes, what the public file wraps its tensors in, tokenizer)
+    "hpsv2": (clip_config(), clip_shapes,
+              lambda w: {"epoch": 1, "state_dict": {f"module.{k}": p for k, p in w.items()}}, clip_ids),
     "clip": (clip_config(), clip_shapes, lambda w: w, clip_ids),
     "imagereward": (IMAGEREWARD, imagereward_shapes, lambda w: w, bert_ids),
     "viclip": (VICLIP, viclip_shapes, lambda w: {"model": w}, clip_ids),
@@ -234,8 +238,8 @@ def small_hf_clip():
     config = transformers.CLIPConfig(
         text_config=dict(common, hidden_size=32, intermediate_size=128, num_attention_heads=2, vocab_size=50,
                          max_position_embeddings=12, eos_token_id=49, bos_token_id=1, pad_token_id=0),
-        vision_config=dict(common, hidden_size=64, intermediate_size=256, num_attention_heads=4, image_size=28, patch_size=14),
-        projection_dim=24)
+        vision_config=dict(common, hidden_size=64, intermediate_size=256, num_attention_heads=4, image_size=28,
+                           patch_size=14), projection_dim=24)
     hf = transformers.CLIPModel(config).eval()
     shapes = {key: tuple(p.shape) for key, p in hf.state_dict().items()}
     hf.load_state_dict({**hf.state_dict(), **weights(shapes)})
@@ -243,7 +247,7 @@ def small_hf_clip():
 
 
 def test_clip_is_transformers_clip(tmp_path):
-    """The folder of a CLIPModel, as PickScore's: names, projections, pairing of frames and captions, pixels' gradient."""
+    """The folder of a CLIPModel, as PickScore's: names, projections, pairing of frames and captions, gradient."""
     hf = small_hf_clip()
     hf.save_pretrained(tmp_path)
     reward = rewards.load("pickscore", tmp_path, config=clip_config(), tokenizer=clip_ids)
@@ -286,8 +290,9 @@ def test_blip_is_transformers_blip():
         hidden_act="gelu", layer_norm_eps=1e-6)).eval()
     w = weights({key: tuple(p.shape) for key, p in hf.state_dict().items()})
     hf.load_state_dict(w)
-    table = [(r"^embeddings\.class_embedding", "vision.cls_token"), (r"^embeddings\.position_embedding", "vision.pos_embed"),
-             (r"^embeddings\.patch_embedding", "vision.patch_embed"), (r"^encoder\.layers", "vision.blocks"),
+    table = [(r"^embeddings\.class_embedding", "vision.cls_token"), (r"^encoder\.layers", "vision.blocks"),
+             (r"^embeddings\.position_embedding", "vision.pos_embed"),
+             (r"^embeddings\.patch_embedding", "vision.patch_embed"),
              (r"self_attn\.qkv", "attn.qkv"), (r"self_attn\.projection", "attn.proj"), (r"layer_norm", "norm"),
              (r"^post_layernorm", "norm")]
     model = rewards.ImageReward(IMAGEREWARD)
@@ -310,15 +315,18 @@ def vocabulary():
 
 
 def strings():
-    fixed = ["", " ", "a", "A red circle.", "Naïve café über", "don't stop-running!", "x" * 100, "x" * 101, "word " * 60,
-             "the " * 200, "中文字 and 中", "한국", "あいうアイ", "İstanbul ŁØß Æ", "e\u0301 u\u0308ber", "tab\tnew\nline\r",
-             "zero\u200bwidth", "bell\x07bell", "nul\x00nul", "\ufffdreplacement", "no\u00a0break\u2003space", "100% $5 + 3 = ~8",
-             "[SEP] and [MASK] in a text", "[unused1] [cls]", "ａｂｃ ｆｕｌｌｗｉｄｔｈ", "ﬁne ligature", "👍🏽 emoji 😀", "𝒜 math",
-             "«quotes» “curly” ‘single’ … – —", "ΑΒΓ Σας", "Дети", "¿qué? ¡sí!", "a\u0300\u0301\u0302", "#hash @at", "__init__",
-             "naïve-café/über", "\u2028separator", "\u0085next", "soft\u00adhyphen", "1st 2nd 20th 2024", "ẞ ǆ ŉ", "\U00020000 \uf900",
-             "\ud7a3", "caf\u00e9" * 30, "unrunningly", "RE-PLAYable", "``code``", "a|b~c^d", "\t", "।॥ ؟،", "नमस्ते", "สวัสดี", "ﷺ"]
+    fixed = [
+        "", " ", "\t", "a", "A red circle.", "Naïve café über", "don't stop-running!", "x" * 100, "x" * 101,
+        "word " * 60, "the " * 200, "café" * 30, "unrunningly", "RE-PLAYable", "``code``", "a|b~c^d", "#hash @at",
+        "中文字 and 中", "한국", "あいうアイ", "\U00020000 \uf900", "\ud7a3", "İstanbul ŁØß Æ", "ẞ ǆ ŉ", "ﬁne ligature",
+        "e\u0301 u\u0308ber", "a\u0300\u0301\u0302", "naïve-café/über", "ΑΒΓ Σας", "Дети", "ａｂｃ", "𝒜 math",
+        "tab\tnew\nline\r", "zero\u200bwidth", "bell\x07bell", "nul\x00nul", "\ufffdreplacement", "soft\u00adhyphen",
+        "no\u00a0break\u2003space", "\u2028separator", "\u0085next", "100% $5 + 3 = ~8", "1st 2nd 20th 2024", "__init__",
+        "[SEP] and [MASK] in a text", "[unused1] [cls]", "👍🏽 emoji 😀", "«quotes» “curly” ‘single’ … – —",
+        "¿qué? ¡sí!", "।॥ ؟،", "नमस्ते", "สวัสดี", "ﷺ"]
     rng = np.random.default_rng(4)
-    pool = list("abcdefgh aeiou  REDCAT.,'!?-#é̈üñçßИи中文あ가ａ😀\t\u00a0\u200b123[]$") + ["the ", "running", " red", "##", "un"]
+    pool = list("abcdefgh aeiou  REDCAT.,'!?-#é̈üñçßИи中文あ가ａ😀\t\u00a0\u200b123[]$")
+    pool += ["the ", "running", " red", "##", "un"]
     return fixed + ["".join(rng.choice(pool, rng.integers(1, 60))) for _ in range(400)]
 
 
@@ -360,7 +368,8 @@ def torchvision_views(x, S):
     h, w = S - side[0], S - side[1]
     bars = tv.pad(tv.resize(x, side, BICUBIC), [w // 2, h // 2, w - w // 2, h - h // 2])
     shorter = tv.resize(x, [round(n * S / min(H, W)) for n in (H, W)], BICUBIC)
-    return {rewards.pad: bars, rewards.squash: tv.resize(x, [S, S], BICUBIC), rewards.window: tv.center_crop(shorter, [S, S]),
+    return {rewards.pad: bars, rewards.squash: tv.resize(x, [S, S], BICUBIC),
+            rewards.window: tv.center_crop(shorter, [S, S]),
             rewards.centre: tv.center_crop(tv.resize(x, S, BICUBIC), [S, S])}
 
 
@@ -403,8 +412,7 @@ def test_each_clip_meets_its_own_caption(load, name):
 def test_the_gradient_is_the_gradient(load, name):
     reward, x = load(name), clips()
     score, gradient = score_and_gradient(reward, x)
-    b, t, c, i, j = np.unravel_index(gradient[:, :, :, 15:25, 25:40].abs().argmax(), gradient[:, :, :, 15:25, 25:40].shape)
-    at, step = (b, t, c, i + 15, j + 25), 0.05
+    at, step = np.unravel_index(gradient.abs().argmax(), gradient.shape), 0.05
     plus, minus = x.clone(), x.clone()
     plus[at] += step
     minus[at] -= step
@@ -479,39 +487,39 @@ def test_cache_forgets_before_it_fills_the_memory(load):
 
 # ------------------------------------------------------------------ the toy's pair
 def test_toy_files(tmp_path):
-    config = clip_config()
-    clip = rewards.CLIP(config)
-    save_file(clip.state_dict(), tmp_path / "clip.safetensors", metadata={"config": json.dumps({**config, "image_size": 28})})
-    viclip = rewards.ViCLIP(VICLIP)
-    viclip.save(tmp_path / "viclip.safetensors")
-    mean = torch.tensor(0.5)
-    for x in (clips(H=28, W=28), clips(H=40, W=64)):
-        pixels = (rewards.squash(x, 28) - mean) / mean
-        image = rewards.load("shapes-clip", tmp_path / "clip.safetensors", tokenizer=clip_ids)
-        frames = clip.encode_image(pixels.flatten(0, 1)).view(2, 8, -1)
-        close(image(x, CAPTIONS), F.cosine_similarity(frames, clip.encode_text(clip_ids(CAPTIONS))[:, None], dim=-1).mean(1))
-        video = rewards.load("shapes-viclip", tmp_path / "viclip.safetensors", tokenizer=clip_ids)
-        close(video(x, CAPTIONS),
-              F.cosine_similarity(viclip.encode_video(pixels), viclip.encode_text(clip_ids(CAPTIONS))).detach())
+    """Their configuration stands in the header; pixels are squashed where they must be."""
+    clip, viclip = rewards.CLIP(clip_config()).eval(), rewards.ViCLIP(VICLIP)
+    headers = {"clip": {**clip_config(), "image_size": 28}, "viclip": asdict(VICLIP)}
+    for name, model in (("clip", clip), ("viclip", viclip)):
+        save_file(model.state_dict(), tmp_path / f"{name}.safetensors", {"config": json.dumps(headers[name])})
+    image, video = (rewards.load(f"shapes-{name}", tmp_path / f"{name}.safetensors", tokenizer=clip_ids)
+                    for name in ("clip", "viclip"))
+    ids = clip_ids(CAPTIONS)
+    with torch.no_grad():
+        for x in (clips(H=28, W=28), clips(H=40, W=64)):
+            pixels = 2 * rewards.squash(x, 28) - 1
+            frames = clip.encode_image(pixels.flatten(0, 1)).view(2, 8, -1)
+            close(image(x, CAPTIONS), F.cosine_similarity(frames, clip.encode_text(ids)[:, None], dim=-1).mean(1))
+            close(video(x, CAPTIONS), F.cosine_similarity(viclip.encode_video(pixels), viclip.encode_text(ids)))
     with pytest.raises(ValueError, match="tokenizer"):
         rewards.load("shapes-clip", tmp_path / "clip.safetensors")
+    for name, other in (("shapes-clip", "viclip"), ("shapes-viclip", "clip")):
+        with pytest.raises(ValueError, match="is not a file of"):
+            rewards.load(name, tmp_path / f"{other}.safetensors", tokenizer=clip_ids)
 
 
-def test_viclip_learns_from_scratch(tmp_path):
-    """A few steps of contrastive training on noise; the file keeps what was learnt."""
+def test_viclip_learns_from_scratch():
     torch.manual_seed(0)
     model = rewards.ViCLIP(VICLIP)
     x, ids = clips(H=28, W=28) - 0.5, clip_ids(CAPTIONS)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for _ in range(30):
+    for _ in range(20):
         video, text = (F.normalize(f, dim=-1) for f in (model.encode_video(x), model.encode_text(ids)))
         loss = F.cross_entropy(20 * video @ text.T, torch.arange(2))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss < 0.05
-    model.save(tmp_path / "viclip.safetensors")
-    assert torch.equal(rewards.ViCLIP.from_file(tmp_path / "viclip.safetensors").encode_video(x), model.encode_video(x))
 
 
 # ------------------------------------------------------------------ files and their errors
@@ -524,9 +532,11 @@ def test_clip_containers(tmp_path, load, capsys):
     torch.save(w, tmp_path / "folder/open_clip_pytorch_model.bin", _use_new_zipfile_serialization=False)
     expected = load("clip")(clips(), CAPTIONS)
     for name in ("hps.pt", "clip.safetensors", "folder"):
-        assert torch.equal(rewards.load("clip", tmp_path / name, config=config, tokenizer=clip_ids)(clips(), CAPTIONS), expected)
+        reward = rewards.load("clip", tmp_path / name, config=config, tokenizer=clip_ids)
+        assert torch.equal(reward(clips(), CAPTIONS), expected)
     assert not capsys.readouterr().err                              # all of it was used
-    close(load("hpsv2")(clips(H=28, W=28), CAPTIONS), load("clip")(clips(H=28, W=28), CAPTIONS))
+    x = clips(H=28, W=28)
+    close(load("hpsv2")(x, CAPTIONS), load("clip")(x, CAPTIONS))    # prefixed; and equal where nothing is fitted
 
 
 def test_unused_tensors_are_named_once(load, capsys):
@@ -557,15 +567,13 @@ def test_wrong_files_end_in_one_line(tmp_path, load):
     assert "(24, 64) instead of (64, 24)" in message({**w, "visual.proj": w["visual.proj"].T.contiguous()})
     assert "of 62 tensors" in message(weights(viclip_shapes(VICLIP)))
     assert "holds a list" in message([w["visual.proj"]])
-    assert "cannot be read" in message({"state_dict": w, "code": np.random.default_rng})    # would run code
     torch.save(w, tmp_path / "whole.pt")
-    for size in (0, 100, 5000):
-        (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:size])
-        assert "cannot be read" in message(path=tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:-100])
+    assert "truncated" in message(path=tmp_path / "cut.pt")
     (tmp_path / "page.pt").write_text("<html>not found</html>")
     (tmp_path / "page.safetensors").write_text("<html>not found</html>")
-    assert "cannot be read" in message(path=tmp_path / "page.pt")
-    assert "cannot be read" in message(path=tmp_path / "page.safetensors")
+    assert "not a weight file" in message(path=tmp_path / "page.pt")
+    assert "not a weight file" in message(path=tmp_path / "page.safetensors")
     assert "xswu/HPSv2" in message(path=tmp_path / "nowhere.pt")
     assert "no file of weights" in message(path=tmp_path, name="clip")
     assert "did you mean hpsv2" in message(name="hpsv")
@@ -608,9 +616,9 @@ def test_parse_spec():
 
 
 # ------------------------------------------------------------------ full size, one process each
-FULL = {"hpsv2": (lambda: clip_shapes(rewards.vit_h_14(None)), CONTAINERS["hpsv2"][2], 1),
+FULL = {"hpsv2": (lambda: clip_shapes(open_clip.get_model_config("ViT-H-14")), CONTAINERS["hpsv2"][2], 1),
         "pickscore": (lambda: hf_clip_shapes(), lambda w: w, 1),
-        "clip": (lambda: clip_shapes(rewards.vit_h_14(None)), lambda w: w, 1),
+        "clip": (lambda: clip_shapes(open_clip.get_model_config("ViT-H-14")), lambda w: w, 1),
         "imagereward": (lambda: imagereward_shapes(rewards.ImageRewardConfig()), lambda w: w, 1),
         "viclip": (lambda: viclip_shapes(rewards.ViCLIPConfig()), CONTAINERS["viclip"][2], 8),
         "internvideo2": (lambda: internvideo2_shapes(rewards.InternVideo2Config(), extra_layers=5),
@@ -618,11 +626,11 @@ FULL = {"hpsv2": (lambda: clip_shapes(rewards.vit_h_14(None)), CONTAINERS["hpsv2
 
 
 def hf_clip_shapes():
-    size = dict(num_hidden_layers=24, hidden_size=1024, intermediate_size=4096, num_attention_heads=16, projection_dim=1024)
+    text = dict(num_hidden_layers=24, hidden_size=1024, intermediate_size=4096, num_attention_heads=16)
     image = dict(num_hidden_layers=32, hidden_size=1280, intermediate_size=5120, num_attention_heads=16, patch_size=14)
+    config = transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=1024)
     with torch.device("meta"):
-        hf = transformers.CLIPModel(transformers.CLIPConfig(text_config=size, vision_config=image, projection_dim=1024))
-    return {key: tuple(p.shape) for key, p in hf.state_dict().items()}
+        return {key: tuple(p.shape) for key, p in transformers.CLIPModel(config).state_dict().items()}
 
 
 def full_size(name, folder):
@@ -633,8 +641,10 @@ def full_size(name, folder):
         count = int(np.prod(shape))
         return noise.repeat(-(-count // len(noise)))[:count].view(shape)
 
-    w = {key: 1 + tensor(shape) if "norm" in key.lower() or "ln_" in key else tensor(shape)
-         for key, shape in shapes().items()}
+    def near_one(key):
+        return "norm" in key.lower() or "ln_" in key or "gamma" in key
+
+    w = {key: near_one(key) + tensor(shape) for key, shape in shapes().items()}
     path = folder / rewards.RECIPES[name].source[1]
     if path.suffix == ".safetensors":
         save_file(w, path)
@@ -649,7 +659,8 @@ def full_size(name, folder):
     x = torch.rand(2, frames, 3, 320, 512, requires_grad=True)
     score = reward(x, CAPTIONS)
     score.sum().backward()
-    assert score.isfinite().all() and (score[0] - score[1]).abs() > 1e-6 and x.grad.isfinite().all() and x.grad.norm() > 0
+    assert score.isfinite().all() and score[0] != score[1]
+    assert x.grad.isfinite().all() and x.grad.norm() > 0
     path.unlink()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
     print(f"{name}: load {loaded - start:.1f} s, score and gradient of two clips {time.time() - loaded:.1f} s, "
