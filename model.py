@@ -41,8 +41,8 @@ class UNetConfig:
 
 VC2 = UNetConfig(fps=True)
 MODELSCOPE = UNetConfig()
-SHAPES = UNetConfig(channels=32, mult=(2, 3), res_blocks=1, attention_levels=(0, 1), head_dim=32, context_dim=128,
-                    init_heads=1, groups=8, spacetime=128)
+SHAPES = UNetConfig(in_channels=8, channels=32, mult=(2, 3), res_blocks=1, attention_levels=(0, 1), head_dim=32,
+                    context_dim=128, init_heads=1, groups=8, spacetime=128)
 
 
 # ---------------------------------------------------------------------------------------------- folds
@@ -296,7 +296,8 @@ def blocks(c):
         return ResBlock(cin, cout, 4 * c.channels, c.dropout, c.groups)
 
     def attend(width):
-        return [Transformer(width, width // c.head_dim, c.head_dim, over, c.context_dim, c.groups) for over in ("space", "time")]
+        return [Transformer(width, width // c.head_dim, c.head_dim, over, c.context_dim, c.groups)
+                for over in ("space", "time")]
 
     down, skips = [[FrameConv(c.in_channels, c.channels)]], [c.channels]         # skips: widths, popped on the way up
     for level, width in enumerate(widths):
@@ -400,9 +401,7 @@ class UNet3D(nn.Module):
             skips.append(h)
         h = self.run(self.middle_block, h, emb, context)
         for block in self.output_blocks:
-            skip = skips.pop()
-            h = h[..., :skip.shape[-2], :skip.shape[-1]]    # an odd size was rounded up when halved
-            h = self.run(block, torch.cat([h, skip], dim=1), emb, context)
+            h = self.run(block, torch.cat([h, skips.pop()], dim=1), emb, context)
         return per_frame(self.out, h).to(z.dtype)
 
     def run(self, block, *args):
@@ -416,7 +415,8 @@ def record_attention(unet):
     """`with record_attention(unet) as maps:` a forward pass leaves its temporal attention in maps, differentiable.
 
     maps: {module: (B, H*W, heads, T, T)} of the first self-attention over time of every block on the way up that has
-    one, the layers that T2V-Turbo-v2 takes the motion of a clip from.
+    one, the layers that T2V-Turbo-v2 takes the motion of a clip from. Go backward within the block, too: recomputed
+    blocks must listen again.
     """
     maps = {}
     listening = [m.attn1 for m in unet.output_blocks.modules() if isinstance(m, Transformer) and m.over == "time"]
@@ -447,7 +447,7 @@ class VAEConfig:
 
 
 KL_F8 = VAEConfig()
-SHAPES_VAE = VAEConfig(channels=48, mult=(1, 1), res_blocks=1, groups=8, patch=4)
+SHAPES_VAE = VAEConfig(channels=48, mult=(1, 1), res_blocks=1, latent=8, groups=8, patch=4)
 
 
 class VAEResBlock(nn.Module):

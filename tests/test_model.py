@@ -1,0 +1,359 @@
+"""The networks against independent ones: diffusers, transformers, and numbers taken from the published code.
+
+Reference numbers come from the T2V-Turbo code, run once on SMALL with the weights of `deterministic` (fp32, CPU).
+"""
+import copy
+import hashlib
+import re
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+import transformers
+
+from model import (
+    MODELSCOPE,
+    SHAPES_VAE,
+    VAE,
+    VC2,
+    TextConfig,
+    TextEncoder,
+    UNet3D,
+    UNetConfig,
+    VAEConfig,
+    attention,
+    frames_to_batch,
+    guidance_embedding,
+    pixels_to_tokens,
+    record_attention,
+    timestep_embedding,
+    tokens_to_pixels,
+)
+from weights import DIFFUSERS, DIFFUSERS_VAE, VIDEOCRAFTER, fill, huggingface_text, rename
+
+SMALL = UNetConfig(channels=32, mult=(1, 2, 2, 2), head_dim=8, context_dim=24)
+TOY = replace(SMALL, mult=(1, 2), res_blocks=1, attention_levels=(0, 1), groups=8, spacetime=16)
+SMALL_VAE = VAEConfig(channels=32, mult=(1, 1, 2, 2))
+SMALL_TEXT = TextConfig(width=24, layers=3, heads=2)
+
+
+def randn(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, tolerance=1e-5):
+    """Equal to 1e-5 of the largest value."""
+    return (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+def original_name(key):
+    """Our name -> VideoCrafter2's; written independently of the loader's table, which goes the other way."""
+    if re.match(r"((in|out)put_blocks\.\d+\.0|middle_block\.[03])\.(norm|conv|emb|skip|temporal)", key):
+        names = dict(norm1="in_layers.0", conv1="in_layers.2", emb="emb_layers.1", norm2="out_layers.0",
+                     conv2="out_layers.3", skip="skip_connection", temporal="temopral_conv", conv="op")
+        block, name, rest = re.match(r"(\w+\.\d+\.0\.|\w+\.\d\.)(\w+)(\..*)", key).groups()
+        name = "" if block == "input_blocks.0.0." else names[name]
+        return (block + name + rest).replace("..", ".")
+    key = re.sub(r"\.(attn\d)\.([qkv])\.", r".transformer_blocks.0.\1.to_\2.", key)
+    key = re.sub(r"\.(attn\d)\.out\.", r".transformer_blocks.0.\1.to_out.0.", key)
+    key = re.sub(r"\.(norm\d)\.", r".transformer_blocks.0.\1.", key)
+    return key.replace(".ff.proj.", ".transformer_blocks.0.ff.net.0.proj.").replace(
+        ".ff.out.", ".transformer_blocks.0.ff.net.2.")
+
+
+def original_shapes(config):
+    """{VideoCrafter2's name: shape}"""
+    with torch.device("meta"):
+        unet = UNet3D(config)
+    shapes = {original_name(key): tuple(x.shape) for key, x in unet.state_dict().items()}
+    for key in ("init_attn.0.proj_in.weight", "init_attn.0.proj_out.weight"):       # Conv1d there
+        shapes[key] += (1,)
+    return shapes
+
+
+def deterministic(shapes):
+    """Weights that need no file: a generator per tensor, seeded with its place in the alphabet."""
+    state = {}
+    for seed, (key, shape) in enumerate(sorted(shapes.items())):
+        x = randn(seed, *shape)
+        state[key] = 0.1 * x + key.endswith("weight") if len(shape) == 1 else x / torch.tensor(shape[1:]).prod().sqrt()
+    return state
+
+
+def build(network, config, state):
+    with torch.device("meta"):
+        module = network(config)
+    return fill(module, state, "test")
+
+
+def original(config):
+    """Our UNet with the weights that the published code was run with."""
+    return build(UNet3D, config, rename(deterministic(original_shapes(config)), VIDEOCRAFTER))
+
+
+@pytest.fixture(scope="module")
+def unet_pair():
+    """diffusers' UNet with random weights, and ours with the same."""
+    torch.manual_seed(0)
+    theirs = diffusers.UNet3DConditionModel(
+        block_out_channels=(32, 64, 64, 64), cross_attention_dim=24, attention_head_dim=8, sample_size=8,
+        down_block_types=("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",),
+        up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3).eval()
+    theirs.load_state_dict(deterministic({key: tuple(x.shape) for key, x in theirs.state_dict().items()}))
+    return theirs, build(UNet3D, SMALL, rename(theirs.state_dict(), DIFFUSERS))
+
+
+INPUTS = randn(1, 2, 4, 3, 16, 16), torch.tensor([3, 979]), randn(2, 2, 5, 24)        # z, t, context
+
+
+# ---------------------------------------------------------------------------------------------- UNet
+
+def published(y):
+    """The six numbers noted of the published code's output."""
+    y = y.flatten()
+    return y[::len(y) // 6][:6]
+
+
+def test_unet_equals_diffusers(unet_pair):
+    theirs, ours = unet_pair
+    t, z, c = torch.tensor([5, 900]), randn(3, 2, 4, 3, 16, 24), randn(4, 2, 7, 24)
+    with torch.no_grad():
+        assert close(ours(z, t, c), theirs(z, t, encoder_hidden_states=c).sample)
+
+
+def test_gradients_equal_diffusers(unet_pair):
+    """Of inputs and of every weight, in float64: in float32 two correct networks of this depth differ by up to 3e-5."""
+    theirs, ours = (copy.deepcopy(unet).double() for unet in unet_pair)
+    t, z, c = torch.tensor([5, 900]), randn(3, 2, 4, 3, 16, 8).double(), randn(4, 2, 7, 24).double()
+    z.requires_grad_(), c.requires_grad_()
+    a, b = theirs(z, t, encoder_hidden_states=c).sample, ours(z, t, c)
+    probe = randn(5, *a.shape)
+    da, db = (torch.autograd.grad((y * probe).sum(), [z, c, *net.parameters()]) for y, net in ((a, theirs), (b, ours)))
+    assert close(db[0], da[0]) and close(db[1], da[1])
+    da = rename(dict(zip((key for key, _ in theirs.named_parameters()), da[2:], strict=True)), DIFFUSERS)
+    for (key, _), g in zip(ours.named_parameters(), db[2:], strict=True):
+        assert (g - da[key].view_as(g)).abs().max() < 1e-5 * da[key].abs().max() + 1e-12, key      # some are zero
+
+
+@pytest.mark.parametrize("fps, expected", [
+    (None, [.2751752, .3473266, .1989682, -.1121194, -.1068564, -.1853553]),
+    (8, [.2602646, .3626047, .2164989, -.1130166, -.0990308, -.1889094]),
+    (torch.tensor([28, 28]), [.2723267, .3730849, .2202273, -.1326559, -.1035607, -.1612852])])
+def test_frame_rate_as_published(fps, expected):
+    with torch.no_grad():
+        assert close(published(original(replace(SMALL, fps=True))(*INPUTS, fps=fps)), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("motion, given, expected", [
+    (False, None, [.2881823, .3817001, .2024297, -.1384339, -.1722607, -.1891007]),
+    (True, [0.05, 0.0], [-.2426132, -.0368832, -.1995773, -.520426, .0987096, .3749047]),
+    (True, None, [-.238315, .0078166, -.253796, -.4692285, .1460295, .3243496])])
+def test_conditions_as_published(motion, given, expected):
+    unet = original(replace(SMALL, fps=True, guidance=True, motion=motion))
+    with torch.no_grad():
+        eps = unet(*INPUTS, w=torch.tensor([7.5, 14.2]), fps=8, motion=given and torch.tensor(given))
+    assert close(published(eps), torch.tensor(expected))
+
+
+def test_temporal_attention_as_published():
+    unet = original(replace(SMALL, fps=True, guidance=True))
+    with torch.no_grad(), record_attention(unet) as maps:
+        unet(*INPUTS, fps=8)
+    assert len(maps) == 9 and maps[unet.output_blocks[3][2].attn1].shape == (2, 4 * 4, 8, 3, 3)
+    for block, expected in ((3, [.4469195, .3975469, .5151302, .4833817, .4859379, .5060329]),
+                            (7, [.3733573, .2840146, .4188653, .3238158, .2694217, .1994113]),
+                            (11, [.3381254, .2962316, .2068468, .5244176, .545548, .2504344])):
+        assert close(published(maps[unet.output_blocks[block][2].attn1]), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_recorded_attention_is_differentiable(checkpointing):
+    """Against a finite difference, in float64; also where blocks are recomputed."""
+    unet = original(replace(SMALL, mult=(1, 2))).double()
+    z, t, c = INPUTS
+    z, c, step = z.double().requires_grad_(), c.double(), 1e-6 * randn(6, *z.shape).double()
+
+    def energy(z, derivative=False):
+        with record_attention(unet) as maps:
+            unet(z, t, c)
+            e = sum(p.square().mean() for p in maps.values())
+            return torch.autograd.grad(e, z)[0] if derivative else e
+
+    unet.checkpointing = checkpointing
+    g = energy(z, derivative=True)
+    with torch.no_grad():
+        numeric = (energy(z + step) - energy(z - step)) / 2
+    assert torch.isclose((g * step).sum(), numeric, rtol=1e-5, atol=0)
+
+
+def test_checkpointing_changes_nothing(unet_pair):
+    _, unet = unet_pair
+    grads = []
+    for unet.checkpointing in (False, True):
+        unet.zero_grad()
+        unet(*INPUTS).square().mean().backward()
+        grads.append([p.grad.clone() for p in unet.parameters()])
+    unet.checkpointing = False
+    unet.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_clip_does_not_depend_on_its_batch(unet_pair):
+    z, t, c = INPUTS
+    with torch.no_grad():
+        assert close(unet_pair[1](z[1:], t[1:], c[1:]), unet_pair[1](z, t, c)[1:])
+
+
+def test_folds_copy_nothing():
+    x = torch.randn(2, 32, 3, 4, 5).to(memory_format=torch.channels_last_3d)
+    frames, tokens = frames_to_batch(x), pixels_to_tokens(x)
+    assert frames.data_ptr() == tokens.data_ptr() == tokens_to_pixels(tokens, 3, 4, 5).data_ptr() == x.data_ptr()
+    assert frames.is_contiguous(memory_format=torch.channels_last) and tokens.is_contiguous()
+    assert torch.equal(frames[4], x[1, :, 1]) and torch.equal(tokens_to_pixels(tokens, 3, 4, 5), x)
+
+
+def test_half_precision(unet_pair):
+    _, unet = unet_pair
+    with torch.no_grad():
+        eps = unet(*INPUTS)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = unet(*INPUTS)
+        half = build(UNet3D, SMALL, {key: x.bfloat16() for key, x in unet.state_dict().items()})(*INPUTS)
+    assert mixed.dtype == half.dtype == torch.float32       # the caller's
+    assert close(mixed, eps, 0.05) and close(half, eps, 0.05)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_attention(dtype, tolerance):
+    q, k, v = (randn(i, 2, 3, 8, 16) for i in range(3))
+    expected = torch.einsum("nhij,nhjd->nhid", torch.einsum("nhid,nhjd->nhij", q, k).div(4).softmax(-1), v)
+    assert close(attention(q.to(dtype), k.to(dtype), v.to(dtype)).float(), expected, tolerance)
+
+
+def test_embeddings():
+    e = guidance_embedding(torch.tensor([7.5]))
+    assert close(e[0, [0, 1, 128, 255]], torch.tensor([-.8512359, .8421312, -.5247833, .7316889]))
+    assert torch.equal(guidance_embedding(torch.zeros(1))[0], torch.cat([torch.zeros(128), torch.ones(128)]))
+    t, i = torch.tensor([7.0]), torch.arange(160)
+    expected = torch.cat([torch.cos(t * 10000 ** (-i / 160)), torch.sin(t * 10000 ** (-i / 160))])
+    assert torch.allclose(timestep_embedding(t, 320)[0], expected, atol=1e-5)
+
+
+def test_start_of_training():
+    """A new UNet predicts zero; a new student is its teacher, and learns about ω and λ from its first step."""
+    torch.manual_seed(0)
+    unet = UNet3D(replace(TOY, guidance=True, motion=True, fps=True))
+    z, t, c, w = randn(1, 2, 4, 4, 8, 8), torch.tensor([3, 500]), randn(2, 2, 6, 24), torch.tensor([5.0, 9.0])
+    assert not unet(z, t, c).any()
+    for key, p in unet.named_parameters():                  # as after training, but for the layers of ω and λ
+        if not p.any() and "cond_proj" not in key:
+            torch.nn.init.normal_(p, std=0.02)
+    assert torch.equal(unet(z, t, c), unet(z, t, c, w=w))
+    assert torch.equal(unet(z, t, c), unet(z, t, c, w=w, motion=w))
+    unet(z, t, c, w=w, motion=w).square().mean().backward()
+    assert unet.time_cond_proj.weight.grad.any() and unet.motion_cond_proj.weight.grad.any()
+
+
+def test_spacetime_tells_frames_apart():
+    """Without it the architecture cannot: on equal frames every frame gets the same ε, but at the zero-padded ends."""
+    torch.manual_seed(0)
+    unet = UNet3D(replace(TOY, mult=(1,), attention_levels=(0,))).eval()
+    for p in unet.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.02)
+    z, t, c = randn(1, 1, 4, 1, 8, 8).expand(-1, -1, 40, -1, -1), torch.tensor([300]), randn(2, 1, 6, 24)
+    with torch.no_grad():
+        told, first = unet(z, t, c), unet.spacetime(c, 40, 8, 8)
+        unet.spacetime.out.weight.zero_()
+        blind = unet(z, t, c)
+    assert close(blind[:, :, 19], blind[:, :, 20]) and not close(told[:, :, 19], told[:, :, 20], 1e-3)
+    assert first.shape == (1, 32, 40, 8, 8)
+
+
+def test_dropout_only_in_training():
+    unet = original(replace(SMALL, dropout=0.5))
+    with torch.no_grad():
+        assert torch.equal(unet(*INPUTS), unet(*INPUTS)) and close(unet(*INPUTS), original(SMALL)(*INPUTS))
+        unet.train()
+        assert not torch.equal(unet(*INPUTS), unet(*INPUTS))
+
+
+def test_compiles_without_a_graph_break():
+    unet = original(replace(SMALL, mult=(1, 2), attention_levels=(0,), fps=True, guidance=True))
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")         # traces only, which is what can fail
+    with torch.no_grad():
+        w = torch.tensor([7.0, 8.0])
+        assert close(compiled(*INPUTS, w=w, fps=8), unet(*INPUTS, w=w, fps=8))
+
+
+def digest(shapes):
+    """sha256 of the sorted lines "name (shape)"."""
+    return hashlib.sha256("\n".join(sorted(f"{k} {tuple(s)}" for k, s in shapes.items())).encode()).hexdigest()[:16]
+
+
+def test_names_and_shapes_of_the_public_files():
+    """The digests are of lists made with the published code; ours hold the same tensors under the mapped names."""
+    v2 = original_shapes(replace(VC2, guidance=True, motion=True))
+    assert len(v2) == 1487 and digest(v2) == "5db9776692bf058e"
+    new = ("time_cond_proj.weight", "motion_cond_proj.weight", "combine_proj.weight")
+    assert original_shapes(VC2) == {key: shape for key, shape in v2.items() if key not in new}
+    with torch.device("meta"):
+        assert sum(p.numel() for p in UNet3D(MODELSCOPE).parameters()) == 1_411_233_860
+        vae, text = VAE(), TextEncoder()
+    assert digest({"first_stage_model." + key: x.shape for key, x in vae.state_dict().items()}) == "9190c3ec1cf5cd6d"
+    assert len(text.state_dict()) == 280 and sum(p.numel() for p in text.parameters()) == 340_387_840
+
+
+# ----------------------------------------------------------------------------------------- VAE, text
+
+@pytest.fixture(scope="module")
+def vae_pair():
+    theirs = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 32, 64, 64), layers_per_block=2, latent_channels=4).eval()
+    theirs.load_state_dict(deterministic({key: tuple(x.shape) for key, x in theirs.state_dict().items()}))
+    return theirs, build(VAE, SMALL_VAE, rename(theirs.state_dict(), DIFFUSERS_VAE))
+
+
+def test_vae_encodes_as_diffusers(vae_pair):
+    theirs, ours = vae_pair
+    x = randn(1, 2, 3, 3, 64, 32)
+    with torch.no_grad():
+        posterior = theirs.encode(frames_to_batch(x)).latent_dist
+        mean, logvar = ours.posterior(x)
+        noise = randn(2, *mean.shape)
+        assert close(frames_to_batch(mean), posterior.mean) and close(frames_to_batch(logvar), posterior.logvar)
+        sample = posterior.mean + posterior.std * frames_to_batch(noise)
+        assert close(frames_to_batch(ours.encode(x, noise)), 0.18215 * sample)
+        assert torch.equal(ours.encode(x), 0.18215 * mean)
+
+
+@pytest.mark.parametrize("chunk, checkpointing", [(None, False), (4, True)])
+def test_vae_decodes_as_diffusers(vae_pair, chunk, checkpointing):
+    theirs, ours = vae_pair
+    z = randn(1, 2, 4, 3, 8, 4).requires_grad_()
+    ours.checkpointing = checkpointing
+    x, expected = ours.decode(z, chunk), theirs.decode(frames_to_batch(z) / 0.18215).sample
+    assert close(frames_to_batch(x), expected)
+    g, dg = (torch.autograd.grad(y.square().sum(), z)[0] for y in (x, expected))
+    assert close(g, dg)
+
+
+def test_toy_vae():
+    vae, f = VAE(SHAPES_VAE), SHAPES_VAE.factor
+    x = torch.rand(2, 3, 4, 32, 48)
+    assert vae.encode(x).shape == (2, SHAPES_VAE.latent, 4, 32 // f, 48 // f)
+    assert vae.decode(vae.encode(x)).shape == x.shape
+
+
+def test_text_equals_transformers(capsys):
+    theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        hidden_size=24, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, hidden_act="gelu")).eval()
+    state = {key: x for key, x in theirs.state_dict().items() if "position_ids" not in key}
+    text = build(TextEncoder, SMALL_TEXT, huggingface_text(state))
+    captions = ["a red circle", "", "Dogs, running; in THE park! " * 20]
+    with torch.no_grad():
+        assert close(text(captions), theirs(text.tokenizer(captions))[0])
+        assert text(captions).shape == (3, 77, text.width)
+    assert capsys.readouterr().err.count("cut at 75 tokens") == 1
