@@ -53,7 +53,7 @@ def undistilled(models, captions: list[str], seeds: list[int], steps: int, guida
         eps = models.unet(torch.cat([z, z]), torch.cat([t, t]), torch.cat([c, null])).float()
         return predict_z0(z, cfg(*eps.chunk(2), guidance), *schedule.at(t))
 
-    return sample(z0_of, schedule, Noise(seeds, (4, models.frames, 8, 8)), steps)
+    return sample(z0_of, schedule, Noise(seeds, (models.unet.config.in_channels, models.frames, 8, 8)), steps)
 
 
 def shapes_row(config: ShapesConfig, models, scorers: dict, method: str, steps: int, split: str, name: str) -> dict[str, float]:

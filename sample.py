@@ -83,7 +83,7 @@ def generate(models: Models, captions: list[str], seeds: list[int], config: Conf
     device, c = models.unet.out[0].weight.device, models.text(captions)
     T, H, W = config.frames or models.frames, config.height or models.height, config.width or models.width
     factor = models.vae.config.factor
-    noise = Noise(seeds, (4, T, H // factor, W // factor), device)
+    noise = Noise(seeds, (models.unet.config.in_channels, T, H // factor, W // factor), device)
     fps = config.fps or (28 if teacher and models.name == "vc2" else models.fps)
     default = {"shapes": 2.0, "vc2": 11.0, "ms": 8.0}[models.name] if teacher or models.name == "shapes" else 7.5
     guidance = default if config.guidance is None else config.guidance

@@ -40,9 +40,8 @@ class Config:
     seed: int = 0                       # of initial weights and of every batch
     vae_steps: int = 1500               # batches of 64 frames
     clip_steps: int = 1200              # batches of 64 frames and captions
-    viclip_steps: int = 1200            # batches of 64 clips and captions
+    viclip_steps: int = 2700            # batches of 32 clips and captions
     teacher_steps: int = 3000           # batches of 16 clips
-    lr: float = 1e-3                    # peak, after 5 % of the steps; falls to 2 % of it as a cosine
     save_every: int = 100               # steps between checkpoints
     device: str = "cuda" if torch.cuda.is_available() else "cpu"   # cuda or cpu
 
@@ -60,11 +59,11 @@ def save(path: Path, tensors: dict[str, Tensor], config: dict) -> None:
     os.replace(f"{path}.part", path)
 
 
-def fit(name: str, network: torch.nn.Module, loss_of, steps: int, config: Config, ema: float = 0.995) -> None:
-    """The training loop of all stages: AdamW, warm-up and cosine, an average of the weights, exact resumption. The network is left
+def fit(name: str, network: torch.nn.Module, loss_of, steps: int, config: Config, lr: float = 1e-3, ema: float = 0.995) -> None:
+    """The training loop of all stages: AdamW, warm-up (5 % of the steps) and cosine (to 2 % of lr), an average of the weights, exact resumption. The network is left
     with the averaged weights. loss_of(rng) -> (loss, figures to log) draws its batch from rng, which depends on the step alone."""
     params = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, config.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.01)
     average, start, path = EMA(params, ema), 0, Path(config.out) / f"{name}.ckpt"
     if path.exists():
         saved = torch.load(path, weights_only=True, map_location=config.device)
@@ -74,7 +73,7 @@ def fit(name: str, network: torch.nn.Module, loss_of, steps: int, config: Config
     log, began = open(Path(config.out) / f"{name}.jsonl", "a"), time.time()
     bar = tqdm(range(start, steps), name, initial=start, total=steps)
     for step in bar:
-        rate = config.lr * min(1, (step + 1) / (0.05 * steps)) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
+        rate = lr * min(1, (step + 1) / (0.05 * steps)) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(config.seed * 1_000_003 + step)
@@ -96,8 +95,8 @@ def fit(name: str, network: torch.nn.Module, loss_of, steps: int, config: Config
     average._exchange()
 
 
-def draw(rng: random.Random, count: int, T: int, vary: str = "") -> tuple[Tensor, list[str]]:
-    """A batch of training clips in [-1, 1] (B, 3, T, H, W) and captions. With `vary`, every second scene differs from the one before it
+def draw(rng: random.Random, count: int, T: int, vary: str = "") -> tuple[Tensor, list[str], list[world.Scene]]:
+    """A batch of training clips in [-1, 1] (B, 3, T, H, W), captions, scenes. With `vary`, every second scene differs from the one before it
     in one respect: who has which attribute, or one attribute of one thing. Contrastive models learn to bind from such pairs."""
     scenes = []
     while len(scenes) < count:
@@ -106,7 +105,7 @@ def draw(rng: random.Random, count: int, T: int, vary: str = "") -> tuple[Tensor
             scenes.append(variation(scenes[-1], rng, vary.split()))
     captions = [world.describe(scene, rng) for scene in scenes]
     clips = torch.stack([world.render(scene, rng, T) for scene in scenes])
-    return clips.float() / 127.5 - 1, captions
+    return clips.float() / 127.5 - 1, captions, scenes
 
 
 def variation(scene: world.Scene, rng: random.Random, attributes: list[str]) -> world.Scene:
@@ -125,58 +124,86 @@ def variation(scene: world.Scene, rng: random.Random, attributes: list[str]) -> 
 
 
 def vae(config: Config) -> None:
-    """Pixels ↔ latents 8 times smaller: L1 + L2 + a little KL; then the scale that gives latents unit variance."""
+    """Pixels ↔ latents 8 times smaller: L1 + L2, four times as much on and around things, + a little KL; then the scale that gives
+    latents unit variance."""
     network = model.VAE(model.SHAPES_VAE).to(config.device)
 
     def loss_of(rng):
         clips = draw(rng, 32, 2)[0].to(config.device)
         mean, logvar = network.posterior(clips)
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-        error = network.decode(z * network.config.scale) - clips
+        error = (network.decode(z * network.config.scale) - clips).abs()
+        near_things = F.max_pool3d((clips.amax(1) - clips.amin(1) > 0.4).float(), (1, 5, 5), 1, (0, 2, 2))[:, None]
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-        return error.abs().mean() + (error ** 2).mean() + 1e-4 * kl, dict(l1=error.detach().abs().mean(), kl=kl.detach())
+        return ((error + error ** 2) * (1 + 3 * near_things)).mean() + 5e-5 * kl, dict(l1=error.detach().mean(), kl=kl.detach())
 
-    fit("vae", network, loss_of, config.vae_steps, config)
+    fit("vae", network, loss_of, config.vae_steps, config, lr=2e-3)
     with torch.no_grad():
         spread = network.posterior(draw(random.Random(0), 256, 2)[0].to(config.device))[0].std()
     save(Path(config.out) / "vae.safetensors", network.state_dict(), {**asdict(network.config), "scale": 1 / spread.item()})
 
 
-def contrast(images: Tensor, texts: Tensor, logit_scale: Tensor) -> tuple[Tensor, dict]:
-    """The symmetric InfoNCE loss of CLIP, and how often the right caption comes first."""
-    logits = logit_scale.exp().clamp(max=100) * F.normalize(images.float(), dim=1) @ F.normalize(texts.float(), dim=1).T
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, dict(first=(logits.argmax(1) == target).float().mean())
+class Namer(torch.nn.Module):
+    """Only for pretraining: reads off a feature which shape and which motion each colour has. Pictures and captions share it, so that
+    both towers learn quickly which attributes belong together."""
+
+    def __init__(self, width: int, attributes: dict[str, dict]):
+        super().__init__()
+        self.attributes = attributes
+        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(width, len(world.COLOURS) * (1 + len(values))) for name, values in attributes.items()})
+
+    def forward(self, feature: Tensor, scenes: list[world.Scene]) -> Tensor:
+        loss = 0.0
+        for name, values in self.attributes.items():
+            label = torch.zeros(len(scenes), len(world.COLOURS), dtype=torch.long)             # 0: no thing has this colour
+            for row, scene in zip(label, scenes):
+                for thing in scene.things:
+                    row[list(world.COLOURS).index(thing.colour)] = 1 + list(values).index(getattr(thing, name))
+            logits = self.heads[name](8 * feature).view(-1, 1 + len(values))
+            loss = loss + F.cross_entropy(logits, label.flatten().to(logits.device))
+        return loss
+
+
+def contrast(seen: Tensor, said: Tensor, scenes: list[world.Scene], namer: Namer, logit_scale: Tensor) -> tuple[Tensor, dict]:
+    """CLIP's symmetric InfoNCE loss plus the naming of attributes; and how often the right caption comes first."""
+    seen, said = F.normalize(seen.float(), dim=1), F.normalize(said.float(), dim=1)
+    logits, target = logit_scale.exp().clamp(max=100) * seen @ said.T, torch.arange(len(seen), device=seen.device)
+    loss, names = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, namer(seen, scenes)
+    return loss + names + namer(said, scenes), dict(first=(logits.argmax(1) == target).float().mean(), names=names.detach())
 
 
 def clip(config: Config) -> None:
     """Image-text contrast on single frames: colours, shapes, who has which, background."""
     network = open_clip.CLIP(CLIP["embed_dim"], CLIP["vision_cfg"], CLIP["text_cfg"]).to(config.device)
+    network.namer = Namer(CLIP["embed_dim"], {"shape": world.SHAPES}).to(config.device)
 
     def loss_of(rng):
-        clips, captions = draw(rng, 64, 2, "colour shape")
+        clips, captions, scenes = draw(rng, 64, 2, "colour shape")
         frames = clips[torch.arange(64), :, [rng.randrange(2) for _ in range(64)]].to(config.device)
         with torch.autocast(config.device, torch.bfloat16):
             images, texts = network.encode_image(frames), network.encode_text(world.tokenize(captions).to(config.device))
-        return contrast(images, texts, network.logit_scale)
+        return contrast(images, texts, scenes, network.namer, network.logit_scale)
 
     fit("clip", network, loss_of, config.clip_steps, config)
+    del network.namer
     save(Path(config.out) / "clip.safetensors", network.state_dict(), CLIP)
 
 
 def viclip(config: Config) -> None:
     """Video-text contrast on whole clips: also what moves where."""
     network = rewards.ViCLIP(VICLIP).to(config.device)
+    network.namer = Namer(VICLIP.embed_dim, {"shape": world.SHAPES, "motion": world.MOTIONS}).to(config.device)
     logit_scale = torch.tensor(math.log(20.0), device=config.device)
 
     def loss_of(rng):
-        clips, captions = draw(rng, 64, world.FRAMES, "colour shape motion motion")
+        clips, captions, scenes = draw(rng, 32, world.FRAMES, "colour shape motion motion")
         with torch.autocast(config.device, torch.bfloat16):
             videos = network.encode_video(clips.transpose(1, 2).to(config.device))
             texts = network.encode_text(world.tokenize(captions).to(config.device))
-        return contrast(videos, texts, logit_scale)
+        return contrast(videos, texts, scenes, network.namer, logit_scale)
 
     fit("viclip", network, loss_of, config.viclip_steps, config)
+    del network.namer
     save(Path(config.out) / "viclip.safetensors", network.state_dict(), asdict(VICLIP))
 
 
@@ -187,17 +214,17 @@ def teacher(config: Config) -> None:
     network = model.UNet3D(model.SHAPES).to(config.device)
 
     def loss_of(rng):
-        clips, captions = draw(rng, 16, world.FRAMES)
+        clips, captions, _ = draw(rng, 16, world.FRAMES)
         context = text([caption if rng.random() > 0.1 else "" for caption in captions])
         t = torch.tensor([rng.randrange(750 * (i % 2), 1000) for i in range(16)], device=config.device)
         with torch.no_grad():
-            z0 = pixels.encode(clips.to(config.device), torch.randn(16, 4, world.FRAMES, world.SIZE // 8, world.SIZE // 8))
+            z0 = pixels.encode(clips.to(config.device), torch.randn(16, pixels.config.latent, world.FRAMES, world.SIZE // 8, world.SIZE // 8))
         eps = torch.randn_like(z0)
         with torch.autocast(config.device, torch.bfloat16):
             error = (network(schedule.add_noise(z0, eps, t), t, context).float() - eps) ** 2
         return error.mean(), dict(noisy=error[1::2].mean(), clean=error[::2].mean())
 
-    fit("teacher", network, loss_of, config.teacher_steps, config, ema=0.999)
+    fit("teacher", network, loss_of, config.teacher_steps, config, ema=0.998)
     save(Path(config.out) / "teacher.safetensors", network.state_dict(), asdict(network.config))
 
 

@@ -131,9 +131,9 @@ def place(thing: Thing, rng: random.Random, T: int, size: int) -> tuple[Tensor, 
     """A free path for a thing: centre x, y and radius per frame (T,), inside the picture throughout."""
     unit = size / 64
     progress = torch.linspace(0, 1, T)
-    start, end = (rng.uniform(6, 7) * unit, rng.uniform(11, 13) * unit) if thing.motion == "growing" else [rng.uniform(6.5, 9.5) * unit] * 2
-    dx, dy = (d * rng.uniform(18, 30) * unit for d in DIRECTION[thing.motion])
-    margin = 1.6 * end                                                                 # a triangle's corner lies 1.56 radii out
+    start, end = (rng.uniform(7, 8) * unit, rng.uniform(12, 13.5) * unit) if thing.motion == "growing" else [rng.uniform(8, 11) * unit] * 2
+    dx, dy = (d * rng.uniform(14, 24) * unit for d in DIRECTION[thing.motion])
+    margin = (1.56 if thing.shape == "triangle" else 1) * end                          # how far an upright triangle's tip lies out
     x = rng.uniform(margin + max(0, -dx), size - margin - max(0, dx))
     y = rng.uniform(margin + max(0, -dy), size - margin - max(0, dy))
     return x + dx * progress, y + dy * progress, start + (end - start) * progress
@@ -146,7 +146,7 @@ def render(scene: Scene, rng: random.Random, T: int = FRAMES, size: int = SIZE) 
         if len(paths) == 1:
             break
         (x0, y0, r0), (x1, y1, r1) = paths
-        if (((x0 - x1) ** 2 + (y0 - y1) ** 2).sqrt() > 1.3 * (r0 + r1) + 1).all():
+        if (((x0 - x1) ** 2 + (y0 - y1) ** 2).sqrt() > 1.25 * (r0 + r1) + 1).all():
             break
     clip = torch.full((3, T, size, size), float(BACKGROUNDS[scene.background or rng.choice(list(BACKGROUNDS))]))
     column, row = pixel_grid(size)
