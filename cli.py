@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser_for(cls, description: str = "", positional: str | None = None, prog: str | None = None) -> argparse.ArgumentParser:
-    """An argparse parser with one `--option` per field of the dataclass; tuples become repeatable options, booleans take an optional value."""
+    """An argparse parser with one `--option` per field: tuples become repeatable options, booleans take an optional value."""
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     comments, types = field_help(cls), typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):

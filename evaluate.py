@@ -40,7 +40,8 @@ class ShapesConfig:
     dtype: str = "bfloat16"             # autocast of the UNet
 
 
-TEACHER_ROWS = [("teacher DDIM", "teacher", n) for n in (50, 8, 4)] + [("teacher, few-step sampler", "undistilled", n) for n in (1, 2, 4, 8)]
+TEACHER_ROWS = [("teacher DDIM", "teacher", n) for n in (50, 8, 4)]
+TEACHER_ROWS += [("teacher, few-step sampler", "undistilled", n) for n in (1, 2, 4, 8)]
 STUDENT_ROWS = [(name, file, n) for name, file in
                 (("VCM", "vcm"), ("VCM + R_img", "vcm-img"), ("VCM + R_vid", "vcm-vid"), ("T2V-Turbo", "turbo")) for n in (1, 2, 4, 8)]
 
@@ -67,8 +68,10 @@ def shapes_row(config: ShapesConfig, models, scorers: dict, method: str, steps: 
             if method == "undistilled":
                 z = undistilled(models, captions, seeds, steps, config.teacher_guidance)
             else:
-                guidance = config.teacher_guidance if method == "teacher" else config.guidance
-                z = sampler.generate(models, captions, seeds, sampler.Config(method="teacher" if method == "teacher" else "turbo", steps=steps, guidance=guidance))
+                teacher = method == "teacher"
+                options = sampler.Config(method="teacher" if teacher else "turbo", steps=steps,
+                                         guidance=config.teacher_guidance if teacher else config.guidance)
+                z = sampler.generate(models, captions, seeds, options)
         clips = sampler.decode(models, z)
         seconds += time.perf_counter() - began
         pixels = clips.transpose(1, 2).float() / 255

@@ -25,7 +25,6 @@ from model import Models
 from solver import Schedule, cfg, ddim_sample, ddim_timesteps, z0_scale
 from turbo import Noise, consistency, sample
 
-
 SUFFIXES = (".mp4", ".gif", ".png", ".safetensors")
 
 
@@ -45,7 +44,7 @@ class Config:
     width: int | None = None            # pixels [64, 512, 256]
     fps: int | None = None              # frames per second of the file, and told to VideoCrafter2's UNet [8; vc2: 16, its teacher: 28]
     teacher: str | None = None          # model.ckpt (vc2), a folder (ms, shapes) [downloaded; shapes: embedded]
-    turbo: str | None = None            # unet_lora.pt, unet_mg.pt, unet_no_mg.pt, or our own turbo.safetensors [downloaded; shapes: embedded]
+    turbo: str | None = None            # unet_lora.pt, unet_mg.pt, unet_no_mg.pt or our turbo.safetensors [downloaded; shapes: embedded]
     prompts: str | None = None          # file of prompts, one per line (.txt), or VBench's list (.json); skips clips that are there
     out: str | None = None              # .mp4, .gif, .png (frames), or a folder for PROMPT-i.mp4 [out.mp4]
     sheet: str | None = None            # .png with all clips of a prompt, a row each, frames from left to right
@@ -119,7 +118,8 @@ def read_prompts(path: str) -> list[str]:
     """Lines of a text file, or the prompts of VBench's json (a list of strings or of objects with "prompt_en")."""
     text = Path(path).read_text(encoding="utf-8")
     try:
-        prompts = [row if isinstance(row, str) else row["prompt_en"] for row in json.loads(text)] if path.endswith(".json") else text.splitlines()
+        rows = json.loads(text) if path.endswith(".json") else text.splitlines()
+        prompts = [row if isinstance(row, str) else row["prompt_en"] for row in rows]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a list of prompts or of objects with \"prompt_en\": {error}") from error
     prompts = list(dict.fromkeys(p.strip() for p in prompts if p.strip()))
@@ -169,13 +169,15 @@ def main(argv=None):
     if config.model == "shapes":
         for prompt in prompts:
             shapes.world.understand(prompt)
-    jobs = [(prompt, i, path) for prompt in prompts for i, path in enumerate(outputs(config, prompt)) if not (config.prompts and path.exists())]
+    jobs = [(prompt, i, path) for prompt in prompts for i, path in enumerate(outputs(config, prompt))
+            if not (config.prompts and path.exists())]
     models = load_models(config)
     size = config.batch or (16 if config.model == "shapes" else 1)
     latents, clips, began = [], [], time.perf_counter()
     for start in tqdm(range(0, len(jobs), size), "clips", unit_scale=size, disable=len(jobs) <= size):
         batch = jobs[start:start + size]
-        z = generate(models, [prompt for prompt, _, _ in batch], [config.seed + i for _, i, _ in batch], config, partial(tqdm, desc="steps", leave=False))
+        captions, seeds = [prompt for prompt, _, _ in batch], [config.seed + i for _, i, _ in batch]
+        z = generate(models, captions, seeds, config, partial(tqdm, desc="steps", leave=False))
         for clip, (_, _, path) in zip(decode(models, z, config.chunk), batch, strict=True):
             video.write_video(path, clip, config.fps or models.fps)
             clips += [clip] if config.sheet else []

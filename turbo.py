@@ -6,10 +6,10 @@ a decoder maps latents to pixels, a reward maps (clips, captions) to scores. Equ
 Symbols: z (B, C, T, H, W) noisy latents at timestep t (B,), s the next cleaner grid point; z0 clean latents and ẑ0 (z0_hat) their
 prediction; c caption embedding, null that of the empty caption; w (B,) guidance scale ω; f the consistency function.
 """
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,8 @@ class Step:
         return cls(schedule.grid[index.to(schedule.grid.device)], w.to(z0.device), eps.to(z0.device))
 
 
-def distill(student, teacher, ema, schedule: Schedule, step: Step, z0: Tensor, c: Tensor, null: Tensor, **conditions) -> tuple[Tensor, Tensor]:
+def distill(student, teacher, ema, schedule: Schedule, step: Step, z0: Tensor, c: Tensor, null: Tensor,
+            **conditions) -> tuple[Tensor, Tensor]:
     """L_CD and the student's one-step generation ẑ0 = f_θ(z_t, ω, c, t), with gradients to θ.
 
     teacher may be the student's own network: with its LoRA off it *is* the teacher. ema: an `EMA` of θ, or None for a target without (v2).

@@ -56,7 +56,7 @@ def load_text(folder: Path = WEIGHTS) -> CaptionEncoder:
     """The toy's caption encoder, frozen: parts of the CLIP and of the ViCLIP that also serve as rewards."""
     tensors, config = read(Path(folder) / "clip.safetensors")
     cfg = config["text_cfg"]
-    text = model.TextEncoder(model.TextConfig(cfg["width"], cfg["layers"], cfg["heads"], cfg["context_length"], cfg["vocab_size"]), world.tokenize)
+    text = model.TextEncoder(model.TextConfig(**{name: cfg[name] for name in model.TextConfig.__annotations__}), world.tokenize)
     text.load_state_dict({key: tensors[key] for key in text.state_dict()})
     tensors, config = read(Path(folder) / "viclip.safetensors")
     viclip = reward_models.ViCLIP(reward_models.ViCLIPConfig(**config))
@@ -64,7 +64,8 @@ def load_text(folder: Path = WEIGHTS) -> CaptionEncoder:
     return CaptionEncoder(text, viclip).eval().requires_grad_(False)
 
 
-def load(turbo: str | Path | None = None, folder: str | Path | None = None, device="cpu", dtype=torch.float32, **conditions) -> model.Models:
+def load(turbo: str | Path | None = None, folder: str | Path | None = None, device="cpu", dtype=torch.float32,
+         **conditions) -> model.Models:
     """The toy's networks, like `weights.load`: the teacher's, or with turbo weights (a file, or vcm, vcm-img, vcm-vid, turbo for the
     embedded ones) a student's. folder: where pretrain.py wrote, instead of the embedded weights."""
     folder = Path(folder or WEIGHTS)

@@ -41,7 +41,7 @@ class Config:
     vae_steps: int = 1500               # batches of 64 frames
     clip_steps: int = 1200              # batches of 64 frames and captions
     viclip_steps: int = 2700            # batches of 32 clips and captions
-    teacher_steps: int = 3000           # batches of 16 clips
+    teacher_steps: int = 2600           # batches of 16 clips
     save_every: int = 100               # steps between checkpoints
     device: str = "cuda" if torch.cuda.is_available() else "cpu"   # cuda or cpu
 
@@ -60,8 +60,11 @@ def save(path: Path, tensors: dict[str, Tensor], config: dict) -> None:
 
 
 def fit(name: str, network: torch.nn.Module, loss_of, steps: int, config: Config, lr: float = 1e-3, ema: float = 0.995) -> None:
-    """The training loop of all stages: AdamW, warm-up (5 % of the steps) and cosine (to 2 % of lr), an average of the weights, exact resumption. The network is left
-    with the averaged weights. loss_of(rng) -> (loss, figures to log) draws its batch from rng, which depends on the step alone."""
+    """The training loop of all stages: AdamW, warm-up (5 % of the steps) and cosine (to 2 % of lr), an average of the weights,
+    exact resumption. The network is left with the averaged weights.
+
+    loss_of(rng) -> (loss, figures to log) draws its batch from rng, which depends on the step alone.
+    """
     params = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.01)
     average, start, path = EMA(params, ema), 0, Path(config.out) / f"{name}.ckpt"
@@ -90,14 +93,18 @@ def fit(name: str, network: torch.nn.Module, loss_of, steps: int, config: Config
             log.write(json.dumps(dict(step=step + 1, **figures, seconds=round(time.time() - began, 1))) + "\n")
             log.flush()
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
-            torch.save(dict(network=network.state_dict(), optimizer=optimizer.state_dict(), ema=average.average, step=step + 1), f"{path}.part")
+            state = dict(network=network.state_dict(), optimizer=optimizer.state_dict(), ema=average.average, step=step + 1)
+            torch.save(state, f"{path}.part")
             os.replace(f"{path}.part", path)
     average._exchange()
 
 
 def draw(rng: random.Random, count: int, T: int, vary: str = "") -> tuple[Tensor, list[str], list[world.Scene]]:
-    """A batch of training clips in [-1, 1] (B, 3, T, H, W), captions, scenes. With `vary`, every second scene differs from the one before it
-    in one respect: who has which attribute, or one attribute of one thing. Contrastive models learn to bind from such pairs."""
+    """A batch of training clips in [-1, 1] (B, 3, T, H, W), captions, scenes.
+
+    With `vary`, every second scene differs from the one before it in one respect: who has which attribute, or one attribute of one
+    thing. Contrastive models learn to bind from such pairs.
+    """
     scenes = []
     while len(scenes) < count:
         scenes.append(world.draw_scene(rng))
@@ -118,7 +125,8 @@ def variation(scene: world.Scene, rng: random.Random, attributes: list[str]) -> 
         else:
             rng.choice(things)[name] = rng.choice(list(values[name]))
         new = world.Scene(tuple(world.Thing(**t) for t in things), scene.background)
-        if set(new.things) != set(scene.things) and len({t.colour for t in new.things}) == len(things) and not any(t.held_out for t in new.things):
+        sound = len({t.colour for t in new.things}) == len(things) and not any(t.held_out for t in new.things)
+        if sound and set(new.things) != set(scene.things):
             return new
     return world.draw_scene(rng)
 
@@ -140,7 +148,7 @@ def vae(config: Config) -> None:
     fit("vae", network, loss_of, config.vae_steps, config, lr=2e-3)
     with torch.no_grad():
         spread = network.posterior(draw(random.Random(0), 256, 2)[0].to(config.device))[0].std()
-    save(Path(config.out) / "vae.safetensors", network.state_dict(), {**asdict(network.config), "scale": 1 / spread.item()})
+    save(Path(config.out) / "vae.safetensors", network.state_dict(), asdict(network.config) | {"scale": 1 / spread.item()})
 
 
 class Namer(torch.nn.Module):
@@ -150,7 +158,8 @@ class Namer(torch.nn.Module):
     def __init__(self, width: int, attributes: dict[str, dict]):
         super().__init__()
         self.attributes = attributes
-        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(width, len(world.COLOURS) * (1 + len(values))) for name, values in attributes.items()})
+        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(width, len(world.COLOURS) * (1 + len(values)))
+                                          for name, values in attributes.items()})
 
     def forward(self, feature: Tensor, scenes: list[world.Scene]) -> Tensor:
         loss = 0.0
@@ -210,7 +219,8 @@ def viclip(config: Config) -> None:
 def teacher(config: Config) -> None:
     """ε-prediction with the papers' schedule; one caption in ten is empty, for guidance. Half of the timesteps lie at t ≥ 750, where
     what moves where is decided but where ‖ε - ε_θ‖² hardly shows it."""
-    pixels, text, schedule = shapes.load_vae(config.out).to(config.device), shapes.load_text(config.out).to(config.device), Schedule(device=config.device)
+    pixels, text = shapes.load_vae(config.out).to(config.device), shapes.load_text(config.out).to(config.device)
+    schedule = Schedule(device=config.device)
     network = model.UNet3D(model.SHAPES).to(config.device)
 
     def loss_of(rng):
@@ -218,7 +228,8 @@ def teacher(config: Config) -> None:
         context = text([caption if rng.random() > 0.1 else "" for caption in captions])
         t = torch.tensor([rng.randrange(750 * (i % 2), 1000) for i in range(16)], device=config.device)
         with torch.no_grad():
-            z0 = pixels.encode(clips.to(config.device), torch.randn(16, pixels.config.latent, world.FRAMES, world.SIZE // 8, world.SIZE // 8))
+            noise = torch.randn(16, pixels.config.latent, world.FRAMES, world.SIZE // 8, world.SIZE // 8)
+            z0 = pixels.encode(clips.to(config.device), noise)
         eps = torch.randn_like(z0)
         with torch.autocast(config.device, torch.bfloat16):
             error = (network(schedule.add_noise(z0, eps, t), t, context).float() - eps) ** 2

@@ -68,10 +68,12 @@ def words(caption: str) -> list[str]:
     return "".join(c if c.isalnum() else " " for c in caption.lower()).split()
 
 
-VOCABULARY = sorted({w for texts in (*SHAPES.values(), *MOTIONS.values(), COLOURS, BACKGROUNDS, ["a and on background"]) for t in texts for w in words(t)})
-HINT = ("the shapes world knows colours (" + ", ".join(COLOURS) + "), shapes (" + ", ".join(w for s in SHAPES.values() for w in s) + "), motions ("
-        + ", ".join(w for m in MOTIONS.values() for w in m) + ") and backgrounds (" + ", ".join(BACKGROUNDS)
-        + "), e.g. \"a red circle moving right and a blue square rising on a white background\"; for anything else use the real models: --model vc2 or --model ms")
+PHRASES = {"colours": list(COLOURS), "shapes": sum(SHAPES.values(), []), "motions": sum(MOTIONS.values(), []),
+           "backgrounds": list(BACKGROUNDS)}
+VOCABULARY = sorted({w for phrase in sum(PHRASES.values(), ["a and on background"]) for w in words(phrase)})
+HINT = ("the shapes world knows " + "; ".join(f"{kind}: {', '.join(phrases)}" for kind, phrases in PHRASES.items())
+        + '; e.g. "a red circle moving right and a blue square rising on a white background".'
+        + " For anything else there are the real models: --model vc2, --model ms")
 
 
 def tokenize(captions: list[str], context_length: int = 24) -> Tensor:
@@ -166,7 +168,8 @@ def colour_masks(clip: Tensor) -> tuple[Tensor, str]:
     high, low = rgb.amax(0), rgb.amin(0)
     chroma = high - low
     r, g, b = rgb
-    hue = torch.where(high == r, (g - b) / (chroma + 1e-6) % 6, torch.where(high == g, (b - r) / (chroma + 1e-6) + 2, (r - g) / (chroma + 1e-6) + 4))
+    span = chroma + 1e-6
+    hue = torch.where(high == r, (g - b) / span % 6, torch.where(high == g, (b - r) / span + 2, (r - g) / span + 4))
     centres = torch.tensor([0.0, 1.0, 2.0, 3.9])[:, None, None, None]                  # red, yellow, green, blue, in sixths of a turn
     distance = ((hue - centres + 3) % 6 - 3).abs()
     masks = (chroma > 85) & (distance == distance.amin(0)) & (distance < 0.6)

@@ -58,7 +58,9 @@ def test_ddim_is_the_ode_of_a_gaussian():
     z = torch.randn(2, 4, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     a, s = schedule.alpha_bar[[999, 0]].sqrt(), (1 - schedule.alpha_bar[[999, 0]]).sqrt()
     exact = a[1] * mean + (z - a[0] * mean) / (a[0] ** 2 * std ** 2 + s[0] ** 2).sqrt() * (a[1] ** 2 * std ** 2 + s[1] ** 2).sqrt()
-    errors = [(ddim_sample(schedule, gaussian_eps(schedule, mean, std), z, list(range(999, 0, -step))) - exact).abs().max().item() for step in (20, 10, 5, 1)]
+    eps_model, errors = gaussian_eps(schedule, mean, std), []
+    for step in (20, 10, 5, 1):
+        errors.append((ddim_sample(schedule, eps_model, z, list(range(999, 0, -step))) - exact).abs().max().item())
     assert errors[3] < 5e-3 and errors[0] / errors[1] > 1.7 and errors[1] / errors[2] > 1.7        # first order
 
 
@@ -77,7 +79,8 @@ def test_ddim_is_exact_for_a_point():
 def test_ddim_sampling_agrees_with_diffusers(eta):
     """Against DDIMScheduler for a made-up ε; steps 981, 961, …, 1, final α of timestep 0."""
     from diffusers import DDIMScheduler
-    theirs = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    theirs = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                           set_alpha_to_one=False, steps_offset=1)
     theirs.set_timesteps(50)
     assert theirs.timesteps.tolist() == ddim_timesteps(50)
 

@@ -1,0 +1,149 @@
+"""The shapes world: captions, drawing, the oracle, and pretraining at miniature size."""
+import json
+import random
+
+import pytest
+import torch
+
+import cli
+import shapes
+from shapes import pretrain, world
+from shapes.world import Scene, Thing
+
+
+def scenes(count, held_out):
+    for i in range(count):
+        rng = random.Random(f"test {held_out} {i}")
+        scene = world.draw_scene(rng, held_out)
+        yield scene, world.describe(scene, rng), world.render(scene, rng)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_oracle_reads_what_was_drawn(held_out):
+    """On at least 99.5 % of 400 clips everything is right; the overlap with the ideal shapes is almost 1."""
+    verdicts = [world.judge(scene, clip) for scene, _, clip in scenes(400, held_out)]
+    assert sum(v["all"] for v in verdicts) >= 0.995 * len(verdicts)
+    assert sum(v["quality"] for v in verdicts) / len(verdicts) > 0.98
+
+
+def test_the_oracle_sees_every_kind_of_mistake():
+    scene = Scene((Thing("red", "circle", "right"), Thing("blue", "square", "up")), "white")
+    clip = world.render(scene, random.Random(0))
+    wrong = {
+        "colour": Scene((Thing("green", "circle", "right"), Thing("blue", "square", "up")), "white"),
+        "shape": Scene((Thing("red", "triangle", "right"), Thing("blue", "square", "up")), "white"),
+        "motion": Scene((Thing("red", "circle", "left"), Thing("blue", "square", "up")), "white"),
+        "background": Scene(scene.things, "black"),
+    }
+    assert world.judge(scene, clip)["all"] == 1
+    for name, asked in wrong.items():
+        verdict = world.judge(asked, clip)
+        assert {k: v for k, v in verdict.items() if k != "quality"} == {k: float(k not in (name, "all")) for k in verdict if k != "quality"}
+    swapped = Scene((Thing("red", "square", "right"), Thing("blue", "circle", "up")), "white")      # right attributes, wrong things
+    verdict = world.judge(swapped, clip)
+    assert verdict["shape"] == 1 and verdict["all"] == 0
+    assert world.judge(Scene(scene.things[:1], "white"), clip)["all"] == 0                          # one thing too many
+    assert world.judge(scene, clip.flip(1))["motion"] == 0                                          # played backwards
+    assert world.judge(Scene(scene.things), clip)["all"] == 1                                       # no background asked for
+
+
+def test_noise_is_nothing():
+    noise = torch.randint(0, 256, (3, 8, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert world.judge(Scene((Thing("red", "circle", "right"),), "white"), noise)["all"] == 0
+    assert world.judge(Scene((Thing("red", "circle", "right"),), "gray"), torch.full((3, 8, 64, 64), 110, dtype=torch.uint8))["all"] == 0
+
+
+@pytest.mark.parametrize("T, size", [(16, 64), (8, 96)])
+def test_other_sizes(T, size):
+    for i in range(40):
+        rng = random.Random(i)
+        scene = world.draw_scene(rng)
+        clip = world.render(scene, rng, T, size)
+        assert clip.shape == (3, T, size, size) and clip.dtype == torch.uint8 and world.judge(scene, clip)["all"]
+
+
+def test_captions_are_understood():
+    for held_out in (False, True):
+        for scene, caption, _ in scenes(200, held_out):
+            understood = world.understand(caption)
+            assert set(understood.things) == set(scene.things) and understood.background in (None, scene.background)
+            assert all(thing.held_out == held_out for thing in scene.things)
+    asked = world.understand("A red circle moving right, and a blue square moving up!")
+    assert asked == Scene((Thing("red", "circle", "right"), Thing("blue", "square", "up")))
+
+
+@pytest.mark.parametrize("caption, complaint", [
+    ("a red dog moving left", "unknown word 'dog'"), ("a red circle", "not one colour, one shape and one motion"),
+    ("a red circle rising and a red square rising", "different colours"), ("", "not one colour")])
+def test_other_captions_get_a_hint(caption, complaint):
+    with pytest.raises(ValueError, match=complaint) as error:
+        world.understand(caption)
+    assert "--model vc2" in str(error.value)
+
+
+def test_held_out_combinations_leave_every_pair_to_be_seen():
+    everything = [Thing(c, s, m) for c in world.COLOURS for s in world.SHAPES for m in world.MOTIONS]
+    held = [t for t in everything if t.held_out]
+    assert len(held) == len(everything) / 6
+    for a, b in (("colour", "shape"), ("colour", "motion"), ("shape", "motion")):
+        seen = {(getattr(t, a), getattr(t, b)) for t in everything if not t.held_out}
+        assert len(seen) == len({getattr(t, a) for t in everything}) * len({getattr(t, b) for t in everything})
+
+
+def test_tokens():
+    ids = world.tokenize(["a red circle rising", ""])
+    assert ids.shape == (2, 24) and ids[0, 0] == ids[1, 0] == 1
+    assert ids[0].argmax() == 5 and ids[1].argmax() == 1 and ids.max() == world.VOCABULARY_SIZE - 1      # the end has the largest id
+    assert (ids[0, 6:] == 0).all()
+
+
+def test_clips_are_the_same_each_time():
+    clips = shapes.Clips()
+    a, b, c = clips.get(5), clips.get(5), shapes.Clips("held-out").get(5)
+    assert torch.equal(a["clip"], b["clip"]) and a["caption"] == b["caption"] and not torch.equal(a["clip"], c["clip"])
+
+
+def test_variations_differ_in_one_respect():
+    for i in range(100):
+        rng = random.Random(i)
+        scene = world.draw_scene(rng)
+        other = pretrain.variation(scene, rng, ["colour", "shape", "motion"])
+        assert other.background == scene.background and set(other.things) != set(scene.things)
+        changed = {name for name in ("colour", "shape", "motion")
+                   if [getattr(t, name) for t in scene.things] != [getattr(t, name) for t in other.things]}
+        assert len(changed) == 1 and not any(t.held_out for t in other.things)
+
+
+def test_pretraining_resumes_exactly(tmp_path):
+    """4 steps in one go, and 2, a crash in the third, 2 more: the same weights, bit for bit."""
+    def run(folder, crash):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        layer, calls = torch.nn.Linear(3, 1), []
+
+        def loss_of(rng):
+            calls.append(1)
+            if crash and len(calls) == 3:
+                raise KeyboardInterrupt
+            return (layer(torch.randn(4, 3)) - rng.random()).pow(2).mean(), {}
+
+        pretrain.fit("line", layer, loss_of, 4, pretrain.Config(out=str(tmp_path / folder), save_every=2))
+        return layer.weight.detach().clone()
+
+    whole = run("whole", crash=False)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", crash=True)
+    assert torch.equal(run("parts", crash=False), whole)
+
+
+def test_help_teaches():
+    help_text = cli.parser_for(pretrain.Config, pretrain.__doc__).format_help()
+    assert "--teacher-steps" in help_text and "batches of" in help_text
+
+
+def test_log_lines_are_json(tmp_path):
+    config = pretrain.Config(out=str(tmp_path), vae_steps=20, save_every=100)
+    layer = torch.nn.Linear(2, 1)
+    pretrain.fit("line", layer, lambda rng: (layer(torch.ones(3, 2)).pow(2).mean(), {}), 20, config)
+    row = json.loads((tmp_path / "line.jsonl").read_text().splitlines()[0])
+    assert row["step"] == 20 and row["loss"] >= 0
