@@ -1,0 +1,76 @@
+"""Every stage at miniature size, by its command: pretraining, distillation, sampling, evaluation. And the README keeps its word."""
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import cli
+import evaluate
+import sample
+import train
+import video
+from shapes import pretrain
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_from_nothing_to_a_clip(tmp_path):
+    out = str(tmp_path)
+    steps = [f"--{stage}-steps=2" for stage in ("vae", "clip", "viclip", "teacher")]
+    pretrain.main(["--all", "--out", out, *steps])
+    for name, weights in {"vcm": (0, 0), "vcm-img": (1, 0), "vcm-vid": (0, 2), "turbo": (1, 2)}.items():
+        train.main(["--preset", "shapes", "--teacher", out, "--out", f"{out}/{name}", "--steps", "2", "--batch", "2", "--micro", "2",
+                    "--image-weight", str(weights[0]), "--video-weight", str(weights[1]), "--sample-every", "0"])
+        rows = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2] and all(row["loss_cd"] >= 0 for row in rows)
+        assert ("shapes-clip" in rows[0], "shapes-viclip" in rows[0]) == (weights[0] > 0, weights[1] > 0)
+        sample.main(["a red circle rising", "--teacher", out, "--method", "turbo", "--turbo", f"{out}/{name}/turbo.safetensors",
+                     "--out", f"{out}/{name}.gif"])
+        assert video.read_clip(tmp_path / f"{name}.gif").shape == (3, 8, 64, 64)
+    rows = evaluate.shapes_table(evaluate.ShapesConfig(clips=2, folder=out, out=f"{out}/table.json", rows=" 2"))
+    assert {row["name"] for row in rows} >= {"teacher, few-step sampler", "VCM", "VCM + R_img", "VCM + R_vid", "T2V-Turbo"}
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_quoted_code_stands_in_its_file(block):
+    head, _, code = block.partition("\n")
+    assert head.startswith("# "), "a quotation begins with its file's name"
+    assert code.strip("\n") in (ROOT / head[2:].strip()).read_text(encoding="utf-8")
+
+
+def commands():
+    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines() + re.findall(r"`((?:python|torchrun) [^`]*\.py[^`]*)`", README)
+    for line in lines:
+        for part in line.split("&&"):
+            words = shlex.split(part, comments=True)
+            script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+            if words and words[0] in ("python", "torchrun") and script is not None:
+                yield words[script:]
+
+
+@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
+def test_commands_parse(command):
+    script, *args = command
+    assert (ROOT / script).exists(), script
+    if script == "train.py":
+        train.configure(args)
+    elif script == "sample.py":
+        sample.check(cli.parse(sample.Config, args, positional="prompt"))
+    elif script == "evaluate.py":
+        cli.parse(evaluate.COMMANDS[args[0]][1], args[1:], positional=evaluate.COMMANDS[args[0]][2])
+    elif script == "shapes/pretrain.py":
+        cli.parse(pretrain.Config, args)
+
+
+def test_pictures_and_files_are_there():
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).exists(), path

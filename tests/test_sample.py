@@ -1,0 +1,141 @@
+"""sample.py and evaluate.py with the embedded toy: files, seeds, prompts, messages."""
+import json
+import time
+
+import imageio.v3 as iio
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import evaluate
+import sample
+import shapes
+import video
+from shapes import world
+
+PROMPT = "a red circle moving right and a blue square moving up"
+
+
+def run(*args):
+    sample.main([str(a) for a in args])
+
+
+def fails(capsys, *args, command=sample.main):
+    with pytest.raises(SystemExit) as stop:
+        command([str(a) for a in args])
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in text and len(text.splitlines()) == 1, text
+    return text
+
+
+def test_the_readmes_first_command_shows_what_was_asked_for(tmp_path):
+    run(PROMPT, "--out", tmp_path / "out.mp4", "--sheet", tmp_path / "sheet.png")
+    clip = video.read_clip(tmp_path / "out.mp4")
+    assert clip.shape == (3, 8, 64, 64)
+    assert world.judge(world.understand(PROMPT), clip)["all"] == 1
+    assert iio.imread(tmp_path / "sheet.png").shape[1] == 8 * iio.imread(tmp_path / "sheet.png").shape[0]
+
+
+def test_loading_and_four_steps_take_less_than_five_seconds():
+    began = time.perf_counter()
+    config = sample.Config(PROMPT)
+    models = sample.load_models(config)
+    sample.decode(models, sample.generate(models, [PROMPT], [0], config))
+    assert time.perf_counter() - began < 5
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".safetensors", ".png", ""])
+def test_files_are_read_back_as_they_were_made(tmp_path, suffix):
+    run("a green triangle growing", "--out", tmp_path / f"clip{suffix}", "--latents", tmp_path / "z.safetensors")
+    path = tmp_path / f"clip{suffix}" if suffix else tmp_path / "clip" / "a green triangle growing-0.mp4"
+    clip, z = video.read_clip(path), load_file(tmp_path / "z.safetensors")["latents"]
+    models = sample.load_models(sample.Config())
+    exact = sample.decode(models, z)[0]
+    assert z.dtype == torch.float32 and z.shape == (1, 8, 8, 8, 8)
+    assert (clip.float() - exact.float()).abs().mean() < (0.1 if suffix in (".safetensors", ".png") else 6)     # mp4 halves colour
+
+
+@pytest.mark.parametrize("method", ["turbo", "vcm", "teacher"])
+def test_a_clip_depends_on_its_seed_and_not_on_its_batch(method):
+    config = sample.Config(method=method, steps=3)
+    models = sample.load_models(config)
+    captions = [PROMPT, "a green square at rest on white", PROMPT]
+    together = sample.generate(models, captions, [5, 6, 7], config)
+    assert torch.equal(together, sample.generate(models, captions, [5, 6, 7], config))                         # bit for bit
+    for i in range(3):
+        alone = sample.generate(models, captions[i:i + 1], [5 + i], config)
+        torch.testing.assert_close(together[i:i + 1], alone, rtol=1e-3, atol=1e-3)
+    assert (together[0] - together[2]).abs().max() > 0.1
+
+
+def test_several_clips_and_a_file_of_prompts(tmp_path, capsys):
+    run("a red ball rising", "--num", 2, "--out", tmp_path / "x.gif")
+    assert sorted(p.name for p in tmp_path.glob("*.gif")) == ["x-0.gif", "x-1.gif"]
+    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt_en": "a red ball rising"}, {"prompt_en": "a blue box falling"}]))
+    folder = tmp_path / "clips"
+    run("--prompts", tmp_path / "prompts.json", "--num", 2, "--out", folder)
+    names = ["a blue box falling-0.mp4", "a blue box falling-1.mp4", "a red ball rising-0.mp4", "a red ball rising-1.mp4"]
+    assert sorted(p.name for p in folder.iterdir()) == names
+    kept = (folder / names[0]).stat().st_mtime_ns
+    (folder / names[3]).unlink()
+    run("--prompts", tmp_path / "prompts.json", "--num", 2, "--out", folder)
+    assert sorted(p.name for p in folder.iterdir()) == names and (folder / names[0]).stat().st_mtime_ns == kept
+    run("--prompts", tmp_path / "prompts.json", "--num", 2, "--out", folder)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args, complaint", [
+    (["a dog running"], "unknown word 'dog'"), ([], "give one prompt"), ([PROMPT, "--height", "70"], "height 70 is not a multiple of"),
+    ([PROMPT, "--steps", "51"], "51 sampling steps"), ([PROMPT, "--steps", "0"], "at least 1"),
+    ([PROMPT, "--frame", "3"], "did you mean --frames"), (["a", "red", "circle"], "quote the prompt"),
+    ([PROMPT, "--prompts", "x.txt"], "give one prompt"), (["--prompts", "missing.txt"], "missing.txt"), ([PROMPT, "--turbo", "missing.safetensors"], "missing.safetensors"),
+    ([PROMPT, "--model", "vc2", "--teacher", "missing.ckpt", "--turbo", "missing.pt"], "missing"),
+    ([PROMPT, "--model", "vc2", "--method", "vcm"], "no public VCM"), ([PROMPT, "--dtype", "int8"], "int8")])
+def test_mistakes_get_one_clear_line(tmp_path, monkeypatch, capsys, args, complaint):
+    monkeypatch.chdir(tmp_path)
+    assert complaint in fails(capsys, *args)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a message for machines without a GPU")
+def test_no_gpu_is_said(capsys):
+    assert "no usable GPU" in fails(capsys, PROMPT, "--device", "cuda")
+
+
+# ---- evaluate.py ---------------------------------------------------------------------------------------------------------------
+
+
+def test_score_prints_what_the_rewards_say(tmp_path, capsys):
+    run(PROMPT, "--out", tmp_path / "a.safetensors")
+    rows = []
+    for prompt in (PROMPT, "a green triangle at rest"):
+        capsys.readouterr()
+        evaluate.main(["score", str(tmp_path / "a.safetensors"), "--prompt", prompt, "--reward", "shapes-clip",
+                       "--reward", "shapes-viclip", "--json"])
+        rows += json.loads(capsys.readouterr().out)
+    assert all(rows[0][name] > rows[1][name] for name in ("shapes-clip", "shapes-viclip"))
+
+
+def test_curves_are_drawn(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(dict(step=i, loss=1 / i, reward=i)) + "\n" for i in range(1, 30)))
+    evaluate.main(["curves", f"run={log}", "--keys", "loss,reward", "--out", str(tmp_path / "c.svg")])
+    svg = (tmp_path / "c.svg").read_text()
+    assert svg.count("<polyline") == 2 and ">run<" in svg and svg.rstrip().endswith("</svg>")
+
+
+def test_evaluates_mistakes(tmp_path, capsys):
+    assert "no command 'shape'" in fails(capsys, "shape", command=evaluate.main)
+    assert "at least one --reward" in fails(capsys, "score", "x.mp4", command=evaluate.main)
+    assert "x.mp4" in fails(capsys, "score", "x.mp4", "--reward", "shapes-clip", command=evaluate.main)
+
+
+def test_the_table_counts_right(monkeypatch, capsys, tmp_path):
+    """With the world's own clips in place of samples, every row must be all right."""
+    by_seed = {100 + i: shapes.Clips(split).scene(10 ** 9 + i)[2] for split in ("train",) for i in range(4)}
+    monkeypatch.setattr(evaluate.sampler, "generate", lambda models, captions, seeds, config: seeds)
+    monkeypatch.setattr(evaluate.sampler, "decode", lambda models, seeds: torch.stack([by_seed[s] for s in seeds]))
+    config = evaluate.ShapesConfig(clips=4, rows="T2V-Turbo 4", batch=3, out=str(tmp_path / "t.json"))
+    rows = evaluate.shapes_table(config)
+    seen = next(r for r in rows if r["split"] == "train")
+    assert seen["all"] == 1 and seen["quality"] > 0.98 and seen["passes"] == 4
+    assert evaluate.shapes_table(config) == rows                        # from the file, nothing is sampled again
