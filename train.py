@@ -4,304 +4,373 @@
     torchrun --nproc_per_node=8 train.py --preset turbo-vc2 --teacher model.ckpt --data '/data/webvid/{00000..09999}.tar' \\
         --reward hpsv2=FILE --reward internvideo2=FILE --out runs/vc2          # the paper
 
-The global batch is fixed and split over however many processes there are; what is random about a clip comes from its own generator,
-seeded by its place in the run. So the same command trains the same student on 1, 2 or 8 processes, and a resumed run is the same run.
+The batch of a step is fixed and split over however many processes there are, and all that is random about a clip comes
+from a generator of its own, seeded by the clip's place in the run. So 1, 2 or 8 processes train the same student, and a
+run that was killed and resumed is the run that was not.
 """
 import copy
 import dataclasses
-import json
-import os
+import math
 import signal
 import sys
-import time
-from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import cli
+import data
+import dryrun
+import rewards
+import video
+import weights
+from model import condition_layers
+from run import Group, Log, Parts, check_room, checkpoints, listen, open_folder, shielded, write
 from solver import Schedule
-from turbo import EMA, RewardTerm, Step, distill, inject, lora_state, reward_gradient, total_loss
+from turbo import (
+    EMA,
+    Noise,
+    RewardTerm,
+    Step,
+    consistency,
+    distill,
+    inject,
+    lora_state,
+    merge,
+    reward_gradient,
+    sample,
+    total_loss,
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    preset: Literal["shapes"] = "shapes"    # what to train; a preset replaces the defaults below
-    out: str = "runs/shapes"                # folder of the run: turbo.safetensors, checkpoints, log.jsonl
-    resume: str = ""                        # auto (the last checkpoint in OUT, if any) or a checkpoint's path
-    seed: int = 0                           # of LoRA's start, the order of clips, and all that Algorithm 1 draws
+    """Defaults are T2V-Turbo (VC2)."""
+    preset: Literal["shapes", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms"] = "shapes"  # replaces the defaults below
+    teacher: str = ""               # VideoCrafter2's model.ckpt or ModelScopeT2V's folder [downloaded; shapes: embedded]
+    data: str = ""                  # folder, .csv, .jsonl or .tar pattern of captioned clips, see data.py; paper: WebVid-10M
+    reward: tuple[str, ...] = ("hpsv2", "internvideo2")  # NAME[=FILE][:WEIGHT], repeatable; no FILE: download; WEIGHT: not β
+    out: str = ""                   # folder of the run: turbo.safetensors, checkpoints, log.jsonl, samples [runs/PRESET]
+    resume: str = ""                # auto (the last checkpoint in OUT, if any) or a checkpoint's path
+    seed: int = 0                   # of LoRA's start, the order of clips, and all that Algorithm 1 draws
+    dry_run: int | None = None      # N steps with random weights and clips, then a table of time and memory; 0: simulate
+    # the clips
+    frames: int = 16                # paper, Sec. 4: 16 frames
+    height: int = 320               # paper, Sec. 4: 512x320 (VC2), 256x256 (MS)
+    width: int = 512                # same
+    fps: int = 16                   # of the clips, and what VC2's UNet is told; released code: 16; ModelScopeT2V: 8
     # Algorithm 1
-    grid: int = 50                          # N, DDIM steps of the teacher's solver; paper, Sec. 4
-    w_min: float = 5.0                      # ω ~ U[w_min, w_max]; paper, Sec. 4
-    w_max: float = 15.0                     # same
-    image_weight: float = 1.0               # β_img; paper, Sec. 4.1 (VC2: 1, MS: 2)
-    video_weight: float = 2.0               # β_vid; paper, Sec. 4.1 (VC2: 2, MS: 3)
-    image_frames: int = 6                   # M, random frames that the image reward sees; paper, Sec. 4.1
-    video_frames: int = 8                   # evenly strided frames that the video reward sees; paper, Sec. 4.1
+    grid: int = 50                  # N, DDIM steps of the teacher's solver; released code, num_ddim_timesteps
+    w_min: float = 5.0              # ω ~ U[w_min, w_max]; paper, Sec. 4
+    w_max: float = 15.0             # same
+    image_weight: float = 1.0       # β_img; paper, Sec. 4: 1 (VC2), 2 (MS); 0: VCM, or the ablation without R_img
+    video_weight: float = 2.0       # β_vid; paper, Sec. 4: 2 (VC2), 3 (MS); 0: VCM, or the ablation without R_vid
+    image_frames: int = 6           # M, random frames that an image reward sees; paper, Sec. 4 (released code: 5)
+    video_frames: int = 8           # evenly strided frames that a video reward sees; paper, Sec. 4
+    ema: float = 0.95               # decay of the target network θ⁻; paper, Eq. 6; 0: θ itself, as in the released code
     # optimisation
-    steps: int = 10000                      # paper, Sec. 4.1
-    batch: int = 8                          # clips per step over all processes; paper: 1 on each of 6 to 8 GPUs
-    micro: int = 1                          # clips per forward pass; trades memory for speed, never changes the result
-    lr: float = 1e-5                        # paper, Sec. 4.1
-    lora: int = 64                          # rank; paper: 64 for VC2, 32 for MS; 0 trains the whole UNet against a frozen second copy
-    ema: float = 0.95                       # decay of the target network θ⁻; paper, Sec. 4.1; 0: the target is θ itself
-    clip: float = 1.0                       # gradient norm; released code
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"    # of the networks under autocast; losses and trained weights are float32
-    # keeping
-    save_every: int = 500                   # steps between checkpoints
-    keep: int = 2                           # checkpoints kept
+    steps: int = 10000              # paper, Sec. 4: 10K
+    batch: int = 8                  # clips per step over all processes; paper, Sec. 4: 1 on each of 8 GPUs
+    micro: int = 1                  # clips per forward pass of a process: memory against speed
+    lr: float = 1e-5                # of AdamW (0.9, 0.999), constant; paper, Sec. 4
+    lora: int = 64                  # rank; paper: 64 (VC2); released weights: 32 (MS); 0: train all weights
+    clip: float = 1.0               # largest gradient norm; released code
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the networks; losses, LoRA, EMA: float32; released code
+    checkpointing: bool = True      # recompute activations of the UNet and of the rewards in the backward pass
+    chunk: int = 1                  # frames that the decoder's backward pass holds at a time
+    # keeping and watching
+    workers: int = 4                # processes that decode clips, per training process
+    save_every: int = 500           # steps between checkpoints
+    keep: int = 2                   # checkpoints kept
+    sample_every: int = 500         # steps between sample clips; 0: never
+    prompt: tuple[str, ...] = ("a corgi runs through a meadow", "waves at sunset, aerial view")  # of them; repeatable
+    merge: bool = False             # at the end: also OUT/merged.safetensors, the whole UNet with LoRA merged
+    export_lora: bool = False       # at the end: also OUT/unet_lora.pt, the list that the released code reads
 
 
+MS = dict(height=256, width=256, fps=8, lora=32, image_weight=2.0, video_weight=3.0, reward=("hpsv2", "viclip"))
+VCM = dict(image_weight=0.0, video_weight=0.0)
 PRESETS = {
-    "shapes": dict(steps=2000, batch=16, micro=16, lr=1e-4, dtype="float32"),
+    "shapes": dict(frames=8, height=64, width=64, fps=8, batch=16, micro=16, lr=1e-4, steps=2000, dtype="float32",
+                   chunk=1000, checkpointing=False, workers=0,
+                   prompt=("a red circle moving right", "a blue square rising on white")),
+    "turbo-vc2": {}, "vcm-vc2": VCM, "turbo-ms": MS, "vcm-ms": MS | VCM,
 }
+FIXED = ("preset", "seed", "batch", "lora", "ema", "grid", "frames", "height", "width")  # for the whole of a run
 
 
 def configure(argv=None) -> Config:
     """Command line over preset over defaults."""
     preset = cli.parse(Config, argv, __doc__).preset
-    return cli.parse(Config, argv, __doc__, defaults=PRESETS[preset])
+    config = cli.parse(Config, argv, __doc__, defaults={"out": f"runs/{preset}"} | PRESETS[preset])
+    for name in ("height", "width"):
+        n = getattr(config, name)
+        if n % 8:
+            raise ValueError(f"{name} {n} is not a multiple of 8; try {n // 8 * 8} or {n // 8 * 8 + 8}")
+    for name in ("batch", "micro", "keep", "save_every", "chunk"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}; it must be at least 1")
+    return config
 
 
-# ---- data ------------------------------------------------------------------------------------------------------------------------
+# ---- the trainer -----------------------------------------------------------------------------------------------
 
 
 def generator(seed: int, position: int) -> torch.Generator:
-    """The random stream of the clip at a position of the run. (torch reads 32 bits of a CPU seed; the odd factor spreads runs apart.)"""
+    """The random stream of Algorithm 1 for the clip at a position of the run.
+
+    torch reads 32 bits of a CPU seed; the odd factor sets the streams of different seeds apart.
+    """
     return torch.Generator().manual_seed((seed * 2654435761 + position) % 2 ** 32)
-
-
-class Stream(Dataset):
-    """The clips of a run in order: position p is clip p mod n of the p // n-th shuffle of the n clips."""
-
-    def __init__(self, clips, seed: int):
-        self.clips, self.seed, self.epoch, self.order = clips, seed, None, None
-
-    def __getitem__(self, position: int) -> dict:
-        epoch, i = divmod(position, len(self.clips))
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, torch.randperm(len(self.clips), generator=generator(self.seed, -1 - epoch))
-        item = self.clips.get(self.order[i].item(), generator(self.seed, position))
-        return {**item, "position": position}
-
-
-# ---- the trainer -----------------------------------------------------------------------------------------------------------------
-
-
-class Parts:
-    """Seconds spent in each named part of a step."""
-
-    def __init__(self, device):
-        self.device, self.seconds = device, defaultdict(float)
-
-    @contextmanager
-    def __call__(self, name: str):
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds[name] += time.perf_counter() - start
-
-
-def add_guidance(unet) -> None:
-    """The input for ω that a teacher lacks; its weight is zero, so the student starts as its teacher."""
-    if not unet.config.guidance:
-        unet.config = dataclasses.replace(unet.config, guidance=True)
-        unet.time_cond_proj = nn.Linear(256, unet.config.channels, bias=False, device=unet.out[2].weight.device, dtype=unet.dtype)
-        nn.init.zeros_(unet.time_cond_proj.weight)
 
 
 class Trainer:
     """Student, teacher, target, rewards and optimizer; `step` is one round of Algorithm 1."""
 
-    def __init__(self, config: Config, models, terms: list[RewardTerm], device: torch.device):
-        self.config, self.models, self.terms, self.device = config, models, terms, device
-        self.schedule, self.parts, self.done, self.skipped = Schedule(config.grid, device), Parts(device), 0, 0
-        self.student = self.teacher = models.unet.eval()                    # no dropout: the targets would be noise
-        add_guidance(self.student)
-        if config.lora:
-            self.params = inject(self.student, config.lora)                 # with its LoRA off, the student is the teacher
-        else:
-            self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-            self.params = list(self.student.requires_grad_(True).parameters())
+    def __init__(self, config: Config, models, terms: list[RewardTerm], group: Group, parts: Parts | None = None):
+        if config.batch % group.world:
+            raise ValueError(f"a batch of {config.batch} clips cannot be split over {group.world} processes; "
+                             f"try --batch {-(-config.batch // group.world) * group.world}")
+        self.config, self.models, self.terms, self.group, device = config, models, terms, group, group.device
+        self.schedule, self.parts = Schedule(config.grid, device), parts or Parts(device)
+        self.done = self.skipped = self.clips_skipped = 0       # steps; skipped ones in a row; clips that were no good
+        self.names = ["loss", "loss_cd", *(term.name for term in terms), "clips_skipped", "grad_norm"]
+        self.prepare_networks(config, device)
         self.named = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
-        for unet in {self.student, self.teacher}:                           # per call, so that no cast outlives a change of weights
-            unet.forward = torch.autocast(device.type, torch.bfloat16, config.dtype == "bfloat16")(unet.forward)
+        self.params = list(self.named.values())
         self.ema = EMA(self.params, config.ema) if config.ema else None
-        self.optimizer = torch.optim.AdamW(self.params, config.lr, weight_decay=0, fused=True)      # betas 0.9, 0.999
-        self.flat = torch.zeros(sum(p.numel() for p in self.params), device=device)     # all gradients in one tensor
-        start = 0
-        for p in self.params:
-            p.grad = self.flat.as_strided(p.shape, p.stride(), start)
-            start += p.numel()
+        sizes = [p.numel() for p in self.params]
+        self.gradient = torch.zeros(sum(sizes), device=device)                          # one tensor; p.grad are its parts
+        for p, g in zip(self.params, self.gradient.split(sizes), strict=True):
+            p.grad = g.as_strided(p.shape, p.stride())
+        adam = dict(lr=config.lr, weight_decay=0, fused=True)                           # betas 0.9, 0.999
+        self.sharded = group.world > 1 and not config.lora                              # 11 GB of moments for 1.4 B weights
+        self.optimizer = (ZeroRedundancyOptimizer(self.params, torch.optim.AdamW, **adam) if self.sharded
+                          else torch.optim.AdamW(self.params, **adam))
         with torch.no_grad():
             self.null = models.text([""])
 
-    def accumulate(self, items: list[dict]) -> dict[str, float]:
-        """Algorithm 1 on some clips of the batch: adds their part of the gradient, returns their part of the losses and rewards."""
-        config, draws = self.config, [generator(self.config.seed, item["position"]) for item in items]
-        captions = [item["caption"] for item in items]
+    def prepare_networks(self, config: Config, device: torch.device) -> None:
+        unet = self.student = self.teacher = self.models.unet.eval()    # eval: dropout would make the targets noisy
+        if not unet.config.guidance:                                    # starts at zero: the student as its teacher
+            unet.config = dataclasses.replace(unet.config, guidance=True)
+            unet.add_module("time_cond_proj", condition_layers(unet.config)["time_cond_proj"].to(device, unet.dtype))
+        if config.lora:                                                 # with LoRA off it is the teacher: one copy
+            conv1d = ("init_attn.0.proj_in", "init_attn.0.proj_out")    # in VC2, and so not in the published LoRA
+            inject(unet, config.lora, skip=conv1d if unet.config.fps else ())
+        else:
+            self.teacher = copy.deepcopy(unet).requires_grad_(False).to(getattr(torch, config.dtype))
+            unet.requires_grad_(True)
+        unet.checkpointing = config.checkpointing
+        for network in {self.student, self.teacher}:    # autocast caches casts, and θ and θ⁻ change places: so per call
+            autocast = torch.autocast(device.type, torch.bfloat16, config.dtype == "bfloat16")
+            network.forward = autocast(network.forward)
+
+    def accumulate(self, batch: dict, positions: range) -> Tensor:
+        """Algorithm 1 on some clips: adds their share of the gradient, returns that of loss, L_CD and rewards."""
+        config, models, device = self.config, self.models, self.group.device
+        draws = [generator(config.seed, position) for position in positions]
         with self.parts("encode"), torch.no_grad():
-            x = torch.stack([item["clip"] for item in items]).to(self.device) / 127.5 - 1
-            z0, c = self.models.vae.encode(x).float(), self.models.text(captions)
+            x = batch["clip"].to(device) / 127.5 - 1
+            noise = torch.stack([torch.randn(self.latent(*x.shape[2:]), generator=g) for g in draws]).to(device)
+            z0, c = models.vae.encode(x, noise).float(), models.text(batch["caption"])
         with self.parts("distill"):
             step = Step.draw(z0, self.schedule, (config.w_min, config.w_max), draws)
-            loss_cd, z0_hat = distill(self.student, self.teacher, self.ema, self.schedule, step, z0, c, self.null.expand_as(c))
+            loss_cd, z0_hat = distill(self.student, self.teacher, self.ema, self.schedule, step, z0, c,
+                                      self.null.expand_as(c), fps=config.fps)
         g, scores = None, {}
         if self.terms:
             with self.parts("rewards"):
-                spoken = [item["reward_caption"] or item["caption"] for item in items]
-                g, scores = reward_gradient(z0_hat, spoken, self.models.vae.decode, self.terms, draws, chunk=16 * len(items))
-        share = len(items) / config.batch
+                for term in self.terms:
+                    term.reward.generator = draws[0]                    # draws the crop window
+                captions = [short or full for short, full in zip(batch["reward_caption"], batch["caption"], strict=True)]
+                g, scores = reward_gradient(z0_hat, captions, models.vae.decode, self.terms, draws, config.chunk)
+        share = len(positions) / config.batch
         with self.parts("backward"):
             (share * total_loss(loss_cd, z0_hat, g)).backward()
-        loss = loss_cd.item() - sum(term.weight * scores[term.name] for term in self.terms)
-        return {name: share * value for name, value in {"loss": loss, "loss_cd": loss_cd.item(), **scores}.items()}
+        loss = loss_cd.detach() - sum(term.weight * scores[term.name] for term in self.terms)
+        return share * torch.stack([loss, loss_cd.detach(), *scores.values()]).double()
 
-    def step(self, items: list[dict]) -> dict[str, float]:
-        """One step on this process's clips of the batch; returns what the log says about it."""
-        record, micro = defaultdict(float), self.config.micro
-        self.flat.zero_()
-        for i in range(0, len(items), micro):
-            for name, value in self.accumulate(items[i:i + micro]).items():
-                record[name] += value
+    def latent(self, T: int, H: int, W: int) -> tuple[int, int, int, int]:
+        """Shape of the latents of a clip."""
+        vae = self.models.vae.config
+        return vae.latent, T, H // vae.factor, W // vae.factor
+
+    def step(self, batch: dict) -> dict[str, float]:
+        """One step on this process's clips of the batch -> what the log says about it, the same on all processes."""
+        n, micro = self.config.batch // self.group.world, self.config.micro
+        first, told = (self.done * self.group.world + self.group.rank) * n, 0
+        self.gradient.zero_()
+        for i in range(0, n, micro):
+            some = {name: batch[name][i:i + micro] for name in ("clip", "caption", "reward_caption")}
+            told = told + self.accumulate(some, range(first + i, first + min(i + micro, n)))
         with self.parts("update"):
-            norm = self.flat.norm()
-            if torch.isfinite(norm):
-                self.flat *= (self.config.clip / (norm + 1e-6)).clamp(max=1)
-                self.optimizer.step()
-                if self.ema:
-                    self.ema.update()
-                self.skipped = 0
-            else:
-                self.skipped += 1
-                if self.skipped == 10:
-                    raise ValueError("10 steps in a row had no finite gradient; lower --lr, or continue from an earlier checkpoint")
+            self.group.sum(self.gradient)
+            norm = self.gradient.norm()
+            told = self.group.sum(torch.cat([told, told.new_tensor([batch["bad"]])]))
+            values = self.read(torch.cat([told, norm[None].double()]))
+            self.update(norm, all(map(math.isfinite, values)))
         self.done += 1
-        return {**record, "grad_norm": norm.item(), "lr": self.config.lr, "skipped": self.skipped}
+        record = dict(zip(self.names, values, strict=True))
+        record["clips_skipped"] = self.clips_skipped + int(record["clips_skipped"])
+        return record | {"lr": self.config.lr, "steps_skipped": self.skipped}
 
-    def state(self) -> dict:
-        """All that the next step depends on. No random state: every draw is a function of (seed, position in the run)."""
-        return dict(config=dataclasses.asdict(self.config), step=self.done, skipped=self.skipped, optimizer=self.optimizer.state_dict(),
-                    params={n: p.detach() for n, p in self.named.items()}, ema=self.ema.average if self.ema else [])
+    def read(self, values: Tensor) -> list[float]:
+        return values.tolist()
+
+    def update(self, norm: Tensor, finite: bool) -> None:
+        """AdamW and EMA; neither if anything is inf or nan, which the sums then are on all processes alike."""
+        self.skipped = 0 if finite else self.skipped + 1
+        if finite:
+            self.gradient *= (self.config.clip / (norm + 1e-6)).clamp(max=1)
+            self.optimizer.step()
+            if self.ema:
+                self.ema.update()
+        elif self.skipped == 10:
+            raise ValueError("10 steps in a row without a finite gradient; resume an earlier checkpoint with a lower --lr")
+
+    def state(self, clips_skipped: int) -> dict:
+        """All that the next step depends on; all processes call it, the first one gets it.
+
+        No random state is in it: draws depend on the seed and the position alone.
+        """
+        if self.sharded:
+            self.optimizer.consolidate_state_dict()
+        return {} if self.group.rank else dict(
+            config=dataclasses.asdict(self.config), step=self.done, steps_skipped=self.skipped,
+            clips_skipped=clips_skipped, params={name: p.detach() for name, p in self.named.items()},
+            ema=self.ema.average if self.ema else [], optimizer=self.optimizer.state_dict())
 
     @torch.no_grad()
     def load_state(self, state: dict) -> None:
-        if list(self.named) != list(state["params"]):
-            raise ValueError("this checkpoint is of another network, or of another --lora")
-        self.done, self.skipped = state["step"], state["skipped"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        average = self.ema.average if self.ema else []
-        for p, q in zip([*self.params, *average], [*state["params"].values(), *state["ema"]], strict=True):
+        for name in FIXED:
+            if state["config"][name] != getattr(self.config, name):
+                raise ValueError(f"this run began with --{name} {state['config'][name]}, not {getattr(self.config, name)}; "
+                                 "go on with that, or choose another --out")
+        assert list(state["params"]) == list(self.named), "a checkpoint of another network"
+        self.done, self.skipped, self.clips_skipped = state["step"], state["steps_skipped"], state["clips_skipped"]
+        ours = self.params + (self.ema.average if self.ema else [])
+        for p, q in zip(ours, [*state["params"].values(), *state["ema"]], strict=True):
             p.copy_(q)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for options in self.optimizer.param_groups:
+            options["lr"] = self.config.lr
+
+    @torch.no_grad()
+    def samples(self):
+        """(number, clip) for this process's share of the prompts: 4 steps, ω = 7.5, always from the same noise."""
+        config, vae = self.config, self.models.vae
+        w = torch.full((1,), 7.5, device=self.group.device)
+        for i in range(self.group.rank, len(config.prompt), self.group.world):
+            f = partial(consistency, self.student, self.schedule, w=w, c=self.models.text([config.prompt[i]]), fps=config.fps)
+            noise = Noise([i], self.latent(config.frames, config.height, config.width), self.group.device)
+            x = vae.decode(sample(f, self.schedule, noise, 4), config.chunk)[0].float()
+            yield i, (x.clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8)                   # (3, T, H, W)
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------------------
+# ---- what a run needs, and what it leaves ------------------------------------------------------------------------
 
 
-def write_atomically(path: Path, write) -> None:
-    """write(temporary path), to the disk, then rename: a file of that name is whole or the previous one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def load_world(config: Config, device: torch.device):
+    """Networks, dataset of captioned clips, and reward terms."""
+    if config.preset == "shapes":
+        import shapes
+        known = shapes.rewards(device, config.teacher or None)
+        loaders = {reward.name: (kind == "video", None, lambda reward=reward: reward) for kind, reward in known.items()}
+        models = shapes.load(folder=config.teacher or None, device=device, guidance=True)
+        return models, shapes.Clips(frames=config.frames, size=config.height), reward_terms(config, loaders)
+    if not config.data:
+        raise ValueError("no clips to train on; name them with --data, or try --dry-run 1")
+    clips = data.open_dataset(config.data, config.frames, config.fps, config.height, config.width, cache=config.out)
+    dtype, loaders = getattr(torch, config.dtype), {}
+    for name, path, weight in map(rewards.parse_spec, config.reward):
+        seen = config.video_frames if name in VIDEO_REWARDS else None
+        loaders[name] = name in VIDEO_REWARDS, weight, partial(
+            rewards.load, name, path, device, dtype, frames=seen, grad_checkpointing=config.checkpointing)
+    terms = reward_terms(config, loaders)
+    models = weights.load(config.preset.split("-")[1], config.teacher or None, device=device, guidance=True,
+                          dtype=dtype if config.lora else torch.float32)
+    models.vae.to(dtype), models.text.to(dtype)
+    return models, clips, terms
 
 
-def checkpoints(out: Path) -> list[Path]:
-    return sorted(out.glob("checkpoint-*.pt"))
+VIDEO_REWARDS = ("viclip", "internvideo2")
 
 
-def save(trainer: Trainer, out: Path) -> None:
-    path = out / f"checkpoint-{trainer.done:07d}.pt"
-    write_atomically(path, lambda temporary: torch.save(trainer.state(), temporary))
-    for old in checkpoints(out)[:-trainer.config.keep]:
-        old.unlink()
+def reward_terms(config: Config, loaders: dict) -> list[RewardTerm]:
+    """{name: (is a video reward, weight or None = β, loader)} -> terms. A reward of weight zero is not even loaded."""
+    terms = []
+    for name, (is_video, weight, load) in loaders.items():
+        weight = (config.video_weight if is_video else config.image_weight) if weight is None else weight
+        if weight:
+            terms.append(RewardTerm(load(), weight, config.video_frames if is_video else config.image_frames, is_video, name))
+    for is_video, kind, example in ((False, "image", "hpsv2"), (True, "video", "internvideo2")):
+        if getattr(config, f"{kind}_weight") and all(is_video != entry[0] for entry in loaders.values()):
+            raise ValueError(f"--{kind}-weight is {getattr(config, f'{kind}_weight')}, but no {kind} reward is given; "
+                             f"add --reward {example}=FILE, or --{kind}-weight 0")
+    return terms
 
 
-def export(trainer: Trainer, path: Path) -> None:
-    """The result: LoRA tensors, or the full UNet; what was trained stands in the header."""
-    unet, config = trainer.student, trainer.config
+def save(trainer: Trainer, out: Path, clips_skipped: int) -> None:
+    """OUT/checkpoint-STEP.pt. Once it is there, those of an abandoned future and all but the last K go."""
+    state, path = trainer.state(clips_skipped), out / f"checkpoint-{trainer.done:07d}.pt"
+    if trainer.group.rank == 0:
+        write(path, partial(torch.save, state))
+        for old in checkpoints(out):
+            if old > path or old in checkpoints(out)[:-trainer.config.keep]:
+                old.unlink()
+
+
+def export(trainer: Trainer, out: Path) -> None:
+    """turbo.safetensors for sample.py; on demand the released code's list, and the merged UNet."""
+    config, unet = trainer.config, trainer.student
     state = lora_state(unet) if config.lora else unet.state_dict()
-    header = {"config": json.dumps({"unet": dataclasses.asdict(unet.config), "train": dataclasses.asdict(config)})}
-    write_atomically(path, lambda temporary: save_file({k: v.contiguous() for k, v in state.items()}, temporary, metadata=header))
-
-
-class Log:
-    """log.jsonl, one line per step, and the bar. On resume, lines of steps that are about to be repeated go."""
-
-    def __init__(self, out: Path, start: int, steps: int):
-        path = out / "log.jsonl"
-        old = path.read_text().splitlines(keepends=True) if path.exists() and start else []
-        write_atomically(path, lambda temporary: temporary.write_text("".join(old[:start])))
-        self.file, self.bar = open(path, "a"), tqdm(total=steps, initial=start)
-
-    def __call__(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        shown = {k: f"{v:.4g}" for k, v in record.items() if k not in ("step", "seconds", "lr", "skipped")}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
-
-
-def toy(device):
-    """The embedded world: its networks, training clips and rewards."""
-    import shapes
-    return shapes.load(device), shapes.Clips(split="train"), shapes.rewards(device)
-
-
-# ---- main ------------------------------------------------------------------------------------------------------------------------
+    header = {"method": "turbo" if trainer.terms else "vcm", "steps": config.grid, "w_min": config.w_min,
+              "w_max": config.w_max, "train": dataclasses.asdict(config)}
+    weights.save_checkpoint(out / "turbo.safetensors", state, header)
+    if config.export_lora:
+        write(out / "unet_lora.pt", partial(torch.save, weights.lora_to_list(weights.split_lora(state), unet.config)))
+    if config.merge:
+        weights.save_checkpoint(out / "merged.safetensors", merge(unet.float()).state_dict(), header)
 
 
 @cli.main
 def main(argv=None):
-    config = configure(argv)
-    device, out = torch.device("cuda" if torch.cuda.is_available() else "cpu"), Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    saved = checkpoints(out)
-    if saved and not config.resume:
-        raise ValueError(f"{out} already holds {saved[-1].name}; continue it with --resume auto, or choose another --out")
-    torch.manual_seed(config.seed)
-
-    models, clips, known = toy(device)
-    terms = [RewardTerm(known[kind], weight, frames, kind == "video", f"{kind}_reward")
-             for kind, weight, frames in (("image", config.image_weight, config.image_frames),
-                                          ("video", config.video_weight, known["video"].frames or config.video_frames)) if weight]
-    trainer = Trainer(config, models, terms, device)
-    path = saved[-1] if config.resume == "auto" and saved else config.resume
-    if path and path != "auto":
-        trainer.load_state(torch.load(path, map_location=device, weights_only=True))
-
-    stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):                  # the second one ends at once
-        signal.signal(number, lambda number, frame: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-    log = Log(out, trainer.done, config.steps)
-    positions = ([*range(k * config.batch, (k + 1) * config.batch)] for k in range(trainer.done, config.steps))
-    batches = iter(DataLoader(Stream(clips, config.seed), batch_sampler=positions, collate_fn=list))
-    while trainer.done < config.steps and not stop:
+    config, group = configure(argv), Group()
+    torch.manual_seed(config.seed)                                      # LoRA starts alike on all processes
+    if config.dry_run is not None:
+        return dryrun.report(config, group, Trainer, reward_terms)
+    out, path = Path(config.out), open_folder(config, group)
+    models, clips, terms = load_world(config, group.device)
+    trainer = Trainer(config, models, terms, group)
+    if path:
+        trainer.load_state(torch.load(path, map_location="cpu", weights_only=True))
+    check_room(out, trainer.gradient.nbytes * (4 if trainer.ema else 3), config.keep)
+    log, heard, stopped, record = Log(out, trainer.done, config.steps, group), listen(), False, {}
+    batches = shielded(data.loader(clips, config.batch // group.world, group.rank, group.world, config.workers,
+                                   config.seed, trainer.done, out / "bad_clips.jsonl"))
+    while trainer.done < config.steps and not stopped:
         trainer.parts.seconds.clear()
         with trainer.parts("data"):
-            items = next(batches)
-        record = trainer.step(items)
-        log({"step": trainer.done, **record, "seconds": {k: round(v, 4) for k, v in trainer.parts.seconds.items()}})
-        if trainer.done % config.save_every == 0 or trainer.done == config.steps:
-            save(trainer, out)
-    if stop:
-        save(trainer, out)
-        print(f"stopped and saved at step {trainer.done}; continue with --resume auto", file=sys.stderr)
-        sys.exit(128 + stop[0])
-    export(trainer, out / "turbo.safetensors")
+            batch = next(batches)
+        record = trainer.step(batch)
+        log(trainer.done, record, trainer.parts)
+        stopped, last = group.any(heard), trainer.done == config.steps
+        if trainer.done % config.save_every == 0 or last or stopped:
+            save(trainer, out, record["clips_skipped"])
+        if config.sample_every and (trainer.done % config.sample_every == 0 or last) and not stopped:
+            for i, clip in trainer.samples():
+                video.write_video(out / "samples" / f"step-{trainer.done:06d}-{i}.gif", clip, config.fps)
+    if trainer.done >= config.steps and group.rank == 0:
+        export(trainer, out)
+    group.leave()
+    if stopped:
+        print(f"stopped by a signal, and saved at step {trainer.done}; go on with --resume auto", file=sys.stderr)
+        sys.exit(128 + (heard or [signal.SIGTERM])[0])
 
 
 if __name__ == "__main__":

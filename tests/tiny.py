@@ -1,4 +1,13 @@
-"""A world small enough that a training step takes milliseconds. As a program: train.py in that world."""
+"""A world in which a training step takes milliseconds, and ways to start, kill and compare runs in it.
+
+As a program it is train.py in that world: `torchrun tests/tiny.py --out DIR`.
+"""
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
 from types import SimpleNamespace
 
 import torch
@@ -8,58 +17,141 @@ import model
 import train
 
 T, H, W = 4, 16, 16
+train.PRESETS["shapes"] |= dict(frames=T, height=H, width=W, image_frames=2, video_frames=2, batch=6, micro=3, lora=4,
+                                steps=4, save_every=2, sample_every=0)
+UNET = model.UNetConfig(channels=32, mult=(1, 2), res_blocks=1, attention_levels=(0,), head_dim=16, context_dim=16, init_heads=2,
+                        groups=8)
 
 
 class Text(nn.Module):
-    """Caption -> three random tokens, of its own seed."""
+    """Caption -> three random tokens, from a seed of its own."""
 
     def forward(self, captions):
-        draw = [torch.randn(3, 16, generator=torch.Generator().manual_seed(sum(map(ord, text)))) for text in captions]
-        return torch.stack(draw)
+        return torch.stack([torch.randn(3, 16, generator=torch.Generator().manual_seed(sum(map(ord, text)))) for text in captions])
 
 
 class Clips:
-    """Noise with a caption; the start is as random as a decoder's."""
+    """Noise with a caption. `on_get` is called with the index first: a place for accidents."""
+    on_get = staticmethod(lambda index: None)
 
     def __len__(self):
-        return 7
+        return 100
 
     def get(self, index, generator):
+        self.on_get(index)
         clip = torch.randint(0, 256, (3, T, H, W), generator=generator, dtype=torch.uint8)
-        return dict(clip=clip, caption=f"noise number {index}", reward_caption=None, index=index)
+        return dict(clip=clip, caption=f"noise {'x' * (index % 5)}", reward_caption=None, index=index)
 
 
-class Brightness(nn.Module):
-    """A reward that wants frames bright and reads the caption's length."""
+class Bright:
+    """A reward that likes bright, varied frames, and long captions."""
     generator = None
 
-    def __init__(self, name, kind, frames=None):
-        super().__init__()
-        self.name, self.kind, self.frames = name, kind, frames
+    def __init__(self, name):
+        self.name = name
 
-    def forward(self, clips, captions):
-        lengths = torch.tensor([len(text) for text in captions], dtype=clips.dtype, device=clips.device)
-        return (clips ** 2).mean((1, 2, 3, 4)) * lengths + clips.std((1, 3, 4)).mean(1)
+    def __call__(self, clips, captions):
+        lengths = torch.tensor([len(text) for text in captions], dtype=clips.dtype)
+        return (clips ** 2).mean((1, 2, 3, 4)) * lengths + clips.std(1).mean((1, 2, 3))
 
 
-def networks(device="cpu", seed=0):
+def networks(seed=0, unet=UNET):
     """Tiny random networks whose last layers are not zero, as a trained teacher's are not."""
     torch.manual_seed(seed)
-    unet = model.UNet3D(model.UNetConfig(channels=32, mult=(1, 2), res_blocks=1, head_dim=16, context_dim=16, init_heads=2))
+    unet = model.UNet3D(unet)
     vae = model.VAE(model.VAEConfig(channels=32, mult=(1, 1), res_blocks=1, patch=2))
     for p in unet.parameters():
         if not p.any():
             nn.init.normal_(p, std=0.05)
-    for network in (unet, vae):
-        network.requires_grad_(False).eval().to(device)
-    return SimpleNamespace(name="tiny", unet=unet, vae=vae, text=Text(), fps=8, frames=T, height=H, width=W, steps=50)
+    return SimpleNamespace(unet=unet.eval(), vae=vae.requires_grad_(False).eval(), text=Text())
 
 
-def world(device):
-    return networks(device), Clips(), {"image": Brightness("image", "image"), "video": Brightness("video", "video", 2)}
+def load_world(config, device):
+    loaders = {name: (name == "video", None, lambda name=name: Bright(name)) for name in ("image", "video")}
+    return networks(), Clips(), train.reward_terms(config, loaders)
+
+
+train.load_world = load_world
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------------------
+
+
+def _process(rank, world, port, argv, before, log):
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    if before:
+        before(rank)
+    sys.argv[0] = "train.py"
+    train.main([str(word) for word in argv])
+
+
+def start(out, *argv, world=1, before=None):
+    """Forks the processes of a run. `before(rank)` is called in each first."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    argv = ["--out", out, *argv]
+    processes = [fork.Process(target=_process, args=(rank, world, port, argv, before, f"{out}.txt")) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes):
+    """Exit codes; a run of which one process fails is ended as torchrun ends it."""
+    while any(process.is_alive() for process in processes):
+        for process in processes:
+            process.join(0.05)
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.join(1)
+                process.kill()
+    return [process.exitcode for process in processes]
+
+
+def run(out, *argv, world=1, before=None):
+    """A whole run -> (first exit code that is not 0, else 0; what it printed)."""
+    codes = finish(start(out, *argv, world=world, before=before))
+    with open(f"{out}.txt") as file:
+        return next((code for code in codes if code), 0), file.read()
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ---- what a run leaves -----------------------------------------------------------------------------------------------------------
+
+
+def last(out):
+    """The last checkpoint, loaded."""
+    return torch.load(train.checkpoints(out)[-1], weights_only=True)
+
+
+def log(out):
+    """Its log, without what differs from run to run."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "memory_gib")} for line in lines]
+
+
+def same(a, b, near=None):
+    """Are two checkpoints, or parts of them, equal bit by bit; or within `near`?"""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key], near) for key in a if key not in ("out", "resume", "steps", "micro"))
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same(x, y, near) for x, y in zip(a, b, strict=True))
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) if near is None else torch.allclose(a, b, rtol=near, atol=near * a.abs().max().item())
+    return a == b if near is None or not isinstance(a, float) else abs(a - b) <= near * abs(a)
 
 
 if __name__ == "__main__":
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and "CRASH" in os.environ:
+        seen = []
+        Clips.on_get = staticmethod(lambda index: seen.append(index) or (len(seen) > int(os.environ["CRASH"]) and die()))
     torch.set_num_threads(1)
-    train.toy = world
     train.main()
