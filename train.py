@@ -26,6 +26,7 @@ import cli
 import data
 import dryrun
 import rewards
+import shapes
 import video
 import weights
 from model import condition_layers
@@ -88,6 +89,7 @@ class Config:
     keep: int = 2                   # checkpoints kept
     sample_every: int = 500         # steps between sample clips; 0: never
     prompt: tuple[str, ...] = ("a corgi runs through a meadow", "waves at sunset, aerial view")  # of them; repeatable
+    guidance: float = 7.5           # ω of the samples; paper, Sec. 4
     merge: bool = False             # at the end: also OUT/merged.safetensors, the whole UNet with LoRA merged
     export_lora: bool = False       # at the end: also OUT/unet_lora.pt, the list that the released code reads
 
@@ -95,8 +97,8 @@ class Config:
 MS = dict(height=256, width=256, fps=8, lora=32, image_weight=2.0, video_weight=3.0, reward=("hpsv2", "viclip"))
 VCM = dict(image_weight=0.0, video_weight=0.0)
 PRESETS = {
-    "shapes": dict(frames=8, height=64, width=64, fps=8, batch=16, micro=16, lr=1e-4, steps=2000, dtype="float32",
-                   chunk=1000, checkpointing=False, workers=0,
+    "shapes": dict(frames=8, height=64, width=64, fps=8, batch=8, micro=8, lr=1e-3, steps=400, lora=16, image_frames=4,
+                   w_min=0.5, w_max=3.0, guidance=2.0, chunk=1000, checkpointing=False, workers=0, save_every=50, sample_every=50,
                    prompt=("a red circle moving right", "a blue square rising on white")),
     "turbo-vc2": {}, "vcm-vc2": VCM, "turbo-ms": MS, "vcm-ms": MS | VCM,
 }
@@ -261,15 +263,20 @@ class Trainer:
             options["lr"] = self.config.lr
 
     @torch.no_grad()
-    def samples(self):
-        """(number, clip) for this process's share of the prompts: 4 steps, ω = 7.5, always from the same noise."""
-        config, vae = self.config, self.models.vae
-        w = torch.full((1,), 7.5, device=self.group.device)
-        for i in range(self.group.rank, len(config.prompt), self.group.world):
-            f = partial(consistency, self.student, self.schedule, w=w, c=self.models.text([config.prompt[i]]), fps=config.fps)
-            noise = Noise([i], self.latent(config.frames, config.height, config.width), self.group.device)
-            x = vae.decode(sample(f, self.schedule, noise, 4), config.chunk)[0].float()
-            yield i, (x.clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8)                   # (3, T, H, W)
+    def generate(self, captions: list[str], seeds: list[int]) -> Tensor:
+        """Clips uint8 (B, 3, T, H, W) as the student makes them now, in 4 steps."""
+        config, w = self.config, torch.full((len(seeds),), self.config.guidance, device=self.group.device)
+        f = partial(consistency, self.student, self.schedule, w=w, c=self.models.text(captions), fps=config.fps)
+        noise = Noise(seeds, self.latent(config.frames, config.height, config.width), self.group.device)
+        x = self.models.vae.decode(sample(f, self.schedule, noise, 4), config.chunk).float()
+        return (x.clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8)
+
+    def show(self, out: Path) -> dict[str, float]:
+        """Writes OUT/samples: this process's share of the prompts, always from the same noise. The toy is judged, too."""
+        for i in range(self.group.rank, len(self.config.prompt), self.group.world):
+            clip = self.generate([self.config.prompt[i]], [i])[0]
+            video.write_video(out / "samples" / f"step-{self.done:06d}-{i}.gif", clip, self.config.fps)
+        return {"oracle": shapes.accuracy(self.generate)} if self.config.preset == "shapes" else {}
 
 
 # ---- what a run needs, and what it leaves ------------------------------------------------------------------------
@@ -278,7 +285,6 @@ class Trainer:
 def load_world(config: Config, device: torch.device):
     """Networks, dataset of captioned clips, and reward terms."""
     if config.preset == "shapes":
-        import shapes
         known = shapes.rewards(device, config.teacher or None)
         loaders = {reward.name: (kind == "video", None, lambda reward=reward: reward) for kind, reward in known.items()}
         models = shapes.load(folder=config.teacher or None, device=device, guidance=True)
@@ -331,7 +337,8 @@ def export(trainer: Trainer, out: Path) -> None:
     state = lora_state(unet) if config.lora else unet.state_dict()
     header = {"method": "turbo" if trainer.terms else "vcm", "steps": config.grid, "w_min": config.w_min,
               "w_max": config.w_max, "train": dataclasses.asdict(config)}
-    weights.save_checkpoint(out / "turbo.safetensors", state, header)
+    half = config.preset == "shapes"                                        # the toy's weights come with the repository
+    weights.save_checkpoint(out / "turbo.safetensors", {k: x.half() for k, x in state.items()} if half else state, header)
     if config.export_lora:
         write(out / "unet_lora.pt", partial(torch.save, weights.lora_to_list(weights.split_lora(state), unet.config)))
     if config.merge:
@@ -358,13 +365,13 @@ def main(argv=None):
         with trainer.parts("data"):
             batch = next(batches)
         record = trainer.step(batch)
+        last = trainer.done == config.steps
+        if config.sample_every and (trainer.done % config.sample_every == 0 or last):
+            record |= trainer.show(out)
         log(trainer.done, record, trainer.parts)
-        stopped, last = group.any(heard), trainer.done == config.steps
+        stopped = group.any(heard)
         if trainer.done % config.save_every == 0 or last or stopped:
             save(trainer, out, record["clips_skipped"])
-        if config.sample_every and (trainer.done % config.sample_every == 0 or last) and not stopped:
-            for i, clip in trainer.samples():
-                video.write_video(out / "samples" / f"step-{trainer.done:06d}-{i}.gif", clip, config.fps)
     if trainer.done >= config.steps and group.rank == 0:
         export(trainer, out)
     group.leave()

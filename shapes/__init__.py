@@ -73,7 +73,9 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None, devi
     config = replace(model.UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}), **conditions)
     lora, header = None, {}
     if turbo is not None:
-        turbo = folder / f"{turbo}.safetensors" if str(turbo) in STUDENTS else turbo
+        if str(turbo) in STUDENTS:                                                  # embedded, or where train.py --out FOLDER/NAME wrote
+            places = folder / f"{turbo}.safetensors", folder / turbo / "turbo.safetensors"
+            turbo = next((path for path in places if path.exists()), places[0])
         config, student, lora, header = weights.read_turbo(turbo, config)
         state = student or state
     if config.guidance and "time_cond_proj.weight" not in state:
@@ -110,3 +112,13 @@ class Clips:
     def get(self, index: int, generator=None) -> dict:
         _, caption, clip = self.scene(index)
         return dict(clip=clip, caption=caption, reward_caption=None, index=index)
+
+
+def accuracy(generate, count: int = 32) -> float:
+    """Share of clips that are all right by the oracle, for the same captions and seeds each time; half of them held-out combinations.
+
+    generate(captions, seeds) -> clips uint8 (B, 3, T, H, W).
+    """
+    asked = [Clips(split).scene(2 * 10 ** 9 + i)[:2] for i in range(count // 2) for split in ("train", "held-out")]
+    clips = generate([caption for _, caption in asked], list(range(len(asked))))
+    return sum(world.judge(world.understand(caption), clip)["all"] for (_, caption), clip in zip(asked, clips)) / len(asked)
