@@ -84,7 +84,7 @@ def main(command):
         program = sys.argv[0].rsplit("/", 1)[-1]
         try:
             return command(argv)
-        except (ValueError, FileNotFoundError, PermissionError) as error:
+        except (ValueError, OSError) as error:
             print(f"{program}: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
