@@ -2,11 +2,13 @@
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -88,13 +90,13 @@ def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(tmp_path):
     assert tiny.run(tmp_path / "run", "--resume", "auto")[0] == 0
 
 
-def test_what_can_be_said_before_training_is_said_before(tmp_path, monkeypatch):
+def test_what_can_be_said_before_training_is_said_before(tmp_path):
     (tmp_path / "file").write_text("")
-    code, text = tiny.run(tmp_path / "file" / "run") if False else tiny.run(tmp_path / "a", "--out", tmp_path / "file" / "run")
+    code, text = tiny.run(tmp_path / "a", "--out", tmp_path / "file" / "run")
     assert code == 2 and "cannot be made" in text and "Traceback" not in text
 
     def little(rank):
-        train.check_room.__globals__["shutil"].disk_usage = lambda path: type("Usage", (), {"free": 1000})
+        shutil.disk_usage = lambda path: SimpleNamespace(free=1000)
 
     code, text = tiny.run(tmp_path / "b", before=little)
     assert code == 2 and "make room" in text and not (tmp_path / "b" / "log.jsonl").exists()

@@ -17,8 +17,8 @@ import model
 import train
 
 T, H, W = 4, 16, 16
-train.PRESETS["shapes"] |= dict(frames=T, height=H, width=W, image_frames=2, video_frames=2, batch=6, micro=3, lora=4,
-                                steps=4, save_every=2, sample_every=0)
+SETTINGS = (f"--frames {T} --height {H} --width {W} --image-frames 2 --video-frames 2 --batch 6 --micro 3 --lora 4 --steps 4 "
+            "--save-every 2 --sample-every 0 --dtype float32 --lr 1e-4").split()
 UNET = model.UNetConfig(channels=32, mult=(1, 2), res_blocks=1, attention_levels=(0,), head_dim=16, context_dim=16, init_heads=2,
                         groups=8)
 
@@ -71,7 +71,15 @@ def load_world(config, device):
     return networks(), Clips(), train.reward_terms(config, loaders)
 
 
-train.load_world = load_world
+def configure(*argv):
+    return train.configure(["--out", "none", *SETTINGS, *map(str, argv)])
+
+
+def main(argv):
+    """train.py's, in this world."""
+    train.load_world, train.shapes.accuracy = load_world, lambda generate: 0.5
+    torch.set_num_threads(1)
+    train.main([*SETTINGS, *map(str, argv)])
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------------------
@@ -81,11 +89,10 @@ def _process(rank, world, port, argv, before, log):
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+    sys.argv[0] = "train.py"
     if before:
         before(rank)
-    sys.argv[0] = "train.py"
-    train.main([str(word) for word in argv])
+    main(argv)
 
 
 def start(out, *argv, world=1, before=None):
@@ -153,5 +160,4 @@ if __name__ == "__main__":
     if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and "CRASH" in os.environ:
         seen = []
         Clips.on_get = staticmethod(lambda index: seen.append(index) or (len(seen) > int(os.environ["CRASH"]) and die()))
-    torch.set_num_threads(1)
-    train.main()
+    main(sys.argv[1:])

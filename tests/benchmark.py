@@ -1,0 +1,104 @@
+"""Full-size networks with random weights, ours against diffusers': seconds and peak memory of a pass. Not a test.
+
+    python tests/benchmark.py                       # one UNet pass and one decoded clip, 16 frames of 256x256
+    python tests/benchmark.py --what unet --size 320 512 --dtype bfloat16 --compile
+
+Every measurement is a process of its own, so that its peak memory is its own: resident on a CPU, allocated on a GPU.
+"""
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from model import MODELSCOPE, VAE, UNet3D, channels_last  # noqa: E402
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--what", nargs="+", choices=["unet", "vae"], default=["unet", "vae"])
+    parser.add_argument("--size", nargs=2, type=int, default=[256, 256], metavar=("HEIGHT", "WIDTH"), help="pixels")
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--chunk", type=int, default=1, help="frames decoded at once")
+    parser.add_argument("--repeat", type=int, default=20 if cuda else 1, help="timed passes, after one that is not")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile, too")
+    parser.add_argument("--one", help=argparse.SUPPRESS)    # measure this one, in this process
+    return parser.parse_args()
+
+
+def network(which, what):
+    """ours or theirs, on the meta device"""
+    with torch.device("meta"):
+        if which != "diffusers":
+            return UNet3D(MODELSCOPE) if what == "unet" else VAE()
+        import diffusers
+        if what == "unet":
+            return diffusers.UNet3DConditionModel(attention_head_dim=64)
+        return diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4)
+
+
+def one_pass(net, which, what, args):
+    """A function without arguments: a UNet step of one clip, or its decoding."""
+    h, w = (n // 8 for n in args.size)
+    make = dict(device=args.device, dtype=getattr(torch, args.dtype))
+    z, t, c = torch.randn(1, 4, args.frames, h, w, **make), torch.tensor([500], device=args.device), torch.randn(1, 77, 1024, **make)
+    if what == "unet":
+        return (lambda: net(z, t, encoder_hidden_states=c).sample) if which == "diffusers" else (lambda: net(z, t, c))
+    if which != "diffusers":
+        return lambda: net.decode(z, args.chunk)
+    frames = z[0].transpose(0, 1)
+    return lambda: torch.cat([net.decode(part).sample for part in frames.split(args.chunk)])
+
+
+@torch.no_grad()
+def measure(which, what, args):
+    """{"seconds": of one pass, "peak": GiB}"""
+    torch.manual_seed(0)
+    net = network(which, what).to(getattr(torch, args.dtype)).to_empty(device=args.device).eval()
+    for p in net.parameters():
+        p.normal_(std=0.02)
+    if which != "diffusers":
+        channels_last(net)
+    if which == "compiled":
+        net = torch.compile(net)
+    run, wait = one_pass(net, which, what, args), torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    run(), wait()
+    start = time.perf_counter()
+    for _ in range(args.repeat):
+        run()
+    wait()
+    seconds = (time.perf_counter() - start) / args.repeat
+    peak = torch.cuda.max_memory_allocated() / 2 ** 30 if args.device == "cuda" else (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+    return dict(seconds=seconds, peak=peak)
+
+
+def main():
+    args = options()
+    if args.one:
+        return print(json.dumps(measure(*args.one.split(":"), args)))
+    print(f"{args.frames} frames of {args.size[0]}x{args.size[1]}, {args.dtype} on {args.device}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    for what in args.what:
+        base = None
+        for which in ["diffusers", "ours"] + ["compiled"] * args.compile:
+            done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", f"{which}:{what}"],
+                                  stdout=subprocess.PIPE, text=True, check=True)
+            result = json.loads(done.stdout.splitlines()[-1])
+            base = base or result
+            print(f"{what:5}{which:10}{1000 * result['seconds']:10.0f} ms{result['peak']:8.2f} GiB"
+                  f"   time x{result['seconds'] / base['seconds']:.2f}   memory x{result['peak'] / base['peak']:.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

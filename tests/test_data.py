@@ -1,0 +1,655 @@
+"""Clips as files (video.py), datasets of them, their order, what happens to bad ones, and the cache (data.py)."""
+import itertools
+import json
+import os
+import re
+import struct
+import tarfile
+import time
+from fractions import Fraction
+from io import BytesIO
+from multiprocessing import Process
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import video
+from data import BadClip, CacheWriter, TensorCache, loader, open_dataset
+from video import pick, read_clip, read_video, resize_crop, write_video
+
+SHAPE = dict(frames=4, fps=8, height=16, width=24)
+
+
+def counting_clip(frames: int, height: int = 32, width: int = 48, step: int = 4) -> torch.Tensor:
+    """Frame t is grey of level step * t + 8, so a frame tells its number."""
+    return (step * torch.arange(frames) + 8).view(1, -1, 1, 1).expand(3, frames, height, width).to(torch.uint8)
+
+
+def numbers(clip: torch.Tensor, step: int = 4) -> list[int]:
+    return ((clip.float().mean((0, 2, 3)) - 8) / step).round().int().tolist()
+
+
+def write_at(path, milliseconds: list[int], options: dict | None = None, codec: str = "libx264", size=(32, 48)) -> None:
+    """A video whose frame t is shown from milliseconds[t] on."""
+    with av.open(str(path), "w", options={"movflags": "+faststart"} if codec == "libx264" else {}) as container:
+        stream = container.add_stream(codec, rate=30, options=options or {})
+        stream.height, stream.width = size
+        stream.pix_fmt = "yuv420p" if size[0] % 2 == size[1] % 2 == 0 else "yuv444p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for t, pixels in enumerate(counting_clip(len(milliseconds), *size).permute(1, 2, 3, 0).numpy()):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts, frame.time_base = milliseconds[t], Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def write_sound(path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def mp4(tmp_path_factory) -> bytes:
+    """Two seconds at 30 fps with a key frame every third of a second."""
+    path = tmp_path_factory.mktemp("mp4") / "a.mp4"
+    write_at(path, [round(t * 1000 / 30) for t in range(60)], {"g": "10"})
+    return path.read_bytes()
+
+
+def tar_of(path, members: list[tuple[str, bytes]]) -> str:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, BytesIO(content))
+    return str(path)
+
+
+# ---- sampling frames ----
+
+
+def test_pick_consecutive_frames_at_the_native_rate():
+    """However a container rounds its timestamps, and from every start."""
+    for rate, digits in itertools.product((8, 15, 24, 25, 29.97, 30), (3, 6)):
+        times = np.round(np.arange(40) / rate, digits)
+        seen = set()
+        for seed in range(100):
+            got = pick(times, times[-1] + 1 / rate, 16, rate, generator=torch.Generator().manual_seed(seed))
+            assert (np.diff(got) == 1).all()
+            seen.add(int(got[0]))
+        assert seen >= {0, 24} or len(seen) > 18 and max(seen) <= 24
+    assert pick(times, 2, 16, 30)[0] == 0
+
+
+def test_pick_shows_what_a_viewer_sees():
+    """Variable frame rate: at each instant the frame that is on screen then, found by walking through the frames."""
+    times = np.array([0, 0.1, 0.15, 0.9, 1.0, 1.75, 1.8, 2.4])
+    for seed in range(20):
+        got = pick(times, 2.5, 6, 4, generator=torch.Generator().manual_seed(seed))
+        start = times[got[0]]
+        for k, index in enumerate(got):
+            on_screen = [i for i, t in enumerate(times) if t <= start + k / 4 + 0.002][-1]
+            assert index == on_screen
+        assert start + 5 / 4 < 2.5
+    assert pick(times, 2.5, 6, 4).tolist() == [0, 2, 2, 2, 4, 4]
+
+
+def test_pick_short_clips():
+    times = np.arange(10) / 10                                       # one second
+    assert pick(times, 1.0, 8, 8).tolist() == [0, 1, 2, 3, 5, 6, 7, 8]          # 7/8 s: long enough
+    assert pick(times, 1.0, 10, 1).tolist() == list(range(10))                  # 9 s: spread over what is there
+    assert pick(times, 1.0, 4, 1, "stretch").tolist() == [0, 3, 6, 9]
+    assert pick(times, 1.0, 19, 10)[[0, -1]].tolist() == [0, 9]                 # 10 frames for 19: some twice
+    with pytest.raises(ValueError, match=r"too short: 1.00 s, but 4 frames at 1 fps span 3.00 s"):
+        pick(times, 1.0, 4, 1, "skip")
+
+
+@pytest.mark.parametrize("kind", ["mp4", "bframes", "open-gop", "webm", "vfr"])
+def test_read_video_returns_the_frames_of_those_instants(kind, tmp_path):
+    """From every start, across key frames: what is decoded after seeking is what decoding everything would give."""
+    ms = [round(t * 1000 / 30) for t in range(40)]
+    if kind == "vfr":
+        ms = np.cumsum(np.random.default_rng(0).integers(1, 6, 40) * 20).tolist()
+    options = {"bframes": {"g": "12", "bf": "3"}, "open-gop": {"x264-params": "open-gop=1:keyint=8:bframes=3"}}
+    path = tmp_path / ("a.webm" if kind == "webm" else "a.mp4")
+    write_at(path, ms, options.get(kind, {"g": "7"}), "libvpx-vp9" if kind == "webm" else "libx264")
+    times, starts = np.array(ms) / 1000, set()
+    for seed in range(12):
+        clip = read_video(path, 5, 10, 32, 48, generator=torch.Generator().manual_seed(seed))
+        got = numbers(clip)
+        assert clip.shape == (3, 5, 32, 48) and clip.dtype == torch.uint8
+        assert got == [int((times <= times[got[0]] + k / 10 + 0.002).sum()) - 1 for k in range(5)]
+        starts.add(got[0])
+    assert len(starts) > 5
+
+
+def test_read_video_bytes_decode_only_what_is_needed(mp4, monkeypatch):
+    decoded, decode = [], video.decode
+    monkeypatch.setattr(video, "decode", lambda *a: (decoded.append(frame.pts) or frame for frame in decode(*a)))
+    with video.open_video(mp4) as (container, stream):
+        ticks, _, keys = video.timeline(container, stream)
+    keys = np.searchsorted(ticks, sorted(keys))
+    assert len(keys) > 5
+    for seed in range(5):
+        decoded.clear()
+        got = numbers(read_video(mp4, 3, 15, 32, 48, generator=torch.Generator().manual_seed(seed)))
+        assert got == [got[0], got[0] + 2, got[0] + 4]
+        assert decoded == ticks[max(keys[keys <= got[0]]):got[2] + 1].tolist()
+
+
+def test_same_generator_same_clip(mp4):
+    a, b, c = (read_video(mp4, 4, 8, 16, 24, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_phone_clips_are_turned_upright(tmp_path):
+    """A file of 48x32 pixels with the matrix of a quarter turn clockwise is shown as 32x48."""
+    clip = torch.zeros(3, 3, 32, 48, dtype=torch.uint8)
+    clip[0, :, :, :24] = 250                                         # left half red: on top when turned clockwise
+    write_video(tmp_path / "a.mp4", clip, 8)
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    matrix = content.index(b"tkhd") + 4 + 4 + 20 + 8 + 8
+    content[matrix:matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 32 << 16, 0, 1 << 30)
+    (tmp_path / "a.mp4").write_bytes(content)
+    turned = read_clip(tmp_path / "a.mp4")
+    assert turned.shape == (3, 3, 48, 32)
+    assert turned[0, :, :20].min() > 200 and turned[0, :, 28:].max() < 50
+
+
+@pytest.mark.parametrize("H, W, height, width", [(36, 64, 16, 24), (64, 36, 16, 24), (45, 51, 16, 24), (9, 13, 16, 24)])
+def test_resize_crop_against_pillow(H, W, height, width):
+    """Pillow's bicubic is antialiased too; both round to integers, so values may differ by one."""
+    x = torch.randint(0, 256, (3, H, W), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    scale = max(height / H, width / W)
+    h, w = round(H * scale), round(W * scale)
+    assert (h == height) or (w == width)
+    big = np.array(Image.fromarray(x.permute(1, 2, 0).numpy()).resize((w, h), Image.BICUBIC))
+    top, left = (h - height) // 2, (w - width) // 2
+    want = torch.from_numpy(big[top:top + height, left:left + width]).permute(2, 0, 1)
+    got = resize_crop(x, height, width)
+    assert got.shape == (3, height, width)
+    assert (got.int() - want.int()).abs().max() <= 1
+
+
+def test_resize_crop_keeps_what_already_fits_and_averages_stripes():
+    x = torch.randint(0, 256, (3, 16, 30)).to(torch.uint8)
+    assert torch.equal(resize_crop(x, 16, 24), x[:, :, 3:27])
+    stripes = (torch.arange(64) % 2 * 200).to(torch.uint8).expand(3, 64, 64)      # without antialiasing: 0 or 200
+    assert (resize_crop(stripes, 16, 16)[:, :, 2:-2].int() - 100).abs().max() < 12
+
+
+# ---- whole clips ----
+
+
+@pytest.fixture(scope="module")
+def smooth_clip() -> torch.Tensor:
+    x = torch.rand(3, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+    return (F.interpolate(x[None], (9, 32, 48), mode="trilinear")[0] * 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize("name, tolerance", [("a.mp4", 4), ("a.gif", 8), ("a.png", 0), ("a", 0), ("a.safetensors", 0)])
+def test_write_and_read_again(name, tolerance, smooth_clip, tmp_path):
+    path = tmp_path / "new folder" / name
+    write_video(path, torch.cat([smooth_clip, smooth_clip], 1), 8)   # a longer one first: nothing of it may be left
+    write_video(path, smooth_clip, 8)
+    got = read_clip(path)
+    assert got.shape == smooth_clip.shape and got.dtype == torch.uint8
+    assert (got.int() - smooth_clip.int()).abs().float().mean() <= tolerance
+    assert not [file for file in path.parent.iterdir() if file.name.startswith(".")]
+    for name in ("still.gif", "still.mp4"):                          # equal frames are not merged into one
+        write_video(tmp_path / name, smooth_clip[:, :1].expand(3, 9, 32, 48), 8)
+        assert read_clip(tmp_path / name).shape == (3, 9, 32, 48)
+
+
+def test_written_times(smooth_clip, tmp_path):
+    for name, fps, want in (("a.mp4", 8, 9 / 8), ("a.mp4", 29.97, 9 / 29.97), ("a.gif", 8, 1.13)):
+        write_video(tmp_path / name, smooth_clip, fps)
+        with video.open_video(tmp_path / name) as (container, stream):
+            ticks, end, _ = video.timeline(container, stream)
+        assert end * float(stream.time_base) == pytest.approx(want, abs=0.011 if name == "a.gif" else 1e-3)
+    assert read_video(tmp_path / "a.gif", 4, 8, 32, 48).shape == (3, 4, 32, 48)
+
+
+def test_odd_sizes_become_even_in_mp4_only(smooth_clip, tmp_path):
+    odd = smooth_clip[:, :, :31, :47]
+    for name, size in (("a.mp4", (32, 48)), ("a.gif", (31, 47)), ("a.png", (31, 47))):
+        write_video(tmp_path / name, odd, 8)
+        got = read_clip(tmp_path / name)
+        assert got.shape == (3, 9, *size)
+        assert (got[:, :, :31, :47].int() - odd.int()).abs().float().mean() < 8
+
+
+def test_pngs_in_the_order_of_their_numbers(tmp_path):
+    for t in (10, 9, 2):
+        Image.new("L", (4, 4), t).save(tmp_path / f"{t}.png")        # grey ones are read as RGB
+    assert read_clip(tmp_path)[0, :, 0, 0].tolist() == [2, 9, 10]
+
+
+def test_clip_errors(smooth_clip, tmp_path):
+    with pytest.raises(ValueError, match=r"choose .mp4, .gif"):
+        write_video(tmp_path / "a.xyz", smooth_clip, 8)
+    with pytest.raises(ValueError, match=r"uint8 \(3, T, H, W\); this one is torch.float32"):
+        write_video(tmp_path / "a.mp4", smooth_clip.float(), 8)
+    with pytest.raises(ValueError, match="missing.mp4.*No such file"):
+        read_clip(tmp_path / "missing.mp4")
+    with pytest.raises(ValueError, match="not a clip"):
+        read_clip(tmp_path)
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="expected a tensor named clip"):
+        read_clip(tmp_path / "bad.safetensors")
+
+
+def test_atomic_leaves_nothing_of_a_failure(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt), data.atomic(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert [file.name for file in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+# ---- sources ----
+
+
+@pytest.fixture
+def sources(mp4, tmp_path) -> dict[str, str]:
+    """The same three clips as a folder, two manifests and two shards."""
+    folder = tmp_path / "clips" / "sub"
+    folder.mkdir(parents=True)
+    for k in range(3):
+        (folder / f"{k}.mp4").write_bytes(mp4)
+        (folder / f"{k}.txt").write_text(f" caption {k}, \u00e9\n", encoding="utf-8")
+    (tmp_path / "a.csv").write_text("path,caption,reward_caption\n" + "".join(
+        f'clips/sub/{k}.mp4,"caption {k}, \u00e9",{"short" if k == 1 else ""}\n' for k in range(3)), encoding="utf-8")
+    rows = [dict(path=f"clips/sub/{k}.mp4", caption=f"caption {k}, \u00e9") for k in range(3)]
+    rows[1]["reward_caption"] = "short"
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    texts = [f"caption {k}, \u00e9".encode() for k in range(3)]
+    long_name = "folder/" * 20 + "k2"                                # needs a header of its own in the tar
+    tar_of(tmp_path / "s-08.tar", [("0.mp4", mp4), ("0.txt", texts[0]), ("._0.mp4", b"x"), ("1.txt", texts[1]),
+                                   ("1.json", b'{"reward_caption": "short", "caption": "not this"}'), ("1.mp4", mp4)])
+    tar_of(tmp_path / "s-09.tar", [(long_name + ".mp4", mp4), ("notes/readme.md", b"hello"),
+                                   (long_name + ".json", json.dumps({"caption": "caption 2, \u00e9"}).encode())])
+    return dict(folder=str(folder.parent), csv=str(tmp_path / "a.csv"), jsonl=str(tmp_path / "a.jsonl"),
+                tar=str(tmp_path / "s-{08..09}.tar"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv", "jsonl", "tar"])
+def test_every_source_gives_the_same_clips(kind, sources, mp4):
+    dataset = open_dataset(sources[kind], **SHAPE)
+    assert len(dataset) == 3
+    for k in range(3):
+        item = dataset.get(k, torch.Generator().manual_seed(k))
+        assert item["index"] == k and item["caption"] == f"caption {k}, \u00e9"
+        assert item["reward_caption"] == ("short" if k == 1 and kind != "folder" else None)
+        assert torch.equal(item["clip"], read_video(mp4, 4, 8, 16, 24, generator=torch.Generator().manual_seed(k)))
+
+
+def test_sources_joined(sources):
+    for spec in (",".join(sources.values()), list(sources.values())):
+        dataset = open_dataset(spec, **SHAPE)
+        assert len(dataset) == 12
+        assert [dataset.get(k)["caption"][8] for k in range(12)] == list("012" * 4)
+
+
+def test_brace_patterns():
+    assert data.expand("a{08..11}.tar") == ["a08.tar", "a09.tar", "a10.tar", "a11.tar"]
+    assert data.expand("{0..1}/{x,y}") == ["0/x", "0/y", "1/x", "1/y"]
+    assert len(data.expand("/data/webvid/{00000..09999}.tar")) == 10000
+    assert data.expand("plain.tar") == ["plain.tar"]
+    with pytest.raises(ValueError, match=r"runs backwards; write \{1..3\}"):
+        data.expand("{3..1}.tar")
+
+
+def test_a_users_mistakes(tmp_path):
+    for spec, message in ((tmp_path, r"no clips in .*: expected \*.mp4 with .txt beside them, e.g. 0001.mp4"),
+                          (tmp_path / "nowhere", "no data at .*nowhere: expected a folder"),
+                          (tmp_path / "{0..2}.tar", "3 of 3 shards are not there, e.g. .*0.tar")):
+        with pytest.raises(ValueError, match=message):
+            open_dataset(str(spec))
+    with pytest.raises(ValueError, match="short=cut: choose stretch or skip"):
+        open_dataset(str(tmp_path), short="cut")
+    for name, content, message in (("a.csv", "file,text\na.mp4,hello\n", "no row has both.*expected path,caption"),
+                                   ("b.jsonl", '{"path": "a.mp4", "caption": "a"}\n{"pa', 'row 2: .*expected {"path"'),
+                                   ("c.jsonl", "[1, 2]\n", 'row 1: .*expected {"path"'), ("d.csv", "", "no row")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            open_dataset(str(tmp_path / name))
+    tar_of(tmp_path / "00.tar", [("readme", b"hello")])
+    with pytest.raises(ValueError, match="a shard has members KEY.mp4"):
+        open_dataset(str(tmp_path / "00.tar"))
+    with pytest.raises(ValueError, match=r"no clips in .*for its shards write '.*\{00..00\}.tar'"):
+        open_dataset(str(tmp_path))
+
+
+# ---- index of shards ----
+
+
+def test_index_is_kept_and_made_anew_when_the_shard_changes(sources, tmp_path, monkeypatch, mp4):
+    scans, scan = [], data.scan_shard
+    monkeypatch.setattr(data, "scan_shard", lambda *a: scans.append(a[0]) or scan(*a))
+    first = open_dataset(sources["tar"], **SHAPE)
+    assert len(scans) == 2 and (tmp_path / "s-08.tar.index.npy").exists()
+    again = open_dataset(sources["tar"], **SHAPE)
+    assert len(scans) == 2 and np.array_equal(first.sources[0].rows, again.sources[0].rows)
+    tar_of(tmp_path / "s-09.tar", [("x.mp4", mp4), ("x.txt", b"new"), ("y.mp4", mp4), ("y.txt", b"newer")])   # its size
+    assert len(open_dataset(sources["tar"], **SHAPE)) == 4 and len(scans) == 3
+    os.utime(tmp_path / "s-09.tar", (1, 1))                                                                  # its time
+    (tmp_path / "s-08.tar.index.npy").write_bytes(b"")                                                       # damage
+    assert open_dataset(sources["tar"], **SHAPE).get(3)["caption"] == "newer" and len(scans) == 5
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_index_in_the_cache_folder_where_the_shards_are_not_writable(sources, tmp_path, monkeypatch):
+    for name in ("s-08", "s-09"):                                    # root may write anywhere, but not over a folder
+        (tmp_path / f"{name}.tar.index.npy").mkdir()
+    with pytest.warns(UserWarning, match="is not writable: name a cache folder"):
+        assert len(open_dataset(sources["tar"], **SHAPE)) == 3
+    cache = tmp_path / "cache"
+    assert len(open_dataset(sources["tar"], **SHAPE, cache=str(cache))) == 3
+    assert len(list(cache.iterdir())) == 2
+    monkeypatch.setattr(data, "scan_shard", None)
+    assert open_dataset(sources["tar"], **SHAPE, cache=str(cache)).get(1)["reward_caption"] == "short"
+
+
+# ---- order ----
+
+
+class Numbers:
+    """A dataset from a function: the clip tells its index and what its generator drew; some indices are bad."""
+
+    def __init__(self, n: int, bad=()):
+        self.n, self.bad = n, set(bad)
+
+    def __len__(self):
+        return self.n
+
+    def get(self, index, generator):
+        if index in self.bad:
+            raise BadClip(f"clip {index}", "it is bad")
+        draw = torch.randint(256, (), generator=generator)
+        return dict(clip=torch.stack([torch.tensor(index), draw]), caption=str(index), reward_caption=None, index=index)
+
+
+def take(dataset, steps: int, batch: int, **options) -> list[dict]:
+    return list(itertools.islice(loader(dataset, batch, **options), steps))
+
+
+def test_epochs_are_permutations_and_differ():
+    got = torch.cat([out["index"] for out in take(Numbers(10), 6, 5, seed=3)]).view(3, 10)
+    for epoch in got:
+        assert sorted(epoch.tolist()) == list(range(10))
+    assert not torch.equal(got[0], got[1]) and not torch.equal(got[1], got[2])
+    other = torch.cat([out["index"] for out in take(Numbers(10), 2, 5, seed=4)])
+    assert not torch.equal(other, got[0])
+
+
+@pytest.mark.parametrize("bad", [(), (2, 9)])
+def test_the_global_batch_is_the_same_on_1_2_3_ranks(bad):
+    """7 steps of 12 clips over 11: across epochs, with substitutes of bad clips, for any number of workers."""
+    def run(world, workers=0):
+        ranks = [take(Numbers(11, bad), 7, 12 // world, rank=r, world=world, workers=workers) for r in range(world)]
+        return [torch.cat([rank[n][key] for rank in ranks]) for n in range(7) for key in ("clip", "index", "position")]
+
+    want = run(1)
+    assert torch.cat(want[2::3]).tolist() == list(range(84))
+    for world, workers in ((2, 0), (3, 0), (2, 3)):
+        for a, b in zip(want, run(world, workers), strict=True):
+            assert torch.equal(a, b)
+    assert not set(bad) & set(torch.cat(want[1::3]).tolist())
+    clean = torch.cat([out["index"] for out in take(Numbers(11), 7, 12)])
+    got = torch.cat(want[1::3])
+    assert ((got == clean) | torch.isin(clean, torch.tensor(bad or [-1]))).all()        # only the bad ones are replaced
+
+
+def test_resume_goes_on_with_the_very_next_clip():
+    whole = take(Numbers(11, [4]), 9, 3, rank=1, world=2, seed=5)
+    parts = [take(Numbers(11, [4]), k, 3, rank=1, world=2, seed=5, start_step=n) for n, k in ((0, 4), (4, 3), (7, 2))]
+    for a, b in zip(whole, sum(parts, []), strict=True):
+        assert torch.equal(a["clip"], b["clip"]) and a["caption"] == b["caption"]
+
+
+def test_loader_leaves_the_global_random_state_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    take(Numbers(5), 3, 2, workers=2)
+    take(Numbers(5), 3, 2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_real_clips_through_workers(sources):
+    dataset = open_dataset([sources["tar"], sources["folder"]], **SHAPE)
+    for a, b in zip(take(dataset, 4, 2, seed=1), take(dataset, 4, 2, seed=1, workers=2), strict=True):
+        assert a["clip"].shape == (2, 3, 4, 16, 24) and torch.equal(a["clip"], b["clip"])
+        assert a["caption"] == b["caption"] and a["reward_caption"] == b["reward_caption"]
+
+
+def test_epochs_start_clips_at_different_frames(sources):
+    dataset = open_dataset(sources["folder"], **SHAPE)
+    starts = {(int(out["index"]), numbers(out["clip"][0])[0]) for out in take(dataset, 12, 1)}
+    assert len(starts) > 6
+
+
+# ---- bad clips ----
+
+
+@pytest.fixture
+def bad_folder(mp4, tmp_path) -> str:
+    """Every kind of bad file, and 40 good ones."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    half, noise = len(mp4) // 2, bytearray(mp4)
+    for at in range(mp4.index(b"mdat") + 800, len(mp4) - 20, 40):
+        noise[at:at + 20] = os.urandom(20)
+    files = dict(corrupt=bytes(noise), truncated=mp4[:half], cut=mp4[:mp4.index(b"mdat") + 4], empty=b"",
+                 junk=b"x" * 999, no_caption=mp4, blank_caption=mp4, latin=mp4)
+    for name, content in files.items():
+        (folder / f"{name}.mp4").write_bytes(content)
+        (folder / f"{name}.txt").write_text("a caption")
+    (folder / "no_caption.txt").unlink()
+    (folder / "blank_caption.txt").write_text(" \n")
+    (folder / "latin.txt").write_bytes(b"caf\xe9")
+    write_sound(folder / "sound.mp4")
+    write_at(folder / "short.mp4", [0, 33, 67])
+    write_at(folder / "still.mp4", [0])
+    write_at(folder / "vfr.mp4", [0, 500, 510, 900, 1300], {"g": "2"})
+    write_at(folder / "odd.mp4", [0, 100, 200, 300, 400, 500], size=(31, 45))
+    for name in ("sound", "short", "still", "vfr", "odd"):
+        (folder / f"{name}.txt").write_text("a caption")
+    for k in range(40):
+        (folder / f"good{k:02d}.mp4").write_bytes(mp4)
+        (folder / f"good{k:02d}.txt").write_text("a caption")
+    return str(folder)
+
+
+REASONS = dict(corrupt="damaged|not a readable video", truncated="truncated", cut="truncated|not a clip|readable",
+               empty="not a readable video", junk="not a readable video", sound="no video stream",
+               no_caption="no caption", blank_caption="empty caption", latin="utf-8", short="too short",
+               still="not a clip: 1 frames")
+
+
+def test_bad_files_are_skipped_counted_and_named(bad_folder, tmp_path):
+    log = tmp_path / "bad.jsonl"
+    dataset = open_dataset(bad_folder, **SHAPE, short="skip")
+    names = [os.path.basename(dataset.sources[0].name(i))[:-4] for i in range(len(dataset))]
+    outs = []
+    with pytest.raises(ValueError, match=r"too many bad clips: 20 of the last .* \(the limit is 5%\).*see .*bad.jsonl"):
+        for out in loader(dataset, 4, bad_file=log):
+            outs.append(out)
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    for row in rows:
+        name = os.path.basename(row["clip"])[:-4]
+        assert names[row["index"]] == name
+        assert re.search(REASONS[name], row["reason"]), row
+    assert {names[row["index"]] for row in rows} == set(REASONS)     # an epoch meets each of them
+    good = {names[i] for out in outs for i in out["index"].tolist()}
+    assert {"vfr", "odd"} < good and not good & set(REASONS)
+    assert outs[-1]["bad"] == sum(row["step"] < len(outs) for row in rows)
+
+
+@pytest.mark.parametrize("name, want", [(n, w) for n, w in REASONS.items()])
+def test_why_a_file_is_bad(name, want, bad_folder):
+    dataset = open_dataset(bad_folder, **SHAPE, short="skip")
+    index = [os.path.basename(dataset.sources[0].name(i))[:-4] for i in range(len(dataset))].index(name)
+    with pytest.raises(BadClip, match=want) as error:
+        dataset.get(index)
+    assert error.value.name.endswith(f"{name}.mp4")
+
+
+def test_a_missing_file_of_a_manifest(mp4, tmp_path):
+    (tmp_path / "a.csv").write_text("path,caption\ngone.mp4,a dog\n")
+    with pytest.raises(BadClip, match="gone.mp4: .*No such file"):
+        open_dataset(str(tmp_path / "a.csv"), **SHAPE).get(0)
+
+
+def test_damage_between_the_key_frame_and_the_clip(mp4):
+    """Frames predicted from a damaged one are wrong without being marked; nothing of that may pass as good."""
+    good, passed = read_clip_bytes(mp4), 0
+    for seed in range(12):
+        noise, rng = bytearray(mp4), np.random.default_rng(seed)
+        at = rng.integers(mp4.index(b"mdat") + 800, len(mp4) - 60)
+        noise[at:at + 30] = rng.bytes(30)
+        try:
+            clip = read_video(bytes(noise), 16, 30, 32, 48, generator=torch.Generator().manual_seed(seed))
+        except ValueError:
+            continue
+        passed += 1
+        start = numbers(clip)[0]
+        assert torch.equal(clip, good[:, start:start + 16])
+    assert passed < 12
+
+
+def read_clip_bytes(content: bytes) -> torch.Tensor:
+    with video.open_video(content) as (container, stream):
+        return torch.stack([video.pixels(frame) for frame in container.decode(stream)], 1)
+
+
+def test_bad_shards(mp4, tmp_path):
+    good = [("a.mp4", mp4), ("a.txt", b"a")]
+    path = tar_of(tmp_path / "0.tar", good + [("b.txt", b"no video"), ("c.mp4", mp4), ("d.mp4", mp4),
+                                              ("d.json", b"[1]"), ("e.mp4", mp4[:999]), ("e.txt", b"e")])
+    dataset = open_dataset(path, **SHAPE)
+    assert len(dataset) == 5 and dataset.get(0)["caption"] == "a"
+    for index, message in ((1, "0.tar:b.txt: no video"), (2, "0.tar:c.mp4: no caption"), (3, "not an object"),
+                           (4, "0.tar:e.mp4: not a readable video")):
+        with pytest.raises(BadClip, match=message):
+            dataset.get(index)
+    content = (tmp_path / "0.tar").read_bytes()
+    second = content.index(b"c.mp4")                                 # where the header of a later member begins
+    kinds = {"cut": content[:second + 2000], "cut_header": content[:second + 100], "empty": b"", "junk": b"x" * 2000,
+             "bad_header": content[:second + 148] + b"zzzzzzzz" + content[second + 156:]}
+    for name, damaged in kinds.items():
+        (tmp_path / f"{name}.tar").write_bytes(damaged)
+        dataset = open_dataset([path, str(tmp_path / f"{name}.tar")], **SHAPE)
+        last = len(dataset) - 1
+        assert last == 5 + (0 if name in ("empty", "junk") else 2)   # a and b of the damaged shard, then the damage
+        where = 0 if name in ("empty", "junk") else second
+        with pytest.raises(BadClip, match=f"{name}.tar: damaged tar from byte {where} on"):
+            dataset.get(last)
+        if where:
+            assert dataset.get(5)["caption"] == "a"
+    no_end = tmp_path / "no_end.tar"                                 # without the zeros at the end: allowed
+    no_end.write_bytes(content.rstrip(bytes(1)).ljust(-(-len(content.rstrip(bytes(1))) // 512) * 512, b"\0"))
+    assert len(open_dataset(str(no_end), **SHAPE)) == 5
+
+
+def test_four_percent_go_on_and_six_percent_do_not(tmp_path):
+    take(Numbers(1000, range(0, 1000, 30)), 300, 10)
+    with pytest.raises(ValueError, match=r"too many bad clips: .* x it is bad; the last one is clip"):
+        take(Numbers(1000, range(0, 1000, 16)), 300, 10)
+    with pytest.raises(ValueError, match="40 of the last 40 "):      # all bad: at once, in workers too
+        take(Numbers(5, range(5)), 1, 2, workers=1, bad_file=tmp_path / "bad.jsonl")
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) >= 20
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        loader(Numbers(0), 2)
+
+
+def test_a_programming_error_is_not_a_bad_clip():
+    class Broken(Numbers):
+        def get(self, index, generator):
+            raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        take(Broken(3), 1, 1)
+
+
+def test_many_processes_append_to_one_log(tmp_path):
+    log = tmp_path / "bad.jsonl"
+    rows = [dict(step=0, clip="x" * 500, reason="y" * 500)] * 200
+    processes = [Process(target=data.append_rows, args=(log, rows)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [json.loads(line) for line in log.read_text().splitlines()] == rows * 4
+
+
+# ---- the cache ----
+
+
+def cached_sample(k: int) -> dict:
+    z = torch.randn(2, 4, 3, 5, 5, generator=torch.Generator().manual_seed(k)).half()
+    grad = {"grad": z[0, :, :1]} if k % 3 else {}                    # not every sample has one
+    return dict(z_t=z[0], eps_c=z[1].bfloat16(), t=k, caption=f"caption {k} \u00e9") | grad
+
+
+def same(a: dict, b: dict) -> bool:
+    def equal(v, w):
+        return torch.equal(v, w) and v.dtype == w.dtype if torch.is_tensor(v) else v == w
+
+    return a.keys() == b.keys() and all(equal(v, b[k]) for k, v in a.items())
+
+
+def test_cache_round_trip_and_resume(tmp_path):
+    writer = CacheWriter(tmp_path, per_shard=4)
+    for k in range(10):
+        writer.add(cached_sample(k))
+    assert writer.done == 8                                          # killed here: two samples were not on disk yet
+    with CacheWriter(tmp_path, per_shard=4) as writer:
+        assert writer.done == 8
+        for k in range(writer.done, 11):
+            writer.add(cached_sample(k))
+    assert CacheWriter(tmp_path).done == 11 and CacheWriter(tmp_path, rank=1).done == 0
+    cache = TensorCache(tmp_path)
+    assert len(cache) == 11 and len(cache.paths) == 3
+    for k in (10, 0, 3, 4, 7):
+        assert same(cache.get(k), cached_sample(k))
+
+
+def test_cache_through_the_loader(tmp_path):
+    for rank in range(2):
+        with CacheWriter(tmp_path, per_shard=2, rank=rank) as writer:
+            for k in range(rank, 10, 2):
+                writer.add(cached_sample(3 * k))
+    out, = take(TensorCache(tmp_path), 1, 10)
+    assert out["z_t"].shape == (10, 4, 3, 5, 5) and sorted(out["t"].tolist()) == list(range(0, 30, 3))
+    for z, t, caption in zip(out["z_t"], out["t"].tolist(), out["caption"], strict=True):
+        assert torch.equal(z, cached_sample(t)["z_t"]) and caption == f"caption {t} \u00e9"
+
+
+def test_cache_errors(tmp_path):
+    with pytest.raises(ValueError, match="no cache in"):
+        TensorCache(tmp_path)
+    with CacheWriter(tmp_path) as writer:
+        writer.add(cached_sample(0))
+    path, = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole cache shard"):
+        TensorCache(tmp_path)
+
+
+def test_speed(mp4, capsys):
+    start = time.perf_counter()
+    for seed in range(10):
+        read_video(mp4, 16, 16, 32, 48, generator=torch.Generator().manual_seed(seed))
+    with capsys.disabled():
+        print(f"\nread_video: {10 / (time.perf_counter() - start):.0f} clips/s of 16 frames at 48x32 "
+              "(tests/bench_data.py: full size)")

@@ -1,0 +1,500 @@
+"""Every public file layout, in small, into our networks; and every way in which a file can be wrong."""
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import diffusers
+import huggingface_hub
+import open_clip
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from test_model import INPUTS, SMALL, SMALL_TEXT, SMALL_VAE, close, deterministic, original_shapes, published, randn
+from torch import nn
+
+import weights
+from model import FAMILIES, VAE, VC2, Family, guidance_embedding
+from weights import (
+    fetch,
+    fill,
+    load,
+    lora_from_list,
+    lora_order,
+    lora_shapes,
+    lora_to_list,
+    read_checkpoint,
+    read_lora,
+    save_checkpoint,
+)
+
+FPS = replace(SMALL, fps=True)
+TOKENS = "a red circle moving right"
+HEADER = dict(method="turbo", steps=50, w_min=2.0, w_max=9.0)
+
+
+@pytest.fixture(autouse=True)
+def small_families(monkeypatch):
+    for name, unet in (("vc2", FPS), ("ms", SMALL)):
+        monkeypatch.setitem(FAMILIES, name, Family(unet, 64, 64, fps=8, vae=SMALL_VAE, text=SMALL_TEXT))
+
+
+def shapes_of(module):
+    return {key: tuple(x.shape) for key, x in module.state_dict().items() if "position_ids" not in key}
+
+
+def clip(vision=False):
+    """A small CLIP state dict with open_clip's names: all of its text tower, or the picture's too."""
+    c = SMALL_TEXT
+    with torch.device("meta"):
+        model = open_clip.CLIP(8, dict(image_size=32, layers=1, width=64, patch_size=16),
+                               dict(width=c.width, layers=c.layers, heads=c.heads), output_dict=True)
+    return deterministic({key: shape for key, shape in shapes_of(model).items() if vision or "visual" not in key})
+
+
+def vae():
+    with torch.device("meta"):
+        return deterministic({"first_stage_model." + key: shape for key, shape in shapes_of(VAE(SMALL_VAE)).items()})
+
+
+def videocrafter():
+    """The content of a model.ckpt."""
+    unet = {"model.diffusion_model." + key: x for key, x in deterministic(original_shapes(FPS)).items()}
+    text = {"cond_stage_model.model." + key: x for key, x in clip().items()}
+    return unet | vae() | text | dict(betas=torch.zeros(1000), scale_arr=torch.zeros(1400))
+
+
+@pytest.fixture(scope="module")
+def modelscope(tmp_path_factory):
+    """A folder as diffusers writes it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("modelscope")
+    unet = diffusers.UNet3DConditionModel(
+        block_out_channels=(32, 64, 64, 64), cross_attention_dim=24, attention_head_dim=8, time_cond_proj_dim=None,
+        down_block_types=("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",),
+        up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3)
+    auto = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 32, 64, 64), layers_per_block=2, latent_channels=4)
+    text = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        hidden_size=24, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, hidden_act="gelu"))
+    for name, model in (("unet", unet), ("vae", auto), ("text_encoder", text)):
+        model.load_state_dict(deterministic(shapes_of(model)), strict=False)
+        model.eval().save_pretrained(folder / name)
+    return folder, unet, auto, text
+
+
+def same(a, b):
+    """Two Models hold the same weights."""
+    for part in ("unet", "vae", "text"):
+        x, y = getattr(a, part).state_dict(), getattr(b, part).state_dict()
+        if x.keys() != y.keys() or not all(torch.equal(x[key], y[key]) for key in x):
+            return False
+    return True
+
+
+# -------------------------------------------------------------------------------------------- teachers
+
+class Callback:
+    """What a training framework pickles beside the weights."""
+    patience = 3
+
+
+@pytest.mark.parametrize("wrap", [
+    dict, lambda state: {"state_dict": state}, lambda state: {"state_dict": state, "callbacks": {Callback: Callback()}}])
+def test_videocrafter_checkpoint(tmp_path, wrap):
+    torch.save(wrap(videocrafter()), tmp_path / "model.ckpt")
+    models = load("vc2", tmp_path / "model.ckpt")
+    with torch.no_grad():
+        eps = models.unet(*INPUTS)
+        assert models.vae.decode(INPUTS[0]).shape == (2, 3, 3, 128, 128) and models.text([TOKENS]).shape == (1, 77, 24)
+    assert close(published(eps), torch.tensor([-.0900834, .4749277, .168649, -.2127277, -.4136356, .4136095]))
+    assert not any(p.requires_grad for p in models.vae.parameters()) and not models.unet.training
+    assert same(models, load("vc2", tmp_path))              # the folder will do
+
+
+def test_old_torch_format(tmp_path):
+    for new in (True, False):
+        torch.save(videocrafter(), tmp_path / f"{new}.ckpt", _use_new_zipfile_serialization=new)
+    assert same(load("vc2", tmp_path / "True.ckpt"), load("vc2", tmp_path / "False.ckpt"))
+
+
+def test_files_run_no_code(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/harm",)
+
+    torch.save({"state_dict": videocrafter(), "hook": Attack()}, tmp_path / "model.ckpt")
+    load("vc2", tmp_path / "model.ckpt")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_diffusers_folder(modelscope):
+    folder, unet, auto, text = modelscope
+    models = load("ms", folder)
+    z, t, c = INPUTS
+    with torch.no_grad():
+        assert close(models.unet(z, t, c), unet(z, t, encoder_hidden_states=c).sample)
+        assert close(models.vae.decode(z)[1, :, 2], auto.decode(z[1:, :, 2] / 0.18215).sample[0])
+        assert close(models.text([TOKENS]), text(models.text.tokenizer([TOKENS]))[0])
+
+
+def test_other_diffusers_folders(modelscope, tmp_path):
+    """.bin files, half precision, the attention names of early 2023, text models without prefix."""
+    folder, *parts = modelscope
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for name, model in zip(("unet", "vae", "text_encoder"), parts, strict=True):
+        state = model.state_dict()
+        if name == "vae":
+            state = {re.sub(r"to_[qkv]|to_out\.0", lambda m: names[m[0]], key): x for key, x in state.items()}
+        if name == "text_encoder":
+            state = {key.removeprefix("text_model."): x for key, x in state.items()}
+            state["embeddings.position_ids"] = torch.arange(77)[None]
+        stem = "pytorch_model" if name == "text_encoder" else "diffusion_pytorch_model"
+        for kind, half in (("bin", False), ("half", True)):
+            (tmp_path / kind / name).mkdir(parents=True)
+            content = {key: x.half() if half and x.is_floating_point() else x for key, x in state.items()}
+            torch.save(content, tmp_path / kind / name / (stem + (".fp16.bin" if half else ".bin")))
+    models = load("ms", folder)
+    assert same(models, load("ms", tmp_path / "bin"))
+    half = load("ms", tmp_path / "half", dtype=None)
+    assert half.unet.dtype == torch.float16
+    for x, y in zip(half.unet.parameters(), models.unet.parameters(), strict=True):
+        assert torch.equal(x, y.half())
+
+
+def test_original_modelscope_files(tmp_path):
+    """Its UNet has other names for the first transformer and for downsampling, and Conv1d in all temporal ones."""
+    state = {}
+    for key, x in deterministic(original_shapes(SMALL)).items():
+        if re.search(r"(blocks\.\d+\.2|middle_block\.2)\.proj_(in|out)\.weight", key):
+            x = x[..., None]
+        state[re.sub(r"^init_attn\.0", "input_blocks.0.1", key).replace(".0.op.", ".op.")] = x
+    torch.save(state, tmp_path / "text2video_pytorch_model.pth")
+    torch.save({"state_dict": {"model." + key: x for key, x in vae().items()} | {"loss.logvar": torch.zeros(())}},
+               tmp_path / "VQGAN_autoencoder.pth")
+    torch.save(clip(vision=True), tmp_path / "open_clip_pytorch_model.bin")
+    models = load("ms", tmp_path)
+
+    torch.save(videocrafter(), tmp_path / "model.ckpt")
+    other = load("vc2", tmp_path / "model.ckpt")
+    for part in ("unet", "vae", "text"):
+        ours, theirs = getattr(models, part).state_dict(), getattr(other, part).state_dict()
+        assert ours.keys() == {key for key in theirs if not key.startswith("fps_embedding")}
+        assert all(torch.equal(x, theirs[key]) for key, x in ours.items())
+
+
+def test_dtype_and_memory_format(tmp_path):
+    torch.save(videocrafter(), tmp_path / "model.ckpt")
+    models = load("vc2", tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in models.unet.parameters()} == {torch.bfloat16}
+    assert models.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    (tmp_path / "model.ckpt").write_bytes(b"")              # nothing of the file is mapped any more
+    assert models.unet(*INPUTS).isfinite().all()
+
+
+def test_new_student(tmp_path):
+    torch.save(videocrafter(), tmp_path / "model.ckpt")
+    student = load("vc2", tmp_path, guidance=True, motion=True, dropout=0.1).unet
+    w = torch.tensor([5.0, 9.0])
+    with torch.no_grad():
+        assert torch.equal(student(*INPUTS), student(*INPUTS, w=w, motion=w))
+
+
+# ------------------------------------------------------------------------------------------------ LoRA
+
+def lora_list(shapes, rank=4):
+    """[up, down, ...] with the values that the published code was run with."""
+    tensors = []
+    for shape in shapes:
+        r = min(rank, *shape[:2])
+        for s in ((shape[0], r, *[1] * len(shape[2:])), (r, *shape[1:])):
+            tensors.append(randn(5000 + len(tensors), *s) / torch.tensor(s[1:]).prod().sqrt() * 0.5)
+    return tensors
+
+
+def test_videocrafter_lora_as_published(tmp_path):
+    """The published code's output with 2 x 574 nameless matrices: a wrong order would not give it."""
+    config = replace(FPS, guidance=True)
+    tensors = lora_list(lora_shapes(config)[name] for name in lora_order(config, "vc2"))
+    assert len(tensors) == 2 * 574                          # one skip convolution fewer than in full size
+    torch.save(videocrafter(), tmp_path / "model.ckpt")
+    torch.save([nn.Parameter(x) for x in tensors], tmp_path / "unet_lora.pt")
+    models = load("vc2", tmp_path, tmp_path / "unet_lora.pt")
+    assert models.steps == 50
+    with torch.no_grad():
+        eps = models.unet(*INPUTS, w=torch.tensor([7.5, 14.2]), fps=16)
+    assert close(published(eps), torch.tensor([.1980657, .1232111, .5689927, -.2307397, -.3275306, -.0884252]))
+
+
+def test_modelscope_lora_in_diffusers_order(modelscope, tmp_path):
+    """Matrices go to diffusers' own layers in its own order, and are merged there by hand."""
+    folder, unet, *_ = modelscope
+    theirs = diffusers.UNet3DConditionModel.from_config(unet.config, time_cond_proj_dim=256).eval()
+    base = deterministic(shapes_of(unet)) | {"time_embedding.cond_proj.weight": torch.zeros(32, 256)}
+    theirs.load_state_dict(base)
+    layers = [m for m in theirs.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv3d))]
+    tensors = lora_list([m.weight.shape for m in layers])
+    for layer, up, down in zip(layers, tensors[::2], tensors[1::2], strict=True):
+        layer.weight.data += torch.einsum("or,r...->o...", up.flatten(1), down)
+    torch.save(tensors, tmp_path / "unet_lora.pt")
+
+    models = load("ms", folder, tmp_path / "unet_lora.pt")
+    w = torch.tensor([7.5, 14.2])
+    z, t, c = INPUTS
+    with torch.no_grad():
+        expected = theirs(z, t, encoder_hidden_states=c, timestep_cond=guidance_embedding(w)).sample
+        assert close(models.unet(z, t, c, w=w), expected)
+
+
+@pytest.mark.parametrize("layout, config", [("vc2", FPS), ("ms", SMALL)])
+def test_lora_list_and_back(layout, config):
+    config = replace(config, guidance=True)
+    tensors = lora_list(lora_shapes(config)[name] for name in lora_order(config, layout))
+    lora = lora_from_list(tensors, config, "test")
+    assert all(torch.equal(a, b) for a, b in zip(lora_to_list(lora, config), tensors, strict=True))
+    if layout == "vc2":
+        with pytest.raises(ValueError, match="no place for init_attn.0.proj_in"):
+            lora_to_list(lora | {"init_attn.0.proj_in": (torch.ones(64, 1), torch.ones(1, 32))}, config)
+
+
+def test_full_size_lora_orders():
+    """Digest of the names in the order in which the published injector visited the full-size UNets."""
+    for config, layout, expected in ((VC2, "vc2", "7b3c5090ba0fdfa9"), (replace(VC2, fps=False), "ms", "ba3148f91a159f3e")):
+        names = lora_order(replace(config, guidance=True), layout)
+        assert len(names) == 575
+        assert hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] == expected
+
+
+def test_merge_equals_peft():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 8), nn.Conv2d(4, 8, 3, padding=1), nn.Conv3d(4, 6, (3, 1, 1))
+
+    torch.manual_seed(0)
+    net = Net()
+    state = {key: x.clone() for key, x in net.state_dict().items()}
+    theirs = peft.get_peft_model(net, peft.LoraConfig(r=2, lora_alpha=2, target_modules=["a", "b", "c"]))
+    lora = {}
+    for name in "abc":
+        layer = theirs.base_model.model.get_submodule(name)
+        nn.init.normal_(layer.lora_B["default"].weight)
+        lora[name] = layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach()
+    expected = theirs.merge_and_unload().state_dict()
+    with torch.device("meta"):
+        ours = Net()
+    fill(ours, state, "test", lora=lora)
+    for key, x in ours.state_dict().items():
+        assert torch.allclose(x, expected[key], atol=1e-6), key
+
+
+# --------------------------------------------------------------------------- v2, and our own checkpoints
+
+@pytest.mark.parametrize("motion", [True, False])
+def test_second_version(tmp_path, motion):
+    """unet_mg.pt and unet_no_mg.pt: a whole UNet; VAE and text come from the teacher's file."""
+    torch.save(videocrafter(), tmp_path / "model.ckpt")
+    torch.save(deterministic(original_shapes(replace(FPS, guidance=True, motion=motion))), tmp_path / "unet.pt")
+    models = load("vc2", tmp_path, tmp_path / "unet.pt")
+    assert models.steps == 200 and models.unet.config.motion == motion
+    with torch.no_grad():
+        eps = models.unet(*INPUTS, w=torch.tensor([7.5, 14.2]), fps=8, motion=torch.tensor([0.05, 0.0]) if motion else None)
+    assert close(published(eps), torch.tensor([-.1088979, .4450589, .1715164, -.2278798, -.4524518, .4187988] if motion else
+                                              [-.1307804, .4606087, .1881391, -.2197787, -.4324611, .4341577]))
+
+
+def test_own_checkpoints(tmp_path):
+    torch.save(videocrafter(), tmp_path / "model.ckpt")
+    config = replace(FPS, guidance=True)
+    shapes = lora_shapes(config)
+    lora = dict(zip(shapes, zip(*[iter(lora_list(shapes.values()))] * 2, strict=True), strict=True))
+    flat = {f"{name}.{end}": x for name, pair in lora.items() for end, x in zip(("up", "down"), pair, strict=True)}
+    save_checkpoint(tmp_path / "lora.safetensors", flat, HEADER)
+    assert read_checkpoint(tmp_path / "lora.safetensors")[1] == HEADER
+    assert read_lora(tmp_path / "lora.safetensors", config).keys() == lora.keys()
+
+    student = load("vc2", tmp_path, tmp_path / "lora.safetensors")
+    assert student.header == HEADER and student.steps == 50
+    save_checkpoint(tmp_path / "merged.safetensors", student.unet.state_dict(), HEADER | {"steps": 200})
+    merged = load("vc2", tmp_path, tmp_path / "merged.safetensors")
+    assert same(student, merged) and merged.steps == 200
+    teacher = load("vc2", tmp_path, guidance=True).unet.state_dict()
+    up, down = lora["out.2"]
+    change = student.unet.state_dict()["out.2.weight"] - teacher["out.2.weight"]
+    assert torch.allclose(change, torch.einsum("or,rikl->oikl", up[:, :, 0, 0], down), atol=1e-6)
+
+
+def test_saving_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "x.safetensors"
+    save_checkpoint(path, {"a": torch.ones(3).expand(2, 3)}, HEADER)
+    monkeypatch.setattr(weights.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, {"a": torch.zeros(2, 3)}, HEADER)
+    assert torch.equal(read_checkpoint(path)[0]["a"], torch.ones(2, 3))
+
+
+# ---------------------------------------------------------------------------------------------- errors
+
+def broken(tmp_path, how):
+    """A wrong teacher file."""
+    path, state = tmp_path / "model.ckpt", videocrafter()
+    if how == "missing":
+        del state["model.diffusion_model.out.2.bias"]
+    elif how == "misshaped":
+        state["first_stage_model.decoder.conv_in.weight"] = torch.zeros(64, 3, 3, 3)
+    elif how == "foreign":
+        state = {"head.weight": torch.zeros(3)}
+    elif how == "list":
+        state = [torch.zeros(3)]
+    torch.save(state, path)
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:10000])
+    elif how == "page":
+        path.write_text("<html>404</html>")
+    elif how == "absent":
+        path.unlink()
+    return path
+
+
+@pytest.mark.parametrize("how, says", [
+    ("missing", r"not the weights of this UNet3D, or not all: 1 of \d+ tensors missing \(out.2.bias\)"),
+    ("misshaped", r"decoder.conv_in.weight has shape \(64, 3, 3, 3\), expected \(64, 4, 3, 3\)"),
+    ("foreign", r"(\d+) of \1 tensors missing"), ("list", "a list of LoRA matrices, not a whole model"),
+    ("truncated", r"not a weight file, or a truncated one \(10,000 bytes\)"), ("page", "not a weight file"),
+    ("absent", "no such file")])
+def test_wrong_teachers(tmp_path, how, says):
+    path = broken(tmp_path, how)
+    with pytest.raises(ValueError, match=says) as error:
+        load("vc2", path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value) and len(str(error.value)) < 250
+
+
+def test_wrong_folders(tmp_path, modelscope):
+    with pytest.raises(ValueError, match="none of diffusion_pytorch_model.safetensors, .* is there"):
+        load("ms", tmp_path)
+    with pytest.raises(ValueError, match=r"missing \(fps_embedding.0.bias, ...\)"):         # the other model's
+        load("vc2", modelscope[0])
+    with pytest.raises(ValueError, match="no model 'sd'; there are vc2, ms"):
+        load("sd", tmp_path)
+
+
+def test_truncated_safetensors(tmp_path):
+    save_checkpoint(tmp_path / "x.safetensors", {"a": torch.ones(1000)}, HEADER)
+    (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="truncated"):
+        read_checkpoint(tmp_path / "x.safetensors")
+
+
+def test_wrong_lora(tmp_path):
+    config, path = replace(FPS, guidance=True), tmp_path / "unet_lora.pt"
+    tensors = lora_list(lora_shapes(config)[name] for name in lora_order(config, "vc2"))
+    for content, says in (
+            (tensors[:-2], "1146 LoRA tensors, this UNet takes 1148"),
+            (tensors[2:] + tensors[:2], r"LoRA of time_embed.0 has shapes \(128, 4\) and \(4, 128\), expected .* \(4, 32\)")):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=says):
+            read_lora(path, config)
+    save_checkpoint(tmp_path / "x.safetensors", {"out.2.up": tensors[-2], "out.2.weight": tensors[-1]}, HEADER)
+    with pytest.raises(ValueError, match="not a LoRA file"):
+        read_lora(tmp_path / "x.safetensors", config)
+    save_checkpoint(tmp_path / "x.safetensors", {"out.7.up": tensors[-2], "out.7.down": tensors[-1]}, HEADER)
+    with pytest.raises(ValueError, match="LoRA for out.7, a layer that this UNet does not have"):
+        read_lora(tmp_path / "x.safetensors", config)
+
+
+def test_offline(monkeypatch):
+    def no_network(*args, **kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
+    with pytest.raises(ValueError, match="cannot download model.ckpt of https://huggingface.co/VideoCrafter/VideoCrafter2"):
+        fetch("vc2")
+
+
+# -------------------------------------------------------------------------------------------- full size
+
+def filler(shapes):
+    """Half-precision noise of any shape, quickly: pieces of one sheet."""
+    sheet = randn(0, 40_000_000).mul_(0.02).half()
+    state = {}
+    for key, shape in shapes.items():
+        n = torch.Size(shape).numel()
+        state[key] = sheet[:n].view(shape) if n <= len(sheet) else sheet.repeat(n // len(sheet) + 1)[:n].view(shape)
+        state[key] = state[key].clone() + key.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_final.weight"))
+    return state
+
+
+def write_full_size(layout, folder):
+    """A public layout in full size; the names come from the libraries that wrote the public files."""
+    with torch.device("meta"):
+        tower = shapes_of(open_clip.CLIP(1024, dict(image_size=224, layers=1, width=64, patch_size=14),
+                                         dict(width=1024, layers=24, heads=16)))
+        auto = {"first_stage_model." + key: shape for key, shape in shapes_of(VAE()).items()}
+    if layout == "ms-diffusers":
+        with torch.device("meta"):
+            unet, text = diffusers.UNet3DConditionModel(attention_head_dim=64), transformers.CLIPTextModel(
+                transformers.CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23,
+                                            num_attention_heads=16, hidden_act="gelu"))
+            auto = diffusers.AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4)
+        for name, model, stem in (("unet", unet, "diffusion_pytorch_model"), ("vae", auto, "diffusion_pytorch_model"),
+                                  ("text_encoder", text, "model")):
+            (folder / name).mkdir()
+            safetensors.torch.save_file(filler(shapes_of(model)), folder / name / f"{stem}.fp16.safetensors")
+    elif layout == "ms-original":
+        unet = {re.sub(r"^init_attn\.0", "input_blocks.0.1", key).replace(".0.op.", ".op."): shape
+                for key, shape in original_shapes(replace(VC2, fps=False)).items()}
+        torch.save(filler(unet), folder / "text2video_pytorch_model.pth")
+        torch.save({"state_dict": filler(auto)}, folder / "VQGAN_autoencoder.pth")
+        torch.save(filler(tower), folder / "open_clip_pytorch_model.bin")
+    else:
+        state = {"model.diffusion_model." + key: shape for key, shape in original_shapes(VC2).items()}
+        tower = {"cond_stage_model.model." + key: shape for key, shape in tower.items() if "visual" not in key}
+        torch.save({"state_dict": filler(state | auto | tower)}, folder / "model.ckpt")
+    if layout == "vc2-v2":
+        torch.save(filler(original_shapes(replace(VC2, guidance=True, motion=True))), folder / "turbo.pt")
+    elif layout != "vc2":
+        config = replace(VC2, fps=layout == "vc2-lora", guidance=True)
+        shapes, names = lora_shapes(config), lora_order(config, "vc2" if config.fps else "ms")
+        torch.save(lora_list((shapes[name] for name in names), rank=64 if config.fps else 32), folder / "turbo.pt")
+
+
+LOAD = """
+import json, resource, sys, time, torch
+from pathlib import Path
+import weights
+torch.manual_seed(0)
+folder, start = Path(sys.argv[2]), time.time()
+turbo = folder / "turbo.pt"
+m = weights.load(sys.argv[1], folder, turbo if turbo.exists() else None, dtype=torch.bfloat16)
+seconds = time.time() - start
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+with torch.no_grad():
+    c = m.text(["a horse on the moon"])
+    w = torch.tensor([7.5]) if m.unet.config.guidance else None
+    eps = m.unet(torch.randn(1, 4, 4, 8, 16), torch.tensor([999]), c, w=w)
+    x = m.vae.decode(eps, 1)
+print(json.dumps([seconds, peak, list(x.shape), bool(eps.isfinite().all() and x.isfinite().all())]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["vc2", "vc2-lora", "vc2-v2", "ms-diffusers", "ms-original"])
+def test_full_size(tmp_path, layout):
+    """Loading and one pass at 64x128, 4 frames; the files are written here, with random weights (4 to 7 GB on disk)."""
+    write_full_size(layout, tmp_path)
+    done = subprocess.run([sys.executable, "-c", LOAD, layout[:3].strip("-"), tmp_path], capture_output=True, text=True,
+                          cwd=os.path.dirname(weights.__file__))
+    assert done.returncode == 0, done.stderr[-2000:]
+    seconds, peak, shape, finite = json.loads(done.stdout.splitlines()[-1])
+    print(f"\n{layout}: loaded in {seconds:.0f} s, peak resident memory {peak:.1f} GiB")
+    assert shape == [1, 3, 4, 64, 128] and finite
+    for file in tmp_path.rglob("*.*"):
+        file.unlink()

@@ -1,0 +1,404 @@
+"""The trainer: presets, Algorithm 1, processes, numerics, memory, and what a run writes."""
+import copy
+import dataclasses
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import cli
+import dryrun
+import model
+import train
+import turbo
+import weights
+from data import BadClip
+from run import Group
+from solver import Schedule
+from turbo import consistency, pseudo_huber, solve
+
+
+def trainer(*argv, seed=0, unet=tiny.UNET):
+    """A Trainer in the tiny world, LoRA no longer zero."""
+    config, group = tiny.configure(*argv), Group()
+    torch.manual_seed(config.seed)
+    _, _, terms = tiny.load_world(config, group.device)
+    made = train.Trainer(config, tiny.networks(seed, unet), terms, group)
+    shake(made)
+    return made
+
+
+def shake(made):
+    torch.manual_seed(9)
+    for p in made.params:
+        p.data += 0.02 * torch.randn_like(p)
+
+
+def batch(n=6, start=0):
+    clips = tiny.Clips()
+    items = [clips.get(i, torch.Generator().manual_seed(i)) for i in range(start, start + n)]
+    return dict(clip=torch.stack([item["clip"] for item in items]), caption=[item["caption"] for item in items],
+                reward_caption=[None] * n, bad=0)
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------
+
+
+def test_presets_are_the_papers():
+    table = {
+        #             size        fps lora  β_img β_vid rewards
+        "turbo-vc2": ((512, 320), 16, 64, 1.0, 2.0, ("hpsv2", "internvideo2")),
+        "vcm-vc2": ((512, 320), 16, 64, 0.0, 0.0, None),
+        "turbo-ms": ((256, 256), 8, 32, 2.0, 3.0, ("hpsv2", "viclip")),
+        "vcm-ms": ((256, 256), 8, 32, 0.0, 0.0, None),
+    }
+    for preset, (size, fps, lora, image, video, names) in table.items():
+        c = train.configure(["--preset", preset])
+        assert ((c.width, c.height), c.fps, c.lora, c.image_weight, c.video_weight) == (size, fps, lora, image, video)
+        assert names is None or c.reward == names
+        assert (c.frames, c.grid, c.w_min, c.w_max, c.image_frames, c.video_frames) == (16, 50, 5, 15, 6, 8)
+        assert (c.steps, c.batch, c.lr, c.ema, c.clip, c.dtype) == (10000, 8, 1e-5, 0.95, 1.0, "bfloat16")
+        assert c.out == f"runs/{preset}"
+    typed = train.configure(["--preset", "turbo-ms", "--reward", "pickscore=a.bin:0.5", "--lr", "1e-4"])
+    assert typed.reward == ("pickscore=a.bin:0.5",) and typed.lr == 1e-4 and typed.video_weight == 3
+
+
+def test_every_option_has_its_help():
+    text = cli.field_help(train.Config)
+    assert all(text[field.name] for field in dataclasses.fields(train.Config))
+
+
+def test_mistakes_get_a_remedy():
+    with pytest.raises(ValueError, match="width 300 is not a multiple of 8; try 296 or 304"):
+        train.configure(["--width", "300"])
+    config = train.configure(["--preset", "turbo-vc2", "--reward", "hpsv2=FILE"])
+    loaders = {"hpsv2": (False, None, lambda: tiny.Bright("hpsv2"))}
+    with pytest.raises(ValueError, match="--video-weight is 2.0, but no video reward is given"):
+        train.reward_terms(config, loaders)
+    with pytest.raises(ValueError, match="no clips to train on; name them with --data"):
+        train.load_world(config, torch.device("cpu"))
+    group = Group()
+    group.world = 4
+    with pytest.raises(ValueError, match="a batch of 6 clips cannot be split over 4 processes; try --batch 8"):
+        train.Trainer(tiny.configure(), tiny.networks(), [], group)
+
+
+def test_a_reward_of_weight_zero_is_not_loaded():
+    def fail():
+        raise AssertionError("loaded")
+
+    config = train.configure(["--preset", "vcm-vc2"])
+    assert train.reward_terms(config, {"hpsv2": (False, None, fail), "viclip": (True, None, fail)}) == []
+    terms = train.reward_terms(config, {"hpsv2": (False, 0.5, lambda: tiny.Bright("hpsv2")), "viclip": (True, None, fail)})
+    assert [(term.name, term.weight, term.frames, term.video) for term in terms] == [("hpsv2", 0.5, 6, False)]
+    assert trainer("--image-weight", 0, "--video-weight", 0).step(batch()).keys().isdisjoint({"image", "video"})
+
+
+# ---- Algorithm 1 -----------------------------------------------------------------------------------------------
+
+
+def by_hand(made, teacher, target, clips, positions):
+    """L and its gradient, written out clip by clip in one joint graph, with separate networks for teacher and target."""
+    c, vae, schedule, total, losses = made.config, made.models.vae, Schedule(50), 0, []
+    for i, position in enumerate(positions):
+        g = train.generator(c.seed, position)
+        x, caption = clips["clip"][i:i + 1] / 127.5 - 1, clips["caption"][i]
+        text, null = made.models.text([caption]), made.models.text([""])
+        z0 = vae.encode(x, torch.randn(made.latent(*x.shape[2:]), generator=g)[None])
+        t = schedule.grid[torch.randint(50, (1,), generator=g)]
+        w = 5 + 10 * torch.rand(1, generator=g)
+        eps = torch.randn(z0.shape[1:], generator=g)[None]
+        s = (t - 20).clamp(min=0)
+        z_t = schedule.add_noise(z0, eps, t)
+        z_s = solve(teacher, schedule, z_t, t, s, w, text, null)
+        with torch.no_grad():
+            aim = consistency(target, schedule, z_s, s, w, text)
+        z0_hat = consistency(made.student, schedule, z_t, t, w, text)
+        loss = pseudo_huber(z0_hat, aim)
+        pixels = (vae.decode(z0_hat)[0] / 2 + 0.5).clamp(0, 1).transpose(0, 1)                  # (T, 3, H, W)
+        image = sorted(torch.randperm(tiny.T, generator=g)[:c.image_frames].tolist())
+        start = torch.randint(tiny.T // c.video_frames, (1,), generator=g).item()
+        strided = list(range(start, tiny.T, tiny.T // c.video_frames))[:c.video_frames]
+        scores = [term.reward(pixels[pick][None], [caption]).mean()
+                  for term, pick in zip(made.terms, (image, strided), strict=True)]
+        total = total + (loss - c.image_weight * scores[0] - c.video_weight * scores[1]) / len(positions)
+        losses.append(torch.stack([loss, *scores]))
+    return total, torch.stack(losses).mean(0), torch.autograd.grad(total, made.params)
+
+
+@pytest.mark.parametrize("lora", [4, 0])
+def test_a_step_is_algorithm_1(lora):
+    made, clips = trainer("--lora", lora), batch()
+    teacher, target = copy.deepcopy(made.teacher), copy.deepcopy(made.student)
+    for network in (teacher, target):
+        network.forward = type(network).forward.__get__(network)                # a deep copy keeps the original's forward
+    for layer in turbo.lora_layers(teacher).values():
+        layer.on = False
+    for p, average in zip((p for p in target.parameters() if p.requires_grad), made.ema.average, strict=True):
+        p.data = average.clone()
+    total, parts, gradient = by_hand(made, teacher, target, clips, range(6))
+    made.update = lambda norm, finite: None
+    record = made.step(clips)
+    assert record["loss"] == pytest.approx(total.item(), rel=1e-4)
+    for name, value in zip(("loss_cd", "image", "video"), parts.tolist(), strict=True):
+        assert record[name] == pytest.approx(value, rel=1e-4)
+    expected = torch.cat([g.flatten() for g in gradient])
+    ours = torch.cat([p.grad.flatten() for p in made.params])
+    assert (ours - expected).norm() < 1e-4 * expected.norm()
+    assert record["grad_norm"] == pytest.approx(expected.norm().item(), rel=1e-4)
+
+
+def test_an_update_is_adamw_and_ema():
+    """Gradient clipped at 1, against torch's own functions; θ⁻ = 0.95 θ⁻ + 0.05 θ."""
+    made = trainer("--lr", 1e-2)
+    theirs = [nn.Parameter(p.detach().clone()) for p in made.params]
+    adam = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.999), weight_decay=0)
+    average = [a.clone() for a in made.ema.average]
+    for _ in range(3):
+        torch.manual_seed(0)
+        made.gradient.normal_(std=0.1)
+        for p, q in zip(made.params, theirs, strict=True):
+            q.grad = p.grad.clone()
+        nn.utils.clip_grad_norm_(theirs, 1.0)
+        adam.step()
+        made.update(made.gradient.norm(), True)
+        average = [0.95 * a + 0.05 * q.detach() for a, q in zip(average, theirs, strict=True)]
+    for p, q, a, b in zip(made.params, theirs, made.ema.average, average, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_there_is_one_copy_of_the_big_weights():
+    made, alone = trainer(), tiny.networks()
+    big = sum(p.numel() for p in alone.unet.parameters())
+    assert made.teacher is made.student
+    assert sum(p.numel() for p in made.student.parameters()) < 1.05 * (big + len(made.gradient))
+    assert sum(a.numel() for a in made.ema.average) == len(made.gradient) == sum(p.numel() for p in made.params)
+    before = {name: p.clone() for name, p in made.student.named_parameters() if not p.requires_grad}
+    made.step(batch())
+    assert all(torch.equal(before[name], p) for name, p in made.student.named_parameters() if not p.requires_grad)
+
+
+def test_the_student_starts_as_its_teacher():
+    """Blind to ω, with LoRA zero: a student of any guidance predicts what the teacher predicts."""
+    config, group = tiny.configure(), Group()
+    alone, made = tiny.networks(), train.Trainer(config, tiny.networks(), [], group)
+    z, t, c = torch.randn(2, 4, 4, 4, 4), torch.tensor([19, 999]), alone.text(["a", "b"])
+    assert torch.equal(alone.unet(z, t, c), made.student(z, t, c, w=torch.tensor([5.0, 15.0])))
+    w = made.named["time_cond_proj.up.weight"]
+    assert w.shape == (32, 4) and not w.any()
+
+
+# ---- processes -------------------------------------------------------------------------------------------------
+
+
+def test_any_split_of_the_batch_trains_the_same(tmp_path):
+    """Six clips on 1, 2 and 3 processes, in passes of 1, 2 and 3 clips: losses, gradients, moments, weights to rounding."""
+    runs = {}
+    for world, micro in ((1, 6), (2, 3), (3, 1), (1, 4)):
+        out = tmp_path / f"{world}-{micro}"
+        code, text = tiny.run(out, "--steps", 2, "--micro", micro, world=world)
+        assert code == 0, text
+        runs[world, micro] = tiny.log(out), tiny.last(out)
+    lines, state = runs.pop((1, 6))
+    moments = [s["exp_avg"] for s in state["optimizer"]["state"].values()]              # after clipping: of the gradients
+    for split, (other_lines, other) in runs.items():
+        assert tiny.same(lines, other_lines, near=2e-4), split
+        theirs = [s["exp_avg"] for s in other["optimizer"]["state"].values()]
+        a, b = (torch.cat([m.flatten() for m in side]) for side in (moments, theirs))
+        assert (a - b).norm() < 1e-4 * a.norm(), split
+        assert [s["step"] for s in other["optimizer"]["state"].values()] == [2] * len(moments)
+
+
+def test_full_fine_tuning_shares_the_optimizer_state(tmp_path):
+    """Two processes hold half of the moments each; the checkpoint has all of them and fits one process, too."""
+    def before(rank):
+        ended = train.save
+
+        def save(made, out, clips_skipped):
+            held = sum(s["exp_avg"].numel() for s in made.optimizer.optim.state.values())
+            (tmp_path / f"held-{rank}").write_text(json.dumps([held, len(made.gradient)]))
+            ended(made, out, clips_skipped)
+        train.save = save
+
+    code, text = tiny.run(tmp_path / "two", "--lora", 0, "--steps", 2, world=2, before=before)
+    assert code == 0, text
+    held = [json.loads((tmp_path / f"held-{rank}").read_text()) for rank in range(2)]
+    assert sum(h for h, _ in held) == held[0][1] and max(h for h, _ in held) < 0.6 * held[0][1]
+    assert tiny.run(tmp_path / "one", "--lora", 0, "--steps", 2)[0] == 0
+    a, b = (torch.cat([p.flatten() for p in tiny.last(tmp_path / name)["params"].values()]) for name in ("one", "two"))
+    assert (a - b).abs().max() < 2.1e-4                                                 # AdamW: 1e-4 per step and sign
+    assert ((a - b).abs() > 1e-6).float().mean() < 1e-3
+    code, text = tiny.run(tmp_path / "two", "--lora", 0, "--steps", 3, "--resume", "auto")
+    assert code == 0, text
+
+
+# ---- numerics --------------------------------------------------------------------------------------------------
+
+
+def test_a_step_without_a_finite_gradient_is_skipped_by_all(tmp_path):
+    """One clip of one process has a reward of nan in step 2; ten such steps in a row end the run."""
+    def before(rank):
+        score, count = tiny.Bright.__call__, iter(range(10 ** 6))
+        bad = {2} if not (tmp_path / "ten").exists() else set(range(2, 10 ** 6))        # calls: two rewards per step
+
+        def reward(self, clips, captions):
+            value = score(self, clips, captions)
+            return value * float("nan") if rank == 1 and next(count) in bad else value
+        tiny.Bright.__call__ = reward
+
+    code, text = tiny.run(tmp_path / "run", "--steps", 3, "--save-every", 1, "--keep", 3, world=2, before=before)
+    assert code == 0, text
+    lines = tiny.log(tmp_path / "run")
+    assert [line["steps_skipped"] for line in lines] == [0, 1, 0] and math.isnan(lines[1]["loss"])
+    one, two, three = (torch.load(path, weights_only=True) for path in train.checkpoints(tmp_path / "run"))
+    assert tiny.same(one["params"], two["params"]) and tiny.same(one["optimizer"], two["optimizer"])
+    assert not tiny.same(two["params"], three["params"]) and tiny.same(one["ema"], two["ema"])
+
+    (tmp_path / "ten").mkdir()
+    code, text = tiny.run(tmp_path / "run", "--steps", 30, "--resume", "auto", world=2, before=before)
+    assert code == 2 and "10 steps in a row without a finite gradient" in text
+    assert [line["steps_skipped"] for line in tiny.log(tmp_path / "run")[3:]] == list(range(10))    # the tenth is the end
+
+
+def test_bfloat16_networks_and_float32_weights():
+    made = trainer("--dtype", "bfloat16")
+    for module in (made.models.unet, made.models.vae):
+        for p in module.parameters():
+            if not p.requires_grad:
+                p.data = p.data.bfloat16()
+    made.null = made.models.text([""])
+    seen = []
+    made.student.register_forward_hook(lambda m, args, out: seen.append(args[0].dtype))
+    hook = turbo.lora_layers(made.student)["time_embed.0"].up.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    record = made.step(batch())
+    hook.remove()
+    assert set(seen) == {torch.float32, torch.bfloat16}                     # latents in, LoRA's own product
+    assert {p.dtype for p in made.params} | {a.dtype for a in made.ema.average} | {made.gradient.dtype} == {torch.float32}
+    exact = trainer().step(batch())
+    assert record["loss_cd"] == pytest.approx(exact["loss_cd"], rel=0.1) and math.isfinite(record["loss"])
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+
+def test_live_bytes_counts_storages_once():
+    with dryrun.LiveBytes() as memory:
+        a = torch.zeros(1000)
+        b = a[10:].view(-1, 2)
+        assert memory.live == 4000
+        memory.reset()
+        c = (b * 2).sum()
+        assert memory.peak == 4000 + 990 * 4 + 4 and memory.live == 4004
+        del a, c
+        assert memory.live == 4000
+        del b
+        assert memory.live == 0
+
+
+def test_the_reward_gradient_lowers_the_peak():
+    """Rewards in the same graph as the UNet, and through ẑ0: the second peak is that of the larger half, not of the sum."""
+    made, clips = trainer("--batch", 1, "--micro", 1, "--checkpointing", "--chunk", 1), batch(1)
+    made.models.vae = model.VAE(model.VAEConfig(channels=64, mult=(1, 1), res_blocks=2, patch=2)).requires_grad_(False)
+    peaks = {}
+    for way in ("joint", "staged"):
+        made.gradient.zero_()
+        with dryrun.LiveBytes() as memory:
+            if way == "staged":
+                made.accumulate(clips, range(1))
+            else:
+                total, _, gradient = by_hand(made, made.teacher, made.student, clips, range(1))
+                del total, gradient
+        peaks[way] = memory.peak
+    assert peaks["staged"] < 0.6 * peaks["joint"], peaks
+
+
+@pytest.fixture
+def tiny_family(monkeypatch):
+    vae = model.VAEConfig(channels=32, mult=(1, 1), res_blocks=1, patch=2)
+    text = model.TextConfig(width=16, layers=2, heads=2)
+    family = dataclasses.replace(weights.FAMILIES["vc2"], unet=dataclasses.replace(tiny.UNET, fps=True), vae=vae, text=text)
+    monkeypatch.setitem(weights.FAMILIES, "vc2", family)
+    return ["--preset", "vcm-vc2", "--height", "16", "--width", "16", "--frames", "4", "--batch", "2", "--lora", "4"]
+
+
+def test_the_simulation_agrees_with_the_steps_it_simulates(tiny_family, capsys):
+    """Live bytes of fake tensors against those of real ones, float32 on the CPU, part by part."""
+    tables = []
+    for n in (0, 1):
+        train.main([*tiny_family, "--dry-run", str(n), "--dtype", "float32", "--batch", "1"])
+        text = capsys.readouterr().out
+        rows = [line.split() for line in text.splitlines() if line.startswith(("encode", "distill", "backward", "update"))]
+        tables.append({row[0]: [float(x) for x in row[-2:]] for row in rows})
+        assert ("a step takes" in text) == (n == 1)
+    assert tables[0].keys() == tables[1].keys() == {"encode", "distill", "backward", "update"}
+    for name in tables[0]:
+        assert tables[0][name] == pytest.approx(tables[1][name], abs=0.011)
+
+
+@pytest.mark.slow
+def test_the_whole_step_fits_24_gb(capsys):
+    """T2V-Turbo (VC2) at full size, simulated: 512x320, 16 frames, HPSv2.1 and InternVideo2, bfloat16, one clip at a time."""
+    train.main(["--preset", "turbo-vc2", "--dry-run", "0"])
+    text = capsys.readouterr().out
+    most = float(text.split("most: ")[1].split()[0])
+    with capsys.disabled():
+        print(text)
+    assert most + 1.5 < 24e9 / 2 ** 30
+
+
+# ---- results ---------------------------------------------------------------------------------------------------
+
+
+def test_results_load_where_they_are_needed(tmp_path):
+    """turbo.safetensors through weights.read_turbo, the released code's list, and the merged UNet: all the same student."""
+    unet = dataclasses.replace(tiny.UNET, fps=True)
+    made = trainer("--merge", "--export-lora", unet=unet)
+    assert "init_attn.0.proj_in.down.weight" not in made.named              # Conv1d in VideoCrafter2, not in the public list
+    z, t, c, w = torch.randn(1, 4, 4, 4, 4), torch.tensor([519]), made.models.text(["a"]), torch.tensor([7.5])
+    with torch.no_grad():
+        expected = made.student(z, t, c, w=w, fps=8)
+    train.export(made, tmp_path)
+    for name in ("turbo.safetensors", "unet_lora.pt", "merged.safetensors"):
+        config, state, lora, header = weights.read_turbo(tmp_path / name, unet)
+        start = tiny.networks(0, unet).unet.state_dict() | {"time_cond_proj.weight": torch.zeros(32, 256)}
+        student = weights.fill(model.UNet3D(config), state or start, name, lora=lora)
+        with torch.no_grad():
+            torch.testing.assert_close(student(z, t, c, w=w, fps=8), expected, rtol=1e-4, atol=1e-4)
+        assert header["steps"] == 50 and (header["w_min"], header["w_max"], header["method"]) == (5, 15, "turbo")
+    assert json.loads(json.dumps(weights.read_turbo(tmp_path / "turbo.safetensors", unet)[3]["train"]))["lora"] == 4
+
+
+def test_a_run_leaves_log_samples_and_weights(tmp_path):
+    code, text = tiny.run(tmp_path / "run", "--sample-every", 2, "--prompt", "a", "--prompt", "b", world=2)
+    assert code == 0, text
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[0].keys() == {"step", "loss", "loss_cd", "image", "video", "clips_skipped", "grad_norm", "lr", "steps_skipped",
+                               "memory_gib", "seconds"} and "oracle" in lines[1]
+    assert lines[0]["seconds"].keys() == {"data", "encode", "distill", "rewards", "backward", "update"}
+    assert {path.name for path in (tmp_path / "run" / "samples").iterdir()} == {
+        f"step-00000{step}-{i}.gif" for step in (2, 4) for i in (0, 1)}
+    assert "loss_cd" in text and "4/4" in text
+    assert {name.rpartition(".")[2] for name in load_file(tmp_path / "run" / "turbo.safetensors")} == {"down", "up"}
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["lora"] == 4
+
+
+def test_bad_clips_are_counted_over_all_processes(tmp_path):
+    def before(rank):
+        calls = iter(range(10 ** 6))
+
+        def on_get(index):
+            if next(calls) == 0:
+                raise BadClip(f"clip {index}", "broken")
+        tiny.Clips.on_get = staticmethod(on_get)
+
+    assert tiny.run(tmp_path / "run", "--steps", 2, world=2, before=before)[0] == 0
+    assert [line["clips_skipped"] for line in tiny.log(tmp_path / "run")] == [2, 2]
+    assert tiny.run(tmp_path / "run", "--steps", 3, "--resume", "auto", world=2, before=before)[0] == 0
+    assert tiny.log(tmp_path / "run")[-1]["clips_skipped"] == 4
+    assert len((tmp_path / "run" / "bad_clips.jsonl").read_text().splitlines()) == 4
