@@ -401,7 +401,7 @@ def test_the_global_batch_is_the_same_on_1_2_3_ranks(bad):
 
     want = run(1)
     assert torch.cat(want[2::3]).tolist() == list(range(84))
-    for world, workers in ((2, 0), (3, 0), (2, 3)):
+    for world, workers in ((2, 0), (3, 0), (2, 2)):
         for a, b in zip(want, run(world, workers), strict=True):
             assert torch.equal(a, b)
     assert not set(bad) & set(torch.cat(want[1::3]).tolist())
