@@ -125,8 +125,8 @@ def noise_clips(config, n: int) -> dict:
     return dict(clip=clip, caption=["noise"] * n, reward_caption=[None] * n, bad=0)
 
 
-def report(config, group, Trainer, reward_terms) -> None:
-    """Makes the steps and prints the table."""
+def report(config, group, Trainer, reward_terms) -> Parts:
+    """Makes the steps and prints the table of what is returned."""
     if config.preset == "shapes":
         raise ValueError("--preset shapes is small and downloads nothing; leave --dry-run away")
     simulate = config.dry_run == 0
@@ -154,6 +154,7 @@ def report(config, group, Trainer, reward_terms) -> None:
     if group.rank == 0:
         show(config, rest, parts, records, simulate)
     group.leave()
+    return parts
 
 
 def fake(trainer) -> None:

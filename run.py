@@ -107,7 +107,7 @@ def open_folder(config, group: Group) -> Path | None:
     except OSError as error:
         raise ValueError(f"{out} cannot be made ({error.strerror}); choose another --out") from error
     if group.rank == 0:
-        for leftover in out.glob("*.tmp"):
+        for leftover in out.glob("*.tmp"):                                  # of a process that was killed while it wrote
             leftover.unlink()
         write(out / "config.json", lambda file: file.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
     return saved[-1] if saved else None

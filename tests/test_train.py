@@ -303,8 +303,8 @@ def test_live_bytes_counts_storages_once():
 def test_the_reward_gradient_lowers_the_peak():
     """Rewards in the same graph as the UNet, and through ẑ0: the second peak is that of the larger half, not of the sum."""
     made, clips = trainer("--batch", 1, "--micro", 1, "--checkpointing", "--chunk", 1), batch(1)
-    made.models.vae = model.VAE(model.VAEConfig(channels=64, mult=(1, 1), res_blocks=2, patch=2)).requires_grad_(False)
-    peaks = {}
+    clips["clip"], peaks = clips["clip"].repeat(1, 1, 1, 4, 4), {}              # 64x64, and latents of 8x8, as real ones are
+    made.models.vae = model.VAE(model.VAEConfig(channels=32, mult=(1, 1, 1, 1), res_blocks=1)).requires_grad_(False)
     for way in ("joint", "staged"):
         made.gradient.zero_()
         with dryrun.LiveBytes() as memory:
@@ -328,16 +328,11 @@ def tiny_family(monkeypatch):
 
 def test_the_simulation_agrees_with_the_steps_it_simulates(tiny_family, capsys):
     """Live bytes of fake tensors against those of real ones, float32 on the CPU, part by part."""
-    tables = []
-    for n in (0, 1):
-        train.main([*tiny_family, "--dry-run", str(n), "--dtype", "float32", "--batch", "1"])
-        text = capsys.readouterr().out
-        rows = [line.split() for line in text.splitlines() if line.startswith(("encode", "distill", "backward", "update"))]
-        tables.append({row[0]: [float(x) for x in row[-2:]] for row in rows})
-        assert ("a step takes" in text) == (n == 1)
-    assert tables[0].keys() == tables[1].keys() == {"encode", "distill", "backward", "update"}
-    for name in tables[0]:
-        assert tables[0][name] == pytest.approx(tables[1][name], abs=0.011)
+    fake, real = [train.main([*tiny_family, "--dry-run", n, "--dtype", "float32", "--batch", "1"]) for n in ("0", "1")]
+    assert fake.peak.keys() == real.peak.keys() == {"encode", "distill", "backward", "update"}
+    assert fake.peak == pytest.approx(real.peak, rel=0.01) and fake.kept == pytest.approx(real.kept, rel=0.01, abs=1e5)
+    simulated, made = capsys.readouterr().out.split("together")[1:]
+    assert "a step takes" in made and "a step takes" not in simulated and "most: " in simulated
 
 
 @pytest.mark.slow
@@ -357,18 +352,18 @@ def test_the_whole_step_fits_24_gb(capsys):
 def test_results_load_where_they_are_needed(tmp_path):
     """turbo.safetensors through weights.read_turbo, the released code's list, and the merged UNet: all the same student."""
     unet = dataclasses.replace(tiny.UNET, fps=True)
-    made = trainer("--merge", "--export-lora", unet=unet)
+    made = trainer("--merge", "--export-lora", "--w-min", 5, "--w-max", 15, unet=unet)
     assert "init_attn.0.proj_in.down.weight" not in made.named              # Conv1d in VideoCrafter2, not in the public list
     z, t, c, w = torch.randn(1, 4, 4, 4, 4), torch.tensor([519]), made.models.text(["a"]), torch.tensor([7.5])
     with torch.no_grad():
         expected = made.student(z, t, c, w=w, fps=8)
     train.export(made, tmp_path)
-    for name in ("turbo.safetensors", "unet_lora.pt", "merged.safetensors"):
+    for name, near in (("turbo.safetensors", 2e-3), ("unet_lora.pt", 1e-4), ("merged.safetensors", 1e-4)):  # the toy's: float16
         config, state, lora, header = weights.read_turbo(tmp_path / name, unet)
         start = tiny.networks(0, unet).unet.state_dict() | {"time_cond_proj.weight": torch.zeros(32, 256)}
         student = weights.fill(model.UNet3D(config), state or start, name, lora=lora)
         with torch.no_grad():
-            torch.testing.assert_close(student(z, t, c, w=w, fps=8), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(student(z, t, c, w=w, fps=8), expected, rtol=near, atol=near)
         assert header["steps"] == 50 and (header["w_min"], header["w_max"], header["method"]) == (5, 15, "turbo")
     assert json.loads(json.dumps(weights.read_turbo(tmp_path / "turbo.safetensors", unet)[3]["train"]))["lora"] == 4
 

@@ -86,8 +86,7 @@ def main(argv):
 
 
 def _process(rank, world, port, argv, before, log):
-    for number in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.argv[0] = "train.py"
     if before:
