@@ -122,9 +122,10 @@ def read_tensors(path):
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         with torch.serialization.safe_globals([(Inert, name) for name in names]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (safetensors.SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: not a weight file, or a truncated one ({path.stat().st_size:,} bytes): "
-                         f"{str(error).splitlines()[0][:100]}") from error
+    except (safetensors.SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError,
+            OSError) as error:
+        raise ValueError(f"{path}: not a weight file, or a truncated one ({path.stat().st_size:,} bytes; "
+                         f"{type(error).__name__})") from error
     return content.get("state_dict", content) if isinstance(content, dict) else content
 
 
