@@ -2,6 +2,7 @@
 
 `train.py --preset turbo-vc2 --dry-run N` makes N steps. `--dry-run 0` makes one with fake tensors, which have shapes but no
 contents: the full-size models then need neither memory nor a GPU, and what is counted is what a GPU would have to hold.
+(`--preset shapes --dry-run N` takes the toy as it is, and so is a benchmark.)
 """
 import dataclasses
 import weakref
@@ -14,9 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import data
 import rewards
 import weights
-from model import VAE, TextEncoder, UNet3D
+from model import VAE, Models, TextEncoder, UNet3D
 from run import Parts
 
 GIB = 2 ** 30
@@ -92,67 +94,71 @@ def build(device, dtype):
         torch.set_default_dtype(before)
 
 
-def networks(config, device):
-    """The teacher's networks as weights.load would return them, with random weights."""
+def random_world(public_terms, config, device):
+    """What train.load_world returns for a published model, but random."""
     name = config.preset.split("-")[1]
     family, dtype = weights.FAMILIES[name], getattr(torch, config.dtype)
     with build(device, dtype if config.lora else torch.float32):
         unet = UNet3D(dataclasses.replace(family.unet, guidance=True))
     with build(device, dtype):
         vae, text = VAE(family.vae).requires_grad_(False), TextEncoder(family.text).requires_grad_(False)
-    return weights.Models(name, unet, vae, text, family.fps, family.height, family.width, family.frames, {})
+    models = Models(name, unet, vae, text, family.fps, family.height, family.width, family.frames, {})
+    return models, NoiseClips(config), public_terms(config, partial(RandomReward, device=device, dtype=dtype))
 
 
 class RandomReward(rewards.Reward):
-    """Random weights, centre crop, and one caption for all (the public tokenizers read files)."""
+    """Random weights, the centre crop, and one caption for all (the public tokenizers read files)."""
     generator = property(lambda self: None, lambda self, value: None)
 
-    def __init__(self, name, config, device):
-        recipe, dtype = rewards.RECIPES[name], getattr(torch, config.dtype)
-        settings = recipe.config(None)
+    def __init__(self, name, path, frames, device, dtype):
+        recipe = rewards.RECIPES[name]
+        config = recipe.config(None)
         if name == "internvideo2":
-            settings = dataclasses.replace(settings, frames=config.video_frames)
+            config = dataclasses.replace(config, frames=frames)
         with build(device, dtype):
-            model = recipe.model(settings)
+            model = recipe.model(config)
         length = {rewards.CLIP: 77, rewards.ViCLIP: 32, rewards.ImageReward: 35, rewards.InternVideo2: 40}[recipe.model]
         super().__init__(name, rewards.freeze(model, device, dtype), lambda captions: torch.ones(len(captions), length).long())
-        self.checkpoint(config.checkpointing)
 
 
-def noise_clips(config, n: int) -> dict:
-    """A batch as data.loader yields it."""
-    clip = torch.randint(0, 256, (n, 3, config.frames, config.height, config.width), dtype=torch.uint8)
-    return dict(clip=clip, caption=["noise"] * n, reward_caption=[None] * n, bad=0)
+class NoiseClips:
+    def __init__(self, config):
+        self.shape = 3, config.frames, config.height, config.width
+
+    def get(self, index: int, generator=None) -> dict:
+        return dict(clip=torch.randint(0, 256, self.shape, dtype=torch.uint8), caption="noise", reward_caption=None, index=index)
 
 
-def report(config, group, Trainer, reward_terms) -> Parts:
-    """Makes the steps and prints the table of what is returned."""
-    if config.preset == "shapes":
-        raise ValueError("--preset shapes is small and downloads nothing; leave --dry-run away")
-    simulate = config.dry_run == 0
-    if simulate:                                                # one micro-batch: the next ones find the same memory
-        group.device, config = torch.device("cpu"), dataclasses.replace(config, batch=config.micro * group.world)
-    memory = CudaBytes() if group.device.type == "cuda" else LiveBytes()
-    parts, rest = Parts(group.device, memory), {}
-    with FakeTensorMode() if simulate else nullcontext(), like_cuda() if simulate else nullcontext(), memory:
-        with parts("UNet, VAE, text encoder"):
-            models = networks(config, group.device)
-        with parts("reward models"):
-            is_video = [name in ("viclip", "internvideo2") for name, _, _ in map(rewards.parse_spec, config.reward)]
-            terms = reward_terms(config, {
-                name: (video, weight, partial(RandomReward, name, config, group.device))
-                for (name, _, weight), video in zip(map(rewards.parse_spec, config.reward), is_video, strict=True)})
-        with parts("trained weights, EMA, gradient"):
-            trainer = Trainer(config, models, terms, group, parts)
-        with parts("optimizer"):
-            trainer.optimizer.step()                            # allocates the moments; the gradient is zero
-        rest, parts.kept = parts.kept, {}
-        parts.seconds.clear(), parts.peak.clear()
-        if simulate:
+# ---- the report ------------------------------------------------------------------------------------------------
+
+
+def report(config, group, world, Trainer) -> Parts:
+    """Makes the steps and prints what is returned. The first step is extra: memory is counted in it, but not time."""
+    n = config.batch // group.world
+    if config.dry_run == 0:
+        if config.preset == "shapes":
+            raise ValueError("--preset shapes is small enough for real steps: --dry-run 5")
+        n, group.device = config.micro, torch.device("cpu")     # the other clips of a batch would find the same memory
+        config = dataclasses.replace(config, batch=n * group.world)
+    memory, mode = CudaBytes() if group.device.type == "cuda" else LiveBytes(), nullcontext()
+    if config.dry_run == 0:
+        mode = FakeTensorMode()
+        mode.__deepcopy__ = lambda memo: mode                   # copies of fake tensors stay in the one mode
+    parts = Parts(group.device, memory)
+    with mode, like_cuda() if config.dry_run == 0 else nullcontext(), memory:
+        models, clips, terms = world(config, group.device)
+        trainer = Trainer(config, models, terms, group, parts)
+        trainer.optimizer.step()                                # allocates the moments; the gradient is zero
+        held = inventory(trainer) | {"together": memory.live}
+        if config.dry_run == 0:
             fake(trainer)
-        records = [trainer.step(noise_clips(config, config.batch // group.world)) for _ in range(max(config.dry_run, 1))]
+        batch = data.collate([clips.get(i) for i in range(n)]) | {"bad": 0}
+        trainer.step(batch)
+    parts.memory = None
+    parts.seconds.clear()
+    records = [trainer.step(batch) for _ in range(config.dry_run)]
     if group.rank == 0:
-        show(config, rest, parts, records, simulate)
+        show(config, group, held, parts, records)
     group.leave()
     return parts
 
@@ -164,21 +170,35 @@ def fake(trainer) -> None:
         term.pick = lambda T, generator, n=term.frames, video=term.video: list(range(T - n, T) if video else range(n))
 
 
-def show(config, rest: dict, parts: Parts, records: list[dict], simulate: bool) -> None:
+def inventory(trainer) -> dict[str, int]:
+    """Bytes that are held all the time."""
+    models, trained = trainer.models, trainer.gradient.nbytes
+    held = {"UNet": bytes_of(models.unet) - trained, "VAE": bytes_of(models.vae), "text encoder": bytes_of(models.text)}
+    if trainer.teacher is not trainer.student:
+        held |= {"UNet": 0, "teacher": bytes_of(trainer.teacher)}
+    held |= {term.name: bytes_of(term.reward.model) for term in trainer.terms}
+    held["trained weights" if not trainer.config.lora else "LoRA"] = trained
+    return held | {"their EMA": trained * bool(trainer.ema), "their gradient": trained, "their moments": 2 * trained}
+
+
+def bytes_of(module) -> int:
+    return sum(p.nbytes for p in module.parameters())
+
+
+def show(config, group, held: dict, parts: Parts, records: list[dict]) -> None:
     n = len(records)
-    print(f"{config.preset}, {config.width}x{config.height}, {config.frames} frames, {config.dtype}, "
-          f"{config.micro} of {config.batch} clips at a time, " + ("simulated" if simulate else f"{n} steps"))
-    print(f"\n{'held all the time':34}{'GiB':>8}")
-    for name, size in rest.items():
-        print(f"{name:34}{size / GIB:8.2f}")
-    print(f"{'together':34}{sum(rest.values()) / GIB:8.2f}")
-    print(f"\n{'part of a step':18}{'s' if not simulate else '':>8}{'keeps GiB':>12}{'peak GiB':>12}")
-    for name in parts.peak:
-        seconds = "" if simulate else f"{parts.seconds[name] / n:.2f}"
-        print(f"{name:18}{seconds:>8}{parts.kept[name] / GIB:12.2f}{parts.peak[name] / GIB:12.2f}")
+    print(f"{config.preset}, {config.width}x{config.height}, {config.frames} frames, {config.dtype}, {config.batch} clips on "
+          f"{group.world} process{'es' * (group.world > 1)}, {config.micro} at a time, " + (f"{n} steps" if n else "simulated"))
+    print(f"\n{'held all the time':18}     GiB")
+    for name, size in held.items():
+        print(f"{name:18}{size / GIB:8.2f}")
+    print(f"\n{'part of a step':18}{'peak GiB':>8}{'leaves GiB':>12}" + f"{'s':>8}" * bool(n))
+    for name, peak in parts.peak.items():
+        seconds = f"{parts.seconds[name] / n:8.2f}" if n else ""
+        print(f"{name:18}{peak / GIB:8.2f}{parts.kept[name] / GIB:12.2f}{seconds}")
     worst = max(parts.peak, key=parts.peak.get)
     print(f"\nmost: {parts.peak[worst] / GIB:.2f} GiB, in {worst}; on a GPU add about 1 GiB for CUDA and its libraries")
-    if not simulate:
+    if n:
         seconds = sum(parts.seconds.values()) / n
         print("last step: " + ", ".join(f"{name} {value:.4g}" for name, value in records[-1].items()))
         print(f"a step takes {seconds:.2f} s, {config.steps} steps take {seconds * config.steps / 3600:.1f} h")

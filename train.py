@@ -58,7 +58,7 @@ class Config:
     out: str = ""                   # folder of the run: turbo.safetensors, checkpoints, log.jsonl, samples [runs/PRESET]
     resume: str = ""                # auto (the last checkpoint in OUT, if any) or a checkpoint's path
     seed: int = 0                   # of LoRA's start, the order of clips, and all that Algorithm 1 draws
-    dry_run: int | None = None      # N steps with random weights and clips, then a table of time and memory; 0: simulate
+    dry_run: int | None = None      # N steps with random weights and clips, then a table of time and memory; 0: simulated
     # the clips
     frames: int = 16                # paper, Sec. 4: 16 frames
     height: int = 320               # paper, Sec. 4: 512x320 (VC2), 256x256 (MS)
@@ -75,14 +75,14 @@ class Config:
     ema: float = 0.95               # decay of the target network θ⁻; paper, Eq. 6; 0: θ itself, as in the released code
     # optimisation
     steps: int = 10000              # paper, Sec. 4: 10K
-    batch: int = 8                  # clips per step over all processes; paper, Sec. 4: 1 on each of 8 GPUs
+    batch: int = 8                  # clips per step over all processes; paper, Sec. 4: 1 on each of 6 to 8 GPUs
     micro: int = 1                  # clips per forward pass of a process: memory against speed
     lr: float = 1e-5                # of AdamW (0.9, 0.999), constant; paper, Sec. 4
     lora: int = 64                  # rank; paper: 64 (VC2); released weights: 32 (MS); 0: train all weights
     clip: float = 1.0               # largest gradient norm; released code
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the networks; losses, LoRA, EMA: float32; released code
-    checkpointing: bool = True      # recompute activations of the UNet and of the rewards in the backward pass
-    chunk: int = 1                  # frames that the decoder's backward pass holds at a time
+    checkpointing: bool = True      # recompute the UNet's activations in the backward pass
+    chunk: int = 2                  # frames that the decoder's backward pass holds at a time
     # keeping and watching
     workers: int = 4                # processes that decode clips, per training process
     save_every: int = 500           # steps between checkpoints
@@ -165,7 +165,9 @@ class Trainer:
             conv1d = ("init_attn.0.proj_in", "init_attn.0.proj_out")    # in VC2, and so not in the published LoRA
             inject(unet, config.lora, skip=conv1d if unet.config.fps else ())
         else:
-            self.teacher = copy.deepcopy(unet).requires_grad_(False).to(getattr(torch, config.dtype))
+            self.teacher = copy.deepcopy(unet).requires_grad_(False)
+            for p in self.teacher.parameters():
+                p.data = p.data.to(getattr(torch, config.dtype))
             unet.requires_grad_(True)
         unet.checkpointing = config.checkpointing
         for network in {self.student, self.teacher}:    # autocast caches casts, and θ and θ⁻ change places: so per call
@@ -292,19 +294,21 @@ def load_world(config: Config, device: torch.device):
     if not config.data:
         raise ValueError("no clips to train on; name them with --data, or try --dry-run 1")
     clips = data.open_dataset(config.data, config.frames, config.fps, config.height, config.width, cache=config.out)
-    dtype, loaders = getattr(torch, config.dtype), {}
-    for name, path, weight in map(rewards.parse_spec, config.reward):
-        seen = config.video_frames if name in VIDEO_REWARDS else None
-        loaders[name] = name in VIDEO_REWARDS, weight, partial(
-            rewards.load, name, path, device, dtype, frames=seen, grad_checkpointing=config.checkpointing)
-    terms = reward_terms(config, loaders)
+    dtype = getattr(torch, config.dtype)
+    terms = public_terms(config, partial(rewards.load, device=device, dtype=dtype))
     models = weights.load(config.preset.split("-")[1], config.teacher or None, device=device, guidance=True,
                           dtype=dtype if config.lora else torch.float32)
     models.vae.to(dtype), models.text.to(dtype)
     return models, clips, terms
 
 
-VIDEO_REWARDS = ("viclip", "internvideo2")
+def public_terms(config: Config, load) -> list[RewardTerm]:
+    """The terms that --reward names; load(name, path, frames=) makes a reward."""
+    loaders = {}
+    for name, path, weight in map(rewards.parse_spec, config.reward):
+        is_video = name in ("viclip", "internvideo2")
+        loaders[name] = is_video, weight, partial(load, name, path, frames=config.video_frames if is_video else None)
+    return reward_terms(config, loaders)
 
 
 def reward_terms(config: Config, loaders: dict) -> list[RewardTerm]:
@@ -326,9 +330,9 @@ def save(trainer: Trainer, out: Path, clips_skipped: int) -> None:
     state, path = trainer.state(clips_skipped), out / f"checkpoint-{trainer.done:07d}.pt"
     if trainer.group.rank == 0:
         write(path, partial(torch.save, state))
-        for old in checkpoints(out):
-            if old > path or old in checkpoints(out)[:-trainer.config.keep]:
-                old.unlink()
+        past = [old for old in checkpoints(out) if old <= path]
+        for old in set(checkpoints(out)) - set(past[-trainer.config.keep:]):
+            old.unlink()
 
 
 def export(trainer: Trainer, out: Path) -> None:
@@ -350,12 +354,15 @@ def main(argv=None):
     config, group = configure(argv), Group()
     torch.manual_seed(config.seed)                                      # LoRA starts alike on all processes
     if config.dry_run is not None:
-        return dryrun.report(config, group, Trainer, reward_terms)
+        world = load_world if config.preset == "shapes" else partial(dryrun.random_world, public_terms)
+        return dryrun.report(config, group, world, Trainer)
     out, path = Path(config.out), open_folder(config, group)
     models, clips, terms = load_world(config, group.device)
     trainer = Trainer(config, models, terms, group)
     if path:
         trainer.load_state(torch.load(path, map_location="cpu", weights_only=True))
+    if group.any(trainer.done) and not trainer.done:
+        raise ValueError(f"other processes found a checkpoint in {out}, this one did not; all nodes must share that folder")
     check_room(out, trainer.gradient.nbytes * (4 if trainer.ema else 3), config.keep)
     log, heard, stopped, record = Log(out, trainer.done, config.steps, group), listen(), False, {}
     batches = shielded(data.loader(clips, config.batch // group.world, group.rank, group.world, config.workers,

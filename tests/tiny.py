@@ -16,6 +16,9 @@ from torch import nn
 import model
 import train
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""     # runs are forked here, which neither CUDA nor the threads of autograd survive;
+torch.ones(1, requires_grad=True).backward()    # after a first backward pass on the CPU (not a fake one) there are none
+
 T, H, W = 4, 16, 16
 SETTINGS = (f"--frames {T} --height {H} --width {W} --image-frames 2 --video-frames 2 --batch 6 --micro 3 --lora 4 --steps 4 "
             "--save-every 2 --sample-every 0 --dtype float32 --lr 1e-4").split()
