@@ -13,13 +13,17 @@ from torch import nn
 import cli
 import dryrun
 import model
+import rewards
 import train
 import turbo
+import video
 import weights
 from data import BadClip
 from run import Group
 from solver import Schedule
 from turbo import consistency, pseudo_huber, solve
+
+LOAD_WORLD = train.load_world
 
 
 def trainer(*argv, seed=0, unet=tiny.UNET):
@@ -56,9 +60,9 @@ def test_presets_are_the_papers():
         "turbo-ms": ((256, 256), 8, 32, 2.0, 3.0, ("hpsv2", "viclip")),
         "vcm-ms": ((256, 256), 8, 32, 0.0, 0.0, None),
     }
-    for preset, (size, fps, lora, image, video, names) in table.items():
+    for preset, (size, fps, lora, beta_img, beta_vid, names) in table.items():
         c = train.configure(["--preset", preset])
-        assert ((c.width, c.height), c.fps, c.lora, c.image_weight, c.video_weight) == (size, fps, lora, image, video)
+        assert ((c.width, c.height), c.fps, c.lora, c.image_weight, c.video_weight) == (size, fps, lora, beta_img, beta_vid)
         assert names is None or c.reward == names
         assert (c.frames, c.grid, c.w_min, c.w_max, c.image_frames, c.video_frames) == (16, 50, 5, 15, 6, 8)
         assert (c.steps, c.batch, c.lr, c.ema, c.clip, c.dtype) == (10000, 8, 1e-5, 0.95, 1.0, "bfloat16")
@@ -397,3 +401,31 @@ def test_bad_clips_are_counted_over_all_processes(tmp_path):
     assert tiny.run(tmp_path / "run", "--steps", 3, "--resume", "auto", world=2, before=before)[0] == 0
     assert tiny.log(tmp_path / "run")[-1]["clips_skipped"] == 4
     assert len((tmp_path / "run" / "bad_clips.jsonl").read_text().splitlines()) == 4
+
+
+def test_the_whole_command_on_files(tmp_path):
+    """The documented command with its own data path: a folder of videos, decoded by workers, rewards named by --reward."""
+    (tmp_path / "clips").mkdir()
+    for i in range(8):
+        clip = tiny.Clips().get(i, torch.Generator().manual_seed(i))["clip"]
+        video.write_video(tmp_path / "clips" / f"{i}.mp4", clip, 8)
+        (tmp_path / "clips" / f"{i}.txt").write_text(f"noise {i}")
+
+    def before(rank):
+        def load(model, teacher, **options):
+            assert (model, teacher, options["guidance"], options["dtype"]) == ("vc2", "model.ckpt", True, torch.bfloat16)
+            made = tiny.networks(0, dataclasses.replace(tiny.UNET, fps=True, guidance=True))
+            for p in made.unet.parameters():
+                p.data = p.data.bfloat16()
+            return made
+        tiny.load_world, weights.load = LOAD_WORLD, load
+        rewards.load = lambda name, path, device, dtype, frames: loaded.append((name, path, frames)) or tiny.Bright(name)
+        loaded = []
+
+    argv = ["--preset", "turbo-vc2", "--teacher", "model.ckpt", "--data", tmp_path / "clips", "--reward", "hpsv2=a.pt",
+            "--reward", "internvideo2=b.pt", "--dtype", "bfloat16", "--fps", 8, "--workers", 1, "--batch", 2, "--steps", 3]
+    code, text = tiny.run(tmp_path / "run", *argv, world=2, before=before)
+    assert code == 0, text
+    lines = tiny.log(tmp_path / "run")
+    assert len(lines) == 3 and {"hpsv2", "internvideo2"} < lines[0].keys() and all(math.isfinite(line["loss"]) for line in lines)
+    assert (tmp_path / "run" / "turbo.safetensors").exists()
