@@ -40,7 +40,7 @@ SMALL_TEXT = TextConfig(width=24, layers=3, heads=2)
 
 
 def randn(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def close(a, b, tolerance=1e-5):
