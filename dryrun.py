@@ -197,6 +197,7 @@ def show(config, group, held: dict, parts: Parts, records: list[dict]) -> None:
         seconds = f"{parts.seconds[name] / n:8.2f}" if n else ""
         print(f"{name:18}{peak / GIB:8.2f}{parts.kept[name] / GIB:12.2f}{seconds}")
     worst = max(parts.peak, key=parts.peak.get)
+    print("(what distill leaves are the activations that the backward pass needs)")
     print(f"\nmost: {parts.peak[worst] / GIB:.2f} GiB, in {worst}; on a GPU add about 1 GiB for CUDA and its libraries")
     if n:
         seconds = sum(parts.seconds.values()) / n

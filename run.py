@@ -94,23 +94,31 @@ def checkpoints(out: Path) -> list[Path]:
 
 def open_folder(config, group: Group) -> Path | None:
     """Sees to it that OUT can be written and is not another run's -> the checkpoint to go on from."""
-    out, again = Path(config.out), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0   # torchrun --max-restarts
+    out = Path(config.out)
     saved = checkpoints(out)
     if config.resume not in ("", "auto"):
         if not Path(config.resume).is_file():
             raise ValueError(f"no checkpoint at {config.resume}" + (f"; the last one is {saved[-1]}" if saved else ""))
         saved = [Path(config.resume)]
-    elif saved and not config.resume and not again:
-        raise ValueError(f"{out} already holds {saved[-1].name}; go on with --resume auto, or choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{out} cannot be made ({error.strerror}); choose another --out") from error
     if group.rank == 0:
+        if saved and not config.resume and not restarted(out):
+            raise ValueError(f"{out} already holds {saved[-1].name}; go on with --resume auto, or choose another --out")
         for leftover in out.glob("*.tmp"):                                  # of a process that was killed while it wrote
             leftover.unlink()
-        write(out / "config.json", lambda file: file.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
+        said = json.dumps(dataclasses.asdict(config) | {"launcher": os.getppid()}, indent=1)
+        write(out / "config.json", lambda file: file.write_text(said))
     return saved[-1] if saved else None
+
+
+def restarted(out: Path) -> bool:
+    """Did the same torchrun, by --max-restarts, start this run before?"""
+    said = out / "config.json"
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    return again and said.exists() and json.loads(said.read_text()).get("launcher") == os.getppid()
 
 
 def check_room(out: Path, size: int, keep: int) -> None:

@@ -1,4 +1,5 @@
 """A run that is killed, and then resumed, is the run that was not killed; and what was saved stays whole, whatever happens."""
+import json
 import os
 import random
 import resource
@@ -107,6 +108,22 @@ def test_what_can_be_said_before_training_is_said_before(tmp_path):
                           (("--resume", "auto", "--batch", 4), "this run began with --batch 6")):
         code, text = tiny.run(tmp_path / "c", "--steps", 3, *options)
         assert code == 2 and told in text.splitlines()[-1] and "Traceback" not in text
+
+
+def test_a_restart_goes_on_with_its_own_run_only(tmp_path):
+    """torchrun counts its attempts, but the first of them may have been refused a folder that holds an older run."""
+    def second_attempt(rank):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+
+    run = tmp_path / "run"
+    assert tiny.run(run, "--steps", 2)[0] == 0
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["launcher"] == os.getpid()
+    (run / "config.json").write_text(json.dumps(settings | {"launcher": 1}))
+    code, text = tiny.run(run, "--steps", 3, before=second_attempt)
+    assert code == 2 and "--resume auto" in text
+    (run / "config.json").write_text(json.dumps(settings))
+    assert tiny.run(run, "--steps", 3, before=second_attempt)[0] == 0 and len(tiny.log(run)) == 3
 
 
 def test_an_older_checkpoint_begins_another_future(tmp_path):
