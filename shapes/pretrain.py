@@ -41,7 +41,7 @@ class Config:
     vae_steps: int = 1500               # batches of 64 frames
     clip_steps: int = 1200              # batches of 64 frames and captions
     viclip_steps: int = 2700            # batches of 32 clips and captions
-    teacher_steps: int = 1700           # batches of 16 clips
+    teacher_steps: int = 1250           # batches of 16 clips
     save_every: int = 100               # steps between checkpoints
     device: str = "cuda" if torch.cuda.is_available() else "cpu"   # cuda or cpu
 

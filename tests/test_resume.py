@@ -140,9 +140,9 @@ def test_torchrun_restarts_from_the_last_checkpoint_by_itself(tmp_path):
     """One of two processes dies in step 4 of the first attempt; torchrun ends the other and starts again."""
     environment = os.environ | {"CRASH": str(3 * 3 + 1), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
                                 "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3",
                "--monitor-interval=0.1", ROOT / "tests" / "tiny.py", "--out", tmp_path / "two"]
-    done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True)
+    done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert tiny.run(tmp_path / "one", world=2)[0] == 0
     assert tiny.same(tiny.last(tmp_path / "one"), tiny.last(tmp_path / "two"))
