@@ -93,8 +93,8 @@ def shapes_table(config: ShapesConfig) -> list[dict]:
     columns = ("colour", "shape", "motion", "background", "all", "quality", "image", "video")
     print("| | steps | passes | split | " + " | ".join(columns) + " | s/clip |\n" + "|---" * (len(columns) + 5) + "|")
     for name, method, steps in TEACHER_ROWS + STUDENT_ROWS:
-        if config.rows not in f"{name} {steps}":
-            continue
+        if config.rows not in f"{name} {steps}" or method in shapes.STUDENTS and not shapes.student(method, config.folder).exists():
+            continue                                                        # a student that was not trained has no row
         models = None
         for split in ("train", "held-out"):
             if (name, steps, split) not in done:

@@ -77,6 +77,12 @@ def load_text(folder: Path = WEIGHTS) -> CaptionEncoder:
     return CaptionEncoder(text, viclip).eval().requires_grad_(False)
 
 
+def student(name: str, folder: str | Path | None = None) -> Path:
+    """The file of a student: embedded, or where `train.py --out FOLDER/NAME` wrote it."""
+    places = [Path(folder or WEIGHTS) / path for path in (f"{name}.safetensors", f"{name}/turbo.safetensors")]
+    return next((path for path in places if path.exists()), places[0])
+
+
 def load(turbo: str | Path | None = None, folder: str | Path | None = None, device="cpu", dtype=torch.float32,
          **conditions) -> model.Models:
     """The toy's networks, like `weights.load`: the teacher's, or with turbo weights (a file, or vcm, vcm-img, vcm-vid, turbo for the
@@ -86,11 +92,9 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None, devi
     config = replace(model.UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}), **conditions)
     lora, header = None, {}
     if turbo is not None:
-        if str(turbo) in STUDENTS:                                                  # embedded, or where train.py --out FOLDER/NAME wrote
-            places = folder / f"{turbo}.safetensors", folder / turbo / "turbo.safetensors"
-            turbo = next((path for path in places if path.exists()), places[0])
-        config, student, lora, header = weights.read_turbo(turbo, config)
-        state = student or state
+        turbo = student(turbo, folder) if str(turbo) in STUDENTS else turbo
+        config, whole, lora, header = weights.read_turbo(turbo, config)
+        state = whole or state
     if config.guidance and "time_cond_proj.weight" not in state:
         state["time_cond_proj.weight"] = torch.zeros(config.channels, 256)         # what LoRA adds to
     with torch.device("meta"):

@@ -88,7 +88,8 @@ def test_several_clips_and_a_file_of_prompts(tmp_path, capsys):
     (["a dog running"], "unknown word 'dog'"), ([], "give one prompt"), ([PROMPT, "--height", "70"], "height 70 is not a multiple of"),
     ([PROMPT, "--steps", "51"], "51 sampling steps"), ([PROMPT, "--steps", "0"], "at least 1"),
     ([PROMPT, "--frame", "3"], "did you mean --frames"), (["a", "red", "circle"], "quote the prompt"),
-    ([PROMPT, "--prompts", "x.txt"], "give one prompt"), (["--prompts", "missing.txt"], "missing.txt"), ([PROMPT, "--turbo", "missing.safetensors"], "missing.safetensors"),
+    ([PROMPT, "--prompts", "x.txt"], "give one prompt"), (["--prompts", "missing.txt"], "missing.txt"),
+    ([PROMPT, "--turbo", "missing.safetensors"], "missing.safetensors"),
     ([PROMPT, "--model", "vc2", "--teacher", "missing.ckpt", "--turbo", "missing.pt"], "missing"),
     ([PROMPT, "--model", "vc2", "--method", "vcm"], "no public VCM"), ([PROMPT, "--dtype", "int8"], "int8")])
 def test_mistakes_get_one_clear_line(tmp_path, monkeypatch, capsys, args, complaint):
