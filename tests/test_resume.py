@@ -169,3 +169,35 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
     assert tiny.run(tmp_path / "two", *options, "--resume", "auto")[0] == 0
     assert tiny.same(tiny.last(tmp_path / "one"), tiny.last(tmp_path / "two"))
     assert tiny.log(tmp_path / "one") == tiny.log(tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_passes_a_signal_on_and_all_is_saved(tmp_path, number):
+    """Also with workers that decode, to whom torchrun sends the signal as well."""
+    run, environment = tmp_path / "run", os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "tests" / "tiny.py",
+               "--out", run, "--steps", 10 ** 6, "--save-every", 10 ** 6, "--workers", 2]
+    process = subprocess.Popen([str(word) for word in command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)
+    while not (run / "log.jsonl").exists() or not (run / "log.jsonl").read_text():
+        time.sleep(0.1)
+        assert process.poll() is None
+    os.killpg(process.pid, number)                                      # Ctrl-C reaches the whole group of the terminal
+    _, text = process.communicate(timeout=120)
+    assert "stopped by a signal, and saved" in text
+    assert tiny.last(run)["step"] == len(tiny.log(run)) >= 1
+
+
+@pytest.mark.slow
+def test_two_nodes(tmp_path):
+    """Two torchruns of one process each, which meet by torchrun's own arguments, are two processes of one."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    nodes = [subprocess.Popen([str(word) for word in (
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1",
+        "--master_addr=127.0.0.1", "--master_port=29437", ROOT / "tests" / "tiny.py", "--out", tmp_path / "nodes")],
+        env=environment, stderr=subprocess.PIPE, text=True) for node in range(2)]
+    texts = [node.communicate()[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], texts
+    assert tiny.run(tmp_path / "one", world=2)[0] == 0
+    assert tiny.same(tiny.last(tmp_path / "one"), tiny.last(tmp_path / "nodes"))
