@@ -102,6 +102,7 @@ PRESETS = {
                    prompt=("a red circle moving right", "a blue square rising on white")),
     "turbo-vc2": {}, "vcm-vc2": VCM, "turbo-ms": MS, "vcm-ms": MS | VCM,
 }
+PATHS = ("teacher", "data", "reward", "out", "resume")                                    # nobody else's business
 FIXED = ("preset", "seed", "batch", "lora", "ema", "grid", "frames", "height", "width")  # for the whole of a run
 
 
@@ -340,7 +341,7 @@ def export(trainer: Trainer, out: Path) -> None:
     config, unet = trainer.config, trainer.student
     state = lora_state(unet) if config.lora else unet.state_dict()
     header = {"method": "turbo" if trainer.terms else "vcm", "steps": config.grid, "w_min": config.w_min,
-              "w_max": config.w_max, "train": dataclasses.asdict(config)}
+              "w_max": config.w_max, "train": {k: v for k, v in dataclasses.asdict(config).items() if k not in PATHS}}
     half = config.preset == "shapes"                                        # the toy's weights come with the repository
     weights.save_checkpoint(out / "turbo.safetensors", {k: x.half() for k, x in state.items()} if half else state, header)
     if config.export_lora:
