@@ -36,7 +36,7 @@ class UNetConfig:
     motion: bool = False                    # T2V-Turbo-v2 is told the strength of its motion guidance, too
     groups: int = 32                        # of every group norm
     dropout: float = 0.0                    # in the temporal convolutions, in train mode; the teachers had 0.1
-    spacetime: int = 0                      # toy only: width of SpaceTime, 0 = none
+    spacetime: int = 0                      # toy only: width of SpaceTime, and its temporal attention sees all pixels; 0 = neither
 
 
 VC2 = UNetConfig(fps=True)
@@ -103,7 +103,8 @@ def guidance_embedding(w, dim=256):
 
 
 class SpaceTime(nn.Module):
-    """Tells the toy where and when: a caption-modulated function of (x, y, t), added to the first features.
+    """Tells the toy where and when: a caption-modulated function of (t, y, x), added to the first features, and one of t,
+    added to the timestep embedding of every frame.
 
     The published UNets know neither place (only what zero padding leaks) nor time (their temporal attention has no
     positions); a billion weights cope, a toy that must move a shape "from left to right" does not.
@@ -111,23 +112,24 @@ class SpaceTime(nn.Module):
 
     octaves = 4
 
-    def __init__(self, width, context_dim, channels):
+    def __init__(self, axes, width, context_dim, channels):
         super().__init__()
-        self.features = nn.Linear(3 * (1 + 2 * self.octaves), width)
+        self.features = nn.Linear(axes * (1 + 2 * self.octaves), width)
         self.modulation = nn.Linear(context_dim, 2 * width)
         self.hidden = nn.Linear(width, width)
         self.out = nn.Linear(width, channels)
         zero(self.out)
 
-    def forward(self, context, T, H, W):
-        """context (B, L, D), whose last token is the caption as a whole -> (B, C, T, H, W)"""
-        axes = [torch.linspace(-1, 1, n, device=context.device) for n in (T, H, W)]
+    def forward(self, context, *sizes):
+        """context (B, L, D), whose last token is the caption as a whole; sizes T or T, H, W -> (B, sizes..., C)"""
+        axes = [torch.linspace(-1, 1, n, device=context.device) for n in sizes]
         c = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)                # (T, H, W, 3)
         waves = [f(math.pi * 2 ** k * c) for k in range(self.octaves) for f in (torch.sin, torch.cos)]
         h = self.features(torch.cat([c, *waves], dim=-1).to(context.dtype))          # (T, H, W, D)
-        scale, shift = self.modulation(context[:, -1])[:, None, None, None].chunk(2, dim=-1)
+        said = self.modulation(context[:, -1]).view(len(context), *[1] * len(sizes), -1)
+        scale, shift = said.chunk(2, dim=-1)
         h = F.silu(h * (1 + scale) + shift)                                          # (B, T, H, W, D)
-        return self.out(F.silu(self.hidden(h))).permute(0, 4, 1, 2, 3)
+        return self.out(F.silu(self.hidden(h)))
 
 
 # -------------------------------------------------------------------------------------------- blocks
@@ -187,7 +189,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb, context):
         h = per_frame(lambda x: self.conv1(F.silu(self.norm1(x))), x)
-        h = h + self.emb(emb)[:, :, None, None, None]
+        h = h + self.emb(emb).transpose(1, 2)[..., None, None]
         h = per_frame(lambda h: self.conv2(F.silu(self.norm2(h))), h)
         return self.temporal(per_frame(self.skip, x) + h)
 
@@ -198,7 +200,7 @@ def attention(q, k, v):
     By torch's fused kernel, except for short bf16 sequences on a CPU, where that takes twice as long as the formula,
     and with its backward pass five times.
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 128:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 512:
         return attention_map(q, k) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -208,7 +210,8 @@ def attention_map(q, k):
 
 
 class Attention(nn.Module):
-    """Multi-head attention over a frame's pixels ("space"), a pixel's frames ("time") or the caption ("text")."""
+    """Multi-head attention over a frame's pixels ("space"), a pixel's frames ("time"), the caption ("text"), or, in the toy,
+    all pixels of all frames ("clip")."""
 
     def __init__(self, width, heads, head_dim, over, context_dim=None):
         super().__init__()
@@ -228,7 +231,7 @@ class Attention(nn.Module):
         """
         B, L, _ = x.shape
         source = context if self.over == "text" else x
-        fold = {"space": (B * T, L // T), "time": (B, T), "text": (B, L)}[self.over]
+        fold = {"space": (B * T, L // T), "time": (B, T), "text": (B, L), "clip": (B, L)}[self.over]
         fold_source = (B, source.shape[1]) if self.over == "text" else fold
         q = self.q(x).view(*fold, -1, self.head_dim).transpose(1, 2)
         k, v = (f(source).view(*fold_source, -1, self.head_dim).transpose(1, 2) for f in (self.k, self.v))
@@ -254,7 +257,8 @@ class GEGLU(nn.Module):
 
 class Transformer(nn.Module):
     """Self-attention, a second attention, feed-forward. Over "space" the second one reads the text; over "time" it is
-    self-attention again, and so the text reaches time only through space."""
+    self-attention again, and so the text reaches time only through space. The toy's temporal one sees the whole "clip": in
+    its 64 latent pixels things move past each other, and a pixel's own frames do not tell what moved."""
 
     def __init__(self, channels, heads, head_dim, over, context_dim, groups):
         super().__init__()
@@ -297,7 +301,7 @@ def blocks(c):
 
     def attend(width):
         return [Transformer(width, width // c.head_dim, c.head_dim, over, c.context_dim, c.groups)
-                for over in ("space", "time")]
+                for over in ("space", "clip" if c.spacetime else "time")]
 
     down, skips = [[FrameConv(c.in_channels, c.channels)]], [c.channels]         # skips: widths, popped on the way up
     for level, width in enumerate(widths):
@@ -353,7 +357,8 @@ class UNet3D(nn.Module):
         for name, layer in condition_layers(c).items():
             self.add_module(name, layer)
         if c.spacetime:
-            self.spacetime = SpaceTime(c.spacetime, c.context_dim, c.channels)
+            self.spacetime = SpaceTime(3, c.spacetime, c.context_dim, c.channels)
+            self.frametime = SpaceTime(1, c.spacetime, c.context_dim, 4 * c.channels)
 
         down, middle, up = blocks(c)
         self.input_blocks = nn.ModuleList(Block(*layers) for layers in down)
@@ -368,8 +373,8 @@ class UNet3D(nn.Module):
     def dtype(self):
         return self.out[0].weight.dtype     # of a norm, which LoRA never wraps
 
-    def embed(self, z, t, w, fps, motion):
-        """Everything that is said to a whole clip, (B, 4 C): the timestep, and ω, λ and the frame rate where known."""
+    def embed(self, z, t, context, w, fps, motion):
+        """What is said to all pixels, (B, 1, 4 C): the timestep, and ω, λ and the frame rate where known; toy: (B, T, 4 C)."""
         c, B = self.config, z.shape[0]
         h = timestep_embedding(t, c.channels).to(self.dtype)
         if w is not None:
@@ -383,12 +388,15 @@ class UNet3D(nn.Module):
         if c.fps:
             fps = torch.as_tensor(16 if fps is None else fps, device=z.device).expand(B)
             h = h + self.fps_embedding(timestep_embedding(fps, c.channels).to(self.dtype))
+        h = h[:, None]
+        if c.spacetime:
+            h = h + self.frametime(context, z.shape[2])
         return F.silu(h)
 
     def forward(self, z, t, context, w=None, fps=None, motion=None):
         """z (B, C, T, H, W), t (B,), context (B, L, D), w, fps, motion (B,) or None -> eps (B, C, T, H, W)"""
-        emb = self.embed(z, t, w, fps, motion)
         context = context.to(self.dtype)
+        emb = self.embed(z, t, context, w, fps, motion)
         h = z.to(self.dtype, memory_format=torch.channels_last_3d)
 
         skips = []
@@ -396,7 +404,7 @@ class UNet3D(nn.Module):
             h = self.run(block, h, emb, context)
             if i == 0:
                 if self.config.spacetime:
-                    h = h + self.spacetime(context, *h.shape[2:])
+                    h = h + self.spacetime(context, *h.shape[2:]).permute(0, 4, 1, 2, 3)
                 h = self.run(self.init_attn, h, emb, context)
             skips.append(h)
         h = self.run(self.middle_block, h, emb, context)

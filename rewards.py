@@ -283,6 +283,7 @@ class ViCLIPConfig:
     text_heads: int = 12
     context_length: int = 32
     vocab_size: int = 49408
+    tubelet: int = 1              # toy only: consecutive frames that a patch spans (ViViT, Arnab et al., 2021)
 
 
 class VideoTower(nn.Module):
@@ -291,15 +292,17 @@ class VideoTower(nn.Module):
     def __init__(self, c: ViCLIPConfig):
         super().__init__()
         N = (c.image_size // c.patch) ** 2
-        self.conv1 = nn.Conv2d(3, c.width, c.patch, c.patch, bias=False)
+        self.tubelet = c.tubelet
+        self.conv1 = nn.Conv2d(3 * c.tubelet, c.width, c.patch, c.patch, bias=False)
         self.class_embedding = nn.Parameter(torch.zeros(c.width))
         self.positional_embedding = nn.Parameter(torch.zeros(1 + N, c.width))
-        self.temporal_positional_embedding = nn.Parameter(torch.zeros(1, c.frames, c.width))
+        self.temporal_positional_embedding = nn.Parameter(torch.zeros(1, c.frames // c.tubelet, c.width))
         self.ln_pre, self.ln_post = LayerNorm(c.width), LayerNorm(c.width)
         self.blocks = Blocks(Block(c.width, c.heads, 4 * c.width, QuickGELU) for _ in range(c.layers))
         self.proj = nn.Parameter(torch.zeros(c.width, c.embed_dim))
 
     def forward(self, frames):
+        frames = frames.unflatten(1, (-1, self.tubelet)).flatten(2, 3)              # (B, T, 3, S, S), with tubelets (B, T/n, 3n, S, S)
         x = patches(self.conv1, frames) + self.positional_embedding[1:]
         x = (x + self.temporal_positional_embedding[:, :, None]).flatten(1, 2)      # (B, T*N, D)
         first = (self.class_embedding + self.positional_embedding[0]).expand(len(x), 1, -1)

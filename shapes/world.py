@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 SIZE, FRAMES = 64, 8
+PAIRS = 0.4                             # how often two things are drawn; a quarter of these have one colour and become one
 
 COLOURS = {"red": (225, 35, 35), "yellow": (225, 215, 35), "green": (35, 190, 35), "blue": (40, 60, 230)}      # hues 0, 60, 120, 240
 BACKGROUNDS = {"black": 16, "gray": 110, "white": 240}
@@ -46,11 +47,11 @@ class Scene:
 # ---- scenes and their captions -----------------------------------------------------------------------------------------------
 
 
-def draw_scene(rng: random.Random, held_out: bool = False) -> Scene:
+def draw_scene(rng: random.Random, held_out: bool = False, pairs: float = PAIRS) -> Scene:
     """A random scene, all of its things from the trained combinations, or all from the held-out ones."""
     things = [Thing(*xs) for xs in ((c, s, m) for c in COLOURS for s in SHAPES for m in MOTIONS) if Thing(*xs).held_out == held_out]
     first, second = rng.choice(things), rng.choice(things)
-    chosen = (first, second) if rng.random() < 0.7 and first.colour != second.colour else (first,)
+    chosen = (first, second) if rng.random() < pairs and first.colour != second.colour else (first,)
     return Scene(chosen, rng.choice(list(BACKGROUNDS)))
 
 

@@ -257,7 +257,8 @@ def test_start_of_training():
 
 
 def test_spacetime_tells_frames_apart():
-    """Without it the architecture cannot: on equal frames every frame gets the same ε, but at the zero-padded ends."""
+    """Without it the architecture cannot: on equal frames every frame gets the same ε, but at the zero-padded ends. The toy is told
+    twice, in the first features and with the timestep."""
     torch.manual_seed(0)
     unet = UNet3D(replace(TOY, mult=(1,), attention_levels=(0,))).eval()
     for p in unet.parameters():
@@ -265,11 +266,14 @@ def test_spacetime_tells_frames_apart():
             torch.nn.init.normal_(p, std=0.02)
     z, t, c = randn(1, 1, 4, 1, 8, 8).expand(-1, -1, 40, -1, -1), torch.tensor([300]), randn(2, 1, 6, 24)
     with torch.no_grad():
-        told, first = unet(z, t, c), unet.spacetime(c, 40, 8, 8)
-        unet.spacetime.out.weight.zero_()
-        blind = unet(z, t, c)
-    assert close(blind[:, :, 19], blind[:, :, 20]) and not close(told[:, :, 19], told[:, :, 20], 1e-3)
-    assert first.shape == (1, 32, 40, 8, 8)
+        told, first, second = [], unet.spacetime(c, 40, 8, 8), unet.frametime(c, 40)
+        for silent in (None, unet.spacetime, unet.frametime):
+            if silent:
+                silent.out.weight.zero_()
+            eps = unet(z, t, c)
+            told.append(not close(eps[:, :, 19], eps[:, :, 20], 1e-4))
+    assert told == [True, True, False]
+    assert first.shape == (1, 40, 8, 8, 32) and second.shape == (1, 40, 128)
 
 
 def test_dropout_only_in_training():
