@@ -91,7 +91,7 @@ def fit(name: str, network: torch.nn.Module, loss_of, steps: int, config: Config
         if group is not None and group.world > 1:
             shared = group.sum(torch.cat([p.grad.flatten() for p in params])) / group.world
             for p, grad in zip(params, shared.split([p.numel() for p in params])):
-                p.grad = grad.view_as(p)
+                p.grad.copy_(grad.view_as(p))
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
