@@ -29,7 +29,7 @@ from turbo import Noise, sample
 
 @dataclass(frozen=True)
 class ShapesConfig:
-    clips: int = 500                    # per row and split; half of them from each of two seeds
+    clips: int = 500                    # per row, each with its own caption and seed; half of them ask for held-out combinations
     folder: str | None = None           # weights made by shapes/pretrain.py and train.py [the embedded ones]
     rows: str = ""                      # only rows whose name contains this, e.g. "turbo"
     teacher_guidance: float = 2.0       # ω of the teacher's rows
@@ -57,11 +57,11 @@ def undistilled(models, captions: list[str], seeds: list[int], steps: int, guida
     return sample(z0_of, schedule, Noise(seeds, (models.unet.config.in_channels, models.frames, 8, 8)), steps)
 
 
-def shapes_row(config: ShapesConfig, models, scorers: dict, method: str, steps: int, split: str, name: str) -> dict[str, float]:
-    """Samples one row's clips and judges them: means over clips, 0..1."""
-    dataset, totals, seconds = shapes.Clips(split), {}, 0.0
-    for start in tqdm(range(0, config.clips, config.batch), f"{name} {steps}, {split}", leave=False):
-        indices = range(10 ** 9 + start, 10 ** 9 + min(start + config.batch, config.clips))    # beyond any training index
+def shapes_row(config: ShapesConfig, models, scorers: dict, method: str, steps: int, split: str, name: str) -> list[dict]:
+    """Samples half a row's clips, of one split, and judges them: a verdict (0..1 each) and both rewards for every clip."""
+    dataset, rows, count = shapes.Clips(split), [], config.clips // 2
+    for start in tqdm(range(0, count, config.batch), f"{name} {steps}, {split}", leave=False):
+        indices = range(10 ** 9 + start, 10 ** 9 + min(start + config.batch, count))           # beyond any training index
         scenes, captions = zip(*(dataset.scene(i)[:2] for i in indices))
         captions, seeds, began = list(captions), [config.seed + i - 10 ** 9 for i in indices], time.perf_counter()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, config.dtype == "bfloat16"):
@@ -73,42 +73,39 @@ def shapes_row(config: ShapesConfig, models, scorers: dict, method: str, steps: 
                                          guidance=config.teacher_guidance if teacher else config.guidance)
                 z = sampler.generate(models, captions, seeds, options)
         clips = sampler.decode(models, z)
-        seconds += time.perf_counter() - began
-        pixels = clips.transpose(1, 2).float() / 255
+        seconds = (time.perf_counter() - began) / len(clips)
         with torch.no_grad():
-            scores = {kind: scorer(pixels, captions).sum().item() for kind, scorer in scorers.items()}
-        said = [world.Scene(scene.things, world.understand(caption).background) for scene, caption in zip(scenes, captions)]
-        for verdict in [*(world.judge(scene, clip) for scene, clip in zip(said, clips)), scores]:
-            for key, value in verdict.items():
-                totals[key] = totals.get(key, 0.0) + value
-    return {**{key: value / config.clips for key, value in totals.items()}, "seconds": seconds / config.clips}
+            scores = {kind: scorer(frames_for(scorer, clips), captions).tolist() for kind, scorer in scorers.items()}
+        for i, (scene, caption, clip) in enumerate(zip(scenes, captions, clips)):
+            verdict = world.judge(world.Scene(scene.things, world.understand(caption).background), clip)
+            rows.append({**verdict, split: verdict["all"], **{kind: score[i] for kind, score in scores.items()}, "seconds": seconds})
+    return rows
 
 
 def shapes_table(config: ShapesConfig) -> list[dict]:
-    """All rows of the toy's table, both splits; printed as Markdown while they come."""
+    """All rows of the toy's table, printed as Markdown while they come."""
     path, done = Path(config.out) if config.out else None, {}
     if path and path.exists():
-        done = {(r["name"], r["steps"], r["split"]): r for r in json.loads(path.read_text())}
+        done = {(row["name"], row["steps"]): row for row in json.loads(path.read_text())}
     scorers = shapes.rewards(folder=config.folder)
-    columns = ("colour", "shape", "motion", "background", "all", "quality", "image", "video")
-    print("| | steps | passes | split | " + " | ".join(columns) + " | s/clip |\n" + "|---" * (len(columns) + 5) + "|")
+    columns = ("colour", "shape", "motion", "background", "all", "train", "held-out", "quality", "image", "video")
+    titles = " | ".join(columns).replace("train | held-out", "all, seen | all, held-out")
+    print(f"| | steps | passes | {titles} | s/clip |\n" + "|---" * (len(columns) + 4) + "|")
     for name, method, steps in TEACHER_ROWS + STUDENT_ROWS:
         if config.rows not in f"{name} {steps}" or method in shapes.STUDENTS and not shapes.student(method, config.folder).exists():
             continue                                                        # a student that was not trained has no row
-        models = None
-        for split in ("train", "held-out"):
-            if (name, steps, split) not in done:
-                models = models or shapes.load(None if method in ("teacher", "undistilled") else method, config.folder)
-                passes = steps * (2 if method in ("teacher", "undistilled") else 1)
-                row = shapes_row(config, models, scorers, method, steps, split, name)
-                done[name, steps, split] = dict(name=name, steps=steps, passes=passes, split=split, clips=config.clips, **row)
-                if path:
-                    path.write_text(json.dumps(list(done.values()), indent=1))
-            row = done[name, steps, split]
-            p, n = row["all"], row["clips"]
-            cells = [f"{row[c]:.3f}" if c in ("quality", "image", "video") else f"{100 * row[c]:.1f}" for c in columns]
-            cells[columns.index("all")] += f" ± {196 * (p * (1 - p) / n) ** 0.5:.1f}"
-            print(f"| {name} | {steps} | {row['passes']} | {split} | " + " | ".join(cells) + f" | {row['seconds']:.3f} |", flush=True)
+        if (name, steps) not in done:
+            models = shapes.load(None if method in ("teacher", "undistilled") else method, config.folder)
+            clips = sum((shapes_row(config, models, scorers, method, steps, split, name) for split in ("train", "held-out")), [])
+            means = {key: sum(found) / len(found) for key in (*columns, "seconds") for found in [[c[key] for c in clips if key in c]]}
+            passes = steps * (2 if method in ("teacher", "undistilled") else 1)
+            done[name, steps] = dict(name=name, steps=steps, passes=passes, clips=len(clips), **means)
+            if path:
+                path.write_text(json.dumps(list(done.values()), indent=1))
+        row = done[name, steps]
+        cells = [f"{row[c]:.3f}" if c in ("quality", "image", "video") else f"{100 * row[c]:.1f}" for c in columns]
+        cells[columns.index("all")] += f" ± {196 * (row['all'] * (1 - row['all']) / row['clips']) ** 0.5:.1f}"
+        print(f"| {name} | {steps} | {row['passes']} | " + " | ".join(cells) + f" | {row['seconds']:.3f} |", flush=True)
     return list(done.values())
 
 
@@ -124,15 +121,14 @@ class ScoreConfig:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"    # cuda or cpu
 
 
-def frames_for(reward, clip: Tensor) -> Tensor:
-    """A clip uint8 (3, T, H, W) as a reward takes it, (1, T, 3, H, W) in [0, 1]: all frames, or as many as it wants, evenly spaced."""
-    pixels = clip.transpose(0, 1)[None].float() / 255
+def frames_for(reward, clips: Tensor) -> Tensor:
+    """Clips uint8 (B, 3, T, H, W) as a reward takes them, (B, T, 3, H, W) in [0, 1]: all frames, or as many as it wants, evenly spaced."""
+    pixels, T = clips.transpose(1, 2).float() / 255, clips.shape[2]
     if not reward.frames:
         return pixels
-    if clip.shape[1] < reward.frames:
-        raise ValueError(f"{reward.name} looks at {reward.frames} frames, the clip has {clip.shape[1]}")
-    stride = clip.shape[1] / reward.frames
-    return pixels[:, [int((i + 0.5) * stride) for i in range(reward.frames)]]
+    if T < reward.frames:
+        raise ValueError(f"{reward.name} looks at {reward.frames} frames, the clip has {T}")
+    return pixels[:, [int((i + 0.5) * T / reward.frames) for i in range(reward.frames)]]
 
 
 def score(config: ScoreConfig) -> list[dict]:
@@ -149,7 +145,7 @@ def score(config: ScoreConfig) -> list[dict]:
             reward = rewards.load(name, path, config.device)
         with torch.no_grad():
             for row, clip in zip(tqdm(rows, name, leave=False), clips):
-                row[name] = reward(frames_for(reward, clip).to(config.device), [row["prompt"]]).item()
+                row[name] = reward(frames_for(reward, clip[None]).to(config.device), [row["prompt"]]).item()
     if config.json:
         print(json.dumps(rows, indent=1))
         return rows

@@ -27,8 +27,8 @@ import cli
 import model
 import rewards
 import shapes
-from shapes import world
 from run import Group
+from shapes import world
 from solver import Schedule
 from turbo import EMA
 

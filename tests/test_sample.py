@@ -132,11 +132,15 @@ def test_evaluates_mistakes(tmp_path, capsys):
 
 def test_the_table_counts_right(monkeypatch, capsys, tmp_path):
     """With the world's own clips in place of samples, every row must be all right."""
-    by_seed = {100 + i: shapes.Clips(split).scene(10 ** 9 + i)[2] for split in ("train",) for i in range(4)}
-    monkeypatch.setattr(evaluate.sampler, "generate", lambda models, captions, seeds, config: seeds)
-    monkeypatch.setattr(evaluate.sampler, "decode", lambda models, seeds: torch.stack([by_seed[s] for s in seeds]))
-    config = evaluate.ShapesConfig(clips=4, rows="T2V-Turbo 4", batch=3, out=str(tmp_path / "t.json"))
+    drawn = dict(shapes.Clips(split).scene(10 ** 9 + i)[1:] for split in ("train", "held-out") for i in range(4))    # by caption
+    monkeypatch.setattr(evaluate.sampler, "generate", lambda models, captions, seeds, config: captions)
+    monkeypatch.setattr(evaluate.sampler, "decode", lambda models, captions: torch.stack([drawn[c] for c in captions]))
+    config = evaluate.ShapesConfig(clips=8, rows="T2V-Turbo 4", batch=3, out=str(tmp_path / "t.json"))
     rows = evaluate.shapes_table(config)
-    seen = next(r for r in rows if r["split"] == "train")
-    assert seen["all"] == 1 and seen["quality"] > 0.98 and seen["passes"] == 4
+    assert rows[0]["all"] == rows[0]["train"] == rows[0]["held-out"] == 1
+    assert rows[0]["quality"] > 0.98 and rows[0]["passes"] == 4 and rows[0]["clips"] == 8
+    drawn[next(iter(drawn))] = torch.zeros(3, 8, 64, 64, dtype=torch.uint8)
+    (tmp_path / "t.json").unlink()
+    assert evaluate.shapes_table(config)[0]["all"] == 7 / 8
+    rows = json.loads((tmp_path / "t.json").read_text())
     assert evaluate.shapes_table(config) == rows                        # from the file, nothing is sampled again
