@@ -46,6 +46,8 @@ def parser_for(cls, description: str = "", positional: str | None = None, prog: 
             continue
         flag = "--" + field.name.replace("_", "-")
         inner = [a for a in typing.get_args(kind) if a is not type(None)]           # `int | None` → int, tuple[str, ...] → str
+        if inner and typing.get_origin(inner[0]) is typing.Literal:                 # Literal[...] | None
+            kind = inner[0]
         if typing.get_origin(kind) is tuple:
             parser.add_argument(flag, action="append", type=inner[0], default=None, help=text, metavar=inner[0].__name__.upper())
         elif kind is bool:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import diffusers
@@ -18,6 +19,7 @@ import transformers
 from test_model import INPUTS, SMALL, SMALL_TEXT, SMALL_VAE, close, deterministic, original_shapes, published, randn
 from torch import nn
 
+import video
 import weights
 from model import FAMILIES, VAE, VC2, Family, guidance_embedding
 from weights import (
@@ -472,35 +474,40 @@ def write_full_size(layout, folder):
         torch.save(public_list(config, *(("vc2", 64) if config.fps else ("ms", 32))), folder / "turbo.pt")
 
 
-LOAD = r"""
-import json, re, sys, time, torch
+SAMPLE = r"""
+import json, re, sys, time
 from pathlib import Path
-import weights
-torch.manual_seed(0)
-folder, start = Path(sys.argv[2]), time.time()
-turbo = folder / "turbo.pt"
-m = weights.load(sys.argv[1], folder, turbo if turbo.exists() else None, dtype=torch.bfloat16)
-seconds = time.time() - start
-peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2 ** 20
-with torch.no_grad():
-    c = m.text(["a horse on the moon"])
-    w = torch.tensor([7.5]) if m.unet.config.guidance else None
-    eps = m.unet(torch.randn(1, 4, 4, 8, 16), torch.tensor([999]), c, w=w)
-    x = m.vae.decode(eps, 1)
-print(json.dumps([seconds, peak, list(x.shape), bool(eps.isfinite().all() and x.isfinite().all())]))
+import sample, weights
+load = weights.load
+def timed(*args, **kwargs):
+    start = time.time()
+    models = load(*args, **kwargs)
+    peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2 ** 20
+    print(json.dumps([time.time() - start, peak]))
+    return models
+weights.load = timed
+sample.main(sys.argv[1:])
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["vc2", "vc2-lora", "vc2-v2", "ms-diffusers", "ms-original"])
 def test_full_size(tmp_path, layout):
-    """Loading and one pass at 64x128, 4 frames; the files are written here, with random weights (4 to 7 GB on disk)."""
+    """`sample.py` at 64x128, 4 frames, 4 steps; the files are written here, with random weights (4 to 7 GB on disk)."""
     write_full_size(layout, tmp_path)
-    done = subprocess.run([sys.executable, "-c", LOAD, layout[:3].strip("-"), tmp_path], capture_output=True, text=True,
-                          cwd=os.path.dirname(weights.__file__))
+    turbo = ["--turbo", tmp_path / "turbo.pt"] if (tmp_path / "turbo.pt").exists() else ["--method", "teacher"]
+    start = time.time()
+    done = subprocess.run(
+        [sys.executable, "-c", SAMPLE, "a horse on the moon", "--model", layout[:3].strip("-"), *turbo,
+         "--teacher", tmp_path / "model.ckpt" if layout.startswith("vc2") else tmp_path, "--steps", "4", "--dtype", "bfloat16",
+         "--height", "64", "--width", "128", "--frames", "4", "--latents", tmp_path / "z.safetensors", "--out", tmp_path / "out.gif"],
+        capture_output=True, text=True, cwd=os.path.dirname(weights.__file__))
     assert done.returncode == 0, done.stderr[-2000:]
-    seconds, peak, shape, finite = json.loads(done.stdout.splitlines()[-1])
-    print(f"\n{layout}: loaded in {seconds:.0f} s, peak resident memory {peak:.1f} GiB, the mapped files included")
-    assert shape == [1, 3, 4, 64, 128] and finite
+    seconds, peak = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[")))
+    print(f"\n{layout}: loaded in {seconds:.0f} s, sampled in {time.time() - start - seconds:.0f} s (start of Python included), "
+          f"peak resident memory of loading {peak:.1f} GiB, the mapped files included")
+    z = safetensors.torch.load_file(tmp_path / "z.safetensors")["latents"]
+    assert z.shape == (1, 4, 4, 8, 16) and z.dtype == torch.float32 and z.isfinite().all()
+    assert video.read_clip(tmp_path / "out.gif").shape == (3, 4, 64, 128)
     for file in tmp_path.rglob("*.*"):
         file.unlink()

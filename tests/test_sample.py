@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import cli
 import evaluate
 import sample
 import shapes
@@ -95,6 +96,12 @@ def test_several_clips_and_a_file_of_prompts(tmp_path, capsys):
 def test_mistakes_get_one_clear_line(tmp_path, monkeypatch, capsys, args, complaint):
     monkeypatch.chdir(tmp_path)
     assert complaint in fails(capsys, *args)
+
+
+def test_options_of_every_kind_are_read():
+    words = "a b --num 2 --dtype bfloat16 --compile --eta 0.5 --out x.gif".split()
+    assert cli.parse(sample.Config, [" ".join(words[:2]), *words[2:]], positional="prompt") == sample.Config(
+        "a b", num=2, dtype="bfloat16", compile=True, eta=0.5, out="x.gif")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a message for machines without a GPU")
