@@ -103,8 +103,9 @@ def guidance_embedding(w, dim=256):
 
 
 class SpaceTime(nn.Module):
-    """Tells the toy where and when: a caption-modulated function of (t, y, x), added to the first features, and one of t,
-    added to the timestep embedding of every frame.
+    """Tells the toy where and when: caption-modulated functions of (t, y, x), added to the first features and to what each
+    attention over the clip sees, and one of t, added to the timestep embedding of every frame. Normalised, so that they are
+    as loud as the features they join: a whisper is not listened to.
 
     The published UNets know neither place (only what zero padding leaks) nor time (their temporal attention has no
     positions); a billion weights cope, a toy that must move a shape "from left to right" does not.
@@ -117,19 +118,19 @@ class SpaceTime(nn.Module):
         self.features = nn.Linear(axes * (1 + 2 * self.octaves), width)
         self.modulation = nn.Linear(context_dim, 2 * width)
         self.hidden = nn.Linear(width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.out = nn.Linear(width, channels)
-        zero(self.out)
 
     def forward(self, context, *sizes):
         """context (B, L, D), whose last token is the caption as a whole; sizes T or T, H, W -> (B, sizes..., C)"""
         axes = [torch.linspace(-1, 1, n, device=context.device) for n in sizes]
         c = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)                # (T, H, W, 3)
         waves = [f(math.pi * 2 ** k * c) for k in range(self.octaves) for f in (torch.sin, torch.cos)]
-        h = self.features(torch.cat([c, *waves], dim=-1).to(context.dtype))          # (T, H, W, D)
+        h = self.norm1(self.features(torch.cat([c, *waves], dim=-1).to(context.dtype)))   # (T, H, W, D)
         said = self.modulation(context[:, -1]).view(len(context), *[1] * len(sizes), -1)
         scale, shift = said.chunk(2, dim=-1)
         h = F.silu(h * (1 + scale) + shift)                                          # (B, T, H, W, D)
-        return self.out(F.silu(self.hidden(h)))
+        return self.out(self.norm2(F.silu(self.hidden(h))))
 
 
 # -------------------------------------------------------------------------------------------- blocks
@@ -260,9 +261,11 @@ class Transformer(nn.Module):
     self-attention again, and so the text reaches time only through space. The toy's temporal one sees the whole "clip": in
     its 64 latent pixels things move past each other, and a pixel's own frames do not tell what moved."""
 
-    def __init__(self, channels, heads, head_dim, over, context_dim, groups):
+    def __init__(self, channels, heads, head_dim, over, context_dim, groups, spacetime=0):
         super().__init__()
         inner = heads * head_dim
+        if over == "clip":
+            self.place = SpaceTime(3, spacetime, context_dim, inner)
         text = dict(over="text", context_dim=context_dim) if over == "space" else dict(over=over)
         self.over = over
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
@@ -277,6 +280,8 @@ class Transformer(nn.Module):
         B, C, T, H, W = x.shape
         h = per_frame(self.norm, x) if self.over == "space" else self.norm(x)
         h = self.proj_in(pixels_to_tokens(h))
+        if self.over == "clip":
+            h = h + self.place(context, T, H, W).flatten(1, 3)
         h = h + self.attn1(self.norm1(h), context, T)
         h = h + self.attn2(self.norm2(h), context, T)
         h = h + self.ff(self.norm3(h))
@@ -300,7 +305,7 @@ def blocks(c):
         return ResBlock(cin, cout, 4 * c.channels, c.dropout, c.groups)
 
     def attend(width):
-        return [Transformer(width, width // c.head_dim, c.head_dim, over, c.context_dim, c.groups)
+        return [Transformer(width, width // c.head_dim, c.head_dim, over, c.context_dim, c.groups, c.spacetime)
                 for over in ("space", "clip" if c.spacetime else "time")]
 
     down, skips = [[FrameConv(c.in_channels, c.channels)]], [c.channels]         # skips: widths, popped on the way up

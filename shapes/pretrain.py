@@ -42,7 +42,7 @@ class Config:
     vae_steps: int = 1500               # batches of 64 frames
     clip_steps: int = 1200              # batches of 64 frames and captions
     viclip_steps: int = 1000            # batches of 32 clips and captions
-    teacher_steps: int = 3000           # batches of 16 clips
+    teacher_steps: int = 2400           # batches of 16 clips
     save_every: int = 100               # steps between checkpoints
     device: str = "cuda" if torch.cuda.is_available() else "cpu"   # cuda or cpu
 
@@ -250,7 +250,7 @@ def teacher(config: Config) -> None:
     """ε-prediction with the papers' schedule; one caption in ten is empty, for guidance.
 
     What moves where is decided at high noise, where ‖ε - ε_θ‖² hardly shows it: there z_t is almost ε itself. So the error is weighted by
-    1/ᾱ_t = 1 + σ_t²/α_t², which makes it the sum of the errors in ε and in ẑ0, and three timesteps in four lie at t ≥ 500.
+    1/ᾱ_t = 1 + σ_t²/α_t², which makes it the sum of the errors in ε and in ẑ0, and two timesteps in three lie at t ≥ 700.
     """
     pixels, text = shapes.load_vae(config.out).to(config.device), shapes.load_text(config.out).to(config.device)
     schedule = Schedule(device=config.device)
@@ -260,7 +260,7 @@ def teacher(config: Config) -> None:
     def loss_of(rng):
         clips, captions, _ = draw(rng, 16, world.FRAMES, pairs=world.PAIRS)
         context = text([caption if rng.random() > 0.1 else "" for caption in captions][mine])
-        t = torch.tensor([rng.randrange(500 * (i % 2), 1000) for i in range(16)], device=config.device)[mine]
+        t = torch.tensor([rng.randrange(700 * (i % 2), 1000) for i in range(16)], device=config.device)[mine]
         noise, eps = torch.randn(2, 16, pixels.config.latent, world.FRAMES, world.SIZE // 8, world.SIZE // 8)[:, mine].to(config.device)
         with torch.no_grad():
             z0 = pixels.encode(clips[mine].to(config.device), noise)
