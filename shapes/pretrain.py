@@ -67,8 +67,8 @@ def fit(name: str, network: torch.nn.Module, loss_of, steps: int, config: Config
     """The training loop of all stages: AdamW, warm-up (5 % of the steps) and cosine (to 2 % of lr), an average of the weights,
     exact resumption. The network is left with the averaged weights.
 
-    loss_of(rng) -> (loss, figures to log) draws its batch from rng, which depends on the step alone. With a group of processes each
-    takes its share of the batch.
+    loss_of(rng, progress) -> (loss, figures to log) draws its batch from rng, which depends on the step alone; progress is 0..1.
+    With a group of processes each takes its share of the batch.
     """
     params = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
@@ -86,7 +86,7 @@ def fit(name: str, network: torch.nn.Module, loss_of, steps: int, config: Config
         for param_group in optimizer.param_groups:
             param_group["lr"] = rate
         torch.manual_seed(config.seed * 1_000_003 + step)
-        loss, figures = loss_of(random.Random(f"{config.seed} {name} {step}"))
+        loss, figures = loss_of(random.Random(f"{config.seed} {name} {step}"), step / steps)
         loss.backward()
         if group is not None and group.world > 1:
             shared = group.sum(torch.cat([p.grad.flatten() for p in params])) / group.world
@@ -150,7 +150,7 @@ def vae(config: Config) -> None:
     """
     network = model.VAE(model.SHAPES_VAE).to(config.device)
 
-    def loss_of(rng):
+    def loss_of(rng, progress):
         clips = draw(rng, 32, 2)[0].to(config.device)
         mean, logvar = network.posterior(clips)
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
@@ -201,7 +201,7 @@ def clip(config: Config) -> None:
     network = open_clip.CLIP(CLIP["embed_dim"], CLIP["vision_cfg"], CLIP["text_cfg"]).to(config.device)
     network.namer = Namer(CLIP["embed_dim"], {"shape": world.SHAPES}).to(config.device)
 
-    def loss_of(rng):
+    def loss_of(rng, progress):
         clips, captions, scenes = draw(rng, 64, 2, "colour shape")
         frames = clips[torch.arange(64), :, [rng.randrange(2) for _ in range(64)]].to(config.device)
         with torch.autocast(config.device, torch.bfloat16):
@@ -233,7 +233,7 @@ def viclip(config: Config) -> None:
     network.namer = Namer(VICLIP.embed_dim, {"shape": world.SHAPES, "motion": world.MOTIONS}).to(config.device)
     logit_scale = torch.tensor(math.log(20.0), device=config.device)
 
-    def loss_of(rng):
+    def loss_of(rng, progress):
         clips, captions, scenes = draw(rng, 32, world.FRAMES, "colour shape motion motion", world.PAIRS)
         clips = clips[:, :, rng.randrange(2)::2]                                    # strided, as the reward will see them
         with torch.autocast(config.device, torch.bfloat16):
@@ -250,23 +250,25 @@ def teacher(config: Config) -> None:
     """ε-prediction with the papers' schedule; one caption in ten is empty, for guidance.
 
     What moves where is decided at high noise, where ‖ε - ε_θ‖² hardly shows it: there z_t is almost ε itself. So the error is weighted by
-    1/ᾱ_t = 1 + σ_t²/α_t², which makes it the sum of the errors in ε and in ẑ0, and two timesteps in three lie at t ≥ 700.
+    1/ᾱ_t = 1 + σ_t²/α_t², which makes it the sum of the errors in ε and in ẑ0, and in the first half of training every second timestep
+    lies at t ≥ 700. In the second half these lie where shapes are decided.
     """
     pixels, text = shapes.load_vae(config.out).to(config.device), shapes.load_text(config.out).to(config.device)
     schedule = Schedule(device=config.device)
     network, group = shapes.UNet(model.SHAPES).to(config.device), Group()
     mine = slice(16 * group.rank // group.world, 16 * (group.rank + 1) // group.world)            # this process's part of every batch
 
-    def loss_of(rng):
+    def loss_of(rng, progress):
         clips, captions, _ = draw(rng, 16, world.FRAMES, pairs=world.PAIRS)
         context = text([caption if rng.random() > 0.1 else "" for caption in captions][mine])
-        t = torch.tensor([rng.randrange(700 * (i % 2), 1000) for i in range(16)], device=config.device)[mine]
+        extra = (700, 1000) if progress < 0.5 else (200, 800)
+        t = torch.tensor([rng.randrange(*(extra if i % 2 else (0, 1000))) for i in range(16)], device=config.device)[mine]
         noise, eps = torch.randn(2, 16, pixels.config.latent, world.FRAMES, world.SIZE // 8, world.SIZE // 8)[:, mine].to(config.device)
         with torch.no_grad():
             z0 = pixels.encode(clips[mine].to(config.device), noise)
         with torch.autocast(config.device, torch.bfloat16):
             error = (network(schedule.add_noise(z0, eps, t), t, context) - eps).pow(2).flatten(1).mean(1) / schedule.alpha[t] ** 2
-        return error.mean(), dict(noisy=error[1::2].detach().mean(), clean=error[::2].detach().mean())
+        return error.mean(), dict(extra=error[1::2].detach().mean(), uniform=error[::2].detach().mean())
 
     fit("teacher", network, loss_of, config.teacher_steps, config, ema=0.997, group=group)
     group.leave()
