@@ -681,3 +681,15 @@ def test_full_size(name, tmp_path, capfd):
 
 if __name__ == "__main__":
     full_size(sys.argv[1], Path(sys.argv[2]))
+
+
+def test_a_tubelet_is_a_convolution_over_frames():
+    torch.manual_seed(0)
+    tower = rewards.VideoTower(rewards.ViCLIPConfig(image_size=16, patch=8, frames=4, tubelet=2, width=24, layers=1, heads=2, embed_dim=8))
+    heard = []
+    tower.conv1.register_forward_hook(lambda module, args, out: heard.append(out))
+    frames = torch.randn(2, 4, 3, 16, 16)
+    tower(frames)
+    weight = tower.conv1.weight.unflatten(1, (2, 3)).transpose(1, 2)                            # (D, 3, 2, 8, 8)
+    expected = torch.nn.functional.conv3d(frames.transpose(1, 2), weight, stride=(2, 8, 8))     # (B, D, 2, 2, 2)
+    torch.testing.assert_close(heard[0].unflatten(0, (2, 2)).transpose(1, 2), expected)
