@@ -30,7 +30,7 @@ def fails(capsys, *args, command=sample.main):
 
 
 def test_the_readmes_prompt_shows_the_colours_asked_for(tmp_path):
-    """In most of 8 clips; and not more, yet: the embedded weights are preliminary (see the README), shapes and motions come out wrong."""
+    """In most of 8 clips; and not more, yet: the embedded weights are a stage of work (see the README), shapes come out wrong."""
     run(PROMPT, "--num", 8, "--out", tmp_path / "out.mp4", "--sheet", tmp_path / "sheet.png")
     clips = [video.read_clip(tmp_path / f"out-{i}.mp4") for i in range(8)]
     assert clips[0].shape == (3, 8, 64, 64) and iio.imread(tmp_path / "sheet.png").shape == (512, 512, 3)
