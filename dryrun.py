@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 
 import data
 import rewards
@@ -153,10 +154,15 @@ def report(config, group, world, Trainer) -> Parts:
         if config.dry_run == 0:
             fake(trainer)
         batch = data.collate([clips.get(i) for i in range(n)]) | {"bad": 0}
+        steps = tqdm(total=1 + config.dry_run, desc=f"steps of {config.batch} clips", disable=group.rank > 0)
         trainer.step(batch)
-    parts.memory = None
+        steps.update()
+    parts.memory, records = None, []
     parts.seconds.clear()
-    records = [trainer.step(batch) for _ in range(config.dry_run)]
+    for _ in range(config.dry_run):
+        records.append(trainer.step(batch))
+        steps.update()
+    steps.close()
     if group.rank == 0:
         show(config, group, held, parts, records)
     group.leave()
