@@ -121,7 +121,7 @@ def test_pretraining_resumes_exactly(tmp_path):
         torch.manual_seed(0)
         layer, calls = torch.nn.Linear(3, 1), []
 
-        def loss_of(rng):
+        def loss_of(rng, progress):
             calls.append(1)
             if crash and len(calls) == 3:
                 raise KeyboardInterrupt
@@ -144,6 +144,6 @@ def test_help_teaches():
 def test_log_lines_are_json(tmp_path):
     config = pretrain.Config(out=str(tmp_path), vae_steps=20, save_every=100)
     layer = torch.nn.Linear(2, 1)
-    pretrain.fit("line", layer, lambda rng: (layer(torch.ones(3, 2)).pow(2).mean(), {}), 20, config)
+    pretrain.fit("line", layer, lambda rng, progress: (layer(torch.ones(3, 2)).pow(2).mean(), {}), 20, config)
     row = json.loads((tmp_path / "line.jsonl").read_text().splitlines()[0])
     assert row["step"] == 20 and row["loss"] >= 0
