@@ -105,7 +105,7 @@ def guidance_embedding(w, dim=256):
 class SpaceTime(nn.Module):
     """Tells the toy where and when: caption-modulated functions of (t, y, x), added to the first features and to what each
     attention over the clip sees, and one of t, added to the timestep embedding of every frame. Normalised, so that they are
-    as loud as the features they join: a whisper is not listened to.
+    as large as the features they join.
 
     The published UNets know neither place (only what zero padding leaks) nor time (their temporal attention has no
     positions); a billion weights cope, a toy that must move a shape "from left to right" does not.
