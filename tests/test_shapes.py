@@ -147,3 +147,21 @@ def test_log_lines_are_json(tmp_path):
     pretrain.fit("line", layer, lambda rng, progress: (layer(torch.ones(3, 2)).pow(2).mean(), {}), 20, config)
     row = json.loads((tmp_path / "line.jsonl").read_text().splitlines()[0])
     assert row["step"] == 20 and row["loss"] >= 0
+
+
+def test_a_group_of_processes_trains_the_same_weights(tmp_path):
+    """Two processes with the same batch are one, also for weights that are channels-last in memory."""
+    class Twins:
+        rank, world = 0, 2
+        sum = staticmethod(lambda x: x.mul_(2))
+
+    results = []
+    for group in (None, Twins):
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        folder = tmp_path / str(len(results))
+        folder.mkdir()
+        pretrain.fit("conv", conv, lambda rng, progress, conv=conv: (conv(torch.randn(2, 3, 4, 4)).sin().sum(), {}), 5,
+                     pretrain.Config(out=str(folder)), group=group)
+        results.append(conv.weight.detach().clone())
+    assert torch.equal(*results)
