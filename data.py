@@ -80,6 +80,7 @@ class Files:
 
 
 def folder_source(folder: str) -> Files:
+    """All video files below a folder, each with the .txt of its name as caption. Raises ValueError when there is none."""
     paths = [os.path.relpath(os.path.join(base, name), folder) for base, _, names in os.walk(folder, followlinks=True)
              for name in names if name.lower().endswith(VIDEO) and not name.startswith(".")]
     if not paths:
@@ -90,6 +91,7 @@ def folder_source(folder: str) -> Files:
 
 
 def manifest_source(path: str) -> Files:
+    """The rows of a CSV or JSON-lines file: path (relative to the file), caption, perhaps reward_caption. Raises ValueError for others."""
     rows, example = [], '{"path": "a/dog.mp4", "caption": "A dog runs."}' if path.endswith(".jsonl") else "path,caption"
     with open(path, newline="", encoding="utf-8-sig") as file:
         lines = csv.DictReader(file) if path.endswith(".csv") else map(json.loads, filter(str.strip, file))

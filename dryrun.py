@@ -192,6 +192,7 @@ def bytes_of(module) -> int:
 
 
 def show(config, group, held: dict, parts: Parts, records: list[dict]) -> None:
+    """Prints the table: what is held all the time, then time and memory of each part of a step."""
     n = len(records)
     print(f"{config.preset}, {config.width}x{config.height}, {config.frames} frames, {config.dtype}, {config.batch} clips on "
           f"{group.world} process{'es' * (group.world > 1)}, {config.micro} at a time, " + (f"{n} steps" if n else "simulated"))

@@ -29,6 +29,7 @@ from turbo import Noise, sample
 
 @dataclass(frozen=True)
 class ShapesConfig:
+    """The options of `evaluate.py shapes`."""
     clips: int = 500                    # per row, each with its own caption and seed; half of them ask for held-out combinations
     folder: str | None = None           # weights made by shapes/pretrain.py and train.py [the embedded ones]
     rows: str = ""                      # only rows whose name contains this, e.g. "turbo"

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class UNetConfig:
+    """Sizes of a UNet3D; the defaults are VideoCrafter2's and ModelScopeT2V's."""
     in_channels: int = 4
     channels: int = 320
     mult: tuple = (1, 2, 4, 4)              # width of each level, in units of channels
@@ -246,6 +247,8 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
+    """Feed-forward layer, four times as wide inside, whose one half gates the other (Shazeer, 2020)."""
+
     def __init__(self, width):
         super().__init__()
         self.proj = nn.Linear(width, 8 * width)
@@ -446,6 +449,7 @@ def record_attention(unet):
 
 @dataclass(frozen=True)
 class VAEConfig:
+    """Sizes of a VAE; the defaults are those of Stable Diffusion's KL-F8, which both teachers use."""
     channels: int = 128
     mult: tuple = (1, 2, 4, 4)
     res_blocks: int = 2                     # per level of the encoder; one more in the decoder
@@ -464,6 +468,8 @@ SHAPES_VAE = VAEConfig(channels=48, mult=(1, 1), res_blocks=1, latent=8, groups=
 
 
 class VAEResBlock(nn.Module):
+    """Two convolutions around which x passes unchanged. (N, Cin, H, W) -> (N, Cout, H, W)"""
+
     def __init__(self, cin, cout, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, cin, eps=1e-6)
@@ -515,6 +521,8 @@ def vae_middle(width, groups):
 
 
 class Encoder(nn.Module):
+    """Frames (N, 3, H, W) -> mean and log-variance of their latents before quant_conv, (N, 2 C, H/8, W/8)."""
+
     def __init__(self, c):
         super().__init__()
         widths = [c.channels * m for m in c.mult]
@@ -534,6 +542,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Latents (N, C, h, w) -> frames (N, 3, 8h, 8w)."""
+
     def __init__(self, c):
         super().__init__()
         widths = [c.channels * m for m in c.mult]

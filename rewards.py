@@ -328,6 +328,8 @@ class TextTower(nn.Module):
 
 
 class ViCLIP(nn.Module):
+    """Video-text contrast (InternVid): a CLIP whose vision tower sees the patches of all frames at once."""
+
     def __init__(self, config: ViCLIPConfig):
         super().__init__()
         self.config, self.image_size, self.frames = config, config.image_size, config.frames
@@ -415,6 +417,8 @@ class BERTAttention(nn.Module):
 
 
 class BERTLayer(nn.Module):
+    """Self-attention, cross-attention to the picture or clip where the layer has it, feed-forward; normalised after each."""
+
     def __init__(self, c: BERTConfig):
         super().__init__()
         self.attention = BERTAttention(c, c.width)
@@ -625,6 +629,7 @@ TOY_PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class Recipe:
+    """How a reward's file becomes its model."""
     model: type
     config: Callable                                                # configuration in the file's header -> of the model
     view: Callable                                                  # fits clips to the model's input

@@ -30,6 +30,7 @@ SUFFIXES = (".mp4", ".gif", ".png", ".safetensors")
 
 @dataclass(frozen=True)
 class Config:
+    """The options of the command line."""
     prompt: str = ""                    # what the clip shows
     model: Literal["shapes", "vc2", "ms"] = "shapes"    # the embedded toy, VideoCrafter2, or ModelScopeT2V
     method: Literal["turbo", "vcm", "teacher"] = "turbo"    # the student, the one distilled without rewards (shapes), or the teacher's DDIM
