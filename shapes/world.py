@@ -12,21 +12,23 @@ import torch
 from torch import Tensor
 
 SIZE, FRAMES = 64, 8
-PAIRS = 0.4                             # how often two things are drawn; a quarter of these have one colour and become one
+PAIRS = 0.3                             # how often two things are drawn; a quarter of these have one colour and become one
 
 COLOURS = {"red": (225, 35, 35), "yellow": (225, 215, 35), "green": (35, 190, 35), "blue": (40, 60, 230)}      # hues 0, 60, 120, 240
 BACKGROUNDS = {"black": 16, "gray": 110, "white": 240}
-SHAPES = {"circle": ["circle", "ball"], "square": ["square", "box"], "triangle": ["triangle"]}
+SHAPES = {"circle": ["circle", "ring"], "square": ["square", "box"], "triangle": ["triangle"]}
 MOTIONS = {
     "left": ["moving left", "going left"], "right": ["moving right", "going right"],
     "up": ["moving up", "rising"], "down": ["moving down", "falling"],
     "still": ["standing still", "at rest"], "growing": ["growing", "getting bigger"],
 }
+RING = math.sqrt(4 / 3)                 # outer radius of a circle of radius 1
 DIRECTION = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0), "growing": (0, 0)}
 
 
 @dataclass(frozen=True)
 class Thing:
+    """A colour, a shape and a motion, by their names in the tables above."""
     colour: str
     shape: str
     motion: str
@@ -113,9 +115,11 @@ def understand(caption: str) -> Scene:
 
 
 def coverage(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """How much of each pixel at (x, y) from the centre the shape covers, 0..1. All shapes of one radius have a circle's area."""
+    """How much of each pixel at (x, y) from the centre the shape covers, 0..1: a ring, a full square, a full triangle.
+    All shapes of one `radius` have the area of a disc of that radius."""
     if shape == "circle":
-        outside = (x ** 2 + y ** 2).sqrt() - radius
+        distance = (x ** 2 + y ** 2).sqrt()
+        outside = torch.maximum(distance - radius * RING, radius * RING / 2 - distance)            # the hole is half as wide
     elif shape == "square":
         outside = torch.maximum(x.abs(), y.abs()) - radius * math.sqrt(math.pi) / 2
     else:
@@ -134,9 +138,12 @@ def place(thing: Thing, rng: random.Random, T: int, size: int) -> tuple[Tensor, 
     """A free path for a thing: centre x, y and radius per frame (T,), inside the picture throughout."""
     unit = size / 64
     progress = torch.linspace(0, 1, T)
-    start, end = (rng.uniform(7, 8) * unit, rng.uniform(12, 13.5) * unit) if thing.motion == "growing" else [rng.uniform(8, 11) * unit] * 2
+    if thing.motion == "growing":
+        start, end = rng.uniform(7, 8) * unit, rng.uniform(12, 13.5) * unit
+    else:
+        start = end = rng.uniform(8.5, 11.5) * unit
     dx, dy = (d * rng.uniform(14, 24) * unit for d in DIRECTION[thing.motion])
-    margin = (1.56 if thing.shape == "triangle" else 1) * end                          # how far an upright triangle's tip lies out
+    margin = {"circle": RING, "square": 0.89, "triangle": 1.56}[thing.shape] * end     # how far its outermost point lies out
     x = rng.uniform(margin + max(0, -dx), size - margin - max(0, dx))
     y = rng.uniform(margin + max(0, -dy), size - margin - max(0, dy))
     return x + dx * progress, y + dy * progress, start + (end - start) * progress

@@ -70,12 +70,12 @@ def test_a_clip_depends_on_its_seed_and_not_on_its_batch(method):
 
 
 def test_several_clips_and_a_file_of_prompts(tmp_path, capsys):
-    run("a red ball rising", "--num", 2, "--out", tmp_path / "x.gif")
+    run("a red ring rising", "--num", 2, "--out", tmp_path / "x.gif")
     assert sorted(p.name for p in tmp_path.glob("*.gif")) == ["x-0.gif", "x-1.gif"]
-    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt_en": "a red ball rising"}, {"prompt_en": "a blue box falling"}]))
+    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt_en": "a red ring rising"}, {"prompt_en": "a blue box falling"}]))
     folder = tmp_path / "clips"
     run("--prompts", tmp_path / "prompts.json", "--num", 2, "--out", folder)
-    names = ["a blue box falling-0.mp4", "a blue box falling-1.mp4", "a red ball rising-0.mp4", "a red ball rising-1.mp4"]
+    names = ["a blue box falling-0.mp4", "a blue box falling-1.mp4", "a red ring rising-0.mp4", "a red ring rising-1.mp4"]
     assert sorted(p.name for p in folder.iterdir()) == names
     kept = (folder / names[0]).stat().st_mtime_ns
     (folder / names[3]).unlink()

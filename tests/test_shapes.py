@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import cli
+import evaluate
 import shapes
 from shapes import pretrain, world
 from shapes.world import Scene, Thing
@@ -112,6 +113,26 @@ def test_variations_differ_in_one_respect():
         changed = {name for name in ("colour", "shape", "motion")
                    if [getattr(t, name) for t in scene.things] != [getattr(t, name) for t in other.things]}
         assert len(changed) == 1 and not any(t.held_out for t in other.things)
+
+
+def test_the_given_models_know_this_world(capsys):
+    """Through the VAE and back, clips are still all right; and each reward prefers a clip's caption to one with an attribute changed."""
+    vae, scorers = shapes.load_vae(), shapes.rewards()
+    drawn = list(scenes(60, held_out=False))
+    clips = torch.stack([clip for _, _, clip in drawn]).float() / 127.5 - 1
+    with torch.no_grad():
+        back = ((vae.decode(vae.encode(clips)).clamp(-1, 1) + 1) * 127.5).byte()
+        figures = {"VAE: all right": [world.judge(scene, clip)["all"] for (scene, _, _), clip in zip(drawn, back)]}
+        for kind, attribute in [("image", "colour"), ("image", "shape"), ("video", "colour"), ("video", "shape"), ("video", "motion")]:
+            frames = evaluate.frames_for(scorers[kind], (clips + 1) * 127.5)
+            others = [world.describe(pretrain.variation(scene, random.Random(i), [attribute]), random.Random(i))
+                      for i, (scene, _, _) in enumerate(drawn)]
+            captions = [world.describe(scene, random.Random(i)) for i, (scene, _, _) in enumerate(drawn)]
+            figures[f"{kind} reward: {attribute}"] = (scorers[kind](frames, captions) > scorers[kind](frames, others)).float().tolist()
+    figures = {name: sum(right) / len(right) for name, right in figures.items()}
+    with capsys.disabled():
+        print("\n" + ", ".join(f"{name} {share:.0%}" for name, share in figures.items()))
+    assert min(figures.values()) >= 0.9
 
 
 def test_pretraining_resumes_exactly(tmp_path):
