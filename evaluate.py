@@ -91,7 +91,7 @@ def shapes_table(config: ShapesConfig) -> list[dict]:
     scorers = shapes.rewards(folder=config.folder)
     columns = ("colour", "shape", "motion", "background", "all", "train", "held-out", "quality", "image", "video")
     titles = " | ".join(columns).replace("train | held-out", "all, seen | all, held-out")
-    print(f"| | steps | passes | {titles} | s/clip |\n" + "|---" * (len(columns) + 4) + "|")
+    print(f"| | steps | passes | clips | {titles} | s/clip |\n" + "|---" * (len(columns) + 5) + "|")
     for name, method, steps in TEACHER_ROWS + STUDENT_ROWS:
         if config.rows not in f"{name} {steps}" or method in shapes.STUDENTS and not shapes.student(method, config.folder).exists():
             continue                                                        # a student that was not trained has no row
@@ -106,7 +106,7 @@ def shapes_table(config: ShapesConfig) -> list[dict]:
         row = done[name, steps]
         cells = [f"{row[c]:.3f}" if c in ("quality", "image", "video") else f"{100 * row[c]:.1f}" for c in columns]
         cells[columns.index("all")] += f" ± {196 * (row['all'] * (1 - row['all']) / row['clips']) ** 0.5:.1f}"
-        print(f"| {name} | {steps} | {row['passes']} | " + " | ".join(cells) + f" | {row['seconds']:.3f} |", flush=True)
+        print(f"| {name} | {steps} | {row['passes']} | {row['clips']} | " + " | ".join(cells) + f" | {row['seconds']:.3f} |", flush=True)
     return list(done.values())
 
 

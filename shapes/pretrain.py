@@ -43,7 +43,7 @@ class Config:
     vae_steps: int = 1500               # batches of 64 frames
     clip_steps: int = 1200              # batches of 64 frames and captions
     viclip_steps: int = 1000            # batches of 32 clips and captions
-    teacher_steps: int = 4000           # batches of 128 frames in the first third, then of 16 clips
+    teacher_steps: int = 4000           # batches of 96 frames in the first third, then of 16 clips
     save_every: int = 100               # steps between checkpoints
     device: str = "cuda" if torch.cuda.is_available() else "cpu"   # cuda or cpu
 
@@ -259,7 +259,7 @@ def teacher(config: Config) -> None:
     What moves where is decided at high noise, where ‖ε - ε_θ‖² hardly shows it: there z_t is almost ε itself. So the error is weighted by
     1/ᾱ_t = 1 + σ_t²/α_t², which makes it the sum of the errors in ε and in ẑ0.
     Like the real teachers, which start from Stable Diffusion, it learns pictures before clips: the first third of the steps is on single
-    frames, 128 from different scenes instead of 16 clips at the same cost. Every second timestep lies where the lesson is: shapes are
+    frames, 96 from different scenes instead of 16 clips, which cost as much. Every second timestep lies where the lesson is: shapes are
     decided in 200..800, motions, which the second third is for, at 700 or more; the last third is for shapes again.
     """
     pixels, text = shapes.load_vae(config.out).to(config.device), shapes.load_text(config.out).to(config.device)
@@ -271,7 +271,7 @@ def teacher(config: Config) -> None:
 
     def loss_of(rng, progress):
         third = int(3 * progress)
-        B, T = (128, 1) if third == 0 else (16, world.FRAMES)
+        B, T = (96, 1) if third == 0 else (16, world.FRAMES)
         clips, captions, _ = draw(rng, B, max(T, 2), pairs=world.PAIRS)
         if T == 1:
             clips = clips[torch.arange(B), :, [rng.randrange(2) for _ in range(B)], None]
