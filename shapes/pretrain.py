@@ -64,9 +64,9 @@ def save(path: Path, tensors: dict[str, Tensor], config: dict) -> None:
 
 
 def fit(name: str, network: torch.nn.Module, loss_of, steps: int, config: Config, lr: float = 1e-3, ema: float = 0.995,
-        group: Group | None = None) -> None:
+        group: Group | None = None, restart: float = 1.0) -> None:
     """The training loop of all stages: AdamW, warm-up (5 % of the steps) and cosine (to 2 % of lr), an average of the weights,
-    exact resumption. The network is left with the averaged weights.
+    exact resumption. The network is left with the averaged weights. At the share `restart` of the steps the cosine starts over.
 
     loss_of(rng, progress) -> (loss, figures to log) draws its batch from rng, which depends on the step alone; progress is 0..1.
     With a group of processes each takes its share of the batch.
@@ -83,7 +83,8 @@ def fit(name: str, network: torch.nn.Module, loss_of, steps: int, config: Config
     log, began = open(Path(config.out) / f"{name}.jsonl" if first else os.devnull, "a"), time.time()
     bar = tqdm(range(start, steps), name, initial=start, total=steps, disable=not first)
     for step in bar:
-        rate = lr * min(1, (step + 1) / (0.05 * steps)) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
+        done = step / steps if step < restart * steps else (step / steps - restart) / (1 - restart)
+        rate = lr * min(1, (step + 1) / (0.05 * steps)) * (0.51 + 0.49 * math.cos(math.pi * done))
         for param_group in optimizer.param_groups:
             param_group["lr"] = rate
         torch.manual_seed(config.seed * 1_000_003 + step)
@@ -260,7 +261,8 @@ def teacher(config: Config) -> None:
     1/ᾱ_t = 1 + σ_t²/α_t², which makes it the sum of the errors in ε and in ẑ0.
     Like the real teachers, which start from Stable Diffusion, it learns pictures before clips: the first third of the steps is on single
     frames, 96 from different scenes instead of 16 clips, which cost as much. Every second timestep lies where the lesson is: shapes are
-    decided in 200..800, motions, which the second third is for, at 700 or more; the last third is for shapes again.
+    decided in 200..800, motions at 700 or more. When the clips are coherent, motions get a fresh learning rate, and three timesteps
+    in four at 600 or more.
     """
     pixels, text = shapes.load_vae(config.out).to(config.device), shapes.load_text(config.out).to(config.device)
     schedule = Schedule(device=config.device)
@@ -270,23 +272,23 @@ def teacher(config: Config) -> None:
             layer.weight.data[:, :, ::2] = 0            # what a frame takes from its neighbours, of which pictures have none
 
     def loss_of(rng, progress):
-        third = int(3 * progress)
-        B, T = (96, 1) if third == 0 else (16, world.FRAMES)
+        pictures, coherent = progress < 1 / 3, progress >= 0.525
+        B, T = (96, 1) if pictures else (16, world.FRAMES)
         clips, captions, _ = draw(rng, B, max(T, 2), pairs=world.PAIRS)
-        if T == 1:
+        if pictures:
             clips = clips[torch.arange(B), :, [rng.randrange(2) for _ in range(B)], None]
         mine = slice(B * group.rank // group.world, B * (group.rank + 1) // group.world)          # this process's part of the batch
         context = text([caption if rng.random() > 0.1 else "" for caption in captions][mine])
-        extra = ((200, 800), (700, 1000), (200, 800))[third]
-        t = torch.tensor([rng.randrange(*(extra if i % 2 else (0, 1000))) for i in range(B)], device=config.device)[mine]
+        extra, every = ((200, 800), 2) if pictures else ((600, 1000), 4) if coherent else ((700, 1000), 2)
+        t = torch.tensor([rng.randrange(*(extra if i % every else (0, 1000))) for i in range(B)], device=config.device)[mine]
         noise, eps = torch.randn(2, B, pixels.config.latent, T, world.SIZE // 8, world.SIZE // 8)[:, mine].to(config.device)
         with torch.no_grad():
             z0 = pixels.encode(clips[mine].to(config.device), noise)
         with torch.autocast(config.device, torch.bfloat16):
             error = (network(schedule.add_noise(z0, eps, t), t, context) - eps).pow(2).flatten(1).mean(1) / schedule.alpha[t] ** 2
-        return error.mean(), dict(extra=error[1::2].detach().mean(), uniform=error[::2].detach().mean())
+        return error.mean(), dict(extra=error[1::2].detach().mean(), uniform=error[::every].detach().mean())
 
-    fit("teacher", network, loss_of, config.teacher_steps, config, ema=0.997, group=group)
+    fit("teacher", network, loss_of, config.teacher_steps, config, ema=0.997, group=group, restart=0.525)
     group.leave()
     if group.rank == 0:
         save(Path(config.out) / "teacher.safetensors", network.state_dict(), asdict(network.config))
