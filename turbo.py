@@ -245,18 +245,6 @@ def lora_state(unet: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.{part}": getattr(m, part).weight.detach() for name, m in lora_layers(unet).items() for part in ("down", "up")}
 
 
-def load_lora(unet: nn.Module, state: dict[str, Tensor]) -> None:
-    """Fills injected LoRA layers, strictly."""
-    ours = lora_state(unet)
-    if ours.keys() != state.keys():
-        name = sorted(ours.keys() ^ state.keys())[0]
-        raise ValueError(f"these LoRA weights are not of this network: {name} is in {'it' if name in ours else 'the file'} only")
-    for name, tensor in ours.items():
-        if tensor.shape != state[name].shape:
-            raise ValueError(f"LoRA weight {name} has shape {tuple(state[name].shape)}, the network wants {tuple(tensor.shape)}")
-        tensor.copy_(state[name])
-
-
 @torch.no_grad()
 def merge(unet: nn.Module) -> nn.Module:
     """W += up ∘ down, and the wrappers go: a step then costs what the teacher's costs."""

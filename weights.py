@@ -270,12 +270,6 @@ def lora_from_dict(tensors, config, source):
     return check_lora(split_lora(tensors), config, source)
 
 
-def read_lora(path, config):
-    """A LoRA file, public list or our own -> {layer: (up, down)}. The config must have guidance=True."""
-    content = read_tensors(path)
-    return (lora_from_list if isinstance(content, list) else lora_from_dict)(content, config, path)
-
-
 # -------------------------------------------------------------------------------------------- models
 
 PUBLIC = {                                  # name: hub repository, files

@@ -16,7 +16,6 @@ from typing import Literal
 
 import open_clip
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -27,6 +26,7 @@ import cli
 import model
 import rewards
 import shapes
+import weights
 from run import Group
 from shapes import world
 from solver import Schedule
@@ -58,9 +58,8 @@ VICLIP_FROM_CLIP = {"visual.": "vision_encoder.", "transformer.resblocks.": "blo
 
 
 def save(path: Path, tensors: dict[str, Tensor], config: dict) -> None:
-    """Writes weights as float16 with their configuration in the header, all or nothing."""
-    save_file({k: v.detach().half().cpu().contiguous() for k, v in tensors.items()}, f"{path}.part", {"config": json.dumps(config)})
-    os.replace(f"{path}.part", path)
+    """Weights as float16, with their configuration in the header."""
+    weights.save_checkpoint(path, {key: tensor.half() for key, tensor in tensors.items()}, config)
 
 
 def fit(name: str, network: torch.nn.Module, loss_of, steps: int, config: Config, lr: float = 1e-3, ema: float = 0.995,

@@ -31,7 +31,7 @@ from weights import (
     lora_shapes,
     lora_to_list,
     read_checkpoint,
-    read_lora,
+    read_turbo,
     save_checkpoint,
 )
 
@@ -326,7 +326,7 @@ def test_own_checkpoints(tmp_path):
     flat = {f"{name}.{end}": x for name, pair in lora.items() for end, x in zip(("up", "down"), pair, strict=True)}
     save_checkpoint(tmp_path / "lora.safetensors", flat, HEADER)
     assert read_checkpoint(tmp_path / "lora.safetensors")[1] == HEADER
-    assert read_lora(tmp_path / "lora.safetensors", config).keys() == lora.keys()
+    assert read_turbo(tmp_path / "lora.safetensors", config)[2].keys() == lora.keys()
 
     student = load("vc2", tmp_path, tmp_path / "lora.safetensors")
     assert student.header == HEADER and student.steps == 50
@@ -408,13 +408,13 @@ def test_wrong_lora(tmp_path):
             (tensors[2:] + tensors[:2], r"LoRA of time_embed.0 has shapes \(128, 4\) and \(4, 128\), expected .* \(4, 32\)")):
         torch.save(content, path)
         with pytest.raises(ValueError, match=says):
-            read_lora(path, config)
+            read_turbo(path, config)
     save_checkpoint(tmp_path / "x.safetensors", {"out.2.up": tensors[-2], "out.2.weight": tensors[-1]}, HEADER)
     with pytest.raises(ValueError, match="not a LoRA file"):
-        read_lora(tmp_path / "x.safetensors", config)
+        read_turbo(tmp_path / "x.safetensors", config)
     save_checkpoint(tmp_path / "x.safetensors", {"out.7.up": tensors[-2], "out.7.down": tensors[-1]}, HEADER)
     with pytest.raises(ValueError, match="LoRA for out.7, a layer that this UNet does not have"):
-        read_lora(tmp_path / "x.safetensors", config)
+        read_turbo(tmp_path / "x.safetensors", config)
 
 
 def test_offline(monkeypatch):
