@@ -79,7 +79,8 @@ def shapes_row(config: ShapesConfig, models, scorers: dict, method: str, steps: 
             scores = {kind: scorer(frames_for(scorer, clips), captions).tolist() for kind, scorer in scorers.items()}
         for i, (scene, caption, clip) in enumerate(zip(scenes, captions, clips)):
             verdict = world.judge(world.Scene(scene.things, world.understand(caption).background), clip)
-            rows.append({**verdict, split: verdict["all"], **{kind: score[i] for kind, score in scores.items()}, "seconds": seconds})
+            groups = {split: verdict["all"], ("one", "two")[len(scene.things) - 1]: verdict["all"]}
+            rows.append(verdict | groups | {kind: score[i] for kind, score in scores.items()} | {"seconds": seconds})
     return rows
 
 
@@ -89,8 +90,8 @@ def shapes_table(config: ShapesConfig) -> list[dict]:
     if path and path.exists():
         done = {(row["name"], row["steps"]): row for row in json.loads(path.read_text())}
     scorers = shapes.rewards(folder=config.folder)
-    columns = ("colour", "shape", "motion", "background", "all", "train", "held-out", "quality", "image", "video")
-    titles = " | ".join(columns).replace("train | held-out", "all, seen | all, held-out")
+    columns = ("colour", "shape", "motion", "background", "all", "train", "held-out", "one", "two", "quality", "image", "video")
+    titles = " | ".join(columns).replace("train | held-out | one | two", "all, seen | all, held-out | all, one thing | all, two things")
     print(f"| | steps | passes | clips | {titles} | s/clip |\n" + "|---" * (len(columns) + 5) + "|")
     for name, method, steps in TEACHER_ROWS + STUDENT_ROWS:
         if config.rows not in f"{name} {steps}" or method in shapes.STUDENTS and not shapes.student(method, config.folder).exists():
@@ -98,7 +99,8 @@ def shapes_table(config: ShapesConfig) -> list[dict]:
         if (name, steps) not in done:
             models = shapes.load(None if method in ("teacher", "undistilled") else method, config.folder)
             clips = sum((shapes_row(config, models, scorers, method, steps, split, name) for split in ("train", "held-out")), [])
-            means = {key: sum(found) / len(found) for key in (*columns, "seconds") for found in [[c[key] for c in clips if key in c]]}
+            found = {key: [c[key] for c in clips if key in c] for key in (*columns, "seconds")}
+            means = {key: sum(values) / max(len(values), 1) for key, values in found.items()}
             passes = steps * (2 if method in ("teacher", "undistilled") else 1)
             done[name, steps] = dict(name=name, steps=steps, passes=passes, clips=len(clips), **means)
             if path:
