@@ -2,7 +2,7 @@
 the image reward), a video-text model (the video reward), and the teacher, a guided text-to-video diffusion model.
 
     python shapes/pretrain.py --all --out runs/shapes        # all four stages; interrupted, the same command goes on where it was
-    torchrun --nproc_per_node=2 shapes/pretrain.py --stage teacher --out runs/shapes         # one process per core: a quarter faster
+    torchrun --nproc_per_node=2 shapes/pretrain.py --stage teacher --out runs/shapes         # one process per core
 """
 import json
 import math
