@@ -100,13 +100,13 @@ def shapes_table(config: ShapesConfig) -> list[dict]:
             models = shapes.load(None if method in ("teacher", "undistilled") else method, config.folder)
             clips = sum((shapes_row(config, models, scorers, method, steps, split, name) for split in ("train", "held-out")), [])
             found = {key: [c[key] for c in clips if key in c] for key in (*columns, "seconds")}
-            means = {key: sum(values) / max(len(values), 1) for key, values in found.items()}
+            means = {key: sum(values) / len(values) for key, values in found.items() if values}
             passes = steps * (2 if method in ("teacher", "undistilled") else 1)
             done[name, steps] = dict(name=name, steps=steps, passes=passes, clips=len(clips), **means)
             if path:
                 path.write_text(json.dumps(list(done.values()), indent=1))
         row = done[name, steps]
-        cells = [f"{row[c]:.3f}" if c in ("quality", "image", "video") else f"{100 * row[c]:.1f}" for c in columns]
+        cells = ["-" if c not in row else f"{row[c]:.3f}" if c in ("quality", "image", "video") else f"{100 * row[c]:.1f}" for c in columns]
         cells[columns.index("all")] += f" ± {196 * (row['all'] * (1 - row['all']) / row['clips']) ** 0.5:.1f}"
         print(f"| {name} | {steps} | {row['passes']} | {row['clips']} | " + " | ".join(cells) + f" | {row['seconds']:.3f} |", flush=True)
     return list(done.values())

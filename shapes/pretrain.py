@@ -168,8 +168,9 @@ def vae(config: Config) -> None:
 
 def roughen(pixels: Tensor, progress: float) -> Tensor:
     """Pixels (B, ...); in the last third of training with a little noise, so that what raises a reward is not a pattern nobody sees."""
-    level = 0.3 * torch.rand(len(pixels), *[1] * (pixels.ndim - 1)) if progress >= 2 / 3 else 0
-    return pixels + level * torch.randn_like(pixels)
+    if progress < 2 / 3:
+        return pixels
+    return pixels + 0.3 * torch.rand(len(pixels), *[1] * (pixels.ndim - 1)) * torch.randn_like(pixels)
 
 
 class Namer(torch.nn.Module):
@@ -223,8 +224,7 @@ def clip(config: Config) -> None:
 def viclip(config: Config) -> None:
     """Video-text contrast on four frames of each clip: also what moves where. Like the original, it starts from a CLIP.
 
-    A patch spans the four frames, as in ViViT, so that motion shows in single patches. Most scenes have one thing: with two in most of
-    them, the tower was still at chance about motions after 240 steps.
+    A patch spans the four frames, as in ViViT, so that motion shows in single patches. Most scenes have one thing.
     """
     network = rewards.ViCLIP(VICLIP).to(config.device)
     start = {}
@@ -259,7 +259,7 @@ def teacher(config: Config) -> None:
     What moves where is decided at high noise, where ‖ε - ε_θ‖² hardly shows it: there z_t is almost ε itself. So the error is weighted by
     1/ᾱ_t = 1 + σ_t²/α_t², which makes it the sum of the errors in ε and in ẑ0.
     Like the real teachers, which start from Stable Diffusion, it learns pictures before clips: the first third of the steps is on single
-    frames, 96 from different scenes instead of 16 clips, which cost as much. Every second timestep lies where the lesson is: shapes are
+    frames, 96 from different scenes instead of 16 clips, at no higher cost. Every second timestep lies where the lesson is: shapes are
     decided in 200..800, motions at 700 or more. When the clips are coherent, motions get a fresh learning rate, and three timesteps
     in four at 600 or more.
     """

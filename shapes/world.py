@@ -22,7 +22,7 @@ MOTIONS = {
     "up": ["moving up", "rising"], "down": ["moving down", "falling"],
     "still": ["standing still", "at rest"], "growing": ["growing", "getting bigger"],
 }
-RING = math.sqrt(4 / 3)                 # outer radius of a circle of radius 1
+RING = math.sqrt(4 / 3)                 # outer radius of the ring that has the area of a unit disc
 DIRECTION = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0), "growing": (0, 0)}
 
 

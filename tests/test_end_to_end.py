@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_from_nothing_to_a_clip(tmp_path):
     out = str(tmp_path)
-    steps = [f"--{stage}-steps=2" for stage in ("vae", "clip", "viclip", "teacher")]
+    steps = [f"--{stage}-steps=3" for stage in ("vae", "clip", "viclip", "teacher")]
     pretrain.main(["--all", "--out", out, *steps])
     for name, weights in {"vcm": (0, 0), "vcm-img": (1, 0), "vcm-vid": (0, 2), "turbo": (1, 2)}.items():
         train.main(["--preset", "shapes", "--teacher", out, "--out", f"{out}/{name}", "--steps", "2", "--batch", "2", "--micro", "2",
