@@ -100,7 +100,7 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None, devi
     with torch.device("meta"):
         unet = UNet(config)
     weights.fill(unet, state, turbo or folder, device, dtype, lora)
-    frozen = load_vae(folder).to(device, dtype), load_text(folder).to(device, dtype)
+    frozen = load_vae(folder).to(device, dtype), load_text(folder).to(device)       # ViCLIP's norms are float32
     return model.Models("shapes", unet, *frozen, fps=8, height=world.SIZE, width=world.SIZE, frames=world.FRAMES, header=header)
 
 

@@ -78,6 +78,12 @@ def test_a_clip_depends_on_its_seed_and_not_on_its_batch(method):
     assert (together[0] - together[2]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_toy_runs_in_half_precision(tmp_path, dtype):
+    run("a red circle moving right", "--dtype", dtype, "--out", tmp_path / "out.safetensors")
+    assert world.judge(world.understand("a red circle moving right"), video.read_clip(tmp_path / "out.safetensors"))["all"]
+
+
 def test_several_clips_and_a_file_of_prompts(tmp_path, capsys):
     run("a red ring rising", "--num", 2, "--out", tmp_path / "x.gif")
     assert sorted(p.name for p in tmp_path.glob("*.gif")) == ["x-0.gif", "x-1.gif"]
