@@ -1,6 +1,7 @@
 """sample.py and evaluate.py with the embedded toy: files, seeds, prompts, messages."""
 import json
 import time
+from functools import partial
 
 import imageio.v3 as iio
 import pytest
@@ -12,6 +13,7 @@ import evaluate
 import sample
 import shapes
 import video
+from model import UNet3D, UNetConfig
 from shapes import world
 
 PROMPT = "a red circle moving right and a blue square moving up"
@@ -82,6 +84,27 @@ def test_a_clip_depends_on_its_seed_and_not_on_its_batch(method):
 def test_the_toy_runs_in_half_precision(tmp_path, dtype):
     run("a red circle moving right", "--dtype", dtype, "--out", tmp_path / "out.safetensors")
     assert world.judge(world.understand("a red circle moving right"), video.read_clip(tmp_path / "out.safetensors"))["all"]
+
+
+def test_compile_captures_the_whole_unet_in_one_graph(tmp_path, monkeypatch):
+    """All of --compile but the code that is generated from the graph (that takes minutes on a CPU: see the slow test)."""
+    run(PROMPT, "--latents", tmp_path / "eager.safetensors", "--out", tmp_path / "out.mp4")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    run(PROMPT, "--latents", tmp_path / "compiled.safetensors", "--out", tmp_path / "out.mp4", "--compile")
+    a, b = (load_file(tmp_path / f"{name}.safetensors")["latents"] for name in ("eager", "compiled"))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compile_predicts_the_same_noise():
+    """With the compiler itself, and a network of the published kind instead of the toy's for its fewer layers."""
+    config = UNetConfig(in_channels=8, channels=32, mult=(1,), attention_levels=(0,), context_dim=128, head_dim=32, groups=8, init_heads=1)
+    unet = UNet3D(config).eval()
+    for p in unet.parameters():
+        p.data = 0.1 * torch.randn_like(p)
+    z, t, c = torch.randn(1, 8, 4, 8, 8), torch.tensor([500]), torch.randn(1, 25, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(unet)(z, t, c), unet(z, t, c), rtol=1e-4, atol=1e-4)
 
 
 def test_several_clips_and_a_file_of_prompts(tmp_path, capsys):
