@@ -6,7 +6,7 @@
 """
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -21,7 +21,7 @@ import cli
 import shapes
 import video
 import weights
-from model import Models
+from model import FAMILIES, Models
 from solver import Schedule, cfg, ddim_sample, ddim_timesteps, z0_scale
 from turbo import Noise, consistency, sample
 
@@ -32,7 +32,7 @@ SUFFIXES = (".mp4", ".gif", ".png", ".safetensors")
 class Config:
     """The options of the command line."""
     prompt: str = ""                    # what the clip shows
-    model: Literal["shapes", "vc2", "ms"] = "shapes"    # the embedded toy, VideoCrafter2, or ModelScopeT2V
+    model: Literal["shapes", "vc2", "ms"] | None = None    # toy, VideoCrafter2, ModelScopeT2V [what --turbo's header says, or shapes]
     method: Literal["turbo", "vcm", "teacher"] = "turbo"    # the student, the one distilled without rewards (shapes), or the teacher's DDIM
     steps: int | None = None            # network evaluations [turbo, vcm: 4, v2: 16; teacher: 50]
     guidance: float | None = None       # ω, 0 = none [shapes: 2; vc2, ms students: 7.5; teachers: 11 and 8, their authors' 12 and 9 less 1]
@@ -63,7 +63,7 @@ def load_models(config: Config) -> Models:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError("--device cuda: this machine has no usable GPU; try --device cpu")
     dtype = getattr(torch, config.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
-    if config.model == "shapes":
+    if config.model not in FAMILIES:
         turbo = None if config.method == "teacher" else config.turbo or config.method
         models = shapes.load(turbo, config.teacher, device, dtype)
     else:
@@ -133,7 +133,9 @@ def check(config: Config) -> None:
     """Raises ValueError for what cannot be made, before anything is loaded."""
     if bool(config.prompt) == bool(config.prompts):
         raise ValueError("give one prompt, or --prompts FILE; e.g. sample.py \"a red circle moving right\"")
-    multiple = 16 if config.model == "shapes" else 64
+    if config.model not in FAMILIES and Path(config.turbo or "").suffix == ".pt":
+        raise ValueError(f"{config.turbo} is no file of the toy; say what it belongs to: --model vc2 or --model ms")
+    multiple = 64 if config.model in FAMILIES else 16
     for name in ("height", "width"):
         value = getattr(config, name)
         if value is not None and (value < multiple or value % multiple):
@@ -165,15 +167,17 @@ def write_sheet(path: str, clips: list[Tensor], zoom: int) -> None:
 @cli.main
 def main(argv=None):
     config = cli.parse(Config, argv, __doc__, positional="prompt")
+    if not config.model and config.turbo and config.turbo.endswith(".safetensors") and Path(config.turbo).exists():
+        config = replace(config, model=weights.read_header(config.turbo).get("model"))
     check(config)
     prompts = read_prompts(config.prompts) if config.prompts else [config.prompt]
-    if config.model == "shapes":
+    if config.model not in FAMILIES:
         for prompt in prompts:
             shapes.world.understand(prompt)
     jobs = [(prompt, i, path) for prompt in prompts for i, path in enumerate(outputs(config, prompt))
             if not (config.prompts and path.exists())]
     models = load_models(config)
-    size = config.batch or (16 if config.model == "shapes" else 1)
+    size = config.batch or (16 if models.name == "shapes" else 1)
     latents, clips, began = [], [], time.perf_counter()
     for start in tqdm(range(0, len(jobs), size), "clips", unit_scale=size, disable=len(jobs) <= size):
         batch = jobs[start:start + size]

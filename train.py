@@ -340,8 +340,9 @@ def export(trainer: Trainer, out: Path) -> None:
     """turbo.safetensors for sample.py; on demand the released code's list, and the merged UNet."""
     config, unet = trainer.config, trainer.student
     state = lora_state(unet) if config.lora else unet.state_dict()
-    header = {"method": "turbo" if trainer.terms else "vcm", "steps": config.grid, "w_min": config.w_min,
-              "w_max": config.w_max, "train": {k: v for k, v in dataclasses.asdict(config).items() if k not in PATHS}}
+    header = {"version": 1, "model": config.preset.split("-")[-1], "method": "turbo" if trainer.terms else "vcm", "steps": config.grid,
+              "w_min": config.w_min, "w_max": config.w_max, "rank": config.lora,
+              "train": {k: v for k, v in dataclasses.asdict(config).items() if k not in PATHS}}
     half = config.preset == "shapes"                                        # the toy's weights come with the repository
     weights.save_checkpoint(out / "turbo.safetensors", {k: x.half() for k, x in state.items()} if half else state, header)
     if config.export_lora:

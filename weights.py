@@ -141,11 +141,18 @@ def save_checkpoint(path, tensors, header):
     os.replace(scratch, path)
 
 
+def read_header(path):
+    """The JSON header of a .safetensors file of ours; {} where someone else wrote the file."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("config", "{}"))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a weight file, or a truncated one ({error})") from error
+
+
 def read_checkpoint(path):
-    """The inverse: (tensors, header); the header is {} where someone else wrote the file."""
-    tensors = read_tensors(path)
-    with safetensors.safe_open(path, "pt") as file:
-        return tensors, json.loads((file.metadata() or {}).get("config", "{}"))
+    """What save_checkpoint wrote: (tensors, header)."""
+    return read_tensors(path), read_header(path)
 
 
 def fill(module, state, source, device="cpu", dtype=None, lora=None):

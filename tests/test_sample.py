@@ -15,6 +15,7 @@ import shapes
 import video
 from model import UNet3D, UNetConfig
 from shapes import world
+from weights import save_checkpoint
 
 PROMPT = "a red circle moving right and a blue square moving up"
 
@@ -134,6 +135,15 @@ def test_several_clips_and_a_file_of_prompts(tmp_path, capsys):
 def test_mistakes_get_one_clear_line(tmp_path, monkeypatch, capsys, args, complaint):
     monkeypatch.chdir(tmp_path)
     assert complaint in fails(capsys, *args)
+
+
+def test_a_students_header_names_its_model(tmp_path, capsys):
+    """Without --model the file is taken for what it says it is; a public .pt file says nothing."""
+    save_checkpoint(tmp_path / "student.safetensors", {"x.up": torch.ones(1, 1), "x.down": torch.ones(1, 1)}, {"model": "vc2"})
+    assert "LoRA for x, a layer that this UNet does not have" in fails(capsys, "an astronaut", "--turbo", tmp_path / "student.safetensors")
+    assert "--model vc2 or --model ms" in fails(capsys, PROMPT, "--turbo", "unet_lora.pt")
+    (tmp_path / "student.safetensors").write_bytes(b"x" * 100)
+    assert "not a weight file" in fails(capsys, PROMPT, "--turbo", tmp_path / "student.safetensors")
 
 
 def test_options_of_every_kind_are_read():

@@ -1,6 +1,7 @@
 """The shapes world: captions, drawing, the oracle, and pretraining at miniature size."""
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -129,6 +130,14 @@ def test_the_given_models_know_this_world(capsys):
                       for i, (scene, _, _) in enumerate(drawn)]
             captions = [world.describe(scene, random.Random(i)) for i, (scene, _, _) in enumerate(drawn)]
             figures[f"{kind} reward: {attribute}"] = (scorers[kind](frames, captions) > scorers[kind](frames, others)).float().tolist()
+        pairs = [scene for i in range(100) if len(things := (scene := world.draw_scene(random.Random(i), pairs=1)).things) == 2
+                 and things[0].motion != things[1].motion]
+        frames = evaluate.frames_for(scorers["video"], torch.stack([world.render(scene, random.Random(0)) for scene in pairs]))
+        motions = [[thing.motion for thing in scene.things] for scene in pairs]
+        exchanged = [Scene(tuple(replace(thing, motion=m) for thing, m in zip(scene.things, reversed(ms))), scene.background)
+                     for scene, ms in zip(pairs, motions)]
+        right, wrong = (scorers["video"](frames, [world.describe(s, random.Random(0)) for s in which]) for which in (pairs, exchanged))
+        figures["video reward: whose motion"] = (right > wrong).float().tolist()
     figures = {name: sum(right) / len(right) for name, right in figures.items()}
     with capsys.disabled():
         print("\n" + ", ".join(f"{name} {share:.0%}" for name, share in figures.items()))
