@@ -466,8 +466,16 @@ def write_full_size(layout, folder):
     else:
         state = {"model.diffusion_model." + key: shape for key, shape in original_shapes(VC2).items()}
         tower = {"cond_stage_model.model." + key: shape for key, shape in tower.items() if "visual" not in key}
-        torch.save({"state_dict": filler(state | auto | tower)}, folder / "model.ckpt")
-    if layout == "vc2-v2":
+        if layout == "own":
+            save_checkpoint(folder / "model.safetensors", filler(state | auto | tower), {})
+        else:
+            torch.save({"state_dict": filler(state | auto | tower)}, folder / "model.ckpt")
+    if layout == "own":
+        config = replace(VC2, guidance=True)
+        lora = lora_from_list(public_list(config, "vc2", 64), config, "list")
+        save_checkpoint(folder / "turbo.safetensors", {f"{name}.{end}": x for name, pair in lora.items()
+                                                       for end, x in zip(("up", "down"), pair, strict=True)}, HEADER | {"model": "vc2"})
+    elif layout == "vc2-v2":
         torch.save(filler(original_shapes(replace(VC2, guidance=True, motion=True))), folder / "turbo.pt")
     elif layout != "vc2":
         config = replace(VC2, fps=layout == "vc2-lora", guidance=True)
@@ -491,15 +499,16 @@ sample.main(sys.argv[1:])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["vc2", "vc2-lora", "vc2-v2", "ms-diffusers", "ms-original"])
+@pytest.mark.parametrize("layout", ["vc2", "vc2-lora", "vc2-v2", "ms-diffusers", "ms-original", "own"])
 def test_full_size(tmp_path, layout):
     """`sample.py` at 64x128, 4 frames, 4 steps; the files are written here, with random weights (4 to 7 GB on disk)."""
     write_full_size(layout, tmp_path)
-    turbo = ["--turbo", tmp_path / "turbo.pt"] if (tmp_path / "turbo.pt").exists() else ["--method", "teacher"]
+    turbo = next((["--turbo", path] for path in tmp_path.glob("turbo.*")), ["--method", "teacher"])
+    model = [] if layout == "own" else ["--model", layout[:3].strip("-")]                       # our own files say it themselves
+    teacher = next((path for path in tmp_path.glob("model.*")), tmp_path)
     start = time.time()
     done = subprocess.run(
-        [sys.executable, "-c", SAMPLE, "a horse on the moon", "--model", layout[:3].strip("-"), *turbo,
-         "--teacher", tmp_path / "model.ckpt" if layout.startswith("vc2") else tmp_path, "--steps", "4", "--dtype", "bfloat16",
+        [sys.executable, "-c", SAMPLE, "a horse on the moon", *model, *turbo, "--teacher", teacher, "--steps", "4", "--dtype", "bfloat16",
          "--height", "64", "--width", "128", "--frames", "4", "--latents", tmp_path / "z.safetensors", "--out", tmp_path / "out.gif"],
         capture_output=True, text=True, cwd=os.path.dirname(weights.__file__))
     assert done.returncode == 0, done.stderr[-2000:]
