@@ -275,7 +275,7 @@ def teacher(config: Config) -> None:
     def loss_of(rng, progress):
         pictures, coherent = progress < 1 / 3, progress >= 0.525
         B, T = (96, 1) if pictures else (16, world.FRAMES)
-        clips, captions, _ = draw(rng, B, max(T, 2), pairs=0.5)
+        clips, captions, _ = draw(rng, B, max(T, 2), pairs=shapes.PAIRS)
         if pictures:
             clips = clips[torch.arange(B), :, [rng.randrange(2) for _ in range(B)], None]
         mine = slice(B * group.rank // group.world, B * (group.rank + 1) // group.world)          # this process's part of the batch
