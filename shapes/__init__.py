@@ -14,8 +14,6 @@ from solver import Schedule
 
 WEIGHTS = Path(__file__).parent / "weights"
 STUDENTS = ("vcm", "vcm-img", "vcm-vid", "turbo")
-GRID = 8                # N, steps of the solver that the toy's students are distilled from
-PAIRS = 0.5             # how often teacher and students are trained on two things: more often than world.PAIRS, for they are harder
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -116,10 +114,8 @@ def rewards(device="cpu", folder: str | Path | None = None) -> dict[str, reward_
 class Clips:
     """Captioned clips without end, drawn when asked for: a dataset for `data.loader`. The same index gives the same clip."""
 
-    def __init__(self, split: str = "train", frames: int = world.FRAMES, size: int = world.SIZE, length: int = 1_000_000,
-                 pairs: float = world.PAIRS):
+    def __init__(self, split: str = "train", frames: int = world.FRAMES, size: int = world.SIZE, length: int = 1_000_000):
         self.split, self.frames, self.size, self.length = split, frames, size, length    # split: train or held-out combinations
-        self.pairs = pairs
 
     def __len__(self) -> int:
         return self.length
@@ -127,7 +123,7 @@ class Clips:
     def scene(self, index: int) -> tuple[world.Scene, str, Tensor]:
         """Scene, caption and clip (3, T, H, W) number `index`."""
         rng = random.Random(f"{self.split} {index}")
-        scene = world.draw_scene(rng, self.split == "held-out", self.pairs)
+        scene = world.draw_scene(rng, self.split == "held-out")
         return scene, world.describe(scene, rng), world.render(scene, rng, self.frames, self.size)
 
     def get(self, index: int, generator=None) -> dict:
@@ -140,6 +136,6 @@ def accuracy(generate, count: int = 32) -> float:
 
     generate(captions, seeds) -> clips uint8 (B, 3, T, H, W).
     """
-    asked = [Clips(split, pairs=PAIRS).scene(2 * 10 ** 9 + i)[:2] for i in range(count // 2) for split in ("train", "held-out")]
+    asked = [Clips(split).scene(2 * 10 ** 9 + i)[:2] for i in range(count // 2) for split in ("train", "held-out")]
     clips = generate([caption for _, caption in asked], list(range(len(asked))))
     return sum(world.judge(world.understand(caption), clip)["all"] for (_, caption), clip in zip(asked, clips)) / len(asked)

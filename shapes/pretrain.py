@@ -42,7 +42,7 @@ class Config:
     seed: int = 0                       # of initial weights and of every batch
     vae_steps: int = 1500               # batches of 64 frames
     clip_steps: int = 1200              # batches of 64 frames and captions
-    viclip_steps: int = 2000            # batches of 32 clips and captions
+    viclip_steps: int = 1000            # batches of 32 clips and captions
     teacher_steps: int = 4000           # batches of 96 frames in the first third, then of 16 clips
     save_every: int = 100               # steps between checkpoints
     device: str = "cuda" if torch.cuda.is_available() else "cpu"   # cuda or cpu
@@ -224,9 +224,7 @@ def clip(config: Config) -> None:
 def viclip(config: Config) -> None:
     """Video-text contrast on four frames of each clip: also what moves where. Like the original, it starts from a CLIP.
 
-    A patch spans the four frames, as in ViViT, so that motion shows in single patches. Half of the scenes have two things: only there
-    does it matter who moves how, and what this model does not tell apart, neither the teacher (through its caption embedding) nor the
-    reward will.
+    A patch spans the four frames, as in ViViT, so that motion shows in single patches. Most scenes have one thing.
     """
     network = rewards.ViCLIP(VICLIP).to(config.device)
     start = {}
@@ -243,7 +241,7 @@ def viclip(config: Config) -> None:
     logit_scale = torch.tensor(math.log(20.0), device=config.device)
 
     def loss_of(rng, progress):
-        clips, captions, scenes = draw(rng, 32, world.FRAMES, "colour shape motion motion")
+        clips, captions, scenes = draw(rng, 32, world.FRAMES, "colour shape motion motion", world.PAIRS)
         clips = roughen(clips[:, :, rng.randrange(2)::2], progress)                 # strided, as the reward will see them
         with torch.autocast(config.device, torch.bfloat16):
             videos = network.encode_video(clips.transpose(1, 2).to(config.device))
@@ -275,7 +273,7 @@ def teacher(config: Config) -> None:
     def loss_of(rng, progress):
         pictures, coherent = progress < 1 / 3, progress >= 0.525
         B, T = (96, 1) if pictures else (16, world.FRAMES)
-        clips, captions, _ = draw(rng, B, max(T, 2), pairs=shapes.PAIRS)
+        clips, captions, _ = draw(rng, B, max(T, 2), pairs=world.PAIRS)
         if pictures:
             clips = clips[torch.arange(B), :, [rng.randrange(2) for _ in range(B)], None]
         mine = slice(B * group.rank // group.world, B * (group.rank + 1) // group.world)          # this process's part of the batch
