@@ -233,6 +233,7 @@ COMMANDS = {"shapes": (shapes_table, ShapesConfig, None), "score": (score, Score
 
 @cli.main
 def main(argv=None):
+    """The first word chooses the command, the rest are its options."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] not in COMMANDS:
         print(__doc__)

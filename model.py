@@ -280,6 +280,7 @@ class Transformer(nn.Module):
         self.proj_out = zero(nn.Linear(inner, channels))
 
     def forward(self, x, emb, context):
+        """x (B, C, T, H, W), context (B, L, D) -> like x; emb is for ResBlocks."""
         B, C, T, H, W = x.shape
         h = per_frame(self.norm, x) if self.over == "space" else self.norm(x)
         h = self.proj_in(pixels_to_tokens(h))

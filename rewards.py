@@ -118,6 +118,7 @@ class WordPiece:
         return "".join(f" {c} " if is_punctuation(c) else c for c in text).split()
 
     def split(self, word):
+        """A word -> its pieces, from its start; ["[UNK]"] if it has none."""
         pieces, rest = [], word if len(word) <= 100 else ""         # a longer word is unknown whatever it is
         while rest:
             prefix = "##" * bool(pieces)

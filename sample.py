@@ -166,6 +166,7 @@ def write_sheet(path: str, clips: list[Tensor], zoom: int) -> None:
 
 @cli.main
 def main(argv=None):
+    """Prompts → clips in files; and, if asked for, a sheet of them and their latents."""
     config = cli.parse(Config, argv, __doc__, positional="prompt")
     if not config.model and config.turbo and config.turbo.endswith(".safetensors") and Path(config.turbo).exists():
         config = replace(config, model=weights.read_header(config.turbo).get("model"))

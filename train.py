@@ -158,6 +158,7 @@ class Trainer:
             self.null = models.text([""])
 
     def prepare_networks(self, config: Config, device: torch.device) -> None:
+        """Student and teacher out of one UNet: with LoRA they share it, without it the teacher is a frozen copy."""
         unet = self.student = self.teacher = self.models.unet.eval()    # eval: dropout would make the targets noisy
         if not unet.config.guidance:                                    # starts at zero: the student as its teacher
             unet.config = dataclasses.replace(unet.config, guidance=True)
@@ -252,6 +253,7 @@ class Trainer:
 
     @torch.no_grad()
     def load_state(self, state: dict) -> None:
+        """The inverse of `state`. Raises ValueError where what is fixed for the whole of a run differs."""
         for name in FIXED:
             if state["config"][name] != getattr(self.config, name):
                 raise ValueError(f"this run began with --{name} {state['config'][name]}, not {getattr(self.config, name)}; "
@@ -353,6 +355,7 @@ def export(trainer: Trainer, out: Path) -> None:
 
 @cli.main
 def main(argv=None):
+    """Trains until --steps or a signal, and leaves OUT: log, samples, checkpoints, and at the end the student's weights."""
     config, group = configure(argv), Group()
     torch.manual_seed(config.seed)                                      # LoRA starts alike on all processes
     if config.dry_run is not None:

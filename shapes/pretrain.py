@@ -184,6 +184,7 @@ class Namer(torch.nn.Module):
                                           for name, values in attributes.items()})
 
     def forward(self, feature: Tensor, scenes: list[world.Scene]) -> dict[str, Tensor]:
+        """Features (B, E) and what they should tell -> a cross-entropy per attribute."""
         losses = {}
         for name, values in self.attributes.items():
             label = torch.zeros(len(scenes), len(world.COLOURS), dtype=torch.long)             # 0: no thing has this colour

@@ -417,6 +417,23 @@ def test_wrong_lora(tmp_path):
         read_turbo(tmp_path / "x.safetensors", config)
 
 
+def test_public_files_are_fetched(modelscope, tmp_path, monkeypatch):
+    """Without paths the hub is asked for exactly the files that are needed; here a folder plays the hub."""
+    asked = []
+
+    def hub(repository, file):
+        asked.append(file)
+        return str((modelscope[0] if "text-to-video" in repository else tmp_path) / file)
+
+    torch.save(videocrafter(), tmp_path / "model.ckpt")
+    torch.save(public_list(replace(FPS, guidance=True), "vc2"), tmp_path / "unet_lora.pt")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
+    assert same(load("vc2", turbo="vc2-turbo"), load("vc2", tmp_path, tmp_path / "unet_lora.pt"))
+    assert same(load("ms"), load("ms", modelscope[0]))
+    assert sorted(asked) == ["model.ckpt", "text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors", "unet_lora.pt",
+                             "vae/diffusion_pytorch_model.safetensors"]
+
+
 def test_offline(monkeypatch):
     def no_network(*args, **kwargs):
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
