@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import time
+import uuid
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,9 @@ class Group:
         if cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
+            store, _, _ = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(attempt(store, self.rank, self.world), store)
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=self.rank, world_size=self.world)
 
     def sum(self, x: Tensor) -> Tensor:
         """In place, and the same bits on all processes."""
@@ -48,6 +51,25 @@ class Group:
     def leave(self) -> None:
         if self.world > 1:
             dist.destroy_process_group()
+
+
+def attempt(store: dist.Store, rank: int, world: int) -> str:
+    """A new name on which all processes of this start agree.
+
+    torchrun keeps one store over all of its restarts, and in it the addresses of the processes that died: who is early reads
+    an old one, and connects to nobody or hangs. (Its count of restarts is no such name: it counts each node's own failures.)
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"here {rank}", mine)
+        name = store.get(f"invited {mine}").decode()                    # waits; nobody answers the dead, or for them
+        store.set(f"arrived {rank} {name}", "")
+        return name
+    for other in range(1, world):
+        while not store.check([f"arrived {other} {mine}"]):
+            store.set("invited " + store.get(f"here {other}").decode(), mine)       # perhaps a dead one: asked again
+            time.sleep(0.02)
+    return mine
 
 
 class Parts:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,11 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train
+from run import attempt
 
 ROOT = Path(__file__).parent.parent
 
@@ -136,11 +139,29 @@ def test_an_older_checkpoint_begins_another_future(tmp_path):
     assert tiny.last(run)["optimizer"]["param_groups"][0]["lr"] == 1
 
 
+def test_processes_meet_their_own_attempt_only():
+    """The store outlives the attempts: one whose second process alone came, and died; one; one with a late second."""
+    store, names = dist.HashStore(), []
+    store.set("here 1", "dead")
+
+    def come(rank, late=0):
+        time.sleep(late)
+        names.append(attempt(store, rank, 2))
+
+    for late in (0, 0.3):
+        both = [threading.Thread(target=come, args=(0,)), threading.Thread(target=come, args=(1, late))]
+        for thread in both:
+            thread.start()
+        for thread in both:
+            thread.join(20)
+    assert len(names) == 4 and names[0] == names[1] != names[2] == names[3]
+
+
 def test_torchrun_restarts_from_the_last_checkpoint_by_itself(tmp_path):
-    """One of two processes dies in step 4 of the first attempt; torchrun ends the other and starts again."""
+    """One of two processes dies in step 4 of the first attempt; torchrun ends the other and starts again, once."""
     environment = os.environ | {"CRASH": str(3 * 3 + 1), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
                                 "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
                "--monitor-interval=0.1", ROOT / "tests" / "tiny.py", "--out", tmp_path / "two"]
     done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from types import SimpleNamespace
 
 import torch
@@ -159,7 +160,10 @@ def same(a, b, near=None):
 
 
 if __name__ == "__main__":
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0" and "CRASH" in os.environ:
+    first, rank = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", os.environ["RANK"]
+    if first and rank == "1" and "CRASH" in os.environ:
         seen = []
         Clips.on_get = staticmethod(lambda index: seen.append(index) or (len(seen) > int(os.environ["CRASH"]) and die()))
+    if not first and rank == "0":
+        time.sleep(1)                       # late: the other one comes upon the first attempt's address in torchrun's store
     main(sys.argv[1:])
