@@ -680,6 +680,17 @@ class Family:
 FAMILIES = {"vc2": Family(VC2, 320, 512, fps=16), "ms": Family(MODELSCOPE, 256, 256, fps=8)}
 
 
+def check_size(family, **sides):
+    """Heights and widths in pixels, or None, that the family's VAE and UNet can halve evenly: multiples of 64, of the toy's
+    16. Raises ValueError."""
+    unet, vae = (FAMILIES[family].unet, FAMILIES[family].vae) if family in FAMILIES else (SHAPES, SHAPES_VAE)
+    multiple = vae.factor * 2 ** (len(unet.mult) - 1)
+    for name, pixels in sides.items():
+        if pixels is not None and (pixels < multiple or pixels % multiple):
+            low = max(pixels // multiple, 1) * multiple
+            raise ValueError(f"{name} {pixels} is not a multiple of {multiple}; try {low} or {low + multiple}")
+
+
 @dataclass
 class Models:
     """What sampling and training start from; weights.load makes one."""

@@ -21,7 +21,7 @@ import cli
 import shapes
 import video
 import weights
-from model import FAMILIES, Models
+from model import FAMILIES, Models, check_size
 from solver import Schedule, cfg, ddim_sample, ddim_timesteps, z0_scale
 from turbo import Noise, consistency, sample
 
@@ -135,12 +135,7 @@ def check(config: Config) -> None:
         raise ValueError("give one prompt, or --prompts FILE; e.g. sample.py \"a red circle moving right\"")
     if config.model not in FAMILIES and Path(config.turbo or "").suffix == ".pt":
         raise ValueError(f"{config.turbo} is no file of the toy; say what it belongs to: --model vc2 or --model ms")
-    multiple = 64 if config.model in FAMILIES else 16
-    for name in ("height", "width"):
-        value = getattr(config, name)
-        if value is not None and (value < multiple or value % multiple):
-            low = max(value // multiple, 1) * multiple
-            raise ValueError(f"{name} {value} is not a multiple of {multiple}; try {low} or {low + multiple}")
+    check_size(config.model, height=config.height, width=config.width)
     for name in ("frames", "num", "steps", "batch", "chunk", "fps"):
         value = getattr(config, name)
         if value is not None and value < 1:

@@ -29,7 +29,7 @@ import rewards
 import shapes
 import video
 import weights
-from model import condition_layers
+from model import check_size, condition_layers
 from run import Group, Log, Parts, check_room, checkpoints, listen, open_folder, shielded, write
 from solver import Schedule
 from turbo import (
@@ -110,10 +110,7 @@ def configure(argv=None) -> Config:
     """Command line over preset over defaults."""
     preset = cli.parse(Config, argv, __doc__).preset
     config = cli.parse(Config, argv, __doc__, defaults={"out": f"runs/{preset}"} | PRESETS[preset])
-    for name in ("height", "width"):
-        n = getattr(config, name)
-        if n % 8:
-            raise ValueError(f"{name} {n} is not a multiple of 8; try {n // 8 * 8} or {n // 8 * 8 + 8}")
+    check_size(preset.split("-")[-1], height=config.height, width=config.width)
     for name in ("batch", "micro", "keep", "save_every", "chunk"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}; it must be at least 1")

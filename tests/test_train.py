@@ -77,8 +77,8 @@ def test_every_option_has_its_help():
 
 
 def test_mistakes_get_a_remedy():
-    with pytest.raises(ValueError, match="width 300 is not a multiple of 8; try 296 or 304"):
-        train.configure(["--width", "300"])
+    with pytest.raises(ValueError, match="width 328 is not a multiple of 64; try 320 or 384"):
+        train.configure(["--preset", "turbo-vc2", "--width", "328"])
     config = train.configure(["--preset", "turbo-vc2", "--reward", "hpsv2=FILE"])
     loaders = {"hpsv2": (False, None, lambda: tiny.Bright("hpsv2"))}
     with pytest.raises(ValueError, match="--video-weight is 2.0, but no video reward is given"):
@@ -405,7 +405,7 @@ def test_bad_clips_are_counted_over_all_processes(tmp_path):
     assert len((tmp_path / "run" / "bad_clips.jsonl").read_text().splitlines()) == 4
 
 
-def test_the_whole_command_on_files(tmp_path):
+def test_the_whole_command_on_files(tmp_path, tiny_family):
     """The documented command with its own data path: a folder of videos, decoded by workers, rewards named by --reward."""
     (tmp_path / "clips").mkdir()
     for i in range(8):
