@@ -323,9 +323,16 @@ class TextTower(nn.Module):
         self.ln_final = LayerNorm(D)
         self.text_projection = nn.Parameter(torch.zeros(D, c.embed_dim))
 
+    def states(self, ids):
+        """Token ids (B, L) -> what the tower makes of each token (B, L, D)."""
+        return self.ln_final(self.blocks(self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]]))
+
     def forward(self, ids):
-        x = self.blocks(self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]])
-        return self.ln_final(x)[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)] @ self.text_projection
+        return self.whole(ids, self.states(ids))
+
+    def whole(self, ids, states):
+        """-> the embedding of the caption (B, E)."""
+        return states[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)] @ self.text_projection
 
 
 class ViCLIP(nn.Module):

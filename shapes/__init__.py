@@ -37,9 +37,10 @@ class UNet(model.UNet3D):
 
 
 class CaptionEncoder(nn.Module):
-    """Captions → context (B, 25, 128): the CLIP text tower's states of 24 tokens, then ViCLIP's embedding of the whole caption.
+    """Captions → context (B, 49, 128): the states of 24 tokens in CLIP's text tower, the same in ViCLIP's, and ViCLIP's embedding of
+    the whole caption.
 
-    The last token is the toy's help: what moves where is said once, in one vector, by a model that has learned to see motion.
+    A tower that was trained on pictures does not say which of two things a motion belongs to; ViCLIP's, trained on clips, does.
     """
 
     def __init__(self, text: model.TextEncoder, viclip: reward_models.ViCLIP):
@@ -52,9 +53,11 @@ class CaptionEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, captions: list[str]) -> Tensor:
-        whole = self.viclip.encode_text(world.tokenize(captions).to(self.text.ln_final.weight.device))
+        ids, tower = world.tokenize(captions).to(self.text.ln_final.weight.device), self.viclip.text_encoder
+        states = tower.states(ids)
+        whole = tower.whole(ids, states)
         whole = whole / whole.norm(dim=1, keepdim=True) * whole.shape[1] ** 0.5     # unit variance
-        return torch.cat([self.text(captions), whole[:, None]], 1)
+        return torch.cat([self.text(captions), states, whole[:, None]], 1)
 
 
 def load_vae(folder: Path = WEIGHTS) -> model.VAE:
@@ -114,16 +117,16 @@ def rewards(device="cpu", folder: str | Path | None = None) -> dict[str, reward_
 class Clips:
     """Captioned clips without end, drawn when asked for: a dataset for `data.loader`. The same index gives the same clip."""
 
-    def __init__(self, split: str = "train", frames: int = world.FRAMES, size: int = world.SIZE, length: int = 1_000_000):
-        self.split, self.frames, self.size, self.length = split, frames, size, length    # split: train or held-out combinations
+    def __init__(self, split: str = "train", frames: int = world.FRAMES, size: int = world.SIZE, pairs: float = world.PAIRS):
+        self.split, self.frames, self.size, self.pairs = split, frames, size, pairs      # split: train or held-out combinations
 
     def __len__(self) -> int:
-        return self.length
+        return 1_000_000
 
     def scene(self, index: int) -> tuple[world.Scene, str, Tensor]:
         """Scene, caption and clip (3, T, H, W) number `index`."""
         rng = random.Random(f"{self.split} {index}")
-        scene = world.draw_scene(rng, self.split == "held-out")
+        scene = world.draw_scene(rng, self.split == "held-out", self.pairs)
         return scene, world.describe(scene, rng), world.render(scene, rng, self.frames, self.size)
 
     def get(self, index: int, generator=None) -> dict:
