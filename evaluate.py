@@ -48,8 +48,8 @@ STUDENT_ROWS = [(name, file, n) for name, file in
 
 
 def undistilled(models, captions: list[str], seeds: list[int], steps: int, guidance: float) -> Tensor:
-    """What few-step sampling gives without distillation: the teacher's own guided ẑ0 in place of f."""
-    schedule, c, null = Schedule(50), models.text(captions), models.text([""] * len(captions))
+    """What few-step sampling, at the timesteps of the students, gives without distillation: the teacher's own guided ẑ0 in place of f."""
+    schedule, c, null = Schedule(8), models.text(captions), models.text([""] * len(captions))
 
     def z0_of(z, t):
         eps = models.unet(torch.cat([z, z]), torch.cat([t, t]), torch.cat([c, null])).float()

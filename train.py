@@ -97,9 +97,9 @@ class Config:
 MS = dict(height=256, width=256, fps=8, lora=32, image_weight=2.0, video_weight=3.0, reward=("hpsv2", "viclip"))
 VCM = dict(image_weight=0.0, video_weight=0.0)
 PRESETS = {
-    "shapes": dict(frames=8, height=64, width=64, fps=8, batch=8, micro=8, lr=1e-3, steps=200, lora=8, image_frames=4, video_frames=4,
-                   w_min=0.5, w_max=3.0, guidance=2.0, chunk=1000, checkpointing=False, workers=0, save_every=50, sample_every=50,
-                   prompt=("a red circle moving right", "a blue square rising on white")),
+    "shapes": dict(frames=8, height=64, width=64, fps=8, batch=8, micro=8, lr=1e-3, grid=8, steps=200, lora=7, image_frames=4,
+                   video_frames=4, w_min=0.5, w_max=3.0, guidance=2.0, chunk=1000, checkpointing=False, workers=0, save_every=50,
+                   sample_every=50, prompt=("a red circle moving right", "a blue square rising on white")),
     "turbo-vc2": {}, "vcm-vc2": VCM, "turbo-ms": MS, "vcm-ms": MS | VCM,
 }
 PATHS = ("teacher", "data", "reward", "out", "resume")                                    # nobody else's business
