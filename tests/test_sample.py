@@ -33,20 +33,19 @@ def fails(capsys, *args, command=sample.main):
 
 
 def test_the_readmes_first_command_shows_what_was_asked_for(tmp_path):
-    """The clip of its seed is right in everything, and so are at least 7 of 8 seeds."""
-    prompt = "a red circle moving right"
-    run(prompt, "--num", 8, "--out", tmp_path / "out.mp4", "--sheet", tmp_path / "sheet.png")
+    """The clip of its seed is right in everything, and so are at least 4 of 8 seeds."""
+    run(PROMPT, "--num", 8, "--out", tmp_path / "out.mp4", "--sheet", tmp_path / "sheet.png")
     clips = [video.read_clip(tmp_path / f"out-{i}.mp4") for i in range(8)]
     assert clips[0].shape == (3, 8, 64, 64) and iio.imread(tmp_path / "sheet.png").shape == (512, 512, 3)
-    right = [world.judge(world.understand(prompt), clip)["all"] for clip in clips]
-    assert right[0] == 1 and sum(right) >= 7
+    verdicts = [world.judge(world.understand(PROMPT), clip) for clip in clips]
+    assert verdicts[0]["all"] == 1 and sum(v["all"] for v in verdicts) >= 4 and sum(v["colour"] * v["shape"] for v in verdicts) >= 6
 
 
-def test_of_two_things_colours_and_shapes_are_right(tmp_path):
-    """In at least 6 of 8 clips; not the motions, where they differ (see the README)."""
-    run(PROMPT, "--num", 8, "--out", tmp_path / "out.safetensors")
-    verdicts = [world.judge(world.understand(PROMPT), video.read_clip(tmp_path / f"out-{i}.safetensors")) for i in range(8)]
-    assert sum(v["colour"] * v["shape"] for v in verdicts) >= 6
+def test_one_thing_is_right(tmp_path):
+    """In at least 7 of 8 clips."""
+    prompt = "a red circle moving right"
+    run(prompt, "--num", 8, "--out", tmp_path / "out.safetensors")
+    assert sum(world.judge(world.understand(prompt), video.read_clip(tmp_path / f"out-{i}.safetensors"))["all"] for i in range(8)) >= 7
 
 
 def test_loading_and_four_steps_take_less_than_five_seconds():
