@@ -117,8 +117,8 @@ def rewards(device="cpu", folder: str | Path | None = None) -> dict[str, reward_
 class Clips:
     """Captioned clips without end, drawn when asked for: a dataset for `data.loader`. The same index gives the same clip."""
 
-    def __init__(self, split: str = "train", frames: int = world.FRAMES, size: int = world.SIZE, pairs: float = world.PAIRS):
-        self.split, self.frames, self.size, self.pairs = split, frames, size, pairs      # split: train or held-out combinations
+    def __init__(self, split: str = "train", frames: int = world.FRAMES, size: int = world.SIZE):
+        self.split, self.frames, self.size = split, frames, size      # split: train or held-out combinations
 
     def __len__(self) -> int:
         return 1_000_000
@@ -126,7 +126,7 @@ class Clips:
     def scene(self, index: int) -> tuple[world.Scene, str, Tensor]:
         """Scene, caption and clip (3, T, H, W) number `index`."""
         rng = random.Random(f"{self.split} {index}")
-        scene = world.draw_scene(rng, self.split == "held-out", self.pairs)
+        scene = world.draw_scene(rng, self.split == "held-out")
         return scene, world.describe(scene, rng), world.render(scene, rng, self.frames, self.size)
 
     def get(self, index: int, generator=None) -> dict:

@@ -48,6 +48,7 @@ class Config:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"   # cuda or cpu
 
 
+PAIRS = 0.7                             # more scenes of two things than in the world: which attribute is whose is learned from these
 RESTART = 0.35                          # when the teacher's learning rate starts over
 CLIP = dict(embed_dim=128, image_size=world.SIZE,
             vision_cfg=dict(image_size=world.SIZE, patch_size=8, width=128, layers=3, head_width=32),
@@ -111,7 +112,7 @@ def fit(name: str, network: torch.nn.Module, loss_of, steps: int, config: Config
     average._exchange()
 
 
-def draw(rng: random.Random, count: int, T: int, vary: str = "", pairs: float = world.LESSON_PAIRS
+def draw(rng: random.Random, count: int, T: int, vary: str = "", pairs: float = PAIRS
          ) -> tuple[Tensor, list[str], list[world.Scene]]:
     """A batch of training clips in [-1, 1] (B, 3, T, H, W), captions, scenes.
 
@@ -276,7 +277,7 @@ def teacher(config: Config) -> None:
     def loss_of(rng, progress):
         pictures, coherent, bound = progress < 2 / 9, progress >= RESTART, progress >= 2 / 3
         B, T = (96, 1) if pictures else (16, world.FRAMES)
-        clips, captions, _ = draw(rng, B, max(T, 2), pairs=world.LESSON_PAIRS if pictures or bound else world.PAIRS)
+        clips, captions, _ = draw(rng, B, max(T, 2), pairs=PAIRS if pictures or bound else world.PAIRS)
         if pictures:
             clips = clips[torch.arange(B), :, [rng.randrange(2) for _ in range(B)], None]
         mine = slice(B * group.rank // group.world, B * (group.rank + 1) // group.world)          # this process's part of the batch

@@ -13,7 +13,6 @@ from torch import Tensor
 
 SIZE, FRAMES = 64, 8
 PAIRS = 0.3                             # how often two things are drawn; a quarter of these have one colour and become one
-LESSON_PAIRS = 0.7                      # the same in training, where which attribute is whose is learned from them
 
 COLOURS = {"red": (225, 35, 35), "yellow": (225, 215, 35), "green": (35, 190, 35), "blue": (40, 60, 230)}      # hues 0, 60, 120, 240
 BACKGROUNDS = {"black": 16, "gray": 110, "white": 240}
