@@ -2,12 +2,15 @@
 the image reward), a video-text model (the video reward), and the teacher, a guided text-to-video diffusion model.
 
     python shapes/pretrain.py --all --out runs/shapes        # all four stages; interrupted, the same command goes on where it was
-    torchrun --nproc_per_node=2 shapes/pretrain.py --stage teacher --out runs/shapes         # one process per core
+    torchrun --nproc_per_node=2 shapes/pretrain.py --stage teacher --out runs/shapes         # one of them, on two cores or GPUs
 """
 import json
 import math
 import os
 import random
+import signal
+import socket
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -37,7 +40,7 @@ from turbo import EMA
 class Config:
     """The options of the command line."""
     stage: Literal["vae", "clip", "viclip", "teacher"] = "vae"   # which model to train; later ones need earlier ones
-    all: bool = False                   # all stages in their order
+    all: bool = False                   # all stages; without a GPU in two processes, each with half of the cores
     out: str = "runs/shapes"            # folder for weights, logs and checkpoints
     seed: int = 0                       # of initial weights and of every batch
     vae_steps: int = 1500               # batches of 64 frames
@@ -297,14 +300,37 @@ def teacher(config: Config) -> None:
         save(Path(config.out) / "teacher.safetensors", network.state_dict(), asdict(network.config))
 
 
+def every_stage(config: Config, argv: list[str]) -> None:
+    """The VAE beside the CLIP, which need nothing, then ViCLIP, then the teacher, shared by two processes; what is done stays."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                         # by way of `finally`
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for side_by_side in (["vae", "clip"], ["viclip"], ["teacher"] * (1 if config.device == "cuda" else 2)):
+        missing = [name for name in side_by_side if not (Path(config.out) / f"{name}.safetensors").exists()]
+        size, running = len(missing) if "teacher" in missing else 1, []
+        try:
+            for i, name in enumerate(missing):
+                env = dict(OMP_NUM_THREADS=max(1, os.cpu_count() // 2), RANK=i % size, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1",
+                           MASTER_PORT=port, TQDM_POSITION=i)
+                running.append(subprocess.Popen([sys.executable, __file__, *argv, "--all", "false", "--stage", name],
+                                                env=os.environ | {key: str(value) for key, value in env.items()}))
+            if any([process.wait() for process in running]):
+                raise ValueError(f"{' and '.join(dict.fromkeys(missing))} ended early; the same command goes on where it was")
+        finally:
+            for process in running:
+                process.terminate()
+
+
 @cli.main
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     config = cli.parse(Config, argv, __doc__)
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    for stage in (vae, clip, viclip, teacher) if config.all else (globals()[config.stage],):
-        if not config.all or not (Path(config.out) / f"{stage.__name__}.safetensors").exists():
-            torch.manual_seed(config.seed)
-            stage(config)
+    if config.all:
+        return every_stage(config, argv)
+    torch.manual_seed(config.seed)
+    globals()[config.stage](config)
 
 
 if __name__ == "__main__":

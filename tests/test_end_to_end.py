@@ -20,6 +20,9 @@ def test_from_nothing_to_a_clip(tmp_path):
     out = str(tmp_path)
     steps = [f"--{stage}-steps=3" for stage in ("vae", "clip", "viclip", "teacher")]
     pretrain.main(["--all", "--out", out, *steps])
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    pretrain.main(["--all", "--out", out, *steps])
+    assert made == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}, "what is done stays"
     for name, weights in {"vcm": (0, 0), "vcm-img": (1, 0), "vcm-vid": (0, 2), "turbo": (1, 2)}.items():
         train.main(["--preset", "shapes", "--teacher", out, "--out", f"{out}/{name}", "--steps", "2", "--batch", "2", "--micro", "2",
                     "--image-weight", str(weights[0]), "--video-weight", str(weights[1]), "--sample-every", "0"])
@@ -31,6 +34,14 @@ def test_from_nothing_to_a_clip(tmp_path):
         assert video.read_clip(tmp_path / f"{name}.gif").shape == (3, 8, 64, 64)
     rows = evaluate.shapes_table(evaluate.ShapesConfig(clips=2, folder=out, out=f"{out}/table.json", rows=" 2"))
     assert {row["name"] for row in rows} >= {"teacher, few-step sampler", "VCM", "VCM + R_img", "VCM + R_vid", "T2V-Turbo"}
+
+
+def test_a_stage_that_fails_ends_the_command(tmp_path, capsys):
+    (tmp_path / "clip.safetensors").touch()
+    (tmp_path / "vae.ckpt").touch()                     # broken
+    with pytest.raises(SystemExit):
+        pretrain.main(["--all", "--out", str(tmp_path)])
+    assert "vae ended early" in capsys.readouterr().err and not (tmp_path / "viclip.jsonl").exists()
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
