@@ -302,13 +302,15 @@ def teacher(config: Config) -> None:
 
 def every_stage(config: Config, argv: list[str]) -> None:
     """The VAE beside the CLIP, which need nothing, then ViCLIP, then the teacher, shared by two processes; what is done stays."""
+    if "RANK" in os.environ:
+        raise ValueError("--all starts its own processes; run it with python, not with torchrun")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                         # by way of `finally`
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     for side_by_side in (["vae", "clip"], ["viclip"], ["teacher"] * (1 if config.device == "cuda" else 2)):
         missing = [name for name in side_by_side if not (Path(config.out) / f"{name}.safetensors").exists()]
         size, running = len(missing) if "teacher" in missing else 1, []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         try:
             for i, name in enumerate(missing):
                 env = dict(OMP_NUM_THREADS=max(1, os.cpu_count() // 2), RANK=i % size, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1",
