@@ -313,10 +313,10 @@ def every_stage(config: Config, argv: list[str]) -> None:
             port = free.getsockname()[1]
         try:
             for i, name in enumerate(missing):
-                env = dict(OMP_NUM_THREADS=max(1, os.cpu_count() // 2), RANK=i % size, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1",
-                           MASTER_PORT=port, TQDM_POSITION=i)
+                threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // 2))}              # unless said otherwise
+                place = dict(RANK=i % size, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TQDM_POSITION=i)
                 running.append(subprocess.Popen([sys.executable, __file__, *argv, "--all", "false", "--stage", name],
-                                                env=os.environ | {key: str(value) for key, value in env.items()}))
+                                                env=threads | os.environ | {key: str(value) for key, value in place.items()}))
             if any([process.wait() for process in running]):
                 raise ValueError(f"{' and '.join(dict.fromkeys(missing))} ended early; the same command goes on where it was")
         finally:
