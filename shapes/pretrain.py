@@ -301,20 +301,23 @@ def teacher(config: Config) -> None:
 
 
 def every_stage(config: Config, argv: list[str]) -> None:
-    """The VAE beside the CLIP, which need nothing, then ViCLIP, then the teacher, shared by two processes; what is done stays."""
+    """The VAE beside the CLIP, which need nothing, then ViCLIP, then the teacher, shared by two processes; what is done stays.
+
+    Raises ValueError when a stage ends early.
+    """
     if "RANK" in os.environ:
         raise ValueError("--all starts its own processes; run it with python, not with torchrun")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                         # by way of `finally`
     for side_by_side in (["vae", "clip"], ["viclip"], ["teacher"] * (1 if config.device == "cuda" else 2)):
         missing = [name for name in side_by_side if not (Path(config.out) / f"{name}.safetensors").exists()]
-        size, running = len(missing) if "teacher" in missing else 1, []
+        group, running = len(missing) if "teacher" in missing else 1, []             # group: processes that train one model
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         try:
             for i, name in enumerate(missing):
-                threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // 2))}              # unless said otherwise
-                place = dict(RANK=i % size, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TQDM_POSITION=i)
+                threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // 2))}              # if the caller did not set it
+                place = dict(RANK=i % group, WORLD_SIZE=group, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, TQDM_POSITION=i)
                 running.append(subprocess.Popen([sys.executable, __file__, *argv, "--all", "false", "--stage", name],
                                                 env=threads | os.environ | {key: str(value) for key, value in place.items()}))
             if any([process.wait() for process in running]):
