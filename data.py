@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from video import atomic, read_clip, read_video, write_video  # noqa: F401  (this module's door to clips as files)
+from plumbing.video import atomic, read_clip, read_video, write_video  # noqa: F401  (this module's door to clips as files)
 
 VIDEO = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
 COLUMN = {suffix: 0 for suffix in VIDEO} | {".txt": 2, ".json": 4}      # kind of shard member -> place in an index row

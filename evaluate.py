@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
 import rewards
 import sample as sampler
 import shapes
-import video
+from plumbing import cli, video
 from shapes import world
 from solver import Schedule, cfg, predict_z0
 from turbo import Noise, sample

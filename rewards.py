@@ -28,7 +28,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from weights import huggingface_text, read_checkpoint, read_tensors, rename
+from plumbing.weights import huggingface_text, read_checkpoint, read_tensors, rename
 
 
 # ------------------------------------------------------------------ clips: (B, T, 3, H, W) -> (B, T, 3, S, S), float32

@@ -17,11 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-import cli
 import shapes
-import video
-import weights
 from model import FAMILIES, Models, check_size
+from plumbing import cli, video, weights
 from solver import Schedule, cfg, ddim_sample, ddim_timesteps, z0_scale
 from turbo import Noise, consistency, sample
 

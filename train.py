@@ -22,15 +22,12 @@ import torch
 from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-import cli
 import data
-import dryrun
 import rewards
 import shapes
-import video
-import weights
 from model import check_size, condition_layers
-from run import Group, Log, Parts, check_room, checkpoints, listen, open_folder, shielded, write
+from plumbing import cli, dryrun, video, weights
+from plumbing.run import Group, Log, Parts, check_room, checkpoints, listen, open_folder, shielded, write
 from solver import Schedule
 from turbo import (
     EMA,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import model
 import rewards as reward_models
-import weights
+from plumbing import weights
 from shapes import world
 from solver import Schedule
 

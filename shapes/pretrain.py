@@ -25,12 +25,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
 import model
 import rewards
 import shapes
-import weights
-from run import Group
+from plumbing import cli, weights
+from plumbing.run import Group
 from shapes import world
 from solver import Schedule
 from turbo import EMA

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
-import video
 from data import BadClip, CacheWriter, TensorCache, loader, open_dataset
-from video import pick, read_clip, read_video, resize_crop, write_video
+from plumbing import video
+from plumbing.video import pick, read_clip, read_video, resize_crop, write_video
 
 SHAPE = dict(frames=4, fps=8, height=16, width=24)
 

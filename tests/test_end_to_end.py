@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import cli
 import evaluate
 import sample
 import train
-import video
+from plumbing import cli, video
 from shapes import pretrain
 
 ROOT = Path(__file__).parent.parent

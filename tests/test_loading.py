@@ -16,13 +16,22 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from test_model import INPUTS, SMALL, SMALL_TEXT, SMALL_VAE, close, deterministic, original_shapes, published, randn
+from test_model import (
+    INPUTS,
+    SMALL,
+    SMALL_TEXT,
+    SMALL_VAE,
+    close,
+    deterministic,
+    original_shapes,
+    published,
+    randn,
+)
 from torch import nn
 
-import video
-import weights
 from model import FAMILIES, VAE, VC2, Family, guidance_embedding
-from weights import (
+from plumbing import video, weights
+from plumbing.weights import (
     fetch,
     fill,
     load,

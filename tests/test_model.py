@@ -32,7 +32,7 @@ from model import (
     timestep_embedding,
     tokens_to_pixels,
 )
-from weights import DIFFUSERS, DIFFUSERS_VAE, VIDEOCRAFTER, fill, huggingface_text, rename
+from plumbing.weights import DIFFUSERS, DIFFUSERS_VAE, VIDEOCRAFTER, fill, huggingface_text, rename
 
 SMALL = UNetConfig(channels=32, mult=(1, 2, 2, 2), head_dim=8, context_dim=24)
 TOY = replace(SMALL, mult=(1, 2), res_blocks=1, attention_levels=(0, 1), groups=8, spacetime=16)

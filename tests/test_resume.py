@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train
-from run import attempt
+from plumbing.run import attempt
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,14 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import cli
 import evaluate
 import sample
 import shapes
-import video
 from model import UNet3D, UNetConfig
+from plumbing import cli, video
+from plumbing.weights import save_checkpoint
 from shapes import world
-from weights import save_checkpoint
 
 PROMPT = "a red circle moving right and a blue square moving up"
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-import cli
 import evaluate
 import shapes
+from plumbing import cli
 from shapes import pretrain, world
 from shapes.world import Scene, Thing
 

@@ -10,16 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import cli
-import dryrun
 import model
 import rewards
 import train
 import turbo
-import video
-import weights
 from data import BadClip
-from run import Group
+from plumbing import cli, dryrun, video, weights
+from plumbing.run import Group
 from solver import Schedule
 from turbo import consistency, pseudo_huber, solve
 

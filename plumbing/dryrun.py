@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 import data
 import rewards
-import weights
 from model import VAE, Models, TextEncoder, UNet3D
-from run import Parts
+from plumbing import weights
+from plumbing.run import Parts
 
 GIB = 2 ** 30
 
