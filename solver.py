@@ -4,6 +4,8 @@ Symbols, the same in the whole project:
     z0 clean latents, z (or z_t) noisy latents, eps ε the noise in them, all (B, C, T, H, W);  t → s one step from noisier t to cleaner s;
     alpha_t = √ᾱ_t and sigma_t = √(1-ᾱ_t), so that z_t = alpha_t z0 + sigma_t ε;  w the guidance scale ω (0 = no guidance).
 """
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -115,3 +117,18 @@ def ddim_sample(schedule: Schedule, eps_model, z: Tensor, timesteps: list[int], 
         if noise is not None:                                                       # drawn in every step: the same stream at any eta
             z = z + std * noise()
     return z
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How latents are made from noise: all that `turbo.generate` is told besides networks, captions, seeds and size."""
+    method: str = "student"         # student: f in few jumps; ddim: the teacher's ODE; jumps: the teacher's guided ẑ0 in place of f
+    steps: int = 4                  # network evaluations (of the teacher: times two, with guidance)
+    guidance: float = 7.5           # ω, 0 = none
+    grid: int = 50                  # N of the grid that a student was trained on
+    fps: float | None = None        # told to a UNet that knows frame rates
+    motion: float | None = None     # λ' told to a student of T2V-Turbo-v2; None: it has no such input
+    motion_share: float = 0.5       # τ: λ' is told at t >= 1000 (1 - τ), 0 below
+    eta: float = 0.0                # ddim: share of fresh noise in each step
+    on_grid: bool = False           # ddim: walk the grid's timesteps (999, ...) instead of the public samplers' (981, ..., 1)
+    scale_z0: bool = False          # ddim: VideoCrafter2's own scaling of ẑ0

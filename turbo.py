@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from solver import Schedule, cfg, ddim_step, predict_z0
+from solver import Sampling, Schedule, cfg, ddim_sample, ddim_step, ddim_timesteps, predict_z0, z0_scale
 
 # ---- the consistency function -------------------------------------------------------------------------------------------------
 
@@ -173,6 +173,58 @@ def sample(f, schedule: Schedule, noise: Noise, n: int, progress=iter) -> Tensor
         if s is not None:
             z = schedule.add_noise(z0_hat, fresh, torch.full((len(z),), s, device=z.device))
     return z0_hat
+
+
+@torch.no_grad()
+def generate(models, captions: list[str], seeds: list[int], size: tuple[int, int, int], sampling: Sampling,
+             progress=iter) -> Tensor:
+    """Captions -> final latents (B, C, T, h, w), float32. Clip i depends on captions[i] and seeds[i] alone.
+
+    models: has `unet`, `vae` and `text`. size: (T, H, W) of the clips, in frames and pixels.
+    """
+    T, H, W = size
+    vae, device = models.vae.config, next(models.unet.parameters()).device
+    noise = Noise(seeds, (vae.latent, T, H // vae.factor, W // vae.factor), device)
+    schedule = Schedule(sampling.grid, device)
+    c = models.text(captions)
+
+    if sampling.method == "student":
+        return sample(student_f(models.unet, schedule, c, sampling), schedule, noise, sampling.steps, progress)
+
+    null = models.text([""] * len(captions))
+    eps_model = guided_eps(models.unet, c, null, sampling)
+    if sampling.method == "jumps":
+        return sample(lambda z, t: predict_z0(z, eps_model(z, t), *schedule.at(t)), schedule, noise, sampling.steps, progress)
+
+    timesteps = schedule.few_steps(sampling.steps) if sampling.on_grid else ddim_timesteps(sampling.steps)
+    scale = z0_scale() if sampling.scale_z0 else None
+    return ddim_sample(schedule, eps_model, noise(), timesteps, noise, sampling.eta, scale, progress)
+
+
+def student_f(unet, schedule: Schedule, c: Tensor, sampling: Sampling):
+    """The student as f(z, t) -> ẑ0. A student of v2 is told λ' at t >= 1000 (1 - τ) and 0 below, as its authors do."""
+    w = torch.full((len(c),), sampling.guidance, device=c.device)
+
+    def f(z, t):
+        conditions = dict(fps=sampling.fps)
+        if sampling.motion is not None:
+            conditions["motion"] = sampling.motion * (t >= 1000 * (1 - sampling.motion_share)).float()
+        return consistency(unet, schedule, z, t, w, c, **conditions)
+
+    return f
+
+
+def guided_eps(unet, c: Tensor, null: Tensor, sampling: Sampling):
+    """The teacher as eps_model(z, t) -> guided ε, both of its passes in one batch; one pass without guidance."""
+    both = torch.cat([c, null])
+
+    def eps_model(z, t):
+        if not sampling.guidance:
+            return unet(z, t, c, fps=sampling.fps).float()
+        eps_c, eps_u = unet(torch.cat([z, z]), torch.cat([t, t]), both, fps=sampling.fps).float().chunk(2)
+        return cfg(eps_c, eps_u, sampling.guidance)
+
+    return eps_model
 
 
 # ---- LoRA: the student as a low-rank difference to its teacher -------------------------------------------------------------------

@@ -3,9 +3,40 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import sys
 import typing
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Within:
+    """The range of a number, as a type annotation: `steps: Annotated[int, Within(1)] = 4`.
+
+    Every number of a command line must be finite; `above` excludes the lower bound itself.
+    """
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+
+    def error(self, value: float) -> str | None:
+        """What is wrong with a number, in words that follow it, or None."""
+        if not math.isfinite(value):
+            return "is not a finite number"
+        if value < self.low or (self.above and value == self.low):
+            return f"must be {'above' if self.above else 'at least'} {self.low:g}"
+        if value > self.high:
+            return f"must be at most {self.high:g}"
+        return None
+
+
+Count = typing.Annotated[int, Within(1)]                    # 1, 2, 3, ...
+Size = typing.Annotated[int, Within(0)]                     # 0, 1, 2, ...
+Positive = typing.Annotated[float, Within(0, above=True)]
+NotNegative = typing.Annotated[float, Within(0)]
+Share = typing.Annotated[float, Within(0, 1)]
+Seed = typing.Annotated[int, Within(0, 2 ** 63 - 1)]
 
 
 def field_help(cls) -> dict[str, str]:
@@ -17,7 +48,8 @@ def field_help(cls) -> dict[str, str]:
     return comments
 
 
-def _boolean(text: str) -> bool:
+def boolean(text: str) -> bool:
+    """The value of a switch that was typed with one."""
     if text.lower() in ("1", "true", "yes", "on"):
         return True
     if text.lower() in ("0", "false", "no", "off"):
@@ -25,59 +57,116 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that ends in one line, and knows what was meant."""
+def number(kind: type, within: Within):
+    """A converter for argparse: text to a finite int or float within a range."""
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError as error:
+            wanted = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from error
+        wrong = within.error(value)
+        if wrong:
+            raise argparse.ArgumentTypeError(f"{text} {wrong}")
+        return value
+    convert.__name__ = kind.__name__
+    return convert
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field's annotation says about its option."""
+    kind: type                          # str, int, float or bool
+    repeatable: bool = False            # tuple[...]
+    choices: tuple | None = None        # Literal[...]
+    within: Within = Within()
+
+    @classmethod
+    def of(cls, annotation) -> "Option":
+        """Reads `int`, `bool`, `float | None`, `tuple[str, ...]`, `Literal[...]`, `Annotated[int, Within(1)]` and unions with None."""
+        origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+        if origin is typing.Annotated:
+            return dataclasses.replace(cls.of(arguments[0]), within=arguments[1])
+        if origin is typing.Literal:
+            return cls(type(arguments[0]), choices=arguments)
+        if origin is tuple:
+            return dataclasses.replace(cls.of(arguments[0]), repeatable=True)
+        if type(None) in arguments:
+            return cls.of(next(a for a in arguments if a is not type(None)))
+        return cls(annotation)
+
+    @property
+    def convert(self):
+        """Text to value."""
+        return number(self.kind, self.within) if self.kind in (int, float) else self.kind
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def parser_for(cls, description: str = "", positional: str | None = None, prog: str | None = None) -> argparse.ArgumentParser:
-    """An argparse parser with one `--option` per field: tuples become repeatable options, booleans take an optional value."""
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    comments, types = field_help(cls), typing.get_type_hints(cls)
+def flag_of(field: str) -> str:
+    """The option of a field."""
+    return "--" + field.replace("_", "-")
+
+
+def parser_for(cls, description: str = "", positional: str | None = None, prog: str | None = None) -> Parser:
+    """A parser with one `--option` per field: tuples become repeatable options, booleans take an optional value."""
+    parser = Parser(prog=prog, description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    comments, annotations = field_help(cls), typing.get_type_hints(cls, include_extras=True)
+
     for field in dataclasses.fields(cls):
-        kind = types[field.name]
-        default = field.default
+        option, default = Option.of(annotations[field.name]), field.default
         shown = "" if default in (None, "", ()) or default is dataclasses.MISSING else f" [{default}]"
         text = (comments.get(field.name, "") + shown).replace("%", "%%")
+        flag, metavar = flag_of(field.name), option.kind.__name__.upper()
+
         if field.name == positional:
-            parser.add_argument(field.name, nargs="*" if typing.get_origin(kind) is tuple else "?", default=default, help=text)
-            continue
-        flag = "--" + field.name.replace("_", "-")
-        inner = [a for a in typing.get_args(kind) if a is not type(None)]           # `int | None` → int, tuple[str, ...] → str
-        if inner and typing.get_origin(inner[0]) is typing.Literal:                 # Literal[...] | None
-            kind = inner[0]
-        if typing.get_origin(kind) is tuple:
-            parser.add_argument(flag, action="append", type=inner[0], default=None, help=text, metavar=inner[0].__name__.upper())
-        elif kind is bool:
-            parser.add_argument(flag, nargs="?", const=True, type=_boolean, default=default, help=text, metavar="BOOL")
-        elif typing.get_origin(kind) is typing.Literal:
-            parser.add_argument(flag, choices=typing.get_args(kind), default=default, help=text)
+            parser.add_argument(field.name, nargs="*" if option.repeatable else "?", default=default, help=text)
+        elif option.repeatable:
+            parser.add_argument(flag, action="append", type=option.convert, default=None, help=text, metavar=metavar)
+        elif option.kind is bool:
+            parser.add_argument(flag, nargs="?", const=True, type=boolean, default=default, help=text, metavar="BOOL")
+        elif option.choices:
+            parser.add_argument(flag, choices=option.choices, default=default, help=text)
         else:
-            kind = inner[0] if inner else kind
-            parser.add_argument(flag, type=kind, default=default, help=text, metavar=kind.__name__.upper())
+            parser.add_argument(flag, type=option.convert, default=default, help=text, metavar=metavar)
     return parser
 
 
 def parse(cls, argv=None, description="", positional=None, defaults=None, prog=None):
-    """Command line → instance of the dataclass. `defaults` (a preset) replaces field defaults; what is typed wins over both."""
+    """Command line -> instance of the dataclass. `defaults` (a preset) replaces field defaults; what is typed wins over both."""
     parser = parser_for(cls, description, positional, prog)
     defaults = defaults or {}
     parser.set_defaults(**{name: value for name, value in defaults.items() if not isinstance(value, tuple)})
     args, unknown = parser.parse_known_args(argv)
+
     for word in unknown:
         if word.startswith("--"):
-            near = difflib.get_close_matches(word.split("=")[0], [a for a in parser._option_string_actions], 1)
-            parser.error(f"unknown option {word.split('=')[0]}" + (f", did you mean {near[0]}?" if near else ""))
+            near = difflib.get_close_matches(word.split("=")[0], list(parser._option_string_actions), 1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            parser.error(f"unknown option {word.split('=')[0]}{hint}")
     if unknown:
         parser.error(f"unexpected argument {unknown[0]!r}" + (" (quote the prompt)" if positional else ""))
+
     values = vars(args)
-    for field in dataclasses.fields(cls):                                           # tuples: None means "not given"
+    for field in dataclasses.fields(cls):                   # of a repeatable option, None means "not given"
         if isinstance(field.default, tuple):
             typed = values[field.name]
             values[field.name] = defaults.get(field.name, field.default) if typed is None else tuple(typed)
     return cls(**values)
+
+
+def given(cls, argv=None, positional=None) -> set[str]:
+    """The names of the fields that were typed on the command line, whatever their values."""
+    parser = parser_for(cls, positional=positional)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_known_args(argv)[0]))
 
 
 def main(command):
