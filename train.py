@@ -13,6 +13,7 @@ import dataclasses
 import math
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 import data
 import rewards
 import shapes
-from model import check_size, condition_layers
+from model import VAE, Models, TextEncoder, UNet3D, check_size, condition_layers
 from plumbing import cli, dryrun, video, weights
 from plumbing.run import Group, Log, Parts, check_room, checkpoints, listen, open_folder, shielded, write
 from solver import Schedule
@@ -128,11 +129,14 @@ def generator(seed: int, position: int) -> torch.Generator:
 class Trainer:
     """Student, teacher, target, rewards and optimizer; `step` is one round of Algorithm 1."""
 
-    def __init__(self, config: Config, models, terms: list[RewardTerm], group: Group, parts: Parts | None = None):
+    def __init__(self, config: Config, models, terms: list[RewardTerm], group: Group, parts: Parts | None = None,
+                 to_host: Callable[[Tensor], list[float]] = Tensor.tolist):
+        """to_host: brings a step's sums to the CPU; a simulation, whose tensors have no contents, hands in its own."""
         if config.batch % group.world:
             raise ValueError(f"a batch of {config.batch} clips cannot be split over {group.world} processes; "
                              f"try --batch {-(-config.batch // group.world) * group.world}")
         self.config, self.models, self.terms, self.group, device = config, models, terms, group, group.device
+        self.to_host = to_host
         self.schedule, self.parts = Schedule(config.grid, device), parts or Parts(device)
         self.done = self.skipped = self.clips_skipped = 0       # steps; skipped ones in a row; clips that were no good
         self.names = ["loss", "loss_cd", *(term.name for term in terms), "clips_skipped", "grad_norm"]
@@ -212,15 +216,12 @@ class Trainer:
             self.group.sum(self.gradient)
             norm = self.gradient.norm()
             told = self.group.sum(torch.cat([told, told.new_tensor([batch["bad"]])]))
-            values = self.read(torch.cat([told, norm[None].double()]))
+            values = self.to_host(torch.cat([told, norm[None].double()]))
             self.update(norm, all(map(math.isfinite, values)))
         self.done += 1
         record = dict(zip(self.names, values, strict=True))
         record["clips_skipped"] = self.clips_skipped + int(record["clips_skipped"])
         return record | {"lr": self.config.lr, "steps_skipped": self.skipped}
-
-    def read(self, values: Tensor) -> list[float]:
-        return values.tolist()
 
     def update(self, norm: Tensor, finite: bool) -> None:
         """AdamW and EMA; neither if anything is inf or nan, which the sums then are on all processes alike."""
@@ -322,6 +323,51 @@ def reward_terms(config: Config, loaders: dict) -> list[RewardTerm]:
     return terms
 
 
+# ---- the same with random weights, for --dry-run -----------------------------------------------------------------
+
+
+def random_world(config: Config, device: torch.device) -> tuple[Models, "NoiseClips", list[RewardTerm]]:
+    """What `load_world` returns for a published model, but random: no file is read."""
+    name, dtype = config.preset.split("-")[1], getattr(torch, config.dtype)
+    family = weights.FAMILIES[name]
+    with dryrun.build(device, dtype if config.lora else torch.float32):
+        unet = UNet3D(dataclasses.replace(family.unet, guidance=True))
+    with dryrun.build(device, dtype):
+        vae, text = VAE(family.vae).requires_grad_(False), TextEncoder(family.text).requires_grad_(False)
+    models = Models(name, unet, vae, text, family.fps, family.height, family.width, family.frames, {})
+    return models, NoiseClips(config), public_terms(config, partial(RandomReward, device=device, dtype=dtype))
+
+
+class RandomReward(rewards.Reward):
+    """Random weights, the centre crop, and one caption for all (the public tokenizers read files)."""
+    generator = property(lambda self: None, lambda self, value: None)
+
+    def __init__(self, name: str, path: str | None, frames: int | None, device: torch.device, dtype: torch.dtype):
+        recipe = rewards.RECIPES[name]
+        config = recipe.config(None)
+        if name == "internvideo2":
+            config = dataclasses.replace(config, frames=frames)
+        with dryrun.build(device, dtype):
+            model = recipe.model(config)
+        lengths = {rewards.CLIP: 77, rewards.ViCLIP: 32, rewards.ImageReward: 35, rewards.InternVideo2: 40}
+        ids = torch.ones(1, lengths[recipe.model], dtype=torch.long)
+        super().__init__(name, rewards.freeze(model, device, dtype), lambda captions: ids.expand(len(captions), -1))
+
+
+class NoiseClips:
+    """Noise of the size that training asks for, with one caption."""
+
+    def __init__(self, config: Config):
+        self.shape = 3, config.frames, config.height, config.width
+
+    def get(self, index: int, generator=None) -> dict:
+        clip = torch.randint(0, 256, self.shape, dtype=torch.uint8)
+        return dict(clip=clip, caption="noise", reward_caption=None, index=index)
+
+
+# ---- results -------------------------------------------------------------------------------------------------------
+
+
 def save(trainer: Trainer, out: Path, clips_skipped: int) -> None:
     """OUT/checkpoint-STEP.pt. Once it is there, those of an abandoned future and all but the last K go."""
     state, path = trainer.state(clips_skipped), out / f"checkpoint-{trainer.done:07d}.pt"
@@ -353,7 +399,7 @@ def main(argv=None):
     config, group = configure(argv), Group()
     torch.manual_seed(config.seed)                                      # LoRA starts alike on all processes
     if config.dry_run is not None:
-        world = load_world if config.preset == "shapes" else partial(dryrun.random_world, public_terms)
+        world = load_world if config.preset == "shapes" else random_world
         return dryrun.report(config, group, world, Trainer)
     out, path = Path(config.out), open_folder(config, group)
     models, clips, terms = load_world(config, group.device)

@@ -7,7 +7,6 @@ contents: the full-size models then need neither memory nor a GPU, and what is c
 import dataclasses
 import weakref
 from contextlib import contextmanager, nullcontext
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-import data
-import rewards
-from model import VAE, Models, TextEncoder, UNet3D
-from plumbing import weights
 from plumbing.run import Parts
 
 GIB = 2 ** 30
@@ -85,7 +80,7 @@ def wide(x):
 
 @contextmanager
 def build(device, dtype):
-    """New modules are made there and so."""
+    """Create modules on this device and dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -95,46 +90,11 @@ def build(device, dtype):
         torch.set_default_dtype(before)
 
 
-def random_world(public_terms, config, device):
-    """What train.load_world returns for a published model, but random."""
-    name = config.preset.split("-")[1]
-    family, dtype = weights.FAMILIES[name], getattr(torch, config.dtype)
-    with build(device, dtype if config.lora else torch.float32):
-        unet = UNet3D(dataclasses.replace(family.unet, guidance=True))
-    with build(device, dtype):
-        vae, text = VAE(family.vae).requires_grad_(False), TextEncoder(family.text).requires_grad_(False)
-    models = Models(name, unet, vae, text, family.fps, family.height, family.width, family.frames, {})
-    return models, NoiseClips(config), public_terms(config, partial(RandomReward, device=device, dtype=dtype))
-
-
-class RandomReward(rewards.Reward):
-    """Random weights, the centre crop, and one caption for all (the public tokenizers read files)."""
-    generator = property(lambda self: None, lambda self, value: None)
-
-    def __init__(self, name, path, frames, device, dtype):
-        recipe = rewards.RECIPES[name]
-        config = recipe.config(None)
-        if name == "internvideo2":
-            config = dataclasses.replace(config, frames=frames)
-        with build(device, dtype):
-            model = recipe.model(config)
-        length = {rewards.CLIP: 77, rewards.ViCLIP: 32, rewards.ImageReward: 35, rewards.InternVideo2: 40}[recipe.model]
-        super().__init__(name, rewards.freeze(model, device, dtype), lambda captions: torch.ones(len(captions), length).long())
-
-
-class NoiseClips:
-    def __init__(self, config):
-        self.shape = 3, config.frames, config.height, config.width
-
-    def get(self, index: int, generator=None) -> dict:
-        return dict(clip=torch.randint(0, 256, self.shape, dtype=torch.uint8), caption="noise", reward_caption=None, index=index)
-
-
 # ---- the report ------------------------------------------------------------------------------------------------
 
 
 def report(config, group, world, Trainer) -> Parts:
-    """Makes the steps and prints what is returned. The first step is extra: memory is counted in it, but not time."""
+    """Makes the steps and prints what is returned. world(config, device) -> models, clips and reward terms. The first step is extra: memory is counted in it, but not time."""
     n = config.batch // group.world
     if config.dry_run == 0:
         if config.preset == "shapes":
@@ -148,12 +108,15 @@ def report(config, group, world, Trainer) -> Parts:
     parts = Parts(group.device, memory)
     with mode, like_cuda() if config.dry_run == 0 else nullcontext(), memory:
         models, clips, terms = world(config, group.device)
-        trainer = Trainer(config, models, terms, group, parts)
+        to_host = no_values if config.dry_run == 0 else torch.Tensor.tolist
+        trainer = Trainer(config, models, terms, group, parts, to_host)
         trainer.optimizer.step()                                # allocates the moments; the gradient is zero
         held = inventory(trainer) | {"together": memory.live}
         if config.dry_run == 0:
-            fake(trainer)
-        batch = data.collate([clips.get(i) for i in range(n)]) | {"bad": 0}
+            pick_worst(terms)
+        clips = [clips.get(i) for i in range(n)]
+        batch = {name: [clip[name] for clip in clips] for name in ("clip", "caption", "reward_caption")}
+        batch |= {"clip": torch.stack(batch["clip"]), "bad": 0}
         steps = tqdm(total=1 + config.dry_run, desc=f"steps of {config.batch} clips", disable=group.rank > 0)
         trainer.step(batch)
         steps.update()
@@ -169,10 +132,14 @@ def report(config, group, world, Trainer) -> Parts:
     return parts
 
 
-def fake(trainer) -> None:
-    """What a tensor without contents cannot tell: losses are 0, and each reward looks at other frames (the worst case)."""
-    trainer.read = lambda values: [0.0] * len(trainer.names)
-    for term in trainer.terms:
+def no_values(metrics) -> list[float]:
+    """What a tensor without contents cannot tell: every loss is 0."""
+    return [0.0] * len(metrics)
+
+
+def pick_worst(terms) -> None:
+    """Each reward looks at other frames than the others: the most that a step decodes."""
+    for term in terms:
         term.pick = lambda T, generator, n=term.frames, video=term.video: list(range(T - n, T) if video else range(n))
 
 

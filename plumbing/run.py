@@ -20,6 +20,26 @@ from tqdm import tqdm
 STOP = {signal.SIGTERM, signal.SIGINT}
 
 
+def pick_device(text: str = "") -> torch.device:
+    """The device of an option `--device`: "cpu", "cuda", "cuda:1" or "mps"; "" means CUDA where there is a GPU, else the CPU.
+
+    Raises ValueError where PyTorch does not know the device or this machine does not have it.
+    """
+    kind, _, number = text.partition(":")
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not text:
+        return torch.device("cuda" if gpus else "cpu")
+    if kind not in ("cpu", "cuda", "mps") or text != kind and not (kind == "cuda" and number.isdecimal()):
+        raise ValueError(f"--device {text}: no such device here; choose cpu, cuda, cuda:NUMBER or mps")
+    if kind == "cuda" and not gpus:
+        raise ValueError(f"--device {text}: this machine has no usable GPU; try --device cpu")
+    if kind == "cuda" and int(number or 0) >= gpus:
+        raise ValueError(f"--device {text}: this machine has {gpus} GPU{'s' * (gpus > 1)}; the last one is cuda:{gpus - 1}")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: this machine has no usable Apple GPU; try --device cpu")
+    return torch.device(text)
+
+
 class Group:
     """The processes of a run, as torchrun started them; without torchrun, one.
 
