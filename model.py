@@ -1,23 +1,22 @@
 """The networks: UNet3D (the denoiser ε), VAE (pixels <-> latents) and TextEncoder (caption -> c).
 
-One UNet3D serves VideoCrafter2, ModelScopeT2V and the toy: an image diffusion UNet whose every block is followed by its
-temporal twin. ResBlock = image convolutions, then convolutions along T; Transformer over space, then over time.
+One UNet3D serves VideoCrafter2 and ModelScopeT2V: an image diffusion UNet whose every block is followed by its temporal
+twin. ResBlock = image convolutions, then convolutions along T; Transformer over space, then over time.
 
 Axes: B batch, C channels, T frames, H W space, L tokens, D width. Latents and clips are (B, C, T, H, W).
 All activations are channels-last, in memory (B, T, H, W, C), so that each of the four folds below is a view:
     frames_to_batch    (B, C, T, H, W) -> (B*T, C, H, W)     image layers see frames as a batch
     pixels_to_tokens   (B, C, T, H, W) -> (B, T*H*W, C)      linear layers see tokens
-and back. Symbols: z noisy latent, t timestep, w guidance scale ω, eps the predicted noise ε.
+and back. Symbols: z noisy latents, t timesteps, c caption states (B, L, D), w guidance scale ω, the result is ε.
 """
 import math
 import sys
 from collections import OrderedDict
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -30,50 +29,46 @@ class UNetConfig:
     res_blocks: int = 2                     # per level on the way down; one more on the way up
     attention_levels: tuple = (0, 1, 2)
     head_dim: int = 64
-    context_dim: int = 1024                 # width of the text states
+    context_dim: int = 1024                 # width of the caption states
     init_heads: int = 8                     # of the temporal transformer right after the first convolution
     fps: bool = False                       # VideoCrafter2 is told the frame rate
     guidance: bool = False                  # T2V-Turbo is told ω
-    motion: bool = False                    # T2V-Turbo-v2 is told the strength of its motion guidance, too
+    motion: bool = False                    # T2V-Turbo-v2 is told λ', the strength of its motion guidance, too
     groups: int = 32                        # of every group norm
-    dropout: float = 0.0                    # in the temporal convolutions, in train mode; the teachers had 0.1
-    spacetime: int = 0                      # toy only: width of SpaceTime, and its temporal attention sees all pixels; 0 = neither
 
 
 VC2 = UNetConfig(fps=True)
 MODELSCOPE = UNetConfig()
-SHAPES = UNetConfig(in_channels=8, channels=32, mult=(2, 3), res_blocks=1, attention_levels=(0, 1), head_dim=32,
-                    context_dim=128, init_heads=1, groups=8, spacetime=128)
+
+# ---- folds -------------------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------- folds
-
-def frames_to_batch(x):
+def frames_to_batch(x: Tensor) -> Tensor:
     """(B, C, T, H, W) -> (B*T, C, H, W)"""
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def batch_to_frames(x, B):
+def batch_to_frames(x: Tensor, B: int) -> Tensor:
     """(B*T, C, H, W) -> (B, C, T, H, W)"""
     return x.unflatten(0, (B, -1)).transpose(1, 2)
 
 
-def pixels_to_tokens(x):
+def pixels_to_tokens(x: Tensor) -> Tensor:
     """(B, C, T, H, W) -> (B, T*H*W, C)"""
     return x.permute(0, 2, 3, 4, 1).flatten(1, 3)
 
 
-def tokens_to_pixels(x, T, H, W):
+def tokens_to_pixels(x: Tensor, T: int, H: int, W: int) -> Tensor:
     """(B, T*H*W, C) -> (B, C, T, H, W)"""
     return x.unflatten(1, (T, H, W)).permute(0, 4, 1, 2, 3)
 
 
-def per_frame(layer, x):
+def per_frame(layer, x: Tensor) -> Tensor:
     """Apply an image layer to every frame of x (B, C, T, H, W)."""
     return batch_to_frames(layer(frames_to_batch(x)), x.shape[0])
 
 
-def channels_last(module):
+def channels_last(module: nn.Module) -> nn.Module:
     """Convolution weights in the memory format of the activations (in place)."""
     for p in module.parameters():
         if p.dim() in (4, 5):
@@ -81,9 +76,10 @@ def channels_last(module):
     return module
 
 
-# ---------------------------------------------------------------------------------------- embeddings
+# ---- embeddings --------------------------------------------------------------------------------------------
 
-def timestep_embedding(t, dim):
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoids of a timestep or frame rate, (B,) -> (B, dim), float32: all cosines, then all sines."""
     half = dim // 2
     frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
@@ -91,52 +87,22 @@ def timestep_embedding(t, dim):
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-def guidance_embedding(w, dim=256):
+def guidance_embedding(w: Tensor, dim: int = 256) -> Tensor:
     """Sinusoids of 1000 ω, (B,) -> (B, dim), float32: all sines, then all cosines.
 
     Angles reach 15,000 rad, where a float32 is only good to 1e-3: the published weights were trained with the order of
     operations below, in float32.
     """
     half = dim // 2
-    step = torch.log(torch.tensor(10000.0, device=w.device)) / (half - 1)
+    step = torch.full((), 10000.0, device=w.device).log() / (half - 1)      # made on the device: nothing is copied to it
     angle = (1000 * w.float())[:, None] * torch.exp(torch.arange(half, device=w.device) * -step)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-class SpaceTime(nn.Module):
-    """Tells the toy where and when: caption-modulated functions of (t, y, x), added to the first features and to what each
-    attention over the clip sees, and one of t, added to the timestep embedding of every frame. Normalised, so that they are
-    as large as the features they join.
-
-    The published UNets know neither place (only what zero padding leaks) nor time (their temporal attention has no
-    positions); a billion weights cope, a toy that must move a shape "from left to right" does not.
-    """
-
-    octaves = 4
-
-    def __init__(self, axes, width, context_dim, channels):
-        super().__init__()
-        self.features = nn.Linear(axes * (1 + 2 * self.octaves), width)
-        self.modulation = nn.Linear(context_dim, 2 * width)
-        self.hidden = nn.Linear(width, width)
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.out = nn.Linear(width, channels)
-
-    def forward(self, context, *sizes):
-        """context (B, L, D), whose last token is the caption as a whole; sizes T or T, H, W -> (B, sizes..., C)"""
-        axes = [torch.linspace(-1, 1, n, device=context.device) for n in sizes]
-        c = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)                # (T, H, W, 3)
-        waves = [f(math.pi * 2 ** k * c) for k in range(self.octaves) for f in (torch.sin, torch.cos)]
-        h = self.norm1(self.features(torch.cat([c, *waves], dim=-1).to(context.dtype)))   # (T, H, W, D)
-        said = self.modulation(context[:, -1]).view(len(context), *[1] * len(sizes), -1)
-        scale, shift = said.chunk(2, dim=-1)
-        h = F.silu(h * (1 + scale) + shift)                                          # (B, T, H, W, D)
-        return self.out(self.norm2(F.silu(self.hidden(h))))
+# ---- blocks ------------------------------------------------------------------------------------------------
 
 
-# -------------------------------------------------------------------------------------------- blocks
-
-def zero(layer):
+def zero(layer: nn.Module) -> nn.Module:
     """A residual branch whose last layer is zero starts as the identity."""
     for p in layer.parameters():
         nn.init.zeros_(p)
@@ -146,12 +112,12 @@ def zero(layer):
 class FrameConv(nn.Module):
     """3x3 convolution of every frame, which may halve (stride 2) or first double H and W."""
 
-    def __init__(self, cin, cout, stride=1, double=False):
+    def __init__(self, cin: int, cout: int, stride: int = 1, double: bool = False):
         super().__init__()
         self.conv = nn.Conv2d(cin, cout, 3, stride, padding=1)
         self.double = double
 
-    def forward(self, x, emb, context):
+    def forward(self, x, emb, c):
         B, x = x.shape[0], frames_to_batch(x)
         if self.double:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
@@ -161,15 +127,16 @@ class FrameConv(nn.Module):
 class TemporalConv(nn.Module):
     """Four convolutions over three frames each, residual; normalised over all frames together."""
 
-    def __init__(self, channels, dropout, groups):
+    def __init__(self, channels: int, groups: int):
         super().__init__()
 
-        def layer(*drop):
-            return nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), *drop,
+        def layer(*between):
+            return nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), *between,
                                  nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0)))
 
         self.conv1 = layer()
-        self.conv2, self.conv3, self.conv4 = (layer(nn.Dropout(dropout)) for _ in range(3))
+        # nn.Identity holds the place of the teachers' dropout, so that the convolution has its public name, conv2.3
+        self.conv2, self.conv3, self.conv4 = (layer(nn.Identity()) for _ in range(3))
         zero(self.conv4[-1])
 
     def forward(self, x):
@@ -179,7 +146,7 @@ class TemporalConv(nn.Module):
 class ResBlock(nn.Module):
     """Two image convolutions with the timestep added between them, then TemporalConv."""
 
-    def __init__(self, cin, cout, emb_dim, dropout, groups):
+    def __init__(self, cin: int, cout: int, emb_dim: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, cin)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
@@ -187,16 +154,17 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, cout)
         self.conv2 = zero(nn.Conv2d(cout, cout, 3, padding=1))
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
-        self.temporal = TemporalConv(cout, dropout, groups)
+        self.temporal = TemporalConv(cout, groups)
 
-    def forward(self, x, emb, context):
+    def forward(self, x, emb, c):
+        """x (B, Cin, T, H, W), emb (B, 1 or T, 4 channels) -> (B, Cout, T, H, W); c is for Transformers."""
         h = per_frame(lambda x: self.conv1(F.silu(self.norm1(x))), x)
         h = h + self.emb(emb).transpose(1, 2)[..., None, None]
         h = per_frame(lambda h: self.conv2(F.silu(self.norm2(h))), h)
         return self.temporal(per_frame(self.skip, x) + h)
 
 
-def attention(q, k, v):
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v over (N, heads, L, d)
 
     By torch's fused kernel, except for short bf16 sequences on a CPU, where that takes twice as long as the formula,
@@ -207,49 +175,47 @@ def attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def attention_map(q, k):
+def attention_map(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q kᵀ / √d): (N, heads, L, d) twice -> (N, heads, L, L)"""
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1)
 
 
 class Attention(nn.Module):
-    """Multi-head attention over a frame's pixels ("space"), a pixel's frames ("time"), the caption ("text"), or, in the toy,
-    all pixels of all frames ("clip")."""
+    """Multi-head attention over a frame's pixels ("space"), over a pixel's frames ("time"), or from all tokens of a clip to
+    all of its caption ("all")."""
 
-    def __init__(self, width, heads, head_dim, over, context_dim=None):
+    def __init__(self, width: int, heads: int, head_dim: int, over: str, source_dim: int | None = None):
         super().__init__()
         inner = heads * head_dim
         self.q = nn.Linear(width, inner, bias=False)
-        self.k = nn.Linear(context_dim or width, inner, bias=False)
-        self.v = nn.Linear(context_dim or width, inner, bias=False)
+        self.k = nn.Linear(source_dim or width, inner, bias=False)
+        self.v = nn.Linear(source_dim or width, inner, bias=False)
         self.out = nn.Linear(inner, width)
         self.head_dim, self.over = head_dim, over
-        self.maps = None                    # a dict while record_attention listens
 
-    def forward(self, x, context, T):
-        """x (B, T*H*W, D), context (B, L, D) -> (B, T*H*W, D)
-
-        Nothing is copied: over time, pixels count as heads, (B, T, H*W*heads, d); over the text, a clip is one
-        sequence of T*H*W queries, so that its keys and values are computed once and not once per frame.
-        """
+    def forward(self, x, source, T):
+        """Queries from x (B, T*H*W, D); keys and values from source, x again or (B, L, D) -> (B, T*H*W, D)"""
         B, L, _ = x.shape
-        source = context if self.over == "text" else x
-        fold = {"space": (B * T, L // T), "time": (B, T), "text": (B, L), "clip": (B, L)}[self.over]
-        fold_source = (B, source.shape[1]) if self.over == "text" else fold
-        q = self.q(x).view(*fold, -1, self.head_dim).transpose(1, 2)
-        k, v = (f(source).view(*fold_source, -1, self.head_dim).transpose(1, 2) for f in (self.k, self.v))
-        if self.maps is None:
-            h = attention(q, k, v)
-        else:
-            p = attention_map(q, k)                         # (B, H*W*heads, T, T)
-            self.maps[self] = p.unflatten(1, (L // T, -1))
-            h = p @ v
+        q, k, v = self.fold(self.q(x), T), self.fold(self.k(source), T), self.fold(self.v(source), T)
+        h = attention(q, k, v)
         return self.out(h.transpose(1, 2).reshape(B, L, -1))
+
+    def fold(self, x, T):
+        """(B, L, heads*d) -> (sequences, heads, length, d), a view"""
+        B, L, _ = x.shape
+        if self.over == "space":
+            sequences, length = B * T, L // T       # a frame's pixels: (B*T, heads, H*W, d)
+        elif self.over == "time":
+            sequences, length = B, T                # a pixel's frames; pixels count as heads: (B, H*W*heads, T, d)
+        else:
+            sequences, length = B, L                # the whole clip, or its caption: (B, heads, L, d)
+        return x.view(sequences, length, -1, self.head_dim).transpose(1, 2)
 
 
 class GEGLU(nn.Module):
     """Feed-forward layer, four times as wide inside, whose one half gates the other (Shazeer, 2020)."""
 
-    def __init__(self, width):
+    def __init__(self, width: int):
         super().__init__()
         self.proj = nn.Linear(width, 8 * width)
         self.out = nn.Linear(4 * width, width)
@@ -260,193 +226,230 @@ class GEGLU(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Self-attention, a second attention, feed-forward. Over "space" the second one reads the text; over "time" it is
-    self-attention again, and so the text reaches time only through space. The toy's temporal one sees the whole "clip": in
-    its 64 latent pixels things move past each other, and a pixel's own frames do not tell what moved."""
+    """Self-attention, a second attention, feed-forward. Over "space" the second one reads the caption; over "time" it is
+    self-attention again, and so the caption reaches time only through space."""
 
-    def __init__(self, channels, heads, head_dim, over, context_dim, groups, spacetime=0):
+    def __init__(self, channels: int, heads: int, head_dim: int, over: str, context_dim: int, groups: int):
         super().__init__()
         inner = heads * head_dim
-        if over == "clip":
-            self.place = SpaceTime(3, spacetime, context_dim, inner)
-        text = dict(over="text", context_dim=context_dim) if over == "space" else dict(over=over)
+        second = dict(over="all", source_dim=context_dim) if over == "space" else dict(over=over)
         self.over = over
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, inner)
         self.attn1 = Attention(inner, heads, head_dim, over)
         self.ff = GEGLU(inner)              # before attn2, as VideoCrafter2 has it: public LoRA files go by this order
-        self.attn2 = Attention(inner, heads, head_dim, **text)
+        self.attn2 = Attention(inner, heads, head_dim, **second)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(inner) for _ in range(3))
         self.proj_out = zero(nn.Linear(inner, channels))
 
-    def forward(self, x, emb, context):
-        """x (B, C, T, H, W), context (B, L, D) -> like x; emb is for ResBlocks."""
-        B, C, T, H, W = x.shape
-        h = per_frame(self.norm, x) if self.over == "space" else self.norm(x)
-        h = self.proj_in(pixels_to_tokens(h))
-        if self.over == "clip":
-            h = h + self.place(context, T, H, W).flatten(1, 3)
-        h = h + self.attn1(self.norm1(h), context, T)
-        h = h + self.attn2(self.norm2(h), context, T)
+    def forward(self, x, emb, c):
+        """x (B, C, T, H, W), c (B, L, D) -> like x; emb is for ResBlocks."""
+        T, H, W = x.shape[2:]
+        h = self.tokens(x, c)
+        n = self.norm1(h)
+        h = h + self.attn1(n, n, T)
+        n = self.norm2(h)
+        h = h + self.attn2(n, c if self.over == "space" else n, T)
         h = h + self.ff(self.norm3(h))
         return x + tokens_to_pixels(self.proj_out(h), T, H, W)
 
+    def tokens(self, x, c):
+        """What enters the attentions: (B, C, T, H, W) -> (B, T*H*W, D)"""
+        h = per_frame(self.norm, x) if self.over == "space" else self.norm(x)
+        return self.proj_in(pixels_to_tokens(h))
+
 
 class Block(nn.Sequential):
-    def forward(self, x, emb, context):
+    def forward(self, x, emb, c):
         for layer in self:
-            x = layer(x, emb, context)
+            x = layer(x, emb, c)
         return x
 
 
-# ---------------------------------------------------------------------------------------------- UNet
+# ---- UNet --------------------------------------------------------------------------------------------------
 
-def blocks(c):
-    """The layers of every block of a UNetConfig: on the way down, in the middle, on the way up."""
-    widths = [c.channels * m for m in c.mult]
 
-    def res(cin, cout):
-        return ResBlock(cin, cout, 4 * c.channels, c.dropout, c.groups)
+def layout(config: UNetConfig) -> tuple[list, list, list]:
+    """The layers of every block, (kind, width in, width out) each: on the way down, in the middle, on the way up.
+
+    The published UNets, each block of the way up beside the one whose output it takes as its skip:
+
+        input_blocks                               output_blocks
+         0  conv 4 320                             11  res 640 320, space 320, time 320
+         1  res 320, space 320, time 320           10  res 640 320, space 320, time 320
+         2  res 320, space 320, time 320            9  res 960 320, space 320, time 320
+         3  halve 320                               8  res 960 640, space 640, time 640, double 640
+         4  res 320 640, space 640, time 640        7  res 1280 640, space 640, time 640
+         5  res 640, space 640, time 640            6  res 1920 640, space 640, time 640
+         6  halve 640                               5  res 1920 1280, space 1280, time 1280, double 1280
+         7  res 640 1280, space 1280, time 1280     4  res 2560 1280, space 1280, time 1280
+         8  res 1280, space 1280, time 1280         3  res 2560 1280, space 1280, time 1280
+         9  halve 1280                              2  res 2560 1280, double 1280
+        10  res 1280                                1  res 2560 1280
+        11  res 1280                                0  res 2560 1280
+               middle_block  res 1280, space 1280, time 1280, res 1280
+    """
+    widths = [config.channels * m for m in config.mult]
+    n, last = config.res_blocks, len(widths) - 1
 
     def attend(width):
-        return [Transformer(width, width // c.head_dim, c.head_dim, over, c.context_dim, c.groups, c.spacetime)
-                for over in ("space", "clip" if c.spacetime else "time")]
+        return [("space", width, width), ("time", width, width)]
 
-    down, skips = [[FrameConv(c.in_channels, c.channels)]], [c.channels]         # skips: widths, popped on the way up
+    down, up, finer = [], [], config.channels           # finer: the width of the level above, of higher resolution
     for level, width in enumerate(widths):
-        for _ in range(c.res_blocks):
-            down.append([res(skips[-1], width)] + (attend(width) if level in c.attention_levels else []))
-            skips.append(width)
-        if level < len(widths) - 1:
-            down.append([FrameConv(width, width, stride=2)])
-            skips.append(width)
+        attention = attend(width) if level in config.attention_levels else []
+        coarser = widths[min(level + 1, last)]
 
-    middle = [res(width, width), *attend(width), res(width, width)]
+        enter = ("halve", finer, finer) if level else ("conv", config.in_channels, finer)
+        falling = [finer] + [width] * (n - 1)
+        down += [[enter]] + [[("res", cin, width), *attention] for cin in falling]
 
-    up = []
-    for level, out in reversed(list(enumerate(widths))):
-        for _ in range(c.res_blocks + 1):
-            up.append([res(width + skips.pop(), out)] + (attend(out) if level in c.attention_levels else []))
-            width = out
-        if level > 0:
-            up[-1].append(FrameConv(width, width, double=True))
+        leave = [("double", width, width)] if level else []
+        rising = [coarser + width] + [width + width] * (n - 1) + [width + finer]        # what comes up + its skip
+        blocks = [[("res", cin, width), *attention] for cin in rising]
+        up = [*blocks[:-1], blocks[-1] + leave] + up
+        finer = width
+
+    middle = [[("res", width, width), *attend(width), ("res", width, width)]]
     return down, middle, up
 
 
-def condition_layers(c):
+def condition_layers(config: UNetConfig) -> dict[str, nn.Module]:
     """What T2V-Turbo adds to its teacher: layers for ω, and in v2 for the strength of motion guidance.
 
     They start at zero (and combine_proj as a sum), so that a student starts as its teacher.
     """
-    layers = {}
-    if c.guidance:
-        layers["time_cond_proj"] = zero(nn.Linear(256, c.channels, bias=False))
-    if c.motion:
-        layers["motion_cond_proj"] = zero(nn.Linear(256, c.channels, bias=False))
-        layers["combine_proj"] = nn.Linear(2 * c.channels, c.channels, bias=False)
-        layers["combine_proj"].weight.data.copy_(torch.eye(c.channels).repeat(1, 2))
+    layers, width = {}, config.channels
+    if config.guidance:
+        layers["time_cond_proj"] = zero(nn.Linear(256, width, bias=False))
+    if config.motion:
+        layers["motion_cond_proj"] = zero(nn.Linear(256, width, bias=False))
+        layers["combine_proj"] = nn.Linear(2 * width, width, bias=False)
+        layers["combine_proj"].weight.data.copy_(torch.eye(width).repeat(1, 2))
     return layers
 
 
 class UNet3D(nn.Module):
     """eps = UNet3D(z, t, c, ω). The names of its outer parts are VideoCrafter2's."""
 
-    def __init__(self, config):
+    def __init__(self, config: UNetConfig):
         super().__init__()
-        c = self.config = config
+        self.config, width = config, config.channels
         self.checkpointing = False          # recompute each block in the backward pass instead of storing it
 
         def mlp():
-            return nn.Sequential(nn.Linear(c.channels, 4 * c.channels), nn.SiLU(),
-                                 nn.Linear(4 * c.channels, 4 * c.channels))
+            return nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
 
         self.time_embed = mlp()
-        if c.fps:
+        if config.fps:
             self.fps_embedding = mlp()
-        for name, layer in condition_layers(c).items():
+        for name, layer in self.conditions().items():
             self.add_module(name, layer)
-        if c.spacetime:
-            self.spacetime = SpaceTime(3, c.spacetime, c.context_dim, c.channels)
-            self.frametime = SpaceTime(1, c.spacetime, c.context_dim, 4 * c.channels)
 
-        down, middle, up = blocks(c)
-        self.input_blocks = nn.ModuleList(Block(*layers) for layers in down)
-        self.init_attn = Block(Transformer(c.channels, c.init_heads, c.head_dim, "time", c.context_dim, c.groups))
-        self.middle_block = Block(*middle)
-        self.output_blocks = nn.ModuleList(Block(*layers) for layers in up)
-        self.out = nn.Sequential(nn.GroupNorm(c.groups, c.channels * c.mult[0]), nn.SiLU(),
-                                 zero(nn.Conv2d(c.channels * c.mult[0], c.in_channels, 3, padding=1)))
+        down, (middle,), up = ([self.block(layers) for layers in blocks] for blocks in layout(config))
+        self.input_blocks = nn.ModuleList(down)
+        self.init_attn = Block(Transformer(width, config.init_heads, config.head_dim, "time", config.context_dim,
+                                           config.groups))
+        self.middle_block = middle
+        self.output_blocks = nn.ModuleList(up)
+        self.out = nn.Sequential(nn.GroupNorm(config.groups, width * config.mult[0]), nn.SiLU(),
+                                 zero(nn.Conv2d(width * config.mult[0], config.in_channels, 3, padding=1)))
         channels_last(self)
 
+    def conditions(self) -> dict[str, nn.Module]:
+        """Layers that the timestep embedding is not enough for."""
+        return condition_layers(self.config)
+
+    def block(self, layers) -> Block:
+        return Block(*(self.layer(*layer) for layer in layers))
+
+    def layer(self, kind: str, cin: int, cout: int) -> nn.Module:
+        """A layer of the layout."""
+        config = self.config
+        if kind == "res":
+            return ResBlock(cin, cout, 4 * config.channels, config.groups)
+        if kind in ("space", "time"):
+            return Transformer(cin, cin // config.head_dim, config.head_dim, kind, config.context_dim, config.groups)
+        return FrameConv(cin, cout, stride=2 if kind == "halve" else 1, double=kind == "double")
+
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.out[0].weight.dtype     # of a norm, which LoRA never wraps
 
-    def embed(self, z, t, context, w, fps, motion):
-        """What is said to all pixels, (B, 1, 4 C): the timestep, and ω, λ and the frame rate where known; toy: (B, T, 4 C)."""
-        c, B = self.config, z.shape[0]
-        h = timestep_embedding(t, c.channels).to(self.dtype)
-        if w is not None:
-            assert c.guidance, "this UNet was built without a guidance embedding"
-            cond = self.time_cond_proj(guidance_embedding(w).to(self.dtype))
-            if motion is not None:
-                cond = self.combine_proj(torch.cat([cond, self.motion_cond_proj(
-                    guidance_embedding(motion).to(self.dtype))], dim=1))
-            h = h + cond
-        h = self.time_embed(h)
-        if c.fps:
-            fps = torch.as_tensor(16 if fps is None else fps, device=z.device).expand(B)
-            h = h + self.fps_embedding(timestep_embedding(fps, c.channels).to(self.dtype))
-        h = h[:, None]
-        if c.spacetime:
-            h = h + self.frametime(context, z.shape[2])
-        return F.silu(h)
+    def forward(self, z: Tensor, t: Tensor, c: Tensor, w: Tensor | None = None, fps=None,
+                motion: Tensor | None = None) -> Tensor:
+        """z (B, C, T, H, W), t (B,), c (B, L, D), w and motion (B,) or None, fps a number, (B,) or None -> ε like z"""
+        c = c.to(self.dtype)
+        emb = F.silu(self.embed(z, t, c, w, fps, motion))
+        h = self.first(z.to(self.dtype, memory_format=torch.channels_last_3d), emb, c)
 
-    def forward(self, z, t, context, w=None, fps=None, motion=None):
-        """z (B, C, T, H, W), t (B,), context (B, L, D), w, fps, motion (B,) or None -> eps (B, C, T, H, W)"""
-        context = context.to(self.dtype)
-        emb = self.embed(z, t, context, w, fps, motion)
-        h = z.to(self.dtype, memory_format=torch.channels_last_3d)
-
-        skips = []
-        for i, block in enumerate(self.input_blocks):
-            h = self.run(block, h, emb, context)
-            if i == 0:
-                if self.config.spacetime:
-                    h = h + self.spacetime(context, *h.shape[2:]).permute(0, 4, 1, 2, 3)
-                h = self.run(self.init_attn, h, emb, context)
+        skips = [h]
+        for block in self.input_blocks[1:]:
+            h = self.run(block, h, emb, c)
             skips.append(h)
-        h = self.run(self.middle_block, h, emb, context)
+        h = self.run(self.middle_block, h, emb, c)
         for block in self.output_blocks:
-            h = self.run(block, torch.cat([h, skips.pop()], dim=1), emb, context)
+            h = self.run(block, torch.cat([h, skips.pop()], dim=1), emb, c)
         return per_frame(self.out, h).to(z.dtype)
+
+    def embed(self, z, t, c, w, fps, motion):
+        """Conditioning embedding of the whole clip, (B, 1, 4 channels): timestep; ω, λ' and frame rate where known."""
+        config, B = self.config, z.shape[0]
+        h = timestep_embedding(t, config.channels).to(self.dtype)
+        if w is not None:
+            assert config.guidance, "this UNet was built without a guidance embedding"
+            told = self.time_cond_proj(guidance_embedding(w).to(self.dtype))
+            if motion is not None:
+                strength = self.motion_cond_proj(guidance_embedding(motion).to(self.dtype))
+                told = self.combine_proj(torch.cat([told, strength], dim=1))
+            h = h + told
+        h = self.time_embed(h)
+
+        if config.fps:
+            fps = 16 if fps is None else fps
+            fps = fps.to(z.device).expand(B) if isinstance(fps, Tensor) else torch.full((B,), fps, device=z.device)
+            h = h + self.fps_embedding(timestep_embedding(fps, config.channels).to(self.dtype))
+        return h[:, None]
+
+    def first(self, z, emb, c):
+        """The first features: a convolution, then attention over time at full resolution."""
+        h = self.run(self.input_blocks[0], z, emb, c)
+        return self.run(self.init_attn, h, emb, c)
 
     def run(self, block, *args):
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
+    def motion_attentions(self) -> list[Attention]:
+        """Where T2V-Turbo-v2 reads the motion of a clip: the first attention of every temporal transformer on the way up."""
+        return [m.attn1 for m in self.output_blocks.modules() if isinstance(m, Transformer) and m.over == "time"]
 
-@contextmanager
-def record_attention(unet):
-    """`with record_attention(unet) as maps:` a forward pass leaves its temporal attention in maps, differentiable.
+    def with_maps(self, *args, **conditions) -> tuple[Tensor, list[Tensor]]:
+        """forward -> ε and the probabilities of all motion attentions, (B, H*W*heads, T, T) each, float32.
 
-    maps: {module: (B, H*W, heads, T, T)} of the first self-attention over time of every block on the way up that has
-    one, the layers that T2V-Turbo-v2 takes the motion of a clip from. Go backward within the block, too: recomputed
-    blocks must listen again.
-    """
-    maps = {}
-    listening = [m.attn1 for m in unet.output_blocks.modules() if isinstance(m, Transformer) and m.over == "time"]
-    for attn in listening:
-        attn.maps = maps
-    try:
-        yield maps
-    finally:
-        for attn in listening:
-            attn.maps = None
+        Both are differentiable, also with checkpointing: only q and k are kept, and the maps are made of them afterwards.
+        A compiled network runs eagerly here, as its graph would not listen.
+        """
+        heard, attentions = {}, self.motion_attentions()
+
+        def listen(layer, inputs, output):
+            heard[layer] = output
+
+        hooks = [layer.register_forward_hook(listen) for attn in attentions for layer in (attn.q, attn.k)]
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                eps = self(*args, **conditions)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        T, precise = eps.shape[2], torch.promote_types(eps.dtype, torch.float32)
+        q_and_k = [[attn.fold(heard[layer].to(precise), T) for layer in (attn.q, attn.k)] for attn in attentions]
+        return eps, [attention_map(q, k) for q, k in q_and_k]
 
 
-# ----------------------------------------------------------------------------------------------- VAE
+# ---- VAE ---------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -457,7 +460,7 @@ class VAEConfig:
     latent: int = 4
     groups: int = 32                        # of every group norm
     scale: float = 0.18215                  # brings latents to unit variance
-    patch: int = 1                          # toy only: pixels of a patch enter and leave as channels
+    patch: int = 1                          # a patch of patch x patch pixels enters and leaves as channels; KL-F8: 1
 
     @property
     def factor(self):
@@ -465,7 +468,6 @@ class VAEConfig:
 
 
 KL_F8 = VAEConfig()
-SHAPES_VAE = VAEConfig(channels=48, mult=(1, 1), res_blocks=1, latent=8, groups=8, patch=4)
 
 
 class VAEResBlock(nn.Module):
@@ -610,7 +612,8 @@ class VAE(nn.Module):
         return self.decode_frames(z)
 
 
-# ---------------------------------------------------------------------------------------------- text
+# ---- text --------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -683,8 +686,9 @@ FAMILIES = {"vc2": Family(VC2, 320, 512, fps=16), "ms": Family(MODELSCOPE, 256, 
 def check_size(family, **sides):
     """Heights and widths in pixels, or None, that the family's VAE and UNet can halve evenly: multiples of 64, of the toy's
     16. Raises ValueError."""
-    unet, vae = (FAMILIES[family].unet, FAMILIES[family].vae) if family in FAMILIES else (SHAPES, SHAPES_VAE)
-    multiple = vae.factor * 2 ** (len(unet.mult) - 1)
+    multiple = 16                                           # the toy's
+    if family in FAMILIES:
+        multiple = FAMILIES[family].vae.factor * 2 ** (len(FAMILIES[family].unet.mult) - 1)
     for name, pixels in sides.items():
         if pixels is not None and (pixels < multiple or pixels % multiple):
             low = max(pixels // multiple, 1) * multiple

@@ -196,7 +196,7 @@ def trim(shape):
 def lora_shapes(config):
     """{layer: shape of its weight} of all layers that take LoRA, in the order in which the UNet registers them."""
     with torch.device("meta"):
-        unet = UNet3D(config)
+        unet = getattr(config, "network", UNet3D)(config)
     return {name: m.weight.shape for name, m in unet.named_modules() if type(m) in (nn.Linear, nn.Conv2d, nn.Conv3d)}
 
 
@@ -363,7 +363,7 @@ def load(model, teacher=None, turbo=None, device="cpu", dtype=torch.float32, **c
     """The networks of "vc2" or "ms": the teacher's, or with turbo weights the student's (LoRA merged). In eval mode.
 
     teacher: file or folder; None = download. turbo: file, or a key of PUBLIC to download; None = the teacher alone.
-    conditions: guidance=True and motion=True add the layers that a student needs, as it starts; dropout=0.1.
+    conditions: guidance=True and motion=True add the layers that a student needs, as it starts.
     """
     if model not in FAMILIES:
         raise ValueError(f"no model {model!r}; there are {', '.join(FAMILIES)}")

@@ -4,13 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import model
 import rewards as reward_models
 from plumbing import weights
 from shapes import world
-from solver import Schedule
+from shapes.models import CaptionEncoder, Config, UNet
 
 WEIGHTS = Path(__file__).parent / "weights"
 STUDENTS = ("vcm", "vcm-img", "vcm-vid", "turbo")
@@ -22,42 +22,6 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path} does not exist; make it with: python shapes/pretrain.py --all --out {path.parent}")
     tensors, config = weights.read_checkpoint(path)
     return {key: tensor.float() for key, tensor in tensors.items()}, config
-
-
-class UNet(model.UNet3D):
-    """The toy's denoiser: ε as seen from outside, but the network inside predicts v = α ε - σ z0 (Salimans and Ho, 2022).
-
-    At t = 999, ε is z but for 0.5 %, and what the caption says is in that remainder. A billion weights trained for weeks copy z to the
-    output precisely enough not to bury it; a small network does not. ε = σ z + α v leaves it only the part that matters.
-    """
-
-    def forward(self, z: Tensor, t: Tensor, context: Tensor, **conditions) -> Tensor:
-        alpha, sigma = Schedule(device=z.device).at(t)
-        return sigma * z + alpha * super().forward(z, t, context, **conditions).float()
-
-
-class CaptionEncoder(nn.Module):
-    """Captions → context (B, 49, 128): the states of 24 tokens in CLIP's text tower, the same in ViCLIP's, and ViCLIP's embedding of
-    the whole caption.
-
-    A tower that was trained on pictures does not say which of two things a motion belongs to; ViCLIP's, trained on clips, does.
-    """
-
-    def __init__(self, text: model.TextEncoder, viclip: reward_models.ViCLIP):
-        super().__init__()
-        self.text, self.viclip = text, viclip
-
-    @property
-    def width(self) -> int:
-        return self.text.width
-
-    @torch.no_grad()
-    def forward(self, captions: list[str]) -> Tensor:
-        ids, tower = world.tokenize(captions).to(self.text.ln_final.weight.device), self.viclip.text_encoder
-        states = tower.states(ids)
-        whole = tower.whole(ids, states)
-        whole = whole / whole.norm(dim=1, keepdim=True) * whole.shape[1] ** 0.5     # unit variance
-        return torch.cat([self.text(captions), states, whole[:, None]], 1)
 
 
 def load_vae(folder: Path = WEIGHTS) -> model.VAE:
@@ -92,7 +56,8 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None, devi
     embedded ones) a student's. folder: where pretrain.py wrote, instead of the embedded weights."""
     folder = Path(folder or WEIGHTS)
     state, config = read(folder / "teacher.safetensors")
-    config = replace(model.UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}), **conditions)
+    config.pop("dropout", None)                                                     # in the headers of older files; it was 0
+    config = replace(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}), **conditions)
     lora, header = None, {}
     if turbo is not None:
         turbo = student(turbo, folder) if str(turbo) in STUDENTS else turbo

@@ -31,6 +31,7 @@ import shapes
 from plumbing import cli, weights
 from plumbing.run import Group
 from shapes import world
+from shapes.models import SHAPES, SHAPES_VAE
 from solver import Schedule
 from turbo import EMA
 
@@ -153,7 +154,7 @@ def vae(config: Config) -> None:
     The latents are scaled to a standard deviation of 1/2, not 1: the papers' schedule ends at ᾱ = 0.0047, where 512 latent pixels of a
     flat background together still tell its colour. Sampling starts from pure noise, which tells nothing; the teacher must not lean on it.
     """
-    network = model.VAE(model.SHAPES_VAE).to(config.device)
+    network = model.VAE(SHAPES_VAE).to(config.device)
 
     def loss_of(rng, progress):
         clips = draw(rng, 32, 2)[0].to(config.device)
@@ -271,7 +272,7 @@ def teacher(config: Config) -> None:
     """
     pixels, text = shapes.load_vae(config.out).to(config.device), shapes.load_text(config.out).to(config.device)
     schedule = Schedule(device=config.device)
-    network, group = shapes.UNet(model.SHAPES).to(config.device), Group()
+    network, group = shapes.UNet(SHAPES).to(config.device), Group()
     for layer in network.modules():
         if isinstance(layer, torch.nn.Conv3d):
             layer.weight.data[:, :, ::2] = 0            # what a frame takes from its neighbours, of which pictures have none

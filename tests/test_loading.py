@@ -213,7 +213,7 @@ def test_dtype_and_memory_format(tmp_path):
 
 def test_new_student(tmp_path):
     torch.save(videocrafter(), tmp_path / "model.ckpt")
-    student = load("vc2", tmp_path, guidance=True, motion=True, dropout=0.1).unet
+    student = load("vc2", tmp_path, guidance=True, motion=True).unet
     w = torch.tensor([5.0, 9.0])
     with torch.no_grad():
         assert torch.equal(student(*INPUTS), student(*INPUTS, w=w, motion=w))

@@ -15,10 +15,8 @@ import transformers
 
 from model import (
     MODELSCOPE,
-    SHAPES_VAE,
     VAE,
     VC2,
-    SpaceTime,
     TextConfig,
     TextEncoder,
     UNet3D,
@@ -27,15 +25,15 @@ from model import (
     attention,
     frames_to_batch,
     guidance_embedding,
+    layout,
     pixels_to_tokens,
-    record_attention,
     timestep_embedding,
     tokens_to_pixels,
 )
 from plumbing.weights import DIFFUSERS, DIFFUSERS_VAE, VIDEOCRAFTER, fill, huggingface_text, rename
 
 SMALL = UNetConfig(channels=32, mult=(1, 2, 2, 2), head_dim=8, context_dim=24)
-TOY = replace(SMALL, mult=(1, 2), res_blocks=1, attention_levels=(0, 1), groups=8, spacetime=16)
+TINY = replace(SMALL, mult=(1, 2), res_blocks=1, attention_levels=(0, 1), groups=8)
 SMALL_VAE = VAEConfig(channels=32, mult=(1, 1, 2, 2))
 SMALL_TEXT = TextConfig(width=24, layers=3, heads=2)
 
@@ -109,7 +107,7 @@ def unet_pair():
 INPUTS = randn(1, 2, 4, 3, 16, 16), torch.tensor([3, 979]), randn(2, 2, 5, 24)        # z, t, context
 
 
-# ---------------------------------------------------------------------------------------------- UNet
+# ---- UNet ----------------------------------------------------------------------------------------------------
 
 def published(y):
     """The six numbers noted of the published code's output."""
@@ -160,30 +158,31 @@ def test_conditions_as_published(motion, given, expected):
 
 def test_temporal_attention_as_published():
     unet = original(replace(SMALL, fps=True, guidance=True))
-    with torch.no_grad(), record_attention(unet) as maps:
-        unet(*INPUTS, fps=8)
-    assert len(maps) == 9 and maps[unet.output_blocks[3][2].attn1].shape == (2, 4 * 4, 8, 3, 3)
-    for block, expected in ((3, [.2754962, .2461832, .887093, .2399107, .0817573, .1935352]),
-                            (7, [.2505076, .3267309, .1773534, .2607375, .4989571, .446785]),
-                            (11, [.1816156, .0950947, .169939, .3473794, .1249472, .6747102])):
-        assert close(published(maps[unet.output_blocks[block][2].attn1]), torch.tensor(expected))
+    with torch.no_grad():
+        eps, maps = unet.with_maps(*INPUTS, fps=8)
+        assert torch.equal(eps, unet(*INPUTS, fps=8))
+    attentions = unet.motion_attentions()
+    assert len(maps) == 9 and attentions == [unet.output_blocks[i][2].attn1 for i in range(3, 12)]
+    assert maps[0].shape == (2, 4 * 4 * 8, 3, 3)
+    for i, expected in ((0, [.2754962, .2461832, .887093, .2399107, .0817573, .1935352]),
+                        (4, [.2505076, .3267309, .1773534, .2607375, .4989571, .446785]),
+                        (8, [.1816156, .0950947, .169939, .3473794, .1249472, .6747102])):
+        assert close(published(maps[i]), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_recorded_attention_is_differentiable(checkpointing):
-    """Against a finite difference, in float64; also where blocks are recomputed."""
+def test_attention_maps_are_differentiable(checkpointing):
+    """Against a finite difference, in float64; also where blocks are recomputed, and with the listeners gone by then."""
     unet = original(replace(SMALL, mult=(1, 2))).double()
     z, t, c = INPUTS
     z, c, step = z.double().requires_grad_(), c.double(), 1e-6 * randn(6, *z.shape).double()
 
-    def energy(z, derivative=False):
-        with record_attention(unet) as maps:
-            unet(z, t, c)
-            e = sum(p.square().mean() for p in maps.values())
-            return torch.autograd.grad(e, z)[0] if derivative else e
+    def energy(z):
+        return sum(p.square().mean() for p in unet.with_maps(z, t, c)[1])
 
     unet.checkpointing = checkpointing
-    g = energy(z, derivative=True)
+    g = torch.autograd.grad(energy(z), z)[0]
+    assert not any(m._forward_hooks for m in unet.modules())
     with torch.no_grad():
         numeric = (energy(z + step) - energy(z - step)) / 2
     assert torch.isclose((g * step).sum(), numeric, rtol=1e-5, atol=0)
@@ -245,7 +244,7 @@ def test_embeddings():
 def test_start_of_training():
     """A new UNet predicts zero; a new student is its teacher, and learns about ω and λ from its first step."""
     torch.manual_seed(0)
-    unet = UNet3D(replace(TOY, guidance=True, motion=True, fps=True))
+    unet = UNet3D(replace(TINY, guidance=True, motion=True, fps=True))
     z, t, c, w = randn(1, 2, 4, 4, 8, 8), torch.tensor([3, 500]), randn(2, 2, 6, 24), torch.tensor([5.0, 9.0])
     assert not unet(z, t, c).any()
     for key, p in unet.named_parameters():                  # as after training, but for the layers of ω and λ
@@ -257,32 +256,16 @@ def test_start_of_training():
     assert unet.time_cond_proj.weight.grad.any() and unet.motion_cond_proj.weight.grad.any()
 
 
-def test_spacetime_tells_frames_apart():
-    """Without it the architecture cannot: on equal frames every frame gets the same ε, but at the zero-padded ends. The toy is told
-    in the first features, with the timestep and in each attention over the clip, and each of these is enough."""
-    torch.manual_seed(0)
-    unet = UNet3D(replace(TOY, mult=(1,), attention_levels=(0,))).eval()
-    for p in unet.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.02)
-    told = [m for m in unet.modules() if isinstance(m, SpaceTime)]
-    voices = [m.out.weight.detach().clone() for m in told]
-    z, t, c = randn(1, 1, 4, 1, 8, 8).expand(-1, -1, 40, -1, -1), torch.tensor([300]), randn(2, 1, 6, 24)
-    with torch.no_grad():
-        for heard in [None, *told]:
-            for m, voice in zip(told, voices):
-                m.out.weight.copy_(voice if m is heard else 0 * voice)
-            eps = unet(z, t, c)
-            assert close(eps[:, :, 19], eps[:, :, 20]) == (heard is None)
-    assert unet.spacetime(c, 40, 8, 8).shape == (1, 40, 8, 8, 32) and unet.frametime(c, 40).shape == (1, 40, 128)
+def test_layout_of_the_published_unets():
+    """The table in the docstring is what `layout` returns."""
+    def text(block):
+        return ", ".join(f"{kind} {cin}" if cin == cout else f"{kind} {cin} {cout}" for kind, cin, cout in block)
 
-
-def test_dropout_only_in_training():
-    unet = original(replace(SMALL, dropout=0.5))
-    with torch.no_grad():
-        assert torch.equal(unet(*INPUTS), unet(*INPUTS)) and close(unet(*INPUTS), original(SMALL)(*INPUTS))
-        unet.train()
-        assert not torch.equal(unet(*INPUTS), unet(*INPUTS))
+    table, (down, (middle,), up) = layout.__doc__, layout(VC2)
+    for i, block in enumerate(down):
+        beside = len(down) - 1 - i
+        assert f"{i:2}  {text(block):37}  {beside:2}  {text(up[beside])}\n" in table
+    assert f"middle_block  {text(middle)}\n" in table
 
 
 def test_compiles_without_a_graph_break():
@@ -311,7 +294,7 @@ def test_names_and_shapes_of_the_public_files():
     assert len(text.state_dict()) == 280 and sum(p.numel() for p in text.parameters()) == 340_387_840
 
 
-# ----------------------------------------------------------------------------------------- VAE, text
+# ---- VAE, text -----------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def vae_pair():
@@ -344,13 +327,6 @@ def test_vae_decodes_as_diffusers(vae_pair, chunk, checkpointing):
     assert close(frames_to_batch(x), expected)
     g, dg = (torch.autograd.grad(y.square().sum(), z)[0] for y in (x, expected))
     assert close(g, dg)
-
-
-def test_toy_vae():
-    vae, f = VAE(SHAPES_VAE), SHAPES_VAE.factor
-    x = torch.rand(2, 3, 4, 32, 48)
-    assert vae.encode(x).shape == (2, SHAPES_VAE.latent, 4, 32 // f, 48 // f)
-    assert vae.decode(vae.encode(x)).shape == x.shape
 
 
 def test_text_equals_transformers(capsys):

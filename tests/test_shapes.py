@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import evaluate
+import model
 import shapes
 from plumbing import cli
 from shapes import pretrain, world
+from shapes.models import SHAPES, SHAPES_VAE, SpaceTime, UNet
 from shapes.world import Scene, Thing
 
 
@@ -239,3 +241,32 @@ def test_a_group_of_processes_trains_the_same_weights(tmp_path):
                      pretrain.Config(out=str(folder)), group=group)
         results.append(conv.weight.detach().clone())
     assert torch.equal(*results)
+
+
+def test_spacetime_tells_frames_apart():
+    """Without it the architecture cannot: on equal frames every frame gets the same ε, but at the zero-padded ends. The
+    toy is told in the first features, with the timestep and in each attention over the clip, and each is enough."""
+    torch.manual_seed(0)
+    unet = UNet(replace(SHAPES, in_channels=4, mult=(1,), head_dim=8, context_dim=24, spacetime=16)).eval()
+    for p in unet.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.02)
+    told = [m for m in unet.modules() if isinstance(m, SpaceTime)]
+    voices = [m.out.weight.detach().clone() for m in told]
+    z, t, c = torch.randn(1, 4, 1, 8, 8).expand(-1, -1, 40, -1, -1), torch.tensor([300]), torch.randn(1, 6, 24)
+    with torch.no_grad():
+        for heard in [None, *told]:
+            for m, voice in zip(told, voices):
+                m.out.weight.copy_(voice if m is heard else 0 * voice)
+            eps = unet(z, t, c)
+            difference = (eps[:, :, 19] - eps[:, :, 20]).abs().max()
+            assert (difference <= 1e-5 * eps[:, :, 20].abs().max()) == (heard is None)
+    assert unet.spacetime(c, 40, 8, 8).shape == (1, 40, 8, 8, 32)
+    assert unet.frametime(c, 40).shape == (1, 40, 128)
+
+
+def test_toy_vae():
+    vae, f = model.VAE(SHAPES_VAE), SHAPES_VAE.factor
+    x = torch.rand(2, 3, 4, 32, 48)
+    assert vae.encode(x).shape == (2, SHAPES_VAE.latent, 4, 32 // f, 48 // f)
+    assert vae.decode(vae.encode(x)).shape == x.shape

@@ -1,0 +1,135 @@
+"""The toy's networks: what a small model needs that the published ones do without. Names of parts are those of the shipped files."""
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import model
+from rewards import ViCLIP
+from shapes import world
+from solver import Schedule
+
+
+@dataclass(frozen=True)
+class Config(model.UNetConfig):
+    """Sizes of the toy's UNet."""
+    spacetime: int = 128                    # width of SpaceTime
+
+    @property
+    def network(self) -> type:
+        return UNet
+
+
+SHAPES = Config(in_channels=8, channels=32, mult=(2, 3), res_blocks=1, attention_levels=(0, 1), head_dim=32, context_dim=128,
+                init_heads=1, groups=8)
+SHAPES_VAE = model.VAEConfig(channels=48, mult=(1, 1), res_blocks=1, latent=8, groups=8, patch=4)
+
+
+class SpaceTime(nn.Module):
+    """Tells the toy where and when: caption-modulated functions of (t, y, x), added to the first features and to what each
+    attention over the clip sees, and one of t, added to the timestep embedding of every frame. Normalised, so that they are
+    as large as the features they join.
+
+    The published UNets know neither place (only what zero padding leaks) nor time (their temporal attention has no
+    positions). A billion weights cope with that; a small network that must move a shape "from left to right" does not.
+    """
+
+    octaves = 4
+
+    def __init__(self, axes: int, width: int, context_dim: int, channels: int):
+        super().__init__()
+        self.features = nn.Linear(axes * (1 + 2 * self.octaves), width)
+        self.modulation = nn.Linear(context_dim, 2 * width)
+        self.hidden = nn.Linear(width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.out = nn.Linear(width, channels)
+
+    def forward(self, c: Tensor, *sizes: int) -> Tensor:
+        """c (B, L, D), whose last token is the caption as a whole; sizes T or T, H, W -> (B, sizes..., channels)"""
+        # positions and their sinusoids
+        axes = [torch.linspace(-1, 1, n, device=c.device) for n in sizes]
+        place = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)               # (T, H, W, axes)
+        waves = [f(math.pi * 2 ** k * place) for k in range(self.octaves) for f in (torch.sin, torch.cos)]
+        h = self.norm1(self.features(torch.cat([place, *waves], dim=-1).to(c.dtype)))   # (T, H, W, D)
+
+        # modulated by the caption
+        scale, shift = self.modulation(c[:, -1]).view(len(c), *[1] * len(sizes), -1).chunk(2, dim=-1)
+        h = F.silu(h * (1 + scale) + shift)                                             # (B, T, H, W, D)
+        return self.out(self.norm2(F.silu(self.hidden(h))))
+
+
+class ClipTransformer(model.Transformer):
+    """The toy's temporal transformer: both of its attentions see all pixels of all frames, and know their places.
+
+    In its 64 latent pixels things move past each other, and a pixel's own frames do not tell what moved.
+    """
+
+    def __init__(self, channels: int, config: Config):
+        place = SpaceTime(3, config.spacetime, config.context_dim, channels)
+        super().__init__(channels, channels // config.head_dim, config.head_dim, "all", config.context_dim, config.groups)
+        self._modules = {"place": place, **self._modules}       # first: optimizer states and LoRA draws go by this order
+
+    def tokens(self, x, c):
+        return super().tokens(x, c) + self.place(c, *x.shape[2:]).flatten(1, 3)
+
+
+class UNet(model.UNet3D):
+    """The toy's denoiser: told place and time, with attention over the whole clip, and ε as seen from outside, while the
+    network inside predicts v = α ε - σ z0 (Salimans and Ho, 2022).
+
+    At t = 999, ε is z but for 0.5 %, and what the caption says is in that remainder. A billion weights trained for weeks copy
+    z to the output precisely enough not to bury it; a small network does not. ε = σ z + α v leaves it only the part that
+    matters.
+    """
+
+    def conditions(self) -> dict[str, nn.Module]:
+        config, layers = self.config, super().conditions()
+        layers["spacetime"] = SpaceTime(3, config.spacetime, config.context_dim, config.channels)
+        layers["frametime"] = SpaceTime(1, config.spacetime, config.context_dim, 4 * config.channels)
+        return layers
+
+    def layer(self, kind: str, cin: int, cout: int) -> nn.Module:
+        return ClipTransformer(cin, self.config) if kind == "time" else super().layer(kind, cin, cout)
+
+    def embed(self, z, t, c, *conditions):
+        return super().embed(z, t, c, *conditions) + self.frametime(c, z.shape[2])      # (B, T, 4 channels)
+
+    def first(self, z, emb, c):
+        h = self.run(self.input_blocks[0], z, emb, c)
+        h = h + self.spacetime(c, *h.shape[2:]).permute(0, 4, 1, 2, 3)
+        return self.run(self.init_attn, h, emb, c)
+
+    def motion_attentions(self) -> list[model.Attention]:
+        """The first attention over the clip of every block on the way up: where in all frames a pixel finds what it shows.
+        The only attention of a pixel's own frames, `init_attn`, stands before the network knows what moves."""
+        return [m.attn1 for m in self.output_blocks.modules() if isinstance(m, ClipTransformer)]
+
+    def forward(self, z: Tensor, t: Tensor, c: Tensor, **conditions) -> Tensor:
+        alpha, sigma = Schedule(device=z.device).at(t)
+        return sigma * z + alpha * super().forward(z, t, c, **conditions).float()
+
+
+class CaptionEncoder(nn.Module):
+    """Captions -> c (B, 49, 128): the states of 24 tokens in CLIP's text tower, the same in ViCLIP's, and ViCLIP's embedding of
+    the whole caption.
+
+    A tower that was trained on pictures does not say which of two things a motion belongs to; ViCLIP's, trained on clips, does.
+    """
+
+    def __init__(self, text: model.TextEncoder, viclip: ViCLIP):
+        super().__init__()
+        self.text, self.viclip = text, viclip
+
+    @property
+    def width(self) -> int:
+        return self.text.width
+
+    @torch.no_grad()
+    def forward(self, captions: list[str]) -> Tensor:
+        ids, tower = world.tokenize(captions).to(self.text.ln_final.weight.device), self.viclip.text_encoder
+        states = tower.states(ids)
+        whole = tower.whole(ids, states)
+        whole = whole / whole.norm(dim=1, keepdim=True) * whole.shape[1] ** 0.5         # unit variance
+        return torch.cat([self.text(captions), states, whole[:, None]], 1)
