@@ -19,7 +19,7 @@ import rewards
 import sample as sampler
 import shapes
 from plumbing import cli, video
-from shapes import world
+from shapes import grammar, world
 from solver import Schedule, cfg, predict_z0
 from turbo import Noise, sample
 
@@ -77,7 +77,7 @@ def shapes_row(config: ShapesConfig, models, scorers: dict, method: str, steps: 
         with torch.no_grad():
             scores = {kind: scorer(frames_for(scorer, clips), captions).tolist() for kind, scorer in scorers.items()}
         for i, (scene, caption, clip) in enumerate(zip(scenes, captions, clips)):
-            verdict = world.judge(world.Scene(scene.things, world.understand(caption).background), clip)
+            verdict = world.judge(grammar.Scene(scene.things, grammar.understand(caption).background), clip)
             groups = {split: verdict["all"], ("one", "two")[len(scene.things) - 1]: verdict["all"]}
             rows.append(verdict | groups | {kind: score[i] for kind, score in scores.items()} | {"seconds": seconds})
     return rows

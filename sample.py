@@ -20,6 +20,7 @@ from tqdm import tqdm
 import shapes
 from model import FAMILIES, Models, check_size
 from plumbing import cli, video, weights
+from shapes import grammar
 from solver import Schedule, cfg, ddim_sample, ddim_timesteps, z0_scale
 from turbo import Noise, consistency, sample
 
@@ -167,7 +168,7 @@ def main(argv=None):
     prompts = read_prompts(config.prompts) if config.prompts else [config.prompt]
     if config.model not in FAMILIES:
         for prompt in prompts:
-            shapes.world.understand(prompt)
+            grammar.understand(prompt)
     jobs = [(prompt, i, path) for prompt in prompts for i, path in enumerate(outputs(config, prompt))
             if not (config.prompts and path.exists())]
     models = load_models(config)

@@ -1,15 +1,17 @@
 """The toy's networks: what a small model needs that the published ones do without. Names of parts are those of the shipped files."""
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import model
-from rewards import ViCLIP
-from shapes import world
-from solver import Schedule
+import rewards as reward_models
+from plumbing import weights
+from shapes import STUDENTS, WEIGHTS, student, world
+from solver import Sampling, Schedule
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class Config(model.UNetConfig):
 
 SHAPES = Config(in_channels=8, channels=32, mult=(2, 3), res_blocks=1, attention_levels=(0, 1), head_dim=32, context_dim=128,
                 init_heads=1, groups=8)
+SAMPLING = {                            # method -> how its clips are made, unless the command line says otherwise
+    "turbo": Sampling("student", steps=4, guidance=2.0, grid=8),
+    "teacher": Sampling("ddim", steps=50, guidance=2.0, grid=50, on_grid=True),
+}
 SHAPES_VAE = model.VAEConfig(channels=48, mult=(1, 1), res_blocks=1, latent=8, groups=8, patch=4)
 
 
@@ -118,7 +124,7 @@ class CaptionEncoder(nn.Module):
     A tower that was trained on pictures does not say which of two things a motion belongs to; ViCLIP's, trained on clips, does.
     """
 
-    def __init__(self, text: model.TextEncoder, viclip: ViCLIP):
+    def __init__(self, text: model.TextEncoder, viclip: reward_models.ViCLIP):
         super().__init__()
         self.text, self.viclip = text, viclip
 
@@ -133,3 +139,63 @@ class CaptionEncoder(nn.Module):
         whole = tower.whole(ids, states)
         whole = whole / whole.norm(dim=1, keepdim=True) * whole.shape[1] ** 0.5         # unit variance
         return torch.cat([self.text(captions), states, whole[:, None]], 1)
+
+
+# ---- loading -------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors (as float32) and configuration of one of the toy's weight files."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; make it with: python shapes/pretrain.py --all --out {path.parent}")
+    tensors, config = weights.read_checkpoint(path)
+    return {key: tensor.float() for key, tensor in tensors.items()}, config
+
+
+def load_vae(folder: Path = WEIGHTS) -> model.VAE:
+    """The toy's VAE, frozen."""
+    tensors, config = read(Path(folder) / "vae.safetensors")
+    vae = model.VAE(model.VAEConfig(**{**config, "mult": tuple(config["mult"])}))
+    vae.load_state_dict(tensors)
+    return vae.eval().requires_grad_(False)
+
+
+def load_text(folder: Path = WEIGHTS) -> CaptionEncoder:
+    """The toy's caption encoder, frozen: parts of the CLIP and of the ViCLIP that also serve as rewards."""
+    tensors, config = read(Path(folder) / "clip.safetensors")
+    cfg = config["text_cfg"]
+    text = model.TextEncoder(model.TextConfig(**{name: cfg[name] for name in model.TextConfig.__annotations__}), world.tokenize)
+    text.load_state_dict({key: tensors[key] for key in text.state_dict()})
+    tensors, config = read(Path(folder) / "viclip.safetensors")
+    viclip = reward_models.ViCLIP(reward_models.ViCLIPConfig(**config))
+    viclip.load_state_dict(tensors)
+    return CaptionEncoder(text, viclip).eval().requires_grad_(False)
+
+
+def load(turbo: str | Path | None = None, folder: str | Path | None = None, device="cpu", dtype=torch.float32,
+         **conditions) -> model.Models:
+    """The toy's networks, like `weights.load`: the teacher's, or with turbo weights (a file, or vcm, vcm-img, vcm-vid, turbo for the
+    embedded ones) a student's. folder: where pretrain.py wrote, instead of the embedded weights."""
+    folder = Path(folder or WEIGHTS)
+    state, config = read(folder / "teacher.safetensors")
+    config.pop("dropout", None)                                                     # in the headers of older files; it was 0
+    config = replace(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}), **conditions)
+    lora, header = None, {}
+    if turbo is not None:
+        turbo = student(turbo, folder) if str(turbo) in STUDENTS else turbo
+        config, whole, lora, header = weights.read_turbo(turbo, config)
+        state = whole or state
+    if config.guidance and "time_cond_proj.weight" not in state:
+        state["time_cond_proj.weight"] = torch.zeros(config.channels, 256)         # what LoRA adds to
+    with torch.device("meta"):
+        unet = UNet(config)
+    weights.fill(unet, state, turbo or folder, device, dtype, lora)
+    frozen = load_vae(folder).to(device, dtype), load_text(folder).to(device)       # ViCLIP's norms are float32
+    return model.Models("shapes", unet, *frozen, fps=8, height=world.SIZE, width=world.SIZE, frames=world.FRAMES, header=header)
+
+
+def rewards(device="cpu", folder: str | Path | None = None) -> dict[str, reward_models.Reward]:
+    """R_img, the toy's CLIP, and R_vid, its ViCLIP."""
+    folder = Path(folder or WEIGHTS)
+    return {kind: reward_models.load(f"shapes-{name}", folder / f"{name}.safetensors", device, tokenizer=world.tokenize)
+            for kind, name in (("image", "clip"), ("video", "viclip"))}

@@ -30,7 +30,7 @@ import rewards
 import shapes
 from plumbing import cli, weights
 from plumbing.run import Group
-from shapes import world
+from shapes import grammar, world
 from shapes.models import SHAPES, SHAPES_VAE
 from solver import Schedule
 from turbo import EMA
@@ -55,9 +55,9 @@ PAIRS = 0.7                             # more scenes of two things than in the 
 RESTART = 0.35                          # when the teacher's learning rate starts over
 CLIP = dict(embed_dim=128, image_size=world.SIZE,
             vision_cfg=dict(image_size=world.SIZE, patch_size=8, width=128, layers=3, head_width=32),
-            text_cfg=dict(width=128, layers=4, heads=4, context_length=24, vocab_size=world.VOCABULARY_SIZE))
+            text_cfg=dict(width=128, layers=4, heads=4, context_length=24, vocab_size=grammar.VOCABULARY_SIZE))
 VICLIP = rewards.ViCLIPConfig(image_size=world.SIZE, patch=8, frames=4, tubelet=4, width=128, layers=3, heads=4, embed_dim=128,
-                              text_width=128, text_layers=4, text_heads=4, context_length=24, vocab_size=world.VOCABULARY_SIZE)
+                              text_width=128, text_layers=4, text_heads=4, context_length=24, vocab_size=grammar.VOCABULARY_SIZE)
 VICLIP_FROM_CLIP = {"visual.": "vision_encoder.", "transformer.resblocks.": "blocks.", ".ln_1": ".norm1", ".ln_2": ".norm2",
                     "attn.in_proj_": "attn.qkv.", "attn.out_proj": "attn.proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 
@@ -116,7 +116,7 @@ def fit(name: str, network: torch.nn.Module, loss_of, steps: int, config: Config
 
 
 def draw(rng: random.Random, count: int, T: int, vary: str = "", pairs: float = PAIRS
-         ) -> tuple[Tensor, list[str], list[world.Scene]]:
+         ) -> tuple[Tensor, list[str], list[grammar.Scene]]:
     """A batch of training clips in [-1, 1] (B, 3, T, H, W), captions, scenes.
 
     With `vary`, every second scene differs from the one before it in one respect: who has which attribute, or one attribute of one
@@ -124,28 +124,28 @@ def draw(rng: random.Random, count: int, T: int, vary: str = "", pairs: float = 
     """
     scenes = []
     while len(scenes) < count:
-        scenes.append(world.draw_scene(rng, pairs=pairs))
+        scenes.append(grammar.draw_scene(rng, pairs=pairs))
         if vary:
             scenes.append(variation(scenes[-1], rng, vary.split()))
-    captions = [world.describe(scene, rng) for scene in scenes]
+    captions = [grammar.describe(scene, rng) for scene in scenes]
     clips = torch.stack([world.render(scene, rng, T) for scene in scenes])
     return clips.float() / 127.5 - 1, captions, scenes
 
 
-def variation(scene: world.Scene, rng: random.Random, attributes: list[str]) -> world.Scene:
+def variation(scene: grammar.Scene, rng: random.Random, attributes: list[str]) -> grammar.Scene:
     """The scene with an attribute exchanged between its two things, or changed in one of them; from trained combinations only."""
-    values = {"colour": world.COLOURS, "shape": world.SHAPES, "motion": world.MOTIONS}
+    values = {"colour": grammar.COLOURS, "shape": grammar.SHAPES, "motion": grammar.MOTIONS}
     for _ in range(50):
         things, name = [vars(t).copy() for t in scene.things], rng.choice(attributes)
         if len(things) == 2 and rng.random() < 0.5:
             things[0][name], things[1][name] = things[1][name], things[0][name]
         else:
             rng.choice(things)[name] = rng.choice(list(values[name]))
-        new = world.Scene(tuple(world.Thing(**t) for t in things), scene.background)
+        new = grammar.Scene(tuple(grammar.Thing(**t) for t in things), scene.background)
         sound = len({t.colour for t in new.things}) == len(things) and not any(t.held_out for t in new.things)
         if sound and set(new.things) != set(scene.things):
             return new
-    return world.draw_scene(rng)
+    return grammar.draw_scene(rng)
 
 
 def vae(config: Config) -> None:
@@ -185,23 +185,23 @@ class Namer(torch.nn.Module):
     def __init__(self, width: int, attributes: dict[str, dict]):
         super().__init__()
         self.attributes = attributes
-        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(width, len(world.COLOURS) * (1 + len(values)))
+        self.heads = torch.nn.ModuleDict({name: torch.nn.Linear(width, len(grammar.COLOURS) * (1 + len(values)))
                                           for name, values in attributes.items()})
 
-    def forward(self, feature: Tensor, scenes: list[world.Scene]) -> dict[str, Tensor]:
+    def forward(self, feature: Tensor, scenes: list[grammar.Scene]) -> dict[str, Tensor]:
         """Features (B, E) and what they should tell -> a cross-entropy per attribute."""
         losses = {}
         for name, values in self.attributes.items():
-            label = torch.zeros(len(scenes), len(world.COLOURS), dtype=torch.long)             # 0: no thing has this colour
+            label = torch.zeros(len(scenes), len(grammar.COLOURS), dtype=torch.long)             # 0: no thing has this colour
             for row, scene in zip(label, scenes):
                 for thing in scene.things:
-                    row[list(world.COLOURS).index(thing.colour)] = 1 + list(values).index(getattr(thing, name))
+                    row[list(grammar.COLOURS).index(thing.colour)] = 1 + list(values).index(getattr(thing, name))
             logits = self.heads[name](8 * feature).view(-1, 1 + len(values))
             losses[name] = F.cross_entropy(logits, label.flatten().to(logits.device))
         return losses
 
 
-def contrast(seen: Tensor, said: Tensor, scenes: list[world.Scene], namer: Namer, logit_scale: Tensor) -> tuple[Tensor, dict]:
+def contrast(seen: Tensor, said: Tensor, scenes: list[grammar.Scene], namer: Namer, logit_scale: Tensor) -> tuple[Tensor, dict]:
     """CLIP's symmetric InfoNCE loss plus the naming of attributes; and how often the right caption comes first."""
     seen, said = F.normalize(seen.float(), dim=1), F.normalize(said.float(), dim=1)
     logits, target = logit_scale.exp().clamp(max=100) * seen @ said.T, torch.arange(len(seen), device=seen.device)
@@ -213,7 +213,7 @@ def contrast(seen: Tensor, said: Tensor, scenes: list[world.Scene], namer: Namer
 def clip(config: Config) -> None:
     """Image-text contrast on single frames: colours, shapes, who has which, background."""
     network = open_clip.CLIP(CLIP["embed_dim"], CLIP["vision_cfg"], CLIP["text_cfg"]).to(config.device)
-    network.namer = Namer(CLIP["embed_dim"], {"shape": world.SHAPES}).to(config.device)
+    network.namer = Namer(CLIP["embed_dim"], {"shape": grammar.SHAPES}).to(config.device)
 
     def loss_of(rng, progress):
         clips, captions, scenes = draw(rng, 64, 2, "colour shape")
@@ -244,7 +244,7 @@ def viclip(config: Config) -> None:
     start["vision_encoder.conv1.weight"] = (conv + 0.5 * conv.std() * torch.randn_like(conv)).flatten(1, 2)
     start["vision_encoder.temporal_positional_embedding"] = torch.zeros(1, 1, VICLIP.width)
     network.load_state_dict(start)
-    network.namer = Namer(VICLIP.embed_dim, {"shape": world.SHAPES, "motion": world.MOTIONS}).to(config.device)
+    network.namer = Namer(VICLIP.embed_dim, {"shape": grammar.SHAPES, "motion": grammar.MOTIONS}).to(config.device)
     logit_scale = torch.tensor(math.log(20.0), device=config.device)
 
     def loss_of(rng, progress):
@@ -280,7 +280,7 @@ def teacher(config: Config) -> None:
     def loss_of(rng, progress):
         pictures, coherent, bound = progress < 2 / 9, progress >= RESTART, progress >= 2 / 3
         B, T = (96, 1) if pictures else (16, world.FRAMES)
-        clips, captions, _ = draw(rng, B, max(T, 2), pairs=PAIRS if pictures or bound else world.PAIRS)
+        clips, captions, _ = draw(rng, B, max(T, 2), pairs=PAIRS if pictures or bound else grammar.PAIRS)
         if pictures:
             clips = clips[torch.arange(B), :, [rng.randrange(2) for _ in range(B)], None]
         mine = slice(B * group.rank // group.world, B * (group.rank + 1) // group.world)          # this process's part of the batch

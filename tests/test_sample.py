@@ -14,7 +14,7 @@ import shapes
 from model import UNet3D, UNetConfig
 from plumbing import cli, video
 from plumbing.weights import save_checkpoint
-from shapes import world
+from shapes import grammar, world
 
 PROMPT = "a red circle moving right and a blue square moving up"
 
@@ -36,7 +36,7 @@ def test_the_readmes_first_command_shows_what_was_asked_for(tmp_path):
     run(PROMPT, "--num", 8, "--out", tmp_path / "out.mp4", "--sheet", tmp_path / "sheet.png")
     clips = [video.read_clip(tmp_path / f"out-{i}.mp4") for i in range(8)]
     assert clips[0].shape == (3, 8, 64, 64) and iio.imread(tmp_path / "sheet.png").shape == (512, 512, 3)
-    verdicts = [world.judge(world.understand(PROMPT), clip) for clip in clips]
+    verdicts = [world.judge(grammar.understand(PROMPT), clip) for clip in clips]
     assert verdicts[0]["all"] == 1 and sum(v["all"] for v in verdicts) >= 4 and sum(v["colour"] * v["shape"] for v in verdicts) >= 6
 
 
@@ -44,7 +44,7 @@ def test_one_thing_is_right(tmp_path):
     """In at least 7 of 8 clips."""
     prompt = "a red circle moving right"
     run(prompt, "--num", 8, "--out", tmp_path / "out.safetensors")
-    assert sum(world.judge(world.understand(prompt), video.read_clip(tmp_path / f"out-{i}.safetensors"))["all"] for i in range(8)) >= 7
+    assert sum(world.judge(grammar.understand(prompt), video.read_clip(tmp_path / f"out-{i}.safetensors"))["all"] for i in range(8)) >= 7
 
 
 def test_loading_and_four_steps_take_less_than_five_seconds():
@@ -82,7 +82,7 @@ def test_a_clip_depends_on_its_seed_and_not_on_its_batch(method):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_toy_runs_in_half_precision(tmp_path, dtype):
     run("a red circle moving right", "--dtype", dtype, "--out", tmp_path / "out.safetensors")
-    assert world.judge(world.understand("a red circle moving right"), video.read_clip(tmp_path / "out.safetensors"))["all"]
+    assert world.judge(grammar.understand("a red circle moving right"), video.read_clip(tmp_path / "out.safetensors"))["all"]
 
 
 def test_compile_captures_the_whole_unet_in_one_graph(tmp_path, monkeypatch):

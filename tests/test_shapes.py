@@ -1,7 +1,10 @@
 """The shapes world: captions, drawing, the oracle, and pretraining at miniature size."""
 import json
 import random
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,16 +13,16 @@ import evaluate
 import model
 import shapes
 from plumbing import cli
-from shapes import pretrain, world
+from shapes import grammar, pretrain, world
+from shapes.grammar import Scene, Thing
 from shapes.models import SHAPES, SHAPES_VAE, SpaceTime, UNet
-from shapes.world import Scene, Thing
 
 
 def scenes(count, held_out):
     for i in range(count):
         rng = random.Random(f"test {held_out} {i}")
-        scene = world.draw_scene(rng, held_out)
-        yield scene, world.describe(scene, rng), world.render(scene, rng)
+        scene = grammar.draw_scene(rng, held_out)
+        yield scene, grammar.describe(scene, rng), world.render(scene, rng)
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -61,7 +64,7 @@ def test_noise_is_nothing():
 def test_other_sizes(T, size):
     for i in range(40):
         rng = random.Random(i)
-        scene = world.draw_scene(rng)
+        scene = grammar.draw_scene(rng)
         clip = world.render(scene, rng, T, size)
         assert clip.shape == (3, T, size, size) and clip.dtype == torch.uint8 and world.judge(scene, clip)["all"]
 
@@ -69,24 +72,94 @@ def test_other_sizes(T, size):
 def test_captions_are_understood():
     for held_out in (False, True):
         for scene, caption, _ in scenes(200, held_out):
-            understood = world.understand(caption)
+            understood = grammar.understand(caption)
             assert set(understood.things) == set(scene.things) and understood.background in (None, scene.background)
             assert all(thing.held_out == held_out for thing in scene.things)
-    asked = world.understand("A red circle moving right, and a blue square moving up!")
+    asked = grammar.understand("A red circle moving right, and a blue square moving up!")
     assert asked == Scene((Thing("red", "circle", "right"), Thing("blue", "square", "up")))
 
 
+SAYS = {
+    "a red circle": ([("red", "circle", None)], None),
+    "something blue falls": ([("blue", None, "down")], None),
+    "A ball rolls left, a grey backdrop.": ([(None, "circle", "left")], "gray"),
+    "the green triangle stays in front of a black background": ([("green", "triangle", "still")], "black"),
+    "a red circle that moves to the left while a blue cube goes upward on white":
+        ([("red", "circle", "left"), ("blue", "square", "up")], "white"),
+    "a red circle on a white background moving left": ([("red", "circle", "left")], "white"),
+    "white background, a red circle, rising": ([("red", "circle", "up")], "white"),
+    "red left": ([("red", None, "left")], None),
+    "boxes rise": ([(None, "square", "up")], None),
+    "a red circle moving": ([("red", "circle", None)], None),
+}
+
+
+@pytest.mark.parametrize("caption", SAYS)
+def test_what_people_type_is_understood(caption):
+    things, background = SAYS[caption]
+    scene, again = grammar.read_caption(caption)
+    assert scene == Scene(tuple(Thing(*thing) for thing in things), background)
+    assert grammar.understand(again) == scene and set(again.split()) <= set(grammar.VOCABULARY)
+
+
 @pytest.mark.parametrize("caption, complaint", [
-    ("a red dog moving left", "unknown word 'dog'"), ("a red circle", "not one colour, one shape and one motion"),
-    ("a red circle rising and a red square rising", "different colours"), ("", "not one colour")])
+    ("a red dog moving left", "unknown word 'dog'"), ("two circles", "unknown word 'two'"),
+    ("a red blue circle rising", "more than one colour"), ("a red and blue circle", "one colour"),
+    ("a red circle moves left and grows", "more than one motion"), ("a circle square", "more than one shape"),
+    ("a red circle on black and white", "background's colour"),
+    ("a ball on red", "not a background"), ("a white circle", "background's colour"),
+    ("a red circle rising and a red square rising", "different colours"), ("a and a", "names no colour"), ("", "names no colour"),
+    ("a red ball, a blue ball, a green ball", "at most two things")])
 def test_other_captions_get_a_hint(caption, complaint):
     with pytest.raises(ValueError, match=complaint) as error:
-        world.understand(caption)
-    assert "--model vc2" in str(error.value)
+        grammar.understand(caption)
+    assert "--model vc2" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_networks_get_the_words_they_know():
+    """Captions in the training's own words reach the networks unchanged, others in these words."""
+    for held_out in (False, True):
+        for _, caption, _ in scenes(100, held_out):
+            assert grammar.read_caption(caption)[1] == caption
+    assert grammar.token_ids("The red ball slides to the left.") == grammar.token_ids("a red circle moving left")
+
+
+def test_the_grammar_needs_no_torch():
+    """So that an unknown word is complained about at once."""
+    code = "import sys, shapes, shapes.grammar; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_what_is_unsaid_is_not_judged():
+    clip = world.render(Scene((Thing("red", "circle", "right"), Thing("blue", "square", "up")), "white"), random.Random(0))
+
+    def right(caption):
+        return world.judge(grammar.understand(caption), clip)["all"]
+
+    assert right("a red circle and a blue square") and right("something red and something blue")
+    assert right("a ball slides right and something rises on white")
+    assert not right("a red circle") and not right("a red square and a blue square") and not right("a ball rises and a box slides right")
+    assert not right("a red circle and a blue square on black")
+
+
+def test_measuring_what_is_free():
+    """Place, size and way of a thing as they were drawn, to half a pixel of 64."""
+    for i in range(20):
+        rng = random.Random(i)
+        scene = grammar.draw_scene(rng, pairs=0)
+        state = rng.getstate()
+        x, y, radius = world.draw_path(scene.things[0], rng, 8, 64)
+        rng.setstate(state)
+        (thing,), level = world.measure(world.render(scene, rng))
+
+        drawn = [x.mean(), y.mean(), radius.mean(), x[-1] - x[0], y[-1] - y[0], radius[-1] - radius[0]]
+        read = [thing.x, thing.y, thing.radius, thing.dx, thing.dy, thing.growth]
+        assert thing.colour == scene.things[0].colour and level == world.GRAY[scene.background]
+        assert all(abs(a.item() - 64 * b) < 0.6 for a, b in zip(drawn, read))
 
 
 def test_held_out_combinations_leave_every_pair_to_be_seen():
-    everything = [Thing(c, s, m) for c in world.COLOURS for s in world.SHAPES for m in world.MOTIONS]
+    everything = [Thing(c, s, m) for c in grammar.COLOURS for s in grammar.SHAPES for m in grammar.MOTIONS]
     held = [t for t in everything if t.held_out]
     assert len(held) == len(everything) / 6
     for a, b in (("colour", "shape"), ("colour", "motion"), ("shape", "motion")):
@@ -97,7 +170,7 @@ def test_held_out_combinations_leave_every_pair_to_be_seen():
 def test_tokens():
     ids = world.tokenize(["a red circle rising", ""])
     assert ids.shape == (2, 24) and ids[0, 0] == ids[1, 0] == 1
-    assert ids[0].argmax() == 5 and ids[1].argmax() == 1 and ids.max() == world.VOCABULARY_SIZE - 1      # the end has the largest id
+    assert ids[0].argmax() == 5 and ids[1].argmax() == 1 and ids.max() == grammar.VOCABULARY_SIZE - 1      # the end has the largest id
     assert (ids[0, 6:] == 0).all()
 
 
@@ -110,7 +183,7 @@ def test_clips_are_the_same_each_time():
 def test_variations_differ_in_one_respect():
     for i in range(100):
         rng = random.Random(i)
-        scene = world.draw_scene(rng)
+        scene = grammar.draw_scene(rng)
         other = pretrain.variation(scene, rng, ["colour", "shape", "motion"])
         assert other.background == scene.background and set(other.things) != set(scene.things)
         changed = {name for name in ("colour", "shape", "motion")
@@ -128,17 +201,17 @@ def test_the_given_models_know_this_world(capsys):
         figures = {"VAE: all right": [world.judge(scene, clip)["all"] for (scene, _, _), clip in zip(drawn, back)]}
         for kind, attribute in [("image", "colour"), ("image", "shape"), ("video", "colour"), ("video", "shape"), ("video", "motion")]:
             frames = evaluate.frames_for(scorers[kind], (clips + 1) * 127.5)
-            others = [world.describe(pretrain.variation(scene, random.Random(i), [attribute]), random.Random(i))
+            others = [grammar.describe(pretrain.variation(scene, random.Random(i), [attribute]), random.Random(i))
                       for i, (scene, _, _) in enumerate(drawn)]
-            captions = [world.describe(scene, random.Random(i)) for i, (scene, _, _) in enumerate(drawn)]
+            captions = [grammar.describe(scene, random.Random(i)) for i, (scene, _, _) in enumerate(drawn)]
             figures[f"{kind} reward: {attribute}"] = (scorers[kind](frames, captions) > scorers[kind](frames, others)).float().tolist()
-        pairs = [scene for i in range(100) if len(things := (scene := world.draw_scene(random.Random(i), pairs=1)).things) == 2
+        pairs = [scene for i in range(100) if len(things := (scene := grammar.draw_scene(random.Random(i), pairs=1)).things) == 2
                  and things[0].motion != things[1].motion]
         frames = evaluate.frames_for(scorers["video"], torch.stack([world.render(scene, random.Random(0)) for scene in pairs]))
         motions = [[thing.motion for thing in scene.things] for scene in pairs]
         exchanged = [Scene(tuple(replace(thing, motion=m) for thing, m in zip(scene.things, reversed(ms))), scene.background)
                      for scene, ms in zip(pairs, motions)]
-        right, wrong = (scorers["video"](frames, [world.describe(s, random.Random(0)) for s in which]) for which in (pairs, exchanged))
+        right, wrong = (scorers["video"](frames, [grammar.describe(s, random.Random(0)) for s in which]) for which in (pairs, exchanged))
         figures["video reward: whose motion"] = (right > wrong).float().tolist()
     figures = {name: sum(right) / len(right) for name, right in figures.items()}
     with capsys.disabled():
@@ -151,9 +224,9 @@ class Reader(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.colour, self.shape = torch.nn.Embedding(len(world.COLOURS), 128), torch.nn.Embedding(len(world.SHAPES), 128)
+        self.colour, self.shape = torch.nn.Embedding(len(grammar.COLOURS), 128), torch.nn.Embedding(len(grammar.SHAPES), 128)
         self.attention = torch.nn.MultiheadAttention(128, 4, batch_first=True)
-        self.out = torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.GELU(), torch.nn.Linear(256, len(world.MOTIONS)))
+        self.out = torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.GELU(), torch.nn.Linear(256, len(grammar.MOTIONS)))
 
     def forward(self, colour, shape, states):
         query = (self.colour(colour) + self.shape(shape))[:, None]
@@ -162,18 +235,18 @@ class Reader(torch.nn.Module):
 
 def test_whose_motion_it_is_can_be_read_from_the_context(capsys):
     """Of two things that move differently: by one attention, as in the UNet, after 400 batches of 64 captions."""
-    text, tables = shapes.load_text(), [list(table) for table in (world.COLOURS, world.SHAPES, world.MOTIONS)]
+    text, tables = shapes.load_text(), [list(table) for table in (grammar.COLOURS, grammar.SHAPES, grammar.MOTIONS)]
     rng, right, readers = random.Random(0), {}, {}
     for step in range(401):
         batch = []
         while len(batch) < (64 if step < 400 else 500):
-            scene = world.draw_scene(rng, pairs=1)
+            scene = grammar.draw_scene(rng, pairs=1)
             if len({thing.motion for thing in scene.things}) == 2:
                 batch.append(scene)
         first = [scene.things[0] for scene in batch]
         colour, shape, motion = (torch.tensor([table.index(value) for value in values]) for table, values in zip(
             tables, zip(*((t.colour, t.shape, t.motion) for t in first))))
-        context = text([world.describe(scene, rng) for scene in batch])
+        context = text([grammar.describe(scene, rng) for scene in batch])
         for name, states in {"CLIP's states": context[:, :24], "ViCLIP's states": context[:, 24:48], "all of it": context}.items():
             if step == 0:
                 torch.manual_seed(0)
