@@ -35,7 +35,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from plumbing.video import atomic, read_clip, read_video, write_video  # noqa: F401  (this module's door to clips as files)
+from plumbing.files import atomic
+from plumbing.video import read_video
 
 VIDEO = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
 COLUMN = {suffix: 0 for suffix in VIDEO} | {".txt": 2, ".json": 4}      # kind of shard member -> place in an index row
@@ -176,7 +177,7 @@ def shard_index(path: str, cache: str | None = None) -> np.ndarray:
             with atomic(place) as temporary, open(temporary, "wb") as file:
                 np.save(file, table)
             break
-        except OSError:
+        except ValueError:                            # not writable
             continue
     else:
         warnings.warn(f"{os.path.dirname(path) or '.'} is not writable: name a cache folder, or every start indexes "
@@ -214,7 +215,7 @@ class Clips:
     """The clips of all sources under one index. The loader takes anything that has len() and get(index, generator)."""
 
     def __init__(self, sources: list, **shape):
-        self.sources, self.shape = sources, shape     # shape: frames, fps, height, width, short for read_video
+        self.sources, self.shape = sources, shape     # shape: frames, fps, height, width for read_video
         self.ends = np.cumsum([len(source) for source in sources])
 
     def __len__(self):
@@ -228,17 +229,15 @@ class Clips:
             video, caption, reward_caption = source.read(i)
             if not isinstance(caption, str) or not caption.strip():
                 raise ValueError("no caption" if caption is None else "empty caption")
-            clip = read_video(video, **self.shape, generator=generator)
+            clip, fps = read_video(video, **self.shape, generator=generator)
         except (OSError, ValueError) as error:
             raise BadClip(source.name(i), str(error)) from error
-        return dict(clip=clip, caption=caption.strip(), reward_caption=reward_caption, index=index)
+        return dict(clip=clip, fps=fps, caption=caption.strip(), reward_caption=reward_caption, index=index)
 
 
 def open_dataset(spec: str | list, frames: int = 16, fps: float = 16, height: int = 320, width: int = 512,
-                 short: str = "stretch", cache: str | None = None) -> Clips:
-    """All clips of `spec` (see the head of this file) as one dataset; short: see video.pick; cache: see shard_index."""
-    if short not in ("stretch", "skip"):
-        raise ValueError(f"short={short}: choose stretch or skip")
+                 cache: str | None = None) -> Clips:
+    """All clips of `spec` (see the head of this file) as one dataset; cache: see shard_index."""
     specs = re.split(r",(?![^{]*\})", spec) if isinstance(spec, str) else map(str, spec)     # not at commas in braces
     sources = []
     for part in filter(None, map(str.strip, specs)):
@@ -252,7 +251,7 @@ def open_dataset(spec: str | list, frames: int = 16, fps: float = 16, height: in
             raise ValueError(f"no data at {part}: expected a folder of clips, a .csv or .jsonl manifest, or .tars")
     if not sum(map(len, sources)):
         raise ValueError(f"no clips in {spec}: a shard has members KEY.mp4 and KEY.txt")
-    return Clips(sources, frames=frames, fps=fps, height=height, width=width, short=short)
+    return Clips(sources, frames=frames, fps=fps, height=height, width=width)
 
 
 # ---- the loader ----

@@ -1,17 +1,17 @@
 """Video files <-> uint8 clips (3, T, H, W): frames sampled by their timestamps, whole clips read and written.
 
 Axes: T frames, H W space. A tick is a timestamp as the file counts it; times are in seconds, fps in frames per second.
+PyAV and Pillow are imported where they are needed, so that programs start without them.
 """
+from __future__ import annotations
+
 import io
-import os
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,25 +19,88 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-# ---- sampling frames ----
+from plumbing.files import atomic
+
+if TYPE_CHECKING:
+    import av
+
+SLACK = 2e-3                            # containers round timestamps, some to a millisecond
+FPS_MIN, FPS_MAX = 0.1, 240             # what the containers hold and the players play
+GIF_FPS_MAX = 50                        # a gif counts hundredths of a second, and players read 1/100 s as 1/10 s
+
+# ---- frames of a clip for training ---------------------------------------------------------------------------
+
+
+def read_video(source: str | Path | bytes, frames: int, fps: float, height: int, width: int,
+               generator: torch.Generator | None = None) -> tuple[Tensor, float]:
+    """A video file, or its bytes -> (uint8 clip (3, frames, height, width), its frames per second).
+
+    The clip starts at a random frame, or at the first without a generator. Its rate is `fps`, or more where the
+    video is too short (see `pick`). Decoding begins at the last key frame before the clip and ends with the clip.
+    Raises ValueError for whatever cannot be read whole.
+    """
+    with open_video(source) as (container, stream):
+        # which frames
+        ticks, end, keys = timeline(container, stream)
+        seconds = float(stream.time_base)
+        chosen, rate = pick(ticks * seconds, end * seconds, frames, fps, generator)
+        wanted = ticks[chosen].tolist()
+        key = max((key for key in keys if key <= wanted[0]), default=wanted[0])
+
+        # decode them
+        container.seek(key, stream=stream)
+        found = {}
+        for frame in decode(container, stream):
+            if frame.pts in wanted:
+                found[frame.pts] = resize_crop(pixels(frame), height, width)
+            if frame.pts is not None and frame.pts >= wanted[-1]:
+                break
+
+    missing = len(set(wanted)) - len(found)
+    if missing:
+        raise ValueError(f"damaged: {missing} frames are missing")
+    return torch.stack([found[tick] for tick in wanted], dim=1), rate
+
+
+def pick(times: np.ndarray, end: float, frames: int, fps: float,
+         generator: torch.Generator | None = None) -> tuple[np.ndarray, float]:
+    """Frames on screen at `frames` instants 1/fps apart, from a random frame on (or the first) -> (indices, fps).
+
+    times: of the video's frames, ascending; the last frame is on screen until `end`. A video too short for that is
+    taken whole: the instants spread evenly over it, and the fps handed back is the higher one of those instants.
+    """
+    need = (frames - 1) / fps
+    starts = int((times + need < end - SLACK).sum())
+    if starts:
+        first = 0 if generator is None else torch.randint(starts, (), generator=generator).item()
+        instants = times[first] + np.arange(frames) / fps
+    else:
+        instants = np.linspace(times[0], times[-1], frames)
+        fps = (frames - 1) / float(times[-1] - times[0])
+    return np.searchsorted(times, instants + SLACK, side="right") - 1, fps
 
 
 @contextmanager
-def open_video(source: str | Path | bytes) -> Iterator[tuple]:
-    """Yield (container, video stream). Decoding has one thread: workers are the parallelism, and ffmpeg marks damaged
-    frames reliably only so."""
+def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """Yields (container, video stream). Raises ValueError, without the file's name, for what is no video.
+
+    Decoding has one thread: workers are the parallelism, and ffmpeg marks damaged frames reliably only so."""
+    import av
+
     try:
         with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
             if not container.streams.video:
                 raise ValueError("no video stream in it (only sound?)")
             stream = container.streams.video[0]
+            if stream.codec_context is None or stream.time_base is None:
+                raise ValueError("not a readable video: its codec is not known here; convert it to h264")
             stream.codec_context.thread_count = 1
             yield container, stream
     except av.FFmpegError as error:
         raise ValueError(f"not a readable video: {error.strerror}") from error
 
 
-def decode(container, stream) -> Iterator:
+def decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
     """Decoded frames. A damaged one is an error: those predicted from it are wrong too, which ffmpeg does not say."""
     for frame in container.decode(stream):
         if frame.is_corrupt:
@@ -45,10 +108,13 @@ def decode(container, stream) -> Iterator:
         yield frame
 
 
-def timeline(container, stream) -> tuple[np.ndarray, int, list[int]]:
+def timeline(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[np.ndarray, int, list[int]]:
     """Read the packets, decode nothing -> ascending ticks of the frames, tick of the end, ticks of the key frames.
 
     These are the timestamps that the frames really have, so a variable frame rate needs no special case."""
+    import av
+
+    # the packets: one a frame, in decoding order
     shown, keys = [], []
     for packet in container.demux(stream):
         if packet.is_corrupt:
@@ -61,56 +127,27 @@ def timeline(container, stream) -> tuple[np.ndarray, int, list[int]]:
             shown.append((packet.pts, packet.duration or 0))
     if len(shown) < 2:
         raise ValueError(f"not a clip: {len(shown)} frames")
+
+    # when they are shown, and until when the last one is: not every file says how long a frame lasts
     shown.sort()
     ticks = np.array([pts for pts, _ in shown])
-    last = shown[-1][1] or (ticks[-1] - ticks[0]) // (len(ticks) - 1)       # a file may not say how long a frame lasts
+    last = shown[-1][1] or (ticks[-1] - ticks[0]) // (len(ticks) - 1)
+    end = ticks[-1] + last
+    if ticks[0] == ticks[-1]:
+        raise ValueError("not a clip: all its frames have one timestamp")
+
+    # a file cut between two packets shows no other trace than the length that it states
     seconds = float(stream.time_base)
+    length = (end - ticks[0]) * seconds
     stated = stream.duration * seconds if stream.duration else 0
     if not stated and len(container.streams) == 1:    # webm states the length of the whole file, sound included
         stated = (container.duration or 0) / av.time_base
-    if (ticks[-1] + last - ticks[0]) * seconds < 0.9 * stated:    # cut between two packets: no other trace
-        raise ValueError(f"truncated: {(ticks[-1] + last - ticks[0]) * seconds:.2f} s of {stated:.2f} s")
-    return ticks, ticks[-1] + last, keys
+    if length < 0.9 * stated:
+        raise ValueError(f"truncated: {length:.2f} s of {stated:.2f} s")
+    return ticks, end, keys
 
 
-def pick(times: np.ndarray, end: float, frames: int, fps: float, short: str = "stretch", generator=None) -> np.ndarray:
-    """Indices of the frames on screen at `frames` instants 1/fps apart, from a random frame on (or the first).
-
-    times: ascending; the last frame is on screen until `end`. A clip too short for that is either stretched (the
-    instants spread evenly over the whole of it, so that it plays slower than life) or, short="skip", a ValueError."""
-    slack = 2e-3                                      # containers round timestamps, some to a millisecond
-    need = (frames - 1) / fps
-    starts = int((times + need < end - slack).sum())
-    if starts:
-        start = torch.randint(starts, (), generator=generator).item() if generator is not None else 0
-        instants = times[start] + np.arange(frames) / fps
-    elif short == "stretch":
-        instants = np.linspace(times[0], times[-1], frames)
-    else:
-        raise ValueError(f"too short: {end - times[0]:.2f} s, but {frames} frames at {fps:g} fps span {need:.2f} s")
-    return np.searchsorted(times, instants + slack, side="right") - 1
-
-
-def read_video(source: str | Path | bytes, frames: int, fps: float, height: int, width: int, short: str = "stretch",
-               generator: torch.Generator | None = None) -> Tensor:
-    """File or its bytes -> uint8 (3, frames, height, width). Decodes from the key frame before them, and no further."""
-    with open_video(source) as (container, stream):
-        ticks, end, keys = timeline(container, stream)
-        seconds = float(stream.time_base)
-        wanted = ticks[pick(ticks * seconds, end * seconds, frames, fps, short, generator)].tolist()
-        container.seek(max((key for key in keys if key <= wanted[0]), default=wanted[0]), stream=stream)
-        found = {}
-        for frame in decode(container, stream):
-            if frame.pts in wanted:
-                found[frame.pts] = resize_crop(pixels(frame), height, width)
-            if frame.pts is not None and frame.pts >= wanted[-1]:
-                break
-    if len(found) < len(set(wanted)):
-        raise ValueError(f"damaged: {len(set(wanted)) - len(found)} frames are missing")
-    return torch.stack([found[pts] for pts in wanted], dim=1)
-
-
-def pixels(frame) -> Tensor:
+def pixels(frame: av.VideoFrame) -> Tensor:
     """Decoded frame -> uint8 (3, H, W) in RGB, turned upright where the file says that the camera was not."""
     x = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
     return torch.rot90(x, round(frame.rotation / 90), (1, 2))
@@ -122,38 +159,42 @@ def resize_crop(x: Tensor, height: int, width: int) -> Tensor:
     scale = max(height / H, width / W)
     H, W = max(height, round(H * scale)), max(width, round(W * scale))
     x = F.interpolate(x[None], (H, W), mode="bicubic", antialias=True)[0]
+
     top, left = (H - height) // 2, (W - width) // 2
     return x[:, top:top + height, left:left + width]
 
 
-# ---- whole clips ----
+# ---- whole clips ---------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path` that becomes `path` only if the block succeeds: no half-written files."""
-    temporary = Path(path).with_name(f".{uuid.uuid4().hex}.{Path(path).name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def check_output(path: str | Path, fps: float) -> None:
+    """Raises ValueError where `write_video` would: before there is a clip to lose."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in ("", ".png", *WRITERS):
+        raise ValueError(f"{path}: choose .mp4, .gif, .png, .safetensors, or a folder's name without suffix")
+    if not FPS_MIN <= fps <= FPS_MAX:
+        raise ValueError(f"fps {fps:g} for {path}: choose from {FPS_MIN:g} to {FPS_MAX:g}")
+    if suffix == ".gif" and fps > GIF_FPS_MAX:
+        raise ValueError(f"fps {fps:g} for {path}: a gif has {GIF_FPS_MAX} at most; write .mp4")
+    if suffix in WRITERS and path.is_dir():
+        raise ValueError(f"{path} is a folder: choose another name")
 
 
 def write_video(path: str | Path, clip: Tensor, fps: float) -> None:
-    """Write uint8 (3, T, H, W) as .mp4, .gif, .safetensors (lossless) or png frames (FOLDER, or NAME.png for NAME/)."""
-    path = Path(path)
-    writers = {".mp4": write_mp4, ".gif": write_gif, ".safetensors": write_tensor}
+    """Write uint8 (3, T, H, W) as .mp4, .gif, .safetensors (lossless) or png frames (FOLDER, or NAME.png for NAME/).
+
+    The same clip always becomes the same file. Raises ValueError (see `check_output`)."""
     if clip.dtype != torch.uint8 or clip.dim() != 4 or clip.shape[0] != 3 or not clip.numel():
-        raise ValueError(f"a clip is uint8 (3, T, H, W); this one is {clip.dtype} {tuple(clip.shape)}")
-    if path.suffix in ("", ".png"):
-        write_png(path.with_suffix(""), clip)
-    elif path.suffix in writers:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        raise ValueError(f"{path}: a clip is uint8 (3, T, H, W); this one is {clip.dtype} {tuple(clip.shape)}")
+    check_output(path, fps)
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix in WRITERS:
         with atomic(path) as temporary:
-            writers[path.suffix](str(temporary), clip, Fraction(fps).limit_denominator(1001))
+            WRITERS[suffix](str(temporary), clip, Fraction(fps).limit_denominator(1001))
     else:
-        raise ValueError(f"{path}: choose .mp4, .gif, .png, .safetensors, or a folder's name without suffix")
+        write_png(path.with_suffix(""), clip)
 
 
 def to_frames(clip: Tensor) -> np.ndarray:
@@ -165,66 +206,116 @@ def write_tensor(path: str, clip: Tensor, fps: Fraction) -> None:
     save_file({"clip": clip.contiguous()}, path, metadata={"fps": str(float(fps))})
 
 
-def write_png(folder: Path, clip: Tensor) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("[0-9][0-9][0-9][0-9].png"):     # of a longer clip written here before
-        old.unlink()
-    for t, frame in enumerate(to_frames(clip)):
-        iio.imwrite(folder / f"{t:04d}.png", frame)
-
-
 def write_mp4(path: str, clip: Tensor, fps: Fraction) -> None:
-    """h264 in yuv420p halves the colour planes, so an odd size is made even by repeating the last row or column."""
-    H, W = clip.shape[2:]
-    clip = clip[:, :, [*range(H), *[H - 1] * (H % 2)]][..., [*range(W), *[W - 1] * (W % 2)]]
-    with av.open(path, "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "17"})
-        stream.height, stream.width, stream.pix_fmt = *clip.shape[2:], "yuv420p"
+    """h264 in yuv420p halves the colour planes, so an odd size is made even by repeating the last row or column.
+
+    x264's macroblock tree rounds differently from run to run, and its threads split a frame differently by their
+    number: without both, a clip has one file."""
+    import av
+
+    _, _, H, W = clip.shape
+    rows, columns = [*range(H), *[H - 1] * (H % 2)], [*range(W), *[W - 1] * (W % 2)]
+    clip = clip[:, :, rows][..., columns]
+
+    options = {"crf": "17", "x264-params": "mbtree=0:threads=1"}
+    with av.open(path, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream.height, stream.width, stream.pix_fmt = len(rows), len(columns), "yuv420p"
         for frame in to_frames(clip):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
 
 
 def write_gif(path: str, clip: Tensor, fps: Fraction) -> None:
-    """One palette of 256 colours made for this clip. A gif counts hundredths of a second: frame times are rounded."""
-    H, W = clip.shape[2:]
-    graph, tick = av.filter.Graph(), Fraction(1, 100)
-    source = graph.add_buffer(width=W, height=H, format="rgb24", time_base=tick)
-    split, make, use, sink = (graph.add(name) for name in ("split", "palettegen", "paletteuse", "buffersink"))
-    source.link_to(split)
-    split.link_to(use, 0, 0)
-    split.link_to(make, 1, 0)
-    make.link_to(use, 0, 1)
-    use.link_to(sink)
-    graph.configure()
-    with av.open(path, "w") as container:
+    """One palette of 256 colours made for this clip. A gif counts hundredths of a second: frame times are rounded.
+
+    Pillow chooses the palette (median cut, no dithering) and PyAV writes the file: Pillow and imageio would merge
+    frames that look alike, and a clip of 16 frames would be read back with 10."""
+    import av
+    from PIL import Image
+
+    # all frames, one below the other, are one picture with one palette
+    _, T, H, W = clip.shape
+    column = Image.fromarray(to_frames(clip).reshape(T * H, W, 3)).quantize(256, dither=Image.Dither.NONE)
+    colours = np.array(column.getpalette(), np.uint8).reshape(-1, 3)
+    palette = np.full((256, 4), 255, np.uint8)        # alpha, red, green, blue
+    palette[:len(colours), 1:] = colours
+
+    tick = Fraction(1, 100)
+    with av.open(path, "w", format="gif") as container:
         stream = container.add_stream("gif", rate=fps)
         stream.height, stream.width, stream.pix_fmt, stream.codec_context.time_base = H, W, "pal8", tick
-        for t, frame in enumerate(to_frames(clip)):
-            frame = av.VideoFrame.from_ndarray(frame, format="rgb24")
+        for t, indices in enumerate(np.array(column).reshape(T, H, W)):
+            frame = av.VideoFrame.from_ndarray((indices, palette), format="pal8")
             frame.pts, frame.time_base = round(t / fps / tick), tick
-            graph.push(frame)
-        graph.push(None)                              # the palette exists only when all frames are in
-        for _ in range(clip.shape[1]):
-            container.mux(stream.encode(graph.pull()))
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
-def read_clip(path: str | Path) -> Tensor:
-    """All frames of what write_video writes, or of any other video -> uint8 (3, T, H, W)."""
-    path = Path(path)
+def write_png(folder: Path, clip: Tensor) -> None:
+    from PIL import Image
+
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)["clip"]
-        if path.suffix == ".png" or path.is_dir():
-            folder = path.with_suffix("") if path.suffix == ".png" else path
-            files = sorted(folder.glob("*.png"), key=lambda file: (len(file.name), file.name))   # 2 before 10
-            frames = [torch.from_numpy(iio.imread(file, mode="RGB")).permute(2, 0, 1) for file in files]
-        else:
-            with open_video(path) as (container, stream):
-                frames = [pixels(frame) for frame in decode(container, stream)]
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written: {error.strerror}") from error
+    for old in folder.glob("[0-9][0-9][0-9][0-9].png"):     # of a longer clip written here before
+        old.unlink()
+    for t, pixel_rows in enumerate(to_frames(clip)):
+        with atomic(folder / f"{t:04d}.png") as temporary:
+            Image.fromarray(pixel_rows).save(temporary, format="png")
+
+
+WRITERS = {".mp4": write_mp4, ".gif": write_gif, ".safetensors": write_tensor}
+
+
+def read_clip(path: str | Path) -> Tensor:
+    """All frames of what write_video writes, or of any other video -> uint8 (3, T, H, W).
+
+    Raises ValueError, in one line that names the file."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".safetensors":
+            return read_tensor(path)
+        if suffix == ".png" or path.is_dir():
+            return read_png(path.with_suffix("") if suffix == ".png" else path)
+        with open_video(path) as (container, stream):
+            frames = [pixels(frame) for frame in decode(container, stream)]
+        if not frames:
+            raise ValueError("it has no frames")
         return torch.stack(frames, dim=1)
+    except (ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: not a clip ({reason})") from error
+
+
+def read_tensor(path: Path) -> Tensor:
+    try:
+        clip = load_file(path)["clip"]
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path}: expected a tensor named clip, uint8 (3, T, H, W) ({error})") from error
-    except (ValueError, RuntimeError) as error:       # RuntimeError: no frames, or frames of several sizes
-        raise ValueError(f"{path}: not a clip ({error})") from error
+        raise ValueError(f"expected a tensor named clip, uint8 (3, T, H, W): {error}") from error
+    if clip.dtype != torch.uint8 or clip.dim() != 4 or clip.shape[0] != 3 or not clip.numel():
+        raise ValueError(f"its clip is {clip.dtype} {tuple(clip.shape)}; expected uint8 (3, T, H, W)")
+    return clip
+
+
+def read_png(folder: Path) -> Tensor:
+    """The .png files of a folder in the order of their numbers (2 before 10), all of one size."""
+    from PIL import Image
+
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}")
+    frames = []
+    for file in sorted(folder.glob("*.png"), key=lambda file: (len(file.name), file.name)):
+        try:
+            with Image.open(file) as picture:
+                frames.append(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{file.name} is not a readable picture") from error
+        if frames[-1].shape != frames[0].shape:
+            size, first = tuple(frames[-1].shape[1:]), tuple(frames[0].shape[1:])
+            raise ValueError(f"{file.name} is {size[0]}x{size[1]}, those before it {first[0]}x{first[1]}")
+    if not frames:
+        raise ValueError("no .png in it")
+    return torch.stack(frames, dim=1)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import loader, open_dataset, write_video  # noqa: E402
+from data import loader, open_dataset  # noqa: E402
+from plumbing.video import write_video  # noqa: E402
 
 
 def moving_clip(seed: int, T: int = 150, height: int = 336, width: int = 596) -> torch.Tensor:

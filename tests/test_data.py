@@ -3,12 +3,17 @@ import itertools
 import json
 import os
 import re
+import resource
+import signal
 import struct
+import subprocess
+import sys
 import tarfile
 import time
 from fractions import Fraction
 from io import BytesIO
 from multiprocessing import Process
+from pathlib import Path
 
 import av
 import numpy as np
@@ -16,13 +21,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 
 import data
 from data import BadClip, CacheWriter, TensorCache, loader, open_dataset
 from plumbing import video
-from plumbing.video import pick, read_clip, read_video, resize_crop, write_video
+from plumbing.files import atomic, remove_leftovers
+from plumbing.video import read_clip, resize_crop, write_video
 
+CHILD = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 SHAPE = dict(frames=4, fps=8, height=16, width=24)
+
+
+def pick(*args, **options) -> np.ndarray:
+    return video.pick(*args, **options)[0]
+
+
+def read_video(*args, **options) -> torch.Tensor:
+    return video.read_video(*args, **options)[0]
 
 
 def counting_clip(frames: int, height: int = 32, width: int = 48, step: int = 4) -> torch.Tensor:
@@ -107,10 +123,10 @@ def test_pick_short_clips():
     times = np.arange(10) / 10                                       # one second
     assert pick(times, 1.0, 8, 8).tolist() == [0, 1, 2, 3, 5, 6, 7, 8]          # 7/8 s: long enough
     assert pick(times, 1.0, 10, 1).tolist() == list(range(10))                  # 9 s: spread over what is there
-    assert pick(times, 1.0, 4, 1, "stretch").tolist() == [0, 3, 6, 9]
+    assert pick(times, 1.0, 4, 1).tolist() == [0, 3, 6, 9]
     assert pick(times, 1.0, 19, 10)[[0, -1]].tolist() == [0, 9]                 # 10 frames for 19: some twice
-    with pytest.raises(ValueError, match=r"too short: 1.00 s, but 4 frames at 1 fps span 3.00 s"):
-        pick(times, 1.0, 4, 1, "skip")
+    for frames, fps, true_fps in ((8, 8, 8), (10, 1, 10), (4, 1, 3 / 0.9)):      # the rate that the frames really have
+        assert video.pick(times, 1.0, frames, fps)[1] == pytest.approx(true_fps)
 
 
 @pytest.mark.parametrize("kind", ["mp4", "bframes", "open-gop", "webm", "vfr"])
@@ -248,9 +264,134 @@ def test_clip_errors(smooth_clip, tmp_path):
         read_clip(tmp_path / "bad.safetensors")
 
 
+WRITE = """
+import os, sys, torch
+from plumbing.video import write_video
+t, y, x = torch.meshgrid(torch.arange(40), torch.arange(64), torch.arange(64), indexing="ij")
+noise = torch.randint(0, 40, (3, 40, 64, 64), generator=torch.Generator().manual_seed(0))
+clip = (((3 * x + 5 * y + 7 * t) % 200)[None] + noise).to(torch.uint8)
+cores = os.sched_getaffinity(0)
+for k in range(4):
+    os.sched_setaffinity(0, list(cores)[:1 if k % 2 else None])
+    for name in ("mp4", "gif"):
+        write_video(f"{sys.argv[1]}/{k}.{name}", clip, 8)
+"""
+
+
+def test_the_same_clip_is_the_same_file_on_one_core_and_on_all(tmp_path):
+    """x264's macroblock tree made other pixels in every third run, and its threads other ones per number of cores."""
+    for process in ("1", "2"):
+        subprocess.run([sys.executable, "-c", WRITE, tmp_path / process], check=True, env=CHILD)
+    for suffix in ("mp4", "gif"):
+        files = {path.read_bytes() for path in tmp_path.glob(f"*/*.{suffix}")}
+        assert len(files) == 1 and len(list(tmp_path.glob(f"*/*.{suffix}"))) == 8
+
+
+def test_gif_keeps_every_frame_and_its_colours(tmp_path):
+    """Slow fades are where palettes merge frames; up to 256 colours are kept exactly."""
+    fade = torch.arange(16, dtype=torch.uint8).view(1, 16, 1, 1).expand(3, 16, 8, 8).contiguous()
+    write_video(tmp_path / "a.gif", fade, 8)
+    assert torch.equal(read_clip(tmp_path / "a.gif"), fade)
+
+
+def test_output_is_checked_before_there_is_a_clip(smooth_clip, tmp_path):
+    (tmp_path / "folder.mp4").mkdir()
+    for name, fps, message in (("a.webm", 8, "a.webm: choose .mp4, .gif, .png"), ("a.jpg", 8, "a.jpg: choose"),
+                               ("a.mp4", 10000, r"fps 10000 for .*a.mp4: choose from 0.1 to 240"),
+                               ("a.mp4", 0, "fps 0 for"), ("a.mp4", float("nan"), "fps nan for"),
+                               ("a.gif", 60, "a gif has 50 at most; write .mp4"), ("folder.mp4", 8, "is a folder")):
+        with pytest.raises(ValueError, match=message):
+            video.check_output(tmp_path / name, fps)
+        with pytest.raises(ValueError, match=message):
+            write_video(tmp_path / name, smooth_clip, fps)
+    for name in ("a.MP4", "a.Gif", "a.SafeTensors", "a.PNG"):
+        write_video(tmp_path / name, smooth_clip, 8)
+        assert read_clip(tmp_path / name).shape == smooth_clip.shape
+
+
+@pytest.mark.parametrize("fps", [0.1, 0.3, 29.97, 240])
+def test_every_fps_that_may_be_written_is_read(fps, smooth_clip, tmp_path):
+    write_video(tmp_path / "a.mp4", smooth_clip, fps)
+    clip, rate = video.read_video(tmp_path / "a.mp4", 9, fps, 32, 48)
+    assert rate == fps and (clip.int() - read_clip(tmp_path / "a.mp4").int()).abs().max() <= 1
+
+
+def test_unreadable_clips_are_named_with_the_reason(smooth_clip, tmp_path, monkeypatch):
+    write_video(tmp_path / "a", smooth_clip, 8)
+    (tmp_path / "a" / "0003.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"a: not a clip \(0003.png is not a readable picture\)"):
+        read_clip(tmp_path / "a")
+    Image.new("RGB", (5, 5)).save(tmp_path / "a" / "0003.png")
+    with pytest.raises(ValueError, match=r"0003.png is 5x5, those before it 32x48"):
+        read_clip(tmp_path / "a")
+    save_file({"clip": torch.zeros(3, 2, 4, 4)}, tmp_path / "f.safetensors")
+    with pytest.raises(ValueError, match=r"f.safetensors: not a clip .its clip is torch.float32"):
+        read_clip(tmp_path / "f.safetensors")
+    write_video(tmp_path / "a.mp4", smooth_clip, 8)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(av, "open", refuse)
+    with pytest.raises(ValueError, match=r"a.mp4: not a clip \(Permission denied\)"):
+        read_clip(tmp_path / "a.mp4")
+
+
+# ---- files ----
+
+
+def test_atomic_follows_the_umask_and_takes_long_names(tmp_path):
+    before = os.umask(0o027)
+    try:
+        for name in ("a.safetensors", "\u00e9" * 120 + ".safetensors"):      # 252 bytes, where 255 are allowed
+            with atomic(tmp_path / "new" / name) as temporary:
+                save_file({"x": torch.zeros(1)}, temporary)
+            assert (tmp_path / "new" / name).stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+    assert len(list((tmp_path / "new").iterdir())) == 2
+
+
+def test_atomic_says_which_file_and_why(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path, reason in ((tmp_path / "file" / "a", "file/a cannot be written: (File exists|Not a directory)"),
+                         (tmp_path / "folder", "folder cannot be written: it is a folder")):
+        with pytest.raises(ValueError, match=reason), atomic(path):
+            raise AssertionError("the block must not run")
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:                                                             # as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100000, limit[1]))
+        with pytest.raises(ValueError, match="a.safetensors cannot be written: .*too large"):
+            with atomic(tmp_path / "a.safetensors") as temporary:
+                save_file({"x": torch.zeros(99999)}, temporary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+
+
+def test_leftovers_of_killed_processes_are_removed_and_no_others(tmp_path):
+    code = ("import os, signal, sys; from plumbing.files import atomic\n"
+            "with atomic(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)")
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.bin"], env=CHILD)
+    assert len(list(tmp_path.glob(".a.bin.*.part"))) == 1
+    with atomic(tmp_path / "mine") as temporary:
+        theirs = tmp_path / ".b.other-host.99999999.0.part"          # of a process that may be alive elsewhere
+        for path in (theirs, tmp_path / ".hidden.part", tmp_path / "data.part"):
+            path.write_text("x")
+        remove_leftovers(tmp_path)
+        assert not list(tmp_path.glob(".a.bin.*")) and temporary.exists() and theirs.exists()
+        os.utime(theirs, (time.time() - 4000,) * 2)
+        remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", ".hidden.part", "data.part"}
+
+
 def test_atomic_leaves_nothing_of_a_failure(tmp_path):
     (tmp_path / "a").write_text("old")
-    with pytest.raises(KeyboardInterrupt), data.atomic(tmp_path / "a") as temporary:
+    with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "a") as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert [file.name for file in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
@@ -315,8 +456,6 @@ def test_a_users_mistakes(tmp_path):
                           (tmp_path / "{0..2}.tar", "3 of 3 shards are not there, e.g. .*0.tar")):
         with pytest.raises(ValueError, match=message):
             open_dataset(str(spec))
-    with pytest.raises(ValueError, match="short=cut: choose stretch or skip"):
-        open_dataset(str(tmp_path), short="cut")
     for name, content, message in (("a.csv", "file,text\na.mp4,hello\n", "no row has both.*expected path,caption"),
                                    ("b.jsonl", '{"path": "a.mp4", "caption": "a"}\n{"pa', 'row 2: .*expected {"path"'),
                                    ("c.jsonl", "[1, 2]\n", 'row 1: .*expected {"path"'), ("d.csv", "", "no row")):
@@ -458,11 +597,10 @@ def bad_folder(mp4, tmp_path) -> str:
     (folder / "blank_caption.txt").write_text(" \n")
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     write_sound(folder / "sound.mp4")
-    write_at(folder / "short.mp4", [0, 33, 67])
     write_at(folder / "still.mp4", [0])
     write_at(folder / "vfr.mp4", [0, 500, 510, 900, 1300], {"g": "2"})
     write_at(folder / "odd.mp4", [0, 100, 200, 300, 400, 500], size=(31, 45))
-    for name in ("sound", "short", "still", "vfr", "odd"):
+    for name in ("sound", "still", "vfr", "odd"):
         (folder / f"{name}.txt").write_text("a caption")
     for k in range(40):
         (folder / f"good{k:02d}.mp4").write_bytes(mp4)
@@ -472,13 +610,12 @@ def bad_folder(mp4, tmp_path) -> str:
 
 REASONS = dict(corrupt="damaged|not a readable video", truncated="truncated", cut="truncated|not a clip|readable",
                empty="not a readable video", junk="not a readable video", sound="no video stream",
-               no_caption="no caption", blank_caption="empty caption", latin="utf-8", short="too short",
-               still="not a clip: 1 frames")
+               no_caption="no caption", blank_caption="empty caption", latin="utf-8", still="not a clip: 1 frames")
 
 
 def test_bad_files_are_skipped_counted_and_named(bad_folder, tmp_path):
     log = tmp_path / "bad.jsonl"
-    dataset = open_dataset(bad_folder, **SHAPE, short="skip")
+    dataset = open_dataset(bad_folder, **SHAPE)
     names = [os.path.basename(dataset.sources[0].name(i))[:-4] for i in range(len(dataset))]
     outs = []
     with pytest.raises(ValueError, match=r"too many bad clips: 20 of the last .* \(the limit is 5%\).*see .*bad.jsonl"):
@@ -497,7 +634,7 @@ def test_bad_files_are_skipped_counted_and_named(bad_folder, tmp_path):
 
 @pytest.mark.parametrize("name, want", [(n, w) for n, w in REASONS.items()])
 def test_why_a_file_is_bad(name, want, bad_folder):
-    dataset = open_dataset(bad_folder, **SHAPE, short="skip")
+    dataset = open_dataset(bad_folder, **SHAPE)
     index = [os.path.basename(dataset.sources[0].name(i))[:-4] for i in range(len(dataset))].index(name)
     with pytest.raises(BadClip, match=want) as error:
         dataset.get(index)
