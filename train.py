@@ -189,8 +189,6 @@ class Trainer:
         g, scores = None, {}
         if self.terms:
             with self.parts("rewards"):
-                for term in self.terms:
-                    term.reward.generator = draws[0]                    # draws the crop window
                 captions = [short or full for short, full in zip(batch["reward_caption"], batch["caption"], strict=True)]
                 g, scores = reward_gradient(z0_hat, captions, models.vae.decode, self.terms, draws, config.chunk)
         share = len(positions) / config.batch
@@ -304,7 +302,7 @@ def public_terms(config: Config, load) -> list[RewardTerm]:
     """The terms that --reward names; load(name, path, frames=) makes a reward."""
     loaders = {}
     for name, path, weight in map(rewards.parse_spec, config.reward):
-        is_video = name in ("viclip", "internvideo2")
+        is_video = rewards.RECIPES[name].kind == "video"
         loaders[name] = is_video, weight, partial(load, name, path, frames=config.video_frames if is_video else None)
     return reward_terms(config, loaders)
 
@@ -335,23 +333,12 @@ def random_world(config: Config, device: torch.device) -> tuple[Models, "NoiseCl
     with dryrun.build(device, dtype):
         vae, text = VAE(family.vae).requires_grad_(False), TextEncoder(family.text).requires_grad_(False)
     models = Models(name, unet, vae, text, family.fps, family.height, family.width, family.frames, {})
-    return models, NoiseClips(config), public_terms(config, partial(RandomReward, device=device, dtype=dtype))
+    return models, NoiseClips(config), public_terms(config, partial(random_reward, device=device, dtype=dtype))
 
 
-class RandomReward(rewards.Reward):
-    """Random weights, the centre crop, and one caption for all (the public tokenizers read files)."""
-    generator = property(lambda self: None, lambda self, value: None)
-
-    def __init__(self, name: str, path: str | None, frames: int | None, device: torch.device, dtype: torch.dtype):
-        recipe = rewards.RECIPES[name]
-        config = recipe.config(None)
-        if name == "internvideo2":
-            config = dataclasses.replace(config, frames=frames)
-        with dryrun.build(device, dtype):
-            model = recipe.model(config)
-        lengths = {rewards.CLIP: 77, rewards.ViCLIP: 32, rewards.ImageReward: 35, rewards.InternVideo2: 40}
-        ids = torch.ones(1, lengths[recipe.model], dtype=torch.long)
-        super().__init__(name, rewards.freeze(model, device, dtype), lambda captions: ids.expand(len(captions), -1))
+def random_reward(name: str, path: str | None, frames: int | None, device: torch.device, dtype: torch.dtype):
+    with dryrun.build(device, dtype):
+        return rewards.untrained(name, device, dtype, frames)
 
 
 class NoiseClips:

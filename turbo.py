@@ -88,7 +88,7 @@ def distill(student, teacher, ema, schedule: Schedule, step: Step, z0: Tensor, c
 @dataclass
 class RewardTerm:
     """β R: a differentiable reward, its weight, and how many frames of a generated clip it is shown."""
-    reward: Callable[[Tensor, list[str]], Tensor]   # (B, T, 3, H, W) in [0, 1] and B captions -> (B,)
+    reward: Callable[..., Tensor]                   # (B, T, 3, H, W) in [0, 1], B captions, B generators -> (B,)
     weight: float                                   # β_img or β_vid
     frames: int                                     # M random frames of an image reward; evenly strided ones of a video reward
     video: bool = False
@@ -129,7 +129,7 @@ def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[Rew
     g_pixels, scores = torch.zeros_like(pixels), {}
     for term, pick in zip(terms, picks, strict=True):
         shown = pixels[0].transpose(0, 1)[[wanted.index(p) for p in pick]].unflatten(0, (B, -1))    # (B, M, 3, H, W)
-        score = term.reward((shown / 2 + 0.5).clamp(0, 1), captions)                        # (B,)
+        score = term.reward((shown / 2 + 0.5).clamp(0, 1), captions, generators)            # (B,)
         scores[term.name] = score.to(z0_hat.dtype).mean()                                   # Eq. 8, Eq. 9
         g_pixels += term.weight * torch.autograd.grad(scores[term.name], pixels)[0]
     g_chunks = []

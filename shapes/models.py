@@ -124,21 +124,21 @@ class CaptionEncoder(nn.Module):
     A tower that was trained on pictures does not say which of two things a motion belongs to; ViCLIP's, trained on clips, does.
     """
 
-    def __init__(self, text: model.TextEncoder, viclip: reward_models.ViCLIP):
+    def __init__(self, clip: reward_models.CLIP, viclip: reward_models.ViCLIP):
         super().__init__()
-        self.text, self.viclip = text, viclip
+        self.clip, self.viclip = clip.text_encoder, viclip.text_encoder
 
     @property
     def width(self) -> int:
-        return self.text.width
+        return self.clip.ln_final.weight.shape[0]
 
     @torch.no_grad()
     def forward(self, captions: list[str]) -> Tensor:
-        ids, tower = world.tokenize(captions).to(self.text.ln_final.weight.device), self.viclip.text_encoder
-        states = tower.states(ids)
-        whole = tower.whole(ids, states)
+        ids = world.tokenize(captions).to(self.clip.ln_final.weight.device)
+        states = self.viclip.states(ids)
+        whole = self.viclip.whole(ids, states)
         whole = whole / whole.norm(dim=1, keepdim=True) * whole.shape[1] ** 0.5         # unit variance
-        return torch.cat([self.text(captions), states, whole[:, None]], 1)
+        return torch.cat([self.clip.penultimate(ids), states, whole[:, None]], 1)
 
 
 # ---- loading -------------------------------------------------------------------------------------------------
@@ -162,14 +162,8 @@ def load_vae(folder: Path = WEIGHTS) -> model.VAE:
 
 def load_text(folder: Path = WEIGHTS) -> CaptionEncoder:
     """The toy's caption encoder, frozen: parts of the CLIP and of the ViCLIP that also serve as rewards."""
-    tensors, config = read(Path(folder) / "clip.safetensors")
-    cfg = config["text_cfg"]
-    text = model.TextEncoder(model.TextConfig(**{name: cfg[name] for name in model.TextConfig.__annotations__}), world.tokenize)
-    text.load_state_dict({key: tensors[key] for key in text.state_dict()})
-    tensors, config = read(Path(folder) / "viclip.safetensors")
-    viclip = reward_models.ViCLIP(reward_models.ViCLIPConfig(**config))
-    viclip.load_state_dict(tensors)
-    return CaptionEncoder(text, viclip).eval().requires_grad_(False)
+    clip, viclip = (reward.model for reward in rewards(folder=folder).values())
+    return CaptionEncoder(clip, viclip)
 
 
 def load(turbo: str | Path | None = None, folder: str | Path | None = None, device="cpu", dtype=torch.float32,

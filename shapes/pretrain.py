@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import open_clip
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -58,8 +57,6 @@ CLIP = dict(embed_dim=128, image_size=world.SIZE,
             text_cfg=dict(width=128, layers=4, heads=4, context_length=24, vocab_size=grammar.VOCABULARY_SIZE))
 VICLIP = rewards.ViCLIPConfig(image_size=world.SIZE, patch=8, frames=4, tubelet=4, width=128, layers=3, heads=4, embed_dim=128,
                               text_width=128, text_layers=4, text_heads=4, context_length=24, vocab_size=grammar.VOCABULARY_SIZE)
-VICLIP_FROM_CLIP = {"visual.": "vision_encoder.", "transformer.resblocks.": "blocks.", ".ln_1": ".norm1", ".ln_2": ".norm2",
-                    "attn.in_proj_": "attn.qkv.", "attn.out_proj": "attn.proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 
 
 def save(path: Path, tensors: dict[str, Tensor], config: dict) -> None:
@@ -212,6 +209,7 @@ def contrast(seen: Tensor, said: Tensor, scenes: list[grammar.Scene], namer: Nam
 
 def clip(config: Config) -> None:
     """Image-text contrast on single frames: colours, shapes, who has which, background."""
+    import open_clip  # here, for it takes seconds, and only this stage needs it
     network = open_clip.CLIP(CLIP["embed_dim"], CLIP["vision_cfg"], CLIP["text_cfg"]).to(config.device)
     network.namer = Namer(CLIP["embed_dim"], {"shape": grammar.SHAPES}).to(config.device)
 
@@ -234,12 +232,7 @@ def viclip(config: Config) -> None:
     model does not tell apart, neither the teacher, through the states of its text tower, nor the reward will.
     """
     network = rewards.ViCLIP(VICLIP).to(config.device)
-    start = {}
-    for key, tensor in shapes.read(Path(config.out) / "clip.safetensors")[0].items():
-        for old, new in VICLIP_FROM_CLIP.items():
-            key = key.replace(old, new)
-        start[key if key.startswith("vision_encoder.") else f"text_encoder.{key}"] = tensor
-    del start["text_encoder.logit_scale"]
+    start = rewards.from_clip(shapes.read(Path(config.out) / "clip.safetensors")[0], None)
     conv = start["vision_encoder.conv1.weight"][:, None] * (1 + 2 * torch.randn(VICLIP.width, VICLIP.tubelet, 1, 1, 1)) / VICLIP.tubelet
     start["vision_encoder.conv1.weight"] = (conv + 0.5 * conv.std() * torch.randn_like(conv)).flatten(1, 2)
     start["vision_encoder.temporal_positional_embedding"] = torch.zeros(1, 1, VICLIP.width)

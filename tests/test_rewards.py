@@ -54,13 +54,11 @@ def text_tower(prefix, D, layers, length, vocab, E):
 
 
 def clip_shapes(c):
-    v, t, E = c["vision_cfg"], c["text_cfg"], c["embed_dim"]
-    D, N = v["width"], (v["image_size"] // v["patch_size"]) ** 2
-    p = "visual."
-    return merge(text_tower("", t["width"], t["layers"], t["context_length"], t["vocab_size"], E), {"logit_scale": ()},
+    p, D, N, E = "visual.", c.width, (c.image_size // c.patch) ** 2, c.embed_dim
+    return merge(text_tower("", c.text_width, c.text_layers, c.context_length, c.vocab_size, E), {"logit_scale": ()},
                  {p + "class_embedding": (D,), p + "positional_embedding": (1 + N, D), p + "proj": (D, E),
-                  p + "conv1.weight": (D, 3, v["patch_size"], v["patch_size"])},
-                 norm(p + "ln_pre", D), norm(p + "ln_post", D), clip_blocks(p, D, v["layers"], 4 * D))
+                  p + "conv1.weight": (D, 3, c.patch, c.patch)},
+                 norm(p + "ln_pre", D), norm(p + "ln_post", D), clip_blocks(p, D, c.layers, 4 * D))
 
 
 def viclip_shapes(c):
@@ -146,6 +144,10 @@ def weights(shapes, seed=0):
 # ------------------------------------------------------------------ small models
 VICLIP = rewards.ViCLIPConfig(image_size=28, patch=14, frames=8, width=64, layers=2, heads=4, embed_dim=24,
                               text_width=32, text_layers=2, text_heads=2, context_length=12, vocab_size=50)
+CLIP = rewards.CLIPConfig(image_size=28, patch=14, width=64, layers=2, heads=4, embed_dim=24,
+                          text_width=32, text_layers=2, text_heads=2, context_length=12, vocab_size=50)
+OPEN_CLIP = {"embed_dim": 24, "vision_cfg": dict(image_size=28, patch_size=14, width=64, layers=2, head_width=16),
+             "text_cfg": dict(context_length=12, vocab_size=50, width=32, heads=2, layers=2)}    # the same, there
 VIT = rewards.ViTConfig(image_size=28, patch=14, width=64, layers=2, heads=4, hidden=160)
 IMAGEREWARD = rewards.ImageRewardConfig(VIT, rewards.BERTConfig(60, 32, 2, 4, 80, image_width=64))
 INTERNVIDEO2 = rewards.InternVideo2Config(VIT, rewards.BERTConfig(60, 32, 3, 4, 80, token_types=2), 48, 24)
@@ -170,15 +172,10 @@ def bert_ids(captions):
 
 
 # ------------------------------------------------------------------ their files
-def clip_config():
-    return {"embed_dim": 24, "vision_cfg": dict(image_size=28, patch_size=14, width=64, layers=2, head_width=16),
-            "text_cfg": dict(context_length=12, vocab_size=50, width=32, heads=2, layers=2)}
-
-
 CONTAINERS = {      # name: (configuration, shapes, what the public file wraps its tensors in, tokenizer)
-    "hpsv2": (clip_config(), clip_shapes,
+    "hpsv2": (CLIP, clip_shapes,
               lambda w: {"epoch": 1, "state_dict": {f"module.{k}": p for k, p in w.items()}}, clip_ids),
-    "clip": (clip_config(), clip_shapes, lambda w: w, clip_ids),
+    "clip": (CLIP, clip_shapes, lambda w: w, clip_ids),
     "imagereward": (IMAGEREWARD, imagereward_shapes, lambda w: w, bert_ids),
     "viclip": (VICLIP, viclip_shapes, lambda w: {"model": w}, clip_ids),
     "internvideo2": (INTERNVIDEO2, internvideo2_shapes,
@@ -252,7 +249,7 @@ def test_clip_is_transformers_clip(tmp_path):
     """The folder of a CLIPModel, as PickScore's: names, projections, pairing of frames and captions, gradient."""
     hf = small_hf_clip()
     hf.save_pretrained(tmp_path)
-    reward = rewards.load("pickscore", tmp_path, config=clip_config(), tokenizer=clip_ids)
+    reward = rewards.load("pickscore", tmp_path, config=CLIP, tokenizer=clip_ids)
     x = clips(T=3)
     score, gradient = score_and_gradient(reward, x)
     x.requires_grad_()
@@ -263,6 +260,43 @@ def test_clip_is_transformers_clip(tmp_path):
     pairs = (out.image_embeds.view(2, 3, -1) * out.text_embeds[:, None]).sum(-1)             # both of unit length
     close(score, pairs.mean(1).detach())
     close(gradient, torch.autograd.grad(pairs.mean(1).sum(), x)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clip_is_open_clips(load, dtype):
+    """Both towers, the states before the last block, the gradient; in bf16 with norms in float32 as open_clip's."""
+    reward, x, ids = load("clip", dtype=dtype), clips(T=3, H=28, W=28), clip_ids(CAPTIONS)
+    cast = dtype if dtype == torch.bfloat16 else None
+    theirs = open_clip.CLIP(**OPEN_CLIP, cast_dtype=cast).eval()
+    theirs.load_state_dict(weights(clip_shapes(CLIP)))
+    if cast:
+        open_clip.convert_weights_to_lp(theirs, cast)
+        for name in ("class_embedding", "positional_embedding"):
+            theirs.visual.get_parameter(name).data = theirs.visual.get_parameter(name).data.to(cast)
+    score, gradient = score_and_gradient(reward, x)
+
+    pixels = x.clone().requires_grad_()
+    mean, std = (torch.tensor(v)[:, None, None] for v in rewards.CLIP_PIXELS)
+    images = theirs.encode_image(((pixels.flatten(0, 1) - mean) / std).to(dtype)).unflatten(0, (2, 3)).float()
+    texts = theirs.encode_text(ids).float()
+    expected = F.cosine_similarity(images, texts[:, None], dim=-1).mean(1)
+    rtol = 1e-5 if dtype == torch.float32 else 0.02
+    close(score, expected.detach(), rtol)
+    close(gradient, torch.autograd.grad(expected.sum(), pixels)[0], rtol)
+    close(reward.text(CAPTIONS), texts.detach(), rtol)
+
+    tower, inputs = reward.model.text_encoder, theirs.token_embedding(ids).to(dtype) + theirs.positional_embedding.to(dtype)
+    for block in theirs.transformer.resblocks[:-1]:
+        inputs = block(inputs, attn_mask=theirs.attn_mask)
+    close(tower.penultimate(ids).detach(), theirs.ln_final(inputs).detach(), rtol)
+
+
+def test_the_public_clip_is_vit_h_14():
+    theirs = open_clip.get_model_config("ViT-H-14")
+    assert rewards.toy_clip(theirs) == rewards.CLIPConfig()
+    with torch.device("meta"):
+        model = open_clip.CLIP(**theirs)
+    assert clip_shapes(rewards.CLIPConfig()) == {name: tuple(p.shape) for name, p in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("cross", [False, True])
@@ -358,7 +392,7 @@ def test_wordpiece_of_both_users(tmp_path):
 
 
 def test_clip_tokens_of_viclip_are_cut_to_32():
-    ids = rewards.RECIPES["viclip"].tokenizer("file")(["a red circle " * 20, "a"])
+    ids = rewards.bpe(Path("file"), 32)(["a red circle " * 20, "a"])
     assert ids.shape == (2, 32) and ids[0, -1] == 49407 and ids[1, :4].tolist() == [49406, 320, 49407, 0]
 
 
@@ -384,10 +418,14 @@ def test_views_are_torchvisions(H, W):
 
 
 def test_one_window_per_clip():
-    """All frames of a clip share a window; clips differ; every place can come up; a seed repeats it."""
+    """All frames of a clip share a window; clips differ; every place can come up; a seed repeats it, in any batch."""
     y, x = torch.meshgrid(torch.arange(28.), torch.arange(40.), indexing="ij")
     place = torch.stack([y, x, x]).expand(64, 3, 3, 28, 40)
-    first, again = (rewards.window(place, 28, torch.Generator().manual_seed(0)) for _ in range(2))
+
+    def draw(seeds):
+        return rewards.window(place[:len(seeds)], 28, [torch.Generator().manual_seed(seed) for seed in seeds])
+
+    first, again = draw(range(64)), torch.cat([draw([seed]) for seed in range(64)])
     assert torch.equal(first, again)
     assert (first == first[:, :1]).all()
     assert set(first[:, 0, 1, 0, 0].tolist()) == set(range(13))
@@ -439,8 +477,7 @@ def test_only_pixels_learn(load, name):
 def test_checkpointing_changes_nothing(load, name):
     plain, saving = load(name), load(name, grad_checkpointing=True)
     calls = []
-    blocks = [m for m in saving.model.modules() if isinstance(m, (rewards.Block, rewards.BERTLayer,
-                                                                  open_clip.transformer.ResidualAttentionBlock))]
+    blocks = [m for m in saving.model.modules() if isinstance(m, (rewards.TowerBlock, rewards.BERTLayer))]
     for block in blocks:
         block.register_forward_pre_hook(lambda *args: calls.append(1))
     score, gradient = score_and_gradient(saving, clips())
@@ -490,8 +527,8 @@ def test_cache_forgets_before_it_fills_the_memory(load):
 # ------------------------------------------------------------------ the toy's pair
 def test_toy_files(tmp_path):
     """Their configuration stands in the header; pixels are squashed where they must be."""
-    clip, viclip = rewards.CLIP(clip_config()).eval(), rewards.ViCLIP(VICLIP)
-    headers = {"clip": {**clip_config(), "image_size": 28}, "viclip": asdict(VICLIP)}
+    clip, viclip = open_clip.CLIP(**OPEN_CLIP).eval(), rewards.ViCLIP(VICLIP)
+    headers = {"clip": {**OPEN_CLIP, "image_size": 28}, "viclip": asdict(VICLIP)}
     for name, model in (("clip", clip), ("viclip", viclip)):
         save_file(model.state_dict(), tmp_path / f"{name}.safetensors", {"config": json.dumps(headers[name])})
     image, video = (rewards.load(f"shapes-{name}", tmp_path / f"{name}.safetensors", tokenizer=clip_ids)
@@ -527,7 +564,7 @@ def test_viclip_learns_from_scratch():
 # ------------------------------------------------------------------ files and their errors
 def test_clip_containers(tmp_path, load, capsys):
     """HPS with and without the data-parallel prefix, a .safetensors, a folder: the same weights."""
-    config, w = clip_config(), weights(clip_shapes(clip_config()))
+    config, w = CLIP, weights(clip_shapes(CLIP))
     torch.save({"state_dict": w}, tmp_path / "hps.pt")
     save_file(w, tmp_path / "clip.safetensors")
     (tmp_path / "folder").mkdir()
@@ -555,7 +592,7 @@ def test_frames_of_internvideo2_are_interpolated_in_time():
 
 
 def test_wrong_files_end_in_one_line(tmp_path, load):
-    config, w = clip_config(), weights(clip_shapes(clip_config()))
+    config, w = CLIP, weights(clip_shapes(CLIP))
 
     def message(contents=None, name="hpsv2", path=tmp_path / "file.pt", **options):
         if contents is not None:
@@ -565,9 +602,9 @@ def test_wrong_files_end_in_one_line(tmp_path, load):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "visual.proj is missing" in message({k: p for k, p in w.items() if k != "visual.proj"})
+    assert "vision_encoder.proj is missing" in message({k: p for k, p in w.items() if k != "visual.proj"})
     assert "(24, 64) instead of (64, 24)" in message({**w, "visual.proj": w["visual.proj"].T.contiguous()})
-    assert "of 62 tensors" in message(weights(viclip_shapes(VICLIP)))
+    assert "temporal_positional_embedding is unknown" in message(weights(viclip_shapes(VICLIP)))
     assert "holds a list" in message([w["visual.proj"]])
     torch.save(w, tmp_path / "whole.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:-100])
@@ -590,10 +627,11 @@ def test_missing_downloads_end_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="HPS_v2.1_compressed.pt of huggingface.co/xswu/HPSv2 cannot be fetched"):
         rewards.load("hpsv2")
     with pytest.raises(ValueError, match="vocab.txt of huggingface.co/google-bert/bert-large-uncased"):
-        rewards.RECIPES["internvideo2"].tokenizer(tmp_path / "weights.pt")
+        rewards.RECIPES["internvideo2"].tokenizer(tmp_path / "weights.pt", 40)
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary()), encoding="utf-8")
-    assert rewards.RECIPES["internvideo2"].tokenizer(tmp_path / "weights.pt")(["red"]).shape == (1, 40)
-    assert rewards.RECIPES["imagereward"].tokenizer(tmp_path / "weights.pt")(["red"]).shape == (1, 35)
+    for name, length in (("internvideo2", 40), ("imagereward", 35)):
+        assert rewards.RECIPES[name].text_length == length
+        assert rewards.RECIPES[name].tokenizer(tmp_path / "weights.pt", length)(["red"]).shape == (1, length)
 
 
 def test_bad_calls_say_what_is_wrong(load):
@@ -618,9 +656,9 @@ def test_parse_spec():
 
 
 # ------------------------------------------------------------------ full size, one process each
-FULL = {"hpsv2": (lambda: clip_shapes(open_clip.get_model_config("ViT-H-14")), CONTAINERS["hpsv2"][2], 1),
+FULL = {"hpsv2": (lambda: clip_shapes(rewards.CLIPConfig()), CONTAINERS["hpsv2"][2], 1),
         "pickscore": (lambda: hf_clip_shapes(), lambda w: w, 1),
-        "clip": (lambda: clip_shapes(open_clip.get_model_config("ViT-H-14")), lambda w: w, 1),
+        "clip": (lambda: clip_shapes(rewards.CLIPConfig()), lambda w: w, 1),
         "imagereward": (lambda: imagereward_shapes(rewards.ImageRewardConfig()), lambda w: w, 1),
         "viclip": (lambda: viclip_shapes(rewards.ViCLIPConfig()), CONTAINERS["viclip"][2], 8),
         "internvideo2": (lambda: internvideo2_shapes(rewards.InternVideo2Config(), extra_layers=5),
@@ -685,7 +723,8 @@ if __name__ == "__main__":
 
 def test_a_tubelet_is_a_convolution_over_frames():
     torch.manual_seed(0)
-    tower = rewards.VideoTower(rewards.ViCLIPConfig(image_size=16, patch=8, frames=4, tubelet=2, width=24, layers=1, heads=2, embed_dim=8))
+    config = rewards.ViCLIPConfig(image_size=16, patch=8, frames=4, tubelet=2, width=24, layers=1, heads=2, embed_dim=8)
+    tower = rewards.VisionTower(config, torch.nn.GELU)
     heard = []
     tower.conv1.register_forward_hook(lambda module, args, out: heard.append(out))
     frames = torch.randn(2, 4, 3, 16, 16)

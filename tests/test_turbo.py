@@ -181,11 +181,11 @@ def decode(z):
     return torch.tanh(torch.einsum("dc,bcthw->bdthw", mix, z)).repeat_interleave(2, 3)
 
 
-def brightness(clips, captions):
+def brightness(clips, captions, generators=None):
     return (clips ** 2).flatten(1).mean(1) * torch.tensor([len(c) for c in captions], dtype=clips.dtype)
 
 
-def flicker(clips, captions):
+def flicker(clips, captions, generators=None):
     return (clips[:, 1:] - clips[:, :-1]).pow(2).flatten(1).mean(1)
 
 

@@ -50,12 +50,11 @@ class Clips:
 
 class Bright:
     """A reward that likes bright, varied frames, and long captions."""
-    generator = None
 
     def __init__(self, name):
         self.name = name
 
-    def __call__(self, clips, captions):
+    def __call__(self, clips, captions, generators=None):
         lengths = torch.tensor([len(text) for text in captions], dtype=clips.dtype)
         return (clips ** 2).mean((1, 2, 3, 4)) * lengths + clips.std(1).mean((1, 2, 3))
 
