@@ -1,244 +1,409 @@
-"""Measuring: the toy's table, scores of clips, curves of a training run.
+"""Measuring: the papers' Section 4, and the toy's own.
 
-    python evaluate.py shapes [--clips 500]                       # teacher against students, judged by the shapes world's oracle
-    python evaluate.py score CLIP... --prompt "..." --reward hpsv2=FILE
-    python evaluate.py curves runs/shapes/turbo/log.jsonl ... --out curves.svg
+    python evaluate.py shapes [--clips 500]                                    # the toy's table, judged by its oracle
+    python evaluate.py score CLIP... --reward hpsv2=FILE                       # rewards of clips, the best of each prompt, diversity
+    python evaluate.py vbench results/vcm results/turbo --papers               # Quality, Semantic, Total of VBench's result files
+    python evaluate.py compare clips/vcm clips/turbo --out page.html           # a page that asks people, blindly, which they prefer
+    python evaluate.py tally votes-*.json --out tally.svg                      # what they said
+    python evaluate.py curves runs/shapes/turbo/log.jsonl --out curves.svg     # figures of training runs
 """
+from __future__ import annotations
+
 import json
 import math
+import shutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-import rewards
-import sample as sampler
 import shapes
-from plumbing import cli, video
-from shapes import grammar, world
-from solver import Schedule, cfg, predict_z0
-from turbo import Noise, sample
+from plumbing import cli, judging, plots, stats, vbench
+from plumbing.cli import Count, NotNegative, Seed, Size
+from shapes import grammar
 
-# ---- python evaluate.py shapes -------------------------------------------------------------------------------------------------
+if TYPE_CHECKING:                       # imported by the commands that need them, so that --help and mistakes answer at once
+    import torch
+    from torch import Tensor
+
+    from rewards import Reward
+
+# ---- python evaluate.py shapes -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ShapesConfig:
     """The options of `evaluate.py shapes`."""
-    clips: int = 500                    # per row, each with its own caption and seed; half of them ask for held-out combinations
+    clips: Count = 500                  # per row, each with its own caption and seed; half of them ask for held-out combinations
+    diversity: Size = 16                # prompts, with 8 seeds each, for the column `spread`; 0 = no such column
     folder: str | None = None           # weights made by shapes/pretrain.py and train.py [the embedded ones]
-    rows: str = ""                      # only rows whose name contains this, e.g. "turbo"
-    teacher_guidance: float = 2.0       # ω of the teacher's rows
-    guidance: float = 2.0               # ω of the students' rows
-    batch: int = 50                     # clips at once
-    seed: int = 100                     # of the first clip
-    out: str | None = None              # .json with all figures; a run that was interrupted goes on from it
-    dtype: str = "bfloat16"             # autocast of the UNet
-
-
-TEACHER_ROWS = [("teacher DDIM", "teacher", n) for n in (50, 8, 4)]
-TEACHER_ROWS += [("teacher, few-step sampler", "undistilled", n) for n in (1, 2, 4, 8)]
-STUDENT_ROWS = [(name, file, n) for name, file in
-                (("VCM", "vcm"), ("VCM + R_img", "vcm-img"), ("VCM + R_vid", "vcm-vid"), ("T2V-Turbo", "turbo")) for n in (1, 2, 4, 8)]
-
-
-def undistilled(models, captions: list[str], seeds: list[int], steps: int, guidance: float) -> Tensor:
-    """What few-step sampling, at the timesteps of the students, gives without distillation: the teacher's own guided ẑ0 in place of f."""
-    schedule, c, null = Schedule(8), models.text(captions), models.text([""] * len(captions))
-
-    def z0_of(z, t):
-        eps = models.unet(torch.cat([z, z]), torch.cat([t, t]), torch.cat([c, null])).float()
-        return predict_z0(z, cfg(*eps.chunk(2), guidance), *schedule.at(t))
-
-    return sample(z0_of, schedule, Noise(seeds, (models.unet.config.in_channels, models.frames, 8, 8)), steps)
-
-
-def shapes_row(config: ShapesConfig, models, scorers: dict, method: str, steps: int, split: str, name: str) -> list[dict]:
-    """Samples half a row's clips, of one split, and judges them: a verdict (0..1 each) and both rewards for every clip."""
-    dataset, rows, count = shapes.Clips(split), [], config.clips // 2
-    for start in tqdm(range(0, count, config.batch), f"{name} {steps}, {split}", leave=False):
-        indices = range(10 ** 9 + start, 10 ** 9 + min(start + config.batch, count))           # beyond any training index
-        scenes, captions = zip(*(dataset.scene(i)[:2] for i in indices))
-        captions, seeds, began = list(captions), [config.seed + i - 10 ** 9 for i in indices], time.perf_counter()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, config.dtype == "bfloat16"):
-            if method == "undistilled":
-                z = undistilled(models, captions, seeds, steps, config.teacher_guidance)
-            else:
-                teacher = method == "teacher"
-                options = sampler.Config(method="teacher" if teacher else "turbo", steps=steps,
-                                         guidance=config.teacher_guidance if teacher else config.guidance)
-                z = sampler.generate(models, captions, seeds, options)
-        clips = sampler.decode(models, z)
-        seconds = (time.perf_counter() - began) / len(clips)
-        with torch.no_grad():
-            scores = {kind: scorer(frames_for(scorer, clips), captions).tolist() for kind, scorer in scorers.items()}
-        for i, (scene, caption, clip) in enumerate(zip(scenes, captions, clips)):
-            verdict = world.judge(grammar.Scene(scene.things, grammar.understand(caption).background), clip)
-            groups = {split: verdict["all"], ("one", "two")[len(scene.things) - 1]: verdict["all"]}
-            rows.append(verdict | groups | {kind: score[i] for kind, score in scores.items()} | {"seconds": seconds})
-    return rows
+    rows: str = ""                      # only rows whose name and steps contain this, in any case, e.g. "turbo 4"
+    teacher_guidance: NotNegative = 2.0    # ω of the teacher's rows
+    guidance: NotNegative = 2.0         # ω of the students' rows
+    batch: Count = 50                   # clips at once
+    seed: Seed = grammar.TABLE          # of the first clip
+    out: str | None = None              # .json with every clip's verdict; a run that was interrupted goes on from it
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"    # of the UNet
+    device: str = ""                    # cuda or cpu [cuda if there]
 
 
 def shapes_table(config: ShapesConfig) -> list[dict]:
-    """All rows of the toy's table, printed as Markdown while they come."""
-    path, done = Path(config.out) if config.out else None, {}
-    if path and path.exists():
-        done = {(row["name"], row["steps"]): row for row in json.loads(path.read_text())}
-    scorers = shapes.rewards(folder=config.folder)
-    columns = ("colour", "shape", "motion", "background", "all", "train", "held-out", "one", "two", "quality", "image", "video")
-    titles = " | ".join(columns).replace("train | held-out | one | two", "all, seen | all, held-out | all, one thing | all, two things")
-    print(f"| | steps | passes | clips | {titles} | s/clip |\n" + "|---" * (len(columns) + 5) + "|")
-    for name, method, steps in TEACHER_ROWS + STUDENT_ROWS:
-        if config.rows not in f"{name} {steps}" or method in shapes.STUDENTS and not shapes.student(method, config.folder).exists():
-            continue                                                        # a student that was not trained has no row
-        if (name, steps) not in done:
-            models = shapes.load(None if method in ("teacher", "undistilled") else method, config.folder)
-            clips = sum((shapes_row(config, models, scorers, method, steps, split, name) for split in ("train", "held-out")), [])
-            found = {key: [c[key] for c in clips if key in c] for key in (*columns, "seconds")}
-            means = {key: sum(values) / len(values) for key, values in found.items() if values}
-            passes = steps * (2 if method in ("teacher", "undistilled") else 1)
-            done[name, steps] = dict(name=name, steps=steps, passes=passes, clips=len(clips), **means)
-            if path:
-                path.write_text(json.dumps(list(done.values()), indent=1))
-        row = done[name, steps]
-        cells = ["-" if c not in row else f"{row[c]:.3f}" if c in ("quality", "image", "video") else f"{100 * row[c]:.1f}" for c in columns]
-        cells[columns.index("all")] += f" ± {196 * (row['all'] * (1 - row['all']) / row['clips']) ** 0.5:.1f}"
-        print(f"| {name} | {steps} | {row['passes']} | {row['clips']} | " + " | ".join(cells) + f" | {row['seconds']:.3f} |", flush=True)
-    return list(done.values())
+    """The toy's table: teacher against students, and their paired differences, as Markdown."""
+    from shapes import table
+    return table.make(config)
 
 
-# ---- python evaluate.py score --------------------------------------------------------------------------------------------------
+# ---- python evaluate.py score ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    clips: tuple[str, ...] = ()         # .mp4, .gif, .safetensors, or folders of png frames
+    """The options of `evaluate.py score`."""
+    clips: tuple[str, ...] = ()         # .mp4, .gif, .safetensors, folders of png frames, or folders of such clips
     prompt: str | None = None           # of all clips [each clip's file name without its -NUMBER, as VBench names them]
     reward: tuple[str, ...] = ()        # NAME=FILE, repeatable: hpsv2, pickscore, clip, imagereward, viclip, internvideo2
-    json: bool = False                  # print JSON instead of a table
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"    # cuda or cpu
+    student: str | None = None          # the turbo.safetensors that made the clips: rewards it was trained on are marked
+    best: str | None = None             # folder for each prompt's best clip; NAME=FILE:WEIGHT weighs several rewards
+    diversity: bool = False             # how far clips of one prompt are apart in a video reward's features
+    batch: Count | None = None          # clips at once [cuda: 8, else 1]
+    json: bool = False                  # prints JSON instead of tables
+    device: str = ""                    # cuda, cpu or mps [cuda if there]
 
 
-def frames_for(reward, clips: Tensor) -> Tensor:
-    """Clips uint8 (B, 3, T, H, W) as a reward takes them, (B, T, 3, H, W) in [0, 1]: all frames, or as many as it wants, evenly spaced."""
-    pixels, T = clips.transpose(1, 2).float() / 255, clips.shape[2]
-    if not reward.frames:
-        return pixels
-    if T < reward.frames:
-        raise ValueError(f"{reward.name} looks at {reward.frames} frames, the clip has {T}")
-    return pixels[:, [int((i + 0.5) * T / reward.frames) for i in range(reward.frames)]]
-
-
-def score(config: ScoreConfig) -> list[dict]:
-    """Every reward on every clip; one reward model in memory at a time."""
+def score(config: ScoreConfig) -> dict:
+    """Rewards of clips, their means with 95 % intervals, the best clip of each prompt, diversity."""
     if not config.clips or not config.reward:
-        raise ValueError("score takes clips and at least one --reward NAME=FILE, e.g. score out.mp4 --prompt \"a dog\" --reward hpsv2=FILE")
-    rows = [dict(clip=path, prompt=config.prompt or Path(path).stem.rpartition("-")[0] or Path(path).stem) for path in config.clips]
-    clips = [video.read_clip(path) for path in config.clips]
-    for spec in config.reward:
-        name, path, _ = rewards.parse_spec(spec)
-        if name.startswith("shapes"):
-            reward = shapes.rewards(config.device)["image" if name == "shapes-clip" else "video"]
-        else:
-            reward = rewards.load(name, path, config.device)
-        with torch.no_grad():
-            for row, clip in zip(tqdm(rows, name, leave=False), clips):
-                row[name] = reward(frames_for(reward, clip[None]).to(config.device), [row["prompt"]]).item()
-    if config.json:
-        print(json.dumps(rows, indent=1))
-        return rows
-    names = list(rows[0])[2:]
-    print("| clip | prompt | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 2) + "|")
+        raise ValueError("score takes clips and at least one --reward NAME=FILE, "
+                         "e.g. score out.mp4 --prompt \"a dog\" --reward hpsv2=FILE")
+    files = [file for path in config.clips for file in clips_at(Path(path))]
+    rows = [dict(clip=str(file), prompt=config.prompt or judging.prompt_of(file)) for file in files]
+    groups: dict[str, list[dict]] = {}                                  # prompt -> its clips' rows
     for row in rows:
-        print(f"| {row['clip']} | {row['prompt']} | " + " | ".join(f"{row[name]:.4f}" for name in names) + " |")
+        groups.setdefault(row["prompt"], []).append(row)
+    check_score(config, files, groups)
+
+    # One reward model in memory at a time.
+    from plumbing.run import pick_device
+    device = pick_device(config.device)
+    specs, trained = read_rewards(config.reward, config.diversity), trained_on(config.student)
+    distances = {}
+    for name, path, _ in specs:
+        reward = load_reward(name, path, device)
+        features = score_clips(reward, rows, config.batch or (8 if device.type == "cuda" else 1), config.diversity)
+        if features is not None:
+            distances[name] = diversity(features, rows)
+
+    # Clips of one prompt are alike: the interval is that of prompts where there are several.
+    means = {}
+    for name, _, _ in specs:
+        per_prompt = [[row[name] for row in group] for group in groups.values()]
+        values = per_prompt[0] if len(groups) == 1 else [sum(group) / len(group) for group in per_prompt]
+        means[name] = stats.mean_interval(values)
+    found = dict(clips=rows, prompts=len(groups), means=means, trained_on=sorted(trained & means.keys()), diversity=distances)
+    if config.best:
+        found["best"] = copy_best(groups, {name: weight for name, _, weight in specs}, Path(config.best))
+    print(json.dumps(found, indent=1) if config.json else score_tables(found))
+    return found
+
+
+def clips_at(path: Path) -> list[Path]:
+    """A clip, or the clips of a folder that is not itself one of png frames."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    if path.is_file() or any(path.glob("*.png")):
+        return [path]
+    found = sorted(file for file in path.iterdir() if file.suffix.lower() in (".mp4", ".gif", ".safetensors"))
+    if not found:
+        raise ValueError(f"{path}: no clips (.mp4, .gif, .safetensors) and no png frames in this folder")
+    return found
+
+
+def check_score(config: ScoreConfig, files: list[Path], groups: dict[str, list[dict]]) -> None:
+    """Raises ValueError for what cannot be told from these clips, before a reward is loaded."""
+    if config.diversity and all(len(group) < 2 for group in groups.values()):
+        raise ValueError("--diversity compares clips of one prompt, and no prompt has two")
+    if config.best and Path(config.best).resolve() in {file.resolve().parent for file in files}:
+        raise ValueError(f"--best {config.best}: the clips themselves lie there; choose another folder")
+
+
+def read_rewards(specs: tuple[str, ...], diversity: bool) -> list[tuple[str, str | None, float]]:
+    """(name, file, weight in --best) of each --reward."""
+    import rewards
+    found = [(name, path, 1.0 if weight is None else weight) for name, path, weight in map(rewards.parse_spec, specs)]
+    names = [name for name, _, _ in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--reward: {', '.join(names)}; give each reward once")
+    if diversity and not any(rewards.RECIPES[name].kind == "video" for name in names):
+        raise ValueError("--diversity compares features of a video reward; give one, e.g. --reward viclip=FILE")
+    return found
+
+
+def trained_on(student: str | None) -> set[str]:
+    """Names of the rewards in a student's header. What was optimised is no measure of what it was optimised for."""
+    if not student:
+        return set()
+    from plumbing import weights
+    header = weights.read_header(student)
+    if not isinstance(header.get("rewards"), list):
+        raise ValueError(f"--student {student}: its header does not say which rewards it was trained on")
+    return set(header["rewards"])
+
+
+def load_reward(name: str, path: str | None, device: torch.device) -> Reward:
+    """A reward; the toy's from its embedded files, unless others are named."""
+    import rewards
+    if not name.startswith("shapes"):
+        return rewards.load(name, path, device)
+    from shapes import world
+    return rewards.load(name, path or shapes.WEIGHTS / f"{name.removeprefix('shapes-')}.safetensors", device, tokenizer=world.tokenize)
+
+
+def score_clips(reward: Reward, rows: list[dict], batch: int, features: bool) -> Tensor | None:
+    """Writes a reward's scores into the rows, reading a batch of clips at a time; returns a video reward's features (N, E)."""
+    import torch
+    from tqdm import tqdm
+
+    from plumbing import video
+    from rewards import frames_for
+
+    found = []
+    for start in tqdm(range(0, len(rows), batch), reward.name, leave=False):
+        part = rows[start:start + batch]
+        frames = []
+        for row in part:
+            try:
+                frames.append(frames_for(reward, video.read_clip(row["clip"])[None]).to(reward.device))
+            except ValueError as error:
+                raise ValueError(f"{row['clip']}: {error}") from error
+
+        alike = len({x.shape for x in frames}) == 1                     # clips of several sizes go one by one
+        with torch.no_grad():
+            for clips, theirs in [(torch.cat(frames), part)] if alike else zip(frames, ([row] for row in part)):
+                for row, value in zip(theirs, reward(clips, [row["prompt"] for row in theirs]).tolist()):
+                    row[reward.name] = value
+                if features and reward.kind == "video":
+                    found.append(reward.features(clips).float().cpu())
+    return torch.cat(found) if found else None
+
+
+def diversity(features: Tensor, rows: list[dict]) -> tuple[float, float]:
+    """Mean over prompts, with its interval, of 1 - cosine between two clips of one prompt. features (N, E), of unit length."""
+    prompts = [row["prompt"] for row in rows]
+    distances = []
+    for prompt in dict.fromkeys(prompts):
+        theirs = features[[i for i, other in enumerate(prompts) if other == prompt]]
+        n = len(theirs)
+        if n > 1:
+            cosines = theirs @ theirs.T
+            distances.append(1 - ((cosines.sum() - cosines.trace()) / (n * (n - 1))).item())
+    return stats.mean_interval(distances)
+
+
+def copy_best(groups: dict[str, list[dict]], weights: dict[str, float], folder: Path) -> list[str]:
+    """Copies the clip of each prompt with the largest weighted sum of rewards; returns the copies' names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copies = []
+    for group in groups.values():
+        best = max(group, key=lambda row: sum(weight * row[name] for name, weight in weights.items()))
+        source, copy = Path(best["clip"]), folder / Path(best["clip"]).name
+        shutil.copytree(source, copy, dirs_exist_ok=True) if source.is_dir() else shutil.copy2(source, copy)
+        copies.append(str(copy))
+    return copies
+
+
+def score_tables(found: dict) -> str:
+    """Markdown of what `score` found: clips, means, diversity."""
+    headings = [name + " (trained on)" * (name in found["trained_on"]) for name in found["means"]]
+    lines = ["| clip | prompt | " + " | ".join(headings) + " |", "|---" * (len(headings) + 2) + "|"]
+    for row in found["clips"]:
+        lines.append(f"| {row['clip']} | {row['prompt']} | " + " | ".join(f"{row[name]:.4f}" for name in found["means"]) + " |")
+    if len(found["clips"]) > 1:
+        unit = f"{found['prompts']} prompts" if found["prompts"] > 1 else "one prompt"
+        cells = [f"{mean:.4f} ± {half:.4f}" for mean, half in found["means"].values()]
+        lines.append(f"| mean of {len(found['clips'])} clips | {unit} | " + " | ".join(cells) + " |")
+    for name, (mean, half) in found["diversity"].items():
+        lines.append(f"\ndiversity ({name}: mean of 1 - cosine between two clips of a prompt): {mean:.4f} ± {half:.4f}")
+    lines += [f"\nbest of each prompt: {len(found['best'])} clips in {Path(found['best'][0]).parent}"] if "best" in found else []
+    return "\n".join(lines)
+
+
+# ---- python evaluate.py vbench -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VBenchConfig:
+    """The options of `evaluate.py vbench`."""
+    results: tuple[str, ...] = ()       # result files or folders of them; a folder is a model, NAME=FILE,FILE names one
+    table: bool = False                 # all dimensions, as in the papers' tables
+    partial: bool = False               # prints what can be said where dimensions are missing
+    papers: bool = False                # the papers' published rows beside one's own
+
+
+def vbench_table(config: VBenchConfig) -> dict[str, dict[str, float]]:
+    """Quality, Semantic and Total of VBench's result files, several models side by side, as Markdown in percent."""
+    if not config.results and not config.papers:
+        raise ValueError("vbench takes VBench's result files, e.g. vbench vcm=a_eval_results.json turbo=b_eval_results.json")
+    models = vbench.read_models(config.results)
+    if not config.partial:
+        vbench.check_complete(models)
+    rows = {name: vbench.with_totals(scores) for name, scores in models.items()}
+    if config.papers:
+        rows = vbench.published() | rows
+    print(vbench.tables(rows, config.table or config.partial))
     return rows
 
 
-# ---- python evaluate.py curves -------------------------------------------------------------------------------------------------
+# ---- python evaluate.py compare ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """The options of `evaluate.py compare`."""
+    folders: tuple[str, ...] = ()       # two folders of .mp4 clips of the same names; FOLDER or NAME=FOLDER
+    out: str = "compare.html"           # the page; it needs no server and no network
+    seed: Seed = 0                      # of the sides and of the order of the pairs
+    pairs: Size = 0                     # how many pairs the page holds [all; 200 MiB at most]
+    first: Size = 0                     # the first of them in the seed's order, to split pairs over several pages
+
+
+def compare(config: CompareConfig) -> None:
+    """A self-contained page on which people judge two models blindly, clip by clip. Their votes are counted by `tally`."""
+    if len(config.folders) != 2:
+        raise ValueError(f"compare takes two folders of clips, not {len(config.folders)}; "
+                         "e.g. compare clips/vcm clips/turbo --out page.html")
+    if Path(config.out).suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--out {config.out}: a page ends in .html")
+    a, b = map(judging.named_folder, config.folders)
+    if a[0] == b[0]:
+        raise ValueError(f"both folders are called {a[0]}; tell the models apart with NAME=FOLDER")
+
+    names, alone = judging.matching(a[1], b[1])
+    clips = judging.chosen(names, config.seed, config.first, config.pairs)
+    html = judging.page(a, b, clips, config.seed)
+    judging.write_page(config.out, html)
+
+    without = f"; without partner: {len(alone)} clips, e.g. {alone[0]}" if alone else ""
+    print(f"{config.out}: {len(clips)} pairs, {len(html) / 2 ** 20:.1f} MiB{without}")
+
+
+# ---- python evaluate.py tally ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TallyConfig:
+    """The options of `evaluate.py tally`."""
+    votes: tuple[str, ...] = ()         # files that the pages of `compare` saved
+    out: str | None = None              # a picture of bars: .svg, .png or .pdf
+
+
+def tally(config: TallyConfig) -> dict[tuple[str, str], list[judging.Result]]:
+    """Win rates per question with Wilson intervals, and the judges' agreement, as Markdown and as a picture."""
+    if not config.votes:
+        raise ValueError("tally takes files of votes, which a page of `compare` saves, e.g. tally votes-*.json")
+    if config.out:
+        plots.check(config.out)
+    results = judging.tally(judging.read_votes(config.votes))
+    print(judging.as_markdown(results))
+    if config.out:
+        titles = {names: " or ".join(names) for names in results}
+        panels = {titles[names]: {row.question: (row.a, row.same, row.b) for row in rows} for names, rows in results.items()}
+        plots.bars(panels, {titles[a, b]: (a, "no difference", b) for a, b in results}, config.out)
+        print(f"\n{config.out}")
+    return results
+
+
+# ---- python evaluate.py curves -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class CurvesConfig:
+    """The options of `evaluate.py curves`."""
     logs: tuple[str, ...] = ()          # log.jsonl files of runs, or NAME=FILE
     keys: str = "loss"                  # figures to draw, comma-separated, one panel each
-    smooth: int = 10                    # running mean over this many log lines
+    smooth: Count = 10                  # running mean over this many log lines
     log_scale: bool = False             # logarithmic vertical axis
-    out: str = "curves.svg"             # the picture
+    out: str = "curves.svg"             # the picture: .svg, .png or .pdf
 
 
-def polyline(points: list[tuple[float, float]], colour: str) -> str:
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>'
+def read_log(path: Path) -> list[dict]:
+    """The rows of a log.jsonl. A half-written last line, of a run that goes on or was killed, is left out."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    rows, lines = [], path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not a JSON object: {line:.40}") from error
+    if not rows:
+        raise ValueError(f"{path}: an empty log")
+    return rows
 
 
-def panel(series: dict[str, list[tuple[float, float]]], title: str, left: float, log_scale: bool) -> list[str]:
-    """One set of axes, 320 x 220, with a line per run; the SVG elements."""
-    transform = math.log10 if log_scale else float
-    every = [(x, transform(y)) for line in series.values() for x, y in line if not log_scale or y > 0]
-    (x0, x1), (y0, y1) = ((min(v), max(v)) for v in zip(*every))
-    y0, y1 = (y0, y1) if y1 > y0 else (y0 - 1, y1 + 1)
-
-    def place(x, y):
-        return left + 50 + 260 * (x - x0) / max(x1 - x0, 1e-9), 190 - 150 * (transform(y) - y0) / (y1 - y0)
-
-    parts = [f'<rect x="{left + 50}" y="40" width="260" height="150" fill="none" stroke="#999"/>',
-             f'<text x="{left + 180}" y="28" text-anchor="middle">{title}</text>']
-    for fraction in (0, 0.5, 1):
-        y = y0 + fraction * (y1 - y0)
-        label = f"{10 ** y if log_scale else y:.3g}"
-        parts.append(f'<text x="{left + 45}" y="{194 - 150 * fraction}" text-anchor="end">{label}</text>')
-        parts.append(f'<text x="{left + 50 + 260 * fraction}" y="206" text-anchor="middle">{x0 + fraction * (x1 - x0):.0f}</text>')
-    for i, (name, line) in enumerate(series.items()):
-        parts.append(polyline([place(x, y) for x, y in line if not log_scale or y > 0], COLOURS[i % len(COLOURS)]))
-        parts.append(f'<text x="{left + 60}" y="{54 + 13 * i}" fill="{COLOURS[i % len(COLOURS)]}">{name}</text>')
-    return parts
-
-
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf")
+def running_mean(points: list[tuple[float, float]], width: int) -> list[tuple[float, float]]:
+    """The mean of each value with up to width - 1 before it."""
+    values = [y for _, y in points]
+    windows = [values[max(0, end - width):end] for end in range(1, len(values) + 1)]
+    return [(x, sum(window) / len(window)) for (x, _), window in zip(points, windows)]
 
 
 def curves(config: CurvesConfig) -> None:
-    """Training logs → one SVG picture."""
+    """Figures of training runs over their steps, from the logs, as a picture."""
     if not config.logs:
         raise ValueError("curves takes log files, e.g. curves vcm=runs/vcm/log.jsonl turbo=runs/turbo/log.jsonl --keys loss")
+    plots.check(config.out)
+
     runs = {}
-    for spec in config.logs:
-        name, _, path = spec.rpartition("=")
-        runs[name or Path(path).parent.name] = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    parts, keys = [], config.keys.split(",")
-    for i, key in enumerate(keys):
-        series = {}
+    for argument in config.logs:
+        name, _, path = ("", "", argument) if Path(argument).exists() else argument.rpartition("=")
+        name = name or Path(path).resolve().parent.name
+        if name in runs:
+            raise ValueError(f"two logs are called {name!r}; tell them apart with NAME=FILE")
+        runs[name] = read_log(Path(path))
+
+    panels = {}
+    for key in config.keys.split(","):
+        panels[key] = {}
         for name, rows in runs.items():
-            values = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
-            windows = [values[max(0, j - config.smooth + 1):j + 1] for j in range(len(values))]
-            if values:
-                series[name] = [(w[-1][0], sum(y for _, y in w) / len(w)) for w in windows]
-        if not series:
-            raise ValueError(f"no {key!r} in these logs; they have: {', '.join(next(iter(runs.values()))[-1])}")
-        parts += panel(series, key, 330 * i, config.log_scale)
-    Path(config.out).write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="{330 * len(keys)}" height="215" font-family="sans-serif" '
-                                f'font-size="11"><rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n')
+            points = [(row["step"], row[key]) for row in rows if is_figure(row.get("step")) and is_figure(row.get(key))]
+            if config.log_scale:
+                points = [(x, y) for x, y in points if y > 0]
+            if points:
+                panels[key][name] = running_mean(points, config.smooth)
+        if not panels[key]:
+            known = sorted({key for rows in runs.values() for row in rows for key in row if is_figure(row[key])})
+            raise ValueError(f"--keys: no {key!r} in these logs; they have {', '.join(known)}")
+    plots.curves(panels, config.out, config.log_scale)
     print(config.out)
 
 
-# ---- commands ------------------------------------------------------------------------------------------------------------------
+def is_figure(value) -> bool:
+    """A finite number, which can be drawn."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
-COMMANDS = {"shapes": (shapes_table, ShapesConfig, None), "score": (score, ScoreConfig, "clips"), "curves": (curves, CurvesConfig, "logs")}
+
+# ---- commands ----------------------------------------------------------------------------------------------
+
+COMMANDS = {                            # the word: what it calls, its options, what is typed without a flag
+    "shapes": (shapes_table, ShapesConfig, None),
+    "score": (score, ScoreConfig, "clips"),
+    "vbench": (vbench_table, VBenchConfig, "results"),
+    "compare": (compare, CompareConfig, "folders"),
+    "tally": (tally, TallyConfig, "votes"),
+    "curves": (curves, CurvesConfig, "logs"),
+}
 
 
 @cli.main
 def main(argv=None):
     """The first word chooses the command, the rest are its options."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in COMMANDS:
+    if not argv or argv[0] in ("-h", "--help"):
         print(__doc__)
-        if argv and argv[0] not in ("-h", "--help"):
-            raise ValueError(f"no command {argv[0]!r}; there are {', '.join(COMMANDS)}")
         return
+    if argv[0] not in COMMANDS:
+        raise ValueError(f"no command {argv[0]!r}; there are {', '.join(COMMANDS)}")
     command, config, positional = COMMANDS[argv[0]]
     command(cli.parse(config, argv[1:], command.__doc__, positional, prog=f"evaluate.py {argv[0]}"))
 

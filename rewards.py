@@ -857,3 +857,16 @@ def download(repository, file):
         return Path(hf_hub_download(repository, file))
     except OSError as error:
         raise ValueError(f"{file} of huggingface.co/{repository} cannot be fetched; name a local file") from error
+
+
+def frames_for(reward: Reward, clips: Tensor) -> Tensor:
+    """Clips uint8 (B, 3, T, H, W) as a reward takes them: (B, T, 3, H, W) in [0, 1].
+
+    All frames, or, evenly spaced, as many as the reward wants.
+    """
+    pixels, T = clips.transpose(1, 2).float() / 255, clips.shape[2]
+    if not reward.frames:
+        return pixels
+    if T < reward.frames:
+        raise ValueError(f"{reward.name} looks at {reward.frames} frames, the clip has {T}")
+    return pixels[:, [int((i + 0.5) * T / reward.frames) for i in range(reward.frames)]]

@@ -1,4 +1,4 @@
-"""sample.py and evaluate.py with the embedded toy: files, seeds, prompts, messages."""
+"""sample.py with the embedded toy: files, seeds, prompts, messages."""
 import json
 import time
 from functools import partial
@@ -8,9 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import evaluate
 import sample
-import shapes
 from model import UNet3D, UNetConfig
 from plumbing import cli, video
 from plumbing.weights import save_checkpoint
@@ -154,47 +152,3 @@ def test_options_of_every_kind_are_read():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a message for machines without a GPU")
 def test_no_gpu_is_said(capsys):
     assert "no usable GPU" in fails(capsys, PROMPT, "--device", "cuda")
-
-
-# ---- evaluate.py ---------------------------------------------------------------------------------------------------------------
-
-
-def test_score_prints_what_the_rewards_say(tmp_path, capsys):
-    run(PROMPT, "--out", tmp_path / "a.safetensors")
-    rows = []
-    for prompt in (PROMPT, "a green triangle at rest"):
-        capsys.readouterr()
-        evaluate.main(["score", str(tmp_path / "a.safetensors"), "--prompt", prompt, "--reward", "shapes-clip",
-                       "--reward", "shapes-viclip", "--json"])
-        rows += json.loads(capsys.readouterr().out)
-    assert all(rows[0][name] > rows[1][name] for name in ("shapes-clip", "shapes-viclip"))
-
-
-def test_curves_are_drawn(tmp_path):
-    log = tmp_path / "log.jsonl"
-    log.write_text("".join(json.dumps(dict(step=i, loss=1 / i, reward=i)) + "\n" for i in range(1, 30)))
-    evaluate.main(["curves", f"run={log}", "--keys", "loss,reward", "--out", str(tmp_path / "c.svg")])
-    svg = (tmp_path / "c.svg").read_text()
-    assert svg.count("<polyline") == 2 and ">run<" in svg and svg.rstrip().endswith("</svg>")
-
-
-def test_evaluates_mistakes(tmp_path, capsys):
-    assert "no command 'shape'" in fails(capsys, "shape", command=evaluate.main)
-    assert "at least one --reward" in fails(capsys, "score", "x.mp4", command=evaluate.main)
-    assert "x.mp4" in fails(capsys, "score", "x.mp4", "--reward", "shapes-clip", command=evaluate.main)
-
-
-def test_the_table_counts_right(monkeypatch, capsys, tmp_path):
-    """With the world's own clips in place of samples, every row must be all right."""
-    drawn = dict(shapes.Clips(split).scene(10 ** 9 + i)[1:] for split in ("train", "held-out") for i in range(4))    # by caption
-    monkeypatch.setattr(evaluate.sampler, "generate", lambda models, captions, seeds, config: captions)
-    monkeypatch.setattr(evaluate.sampler, "decode", lambda models, captions: torch.stack([drawn[c] for c in captions]))
-    config = evaluate.ShapesConfig(clips=8, rows="T2V-Turbo 4", batch=3, out=str(tmp_path / "t.json"))
-    rows = evaluate.shapes_table(config)
-    assert rows[0]["all"] == rows[0]["train"] == rows[0]["held-out"] == 1
-    assert rows[0]["quality"] > 0.98 and rows[0]["passes"] == 4 and rows[0]["clips"] == 8
-    drawn[next(iter(drawn))] = torch.zeros(3, 8, 64, 64, dtype=torch.uint8)
-    (tmp_path / "t.json").unlink()
-    assert evaluate.shapes_table(config)[0]["all"] == 7 / 8
-    rows = json.loads((tmp_path / "t.json").read_text())
-    assert evaluate.shapes_table(config) == rows                        # from the file, nothing is sampled again

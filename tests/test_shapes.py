@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import evaluate
 import model
+import rewards
 import shapes
 from plumbing import cli
 from shapes import grammar, pretrain, world
@@ -200,14 +200,14 @@ def test_the_given_models_know_this_world(capsys):
         back = ((vae.decode(vae.encode(clips)).clamp(-1, 1) + 1) * 127.5).byte()
         figures = {"VAE: all right": [world.judge(scene, clip)["all"] for (scene, _, _), clip in zip(drawn, back)]}
         for kind, attribute in [("image", "colour"), ("image", "shape"), ("video", "colour"), ("video", "shape"), ("video", "motion")]:
-            frames = evaluate.frames_for(scorers[kind], (clips + 1) * 127.5)
+            frames = rewards.frames_for(scorers[kind], (clips + 1) * 127.5)
             others = [grammar.describe(pretrain.variation(scene, random.Random(i), [attribute]), random.Random(i))
                       for i, (scene, _, _) in enumerate(drawn)]
             captions = [grammar.describe(scene, random.Random(i)) for i, (scene, _, _) in enumerate(drawn)]
             figures[f"{kind} reward: {attribute}"] = (scorers[kind](frames, captions) > scorers[kind](frames, others)).float().tolist()
         pairs = [scene for i in range(100) if len(things := (scene := grammar.draw_scene(random.Random(i), pairs=1)).things) == 2
                  and things[0].motion != things[1].motion]
-        frames = evaluate.frames_for(scorers["video"], torch.stack([world.render(scene, random.Random(0)) for scene in pairs]))
+        frames = rewards.frames_for(scorers["video"], torch.stack([world.render(scene, random.Random(0)) for scene in pairs]))
         motions = [[thing.motion for thing in scene.things] for scene in pairs]
         exchanged = [Scene(tuple(replace(thing, motion=m) for thing, m in zip(scene.things, reversed(ms))), scene.background)
                      for scene, ms in zip(pairs, motions)]

@@ -1,0 +1,184 @@
+"""Blind comparison by people: two folders of clips -> a page that asks, files of answers -> win rates and agreement.
+
+The page is compare.html with the clips put into it. Its answers ("votes") are JSON:
+    {"page": id, "names": [A, B], "judge": name, "pairs": how many, "questions": [...],
+     "votes": [{"pair": file name, "prompt": ..., "left": "A" | "B", "answers": ["A" | "B" | "same", ...]}, ...]}
+"""
+import base64
+import hashlib
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from plumbing import stats
+from plumbing.files import atomic
+
+QUESTIONS = ("Which video is more visually appealing?",                 # v1, Sec. 4.2
+             "Which video better fits the text description?",
+             "Which video do you prefer given the prompt?")
+LIMIT = 200                                                 # MiB of a page; browsers take more, slowly
+PAGE = Path(__file__).parent / "compare.html"
+
+
+def named_folder(argument: str) -> tuple[str, Path]:
+    """NAME=FOLDER or FOLDER -> name, folder. Without NAME a model is called after its folder."""
+    name, separator, folder = argument.partition("=")
+    if Path(argument).exists() or not separator:
+        name, folder = Path(argument).resolve().name, argument
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    return name, Path(folder)
+
+
+def prompt_of(path: str | Path) -> str:
+    """The prompt that a clip's name tells: VBench writes PROMPT-NUMBER.mp4."""
+    stem = Path(path).stem
+    prompt, _, number = stem.rpartition("-")
+    return prompt if prompt and number.isdigit() else stem
+
+
+# ---- the page ----------------------------------------------------------------------------------------------
+
+
+def matching(a: Path, b: Path) -> tuple[list[str], list[str]]:
+    """Names of the clips that both folders hold, and of those that only one does."""
+    in_a, in_b = ({file.name for file in folder.glob("*.mp4")} for folder in (a, b))
+    for folder, clips in ((a, in_a), (b, in_b)):
+        if not clips:
+            raise ValueError(f"{folder}: no .mp4 clips in this folder")
+    if not in_a & in_b:
+        raise ValueError(f"{a} and {b} have no clip of one name; a pair is two files of the same prompt and seed, PROMPT-0.mp4")
+    return sorted(in_a & in_b), sorted(in_a ^ in_b)
+
+
+def chosen(names: list[str], seed: int, first: int, count: int) -> list[str]:
+    """Pairs first, first + 1, ... of an order drawn from the seed; count 0: all the rest. Pages of other `first` share none."""
+    order = random.Random(f"order {seed}").sample(names, len(names))
+    if first >= len(order):
+        raise ValueError(f"--first {first}: there are {len(order)} pairs")
+    return order[first:first + count] if count else order[first:]
+
+
+def data_uri(clip: Path) -> str:
+    """An mp4 as text that a page can hold."""
+    return "data:video/mp4;base64," + base64.b64encode(clip.read_bytes()).decode()
+
+
+def page(a: tuple[str, Path], b: tuple[str, Path], clips: list[str], seed: int) -> str:
+    """The HTML of a page that shows clips of folders a and b, each (name, folder), on sides drawn from the seed."""
+    size = sum((folder / clip).stat().st_size for _, folder in (a, b) for clip in clips) * 4 // 3
+    if size > LIMIT * 2 ** 20:
+        raise ValueError(f"{len(clips)} pairs are {size >> 20} MiB, and a page holds at most {LIMIT}; "
+                         f"make several: --pairs {len(clips) * LIMIT * 2 ** 20 // size or 1} with --first 0, and so on")
+    pairs = []
+    for clip in clips:
+        left = random.Random(f"side {seed} {clip}").choice("AB")
+        sides = (a, b) if left == "A" else (b, a)
+        pairs.append(dict(pair=clip, prompt=prompt_of(clip), left=left, clips=[data_uri(folder / clip) for _, folder in sides]))
+
+    content = dict(names=[a[0], b[0]], questions=QUESTIONS, pairs=pairs)
+    content["page"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+    inside_html = json.dumps(content).replace("<", "\\u003c")           # "</script>" in a prompt must not end the script
+    return PAGE.read_text(encoding="utf-8").replace("{{content}}", inside_html)
+
+
+def write_page(out: str | Path, html: str) -> None:
+    """Writes a page, whole or not at all."""
+    with atomic(out) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+
+
+# ---- the votes ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What one judge said of one pair: per question "A", "B" or "same"."""
+    names: tuple[str, str]          # of the models A and B
+    pair: str
+    judge: str
+    answers: tuple[str, ...]
+
+
+def read_votes(paths: Iterable[str | Path]) -> list[Vote]:
+    """The votes of several files. Of a judge who voted twice on a pair (two files of one page) the last file counts."""
+    votes: dict[tuple, Vote] = {}
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            names, judge = tuple(map(str, content["names"])), str(content["judge"])
+            found = [Vote(names, str(vote["pair"]), judge, tuple(vote["answers"])) for vote in content["votes"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a file of votes that a page of `compare` saved ({error!r:.80})") from error
+        valid = all(len(vote.answers) == len(QUESTIONS) and set(vote.answers) <= {"A", "B", "same"} for vote in found)
+        if len(names) != 2 or not valid:
+            raise ValueError(f"{path}: a vote is {len(QUESTIONS)} answers, each A, B or same, on models A and B")
+        if not found:
+            raise ValueError(f"{path}: no votes in it; was it saved before the first pair was done?")
+        votes |= {(vote.names, vote.pair, vote.judge): vote for vote in found}
+    return list(votes.values())
+
+
+@dataclass(frozen=True)
+class Result:
+    """The answers to one question about models A and B. Shares 0..1; each pair counts once, whatever number of judges saw it."""
+    question: str
+    pairs: int
+    a: float                        # share of answers for A, for neither, for B
+    same: float
+    b: float
+    interval: tuple[float, float]   # of b + same / 2
+    judges: int = 0                 # of the agreement: on how many pairs, how often two judges agree, and kappa
+    shared: int = 0
+    agreement: float | None = None
+    kappa: float | None = None
+
+
+def tally(votes: list[Vote]) -> dict[tuple[str, str], list[Result]]:
+    """{(A, B): a result per question}. Judges of one pair are averaged first: they do not make it several pairs."""
+    comparisons: dict[tuple[str, str], list[Vote]] = {}
+    for vote in votes:
+        comparisons.setdefault(vote.names, []).append(vote)
+    return {names: [of_question(index, group) for index in range(len(QUESTIONS))] for names, group in comparisons.items()}
+
+
+def of_question(index: int, votes: list[Vote]) -> Result:
+    """The result of one question of one comparison."""
+    by_pair: dict[str, dict[str, str]] = {}                             # pair -> judge -> answer
+    for vote in votes:
+        by_pair.setdefault(vote.pair, {})[vote.judge] = vote.answers[index]
+
+    def share(answer):
+        return sum(list(said.values()).count(answer) / len(said) for said in by_pair.values()) / len(by_pair)
+
+    a, same, b = share("A"), share("same"), share("B")
+    judges = sorted({vote.judge for vote in votes})
+    shared = [[said[judge] for judge in judges] for said in by_pair.values() if len(said) == len(judges)]
+    agreed = {}
+    if len(judges) > 1 and shared:
+        agreed = dict(shared=len(shared), agreement=stats.raw_agreement(shared), kappa=stats.kappa(shared))
+    return Result(QUESTIONS[index], len(by_pair), a, same, b, stats.wilson(b + same / 2, len(by_pair)), len(judges), **agreed)
+
+
+def as_markdown(results: dict[tuple[str, str], list[Result]]) -> str:
+    """Tables of win rates, a comparison after the other, and of the agreement where there are several judges."""
+    parts = []
+    for (a, b), rows in results.items():
+        lines = [f"| {rows[0].pairs} pairs, judges: {rows[0].judges} | {a} | no difference | {b} | {b}, ties half (95 %) |", "|---" * 5 + "|"]
+        for row in rows:
+            low, high = row.interval
+            cells = [row.question] + [f"{100 * share:.1f}" for share in (row.a, row.same, row.b)]
+            cells.append(f"{100 * (row.b + row.same / 2):.1f} ({100 * low:.1f} to {100 * high:.1f})")
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+
+        if rows[0].shared:
+            kind = "Cohen's" if rows[0].judges == 2 else "Fleiss'"
+            lines = [f"| agreement of {rows[0].judges} judges on {rows[0].shared} pairs | raw | {kind} kappa |", "|---" * 3 + "|"]
+            lines += [f"| {row.question} | {100 * row.agreement:.1f} % | {row.kappa:.2f} |" for row in rows]
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts)

@@ -1,0 +1,316 @@
+"""The toy's table: the teacher against its students, every clip judged by the world's oracle.
+
+A row is a network, a sampler and a number of steps. All rows are asked the same captions with the same seeds, so
+that two of them can be compared clip by clip.
+"""
+import hashlib
+import json
+import math
+import random
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import rewards
+import shapes
+from plumbing import stats
+from plumbing.files import atomic
+from plumbing.run import pick_device
+from shapes import grammar, world
+from shapes.models import SAMPLING
+from solver import Sampling
+from turbo import generate
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network, how it is sampled, and in how many steps."""
+    name: str
+    student: str | None                 # its file; None: the teacher
+    method: str                         # as in solver.Sampling
+    steps: int
+
+    @property
+    def passes(self) -> int:
+        """Evaluations of the UNet for a clip; guidance costs the teacher two a step."""
+        return self.steps if self.student else 2 * self.steps
+
+    def sampling(self, guidance: float, teacher_guidance: float, header: dict) -> Sampling:
+        """The row's `solver.Sampling`. header: of the student's file."""
+        student, teacher = SAMPLING["turbo"], replace(SAMPLING["teacher"], steps=self.steps, guidance=teacher_guidance)
+        if self.student:
+            return replace(student, steps=self.steps, guidance=guidance, grid=header["steps"])
+        if self.method == "jumps":                          # at the students' timesteps
+            return replace(teacher, method="jumps", grid=student.grid)
+        return teacher
+
+
+ROWS = [Row("teacher DDIM", None, "ddim", steps) for steps in (50, 8, 4)]
+ROWS += [Row("teacher, few-step sampler", None, "jumps", steps) for steps in (1, 2, 4, 8)]
+ROWS += [Row(name, student, "student", steps) for name, student in
+         (("VCM", "vcm"), ("VCM + R_img", "vcm-img"), ("VCM + R_vid", "vcm-vid"), ("T2V-Turbo", "turbo"))
+         for steps in (1, 2, 4, 8)]
+
+DIFFERENCES = [                         # which rows are compared clip by clip: (name, steps) minus (name, steps)
+    (("T2V-Turbo", 4), ("VCM", 4)),
+    (("T2V-Turbo", 4), ("teacher DDIM", 50)),
+    (("T2V-Turbo", 1), ("VCM", 1)),
+    (("T2V-Turbo", 8), ("teacher DDIM", 50)),
+]
+
+PERCENT = {                             # a clip's verdicts, or a share of right clips: heading
+    "colour": "colour", "shape": "shape", "motion": "motion", "background": "background", "all": "all",
+    "train": "all, seen", "held-out": "all, held-out", "one": "all, one thing",
+    "two train": "all, two things, seen", "two held-out": "all, two things, held-out",
+}
+SCORES = {"quality": "quality", "image": "image", "video": "video"}
+
+
+def make(config) -> list[dict]:
+    """Measures, prints and stores the rows that an `evaluate.ShapesConfig` asks for; returns their means."""
+    rows = chosen(config.rows, config.folder)
+    device = pick_device(config.device)
+    stored = Stored(config)
+    scorers = shapes.rewards(device, config.folder)
+    spread = Spread(config.diversity) if config.diversity else None
+
+    titles = [*PERCENT.values(), *SCORES.values()] + ["spread"] * bool(spread)
+    print("| | steps | passes | clips | " + " | ".join(titles) + " | s/clip |\n" + "|---" * (len(titles) + 5) + "|")
+    means = []
+    for row in rows:
+        measured = stored.get(row) or stored.add(row, measure(row, config, device, scorers, spread))
+        means.append(average(row, measured))
+        print(line(means[-1], bool(spread)), flush=True)
+
+    differences = paired({(row.name, row.steps): stored.get(row)["clips"] for row in rows})
+    if differences:
+        print("\n| the same captions and seeds | clips | all right, difference in points (95 %) |\n|---|---|---|")
+    for text, count, mean, half in differences:
+        print(f"| {text} | {count} | {100 * mean:+.1f} ± {100 * half:.1f} |")
+    return means
+
+
+def chosen(text: str, folder: str | None) -> list[Row]:
+    """The rows whose name and steps contain the text, in any case. A student that was not trained has none."""
+    there = [row for row in ROWS if not row.student or shapes.student(row.student, folder).exists()]
+    found = [row for row in there if text.lower() in f"{row.name} {row.steps}".lower()]
+    if not found:
+        names = ", ".join(dict.fromkeys(row.name for row in there))
+        raise ValueError(f"--rows {text!r}: no row's name and steps contain this; there are {names}, "
+                         "each with its steps behind it, e.g. \"VCM 4\"")
+    return found
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------
+
+
+def measure(row: Row, config, device: torch.device, scorers: dict, spread: "Spread | None") -> dict:
+    """Samples and judges a row's clips: {"clips": [a clip's figures, ...], "spread": share of the world's}."""
+    models = shapes.load(row.student, config.folder, device)
+    sampling = row.sampling(config.guidance, config.teacher_guidance, models.header)
+
+    def sample(captions: list[str], seeds: list[int]) -> Tensor:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, config.dtype == "bfloat16"):
+            z = generate(models, captions, seeds, (world.FRAMES, world.SIZE, world.SIZE), sampling)
+        return to_clip(models.vae, z)
+
+    clips = []
+    for split, count in (("train", (config.clips + 1) // 2), ("held-out", config.clips // 2)):
+        asked = shapes.Clips(split)
+        for start in tqdm(range(0, count, config.batch), f"{row.name} {row.steps}, {split}", leave=False):
+            indices = range(start, min(start + config.batch, count))
+            captions = [asked.scene(grammar.TABLE + index)[1] for index in indices]
+            seeds = [config.seed + index for index in indices]
+            began = time.perf_counter()
+            shown = sample(captions, seeds)
+            seconds = (time.perf_counter() - began) / len(shown)
+            for record, seed in zip(judge(captions, shown, scorers), seeds):
+                clips.append(dict(split=split, seed=seed, **record, seconds=seconds))
+
+    found = dict(clips=clips)
+    if spread:
+        found["spread"] = spread.of(sample, config.seed)
+    return found
+
+
+@torch.no_grad()
+def to_clip(vae, z: Tensor) -> Tensor:
+    """Latents -> clips uint8 (B, 3, T, H, W)."""
+    return ((vae.decode(z).float().clamp(-1, 1) + 1) / 2 * 255).byte().cpu()
+
+
+@torch.no_grad()
+def judge(captions: list[str], clips: Tensor, scorers: dict) -> list[dict]:
+    """A clip's caption, how many things it asks for, the oracle's verdict (0..1 each) and both rewards."""
+    scores = {kind: scorer(rewards.frames_for(scorer, clips), captions).tolist() for kind, scorer in scorers.items()}
+    records = []
+    for i, caption in enumerate(captions):
+        asked = grammar.understand(caption)
+        verdict = world.judge(asked, clips[i])
+        records.append(dict(caption=caption, things=len(asked.things), **verdict, **{kind: s[i] for kind, s in scores.items()}))
+    return records
+
+
+# ---- what the caption leaves open --------------------------------------------------------------------------
+
+
+class Spread:
+    """Diversity: how far clips of one caption differ in what it leaves open, as a share of how far the world's own differ.
+
+    Place (x, y), size, speed and, where it is not said, the background's gray: √ of their variance over the seeds of a
+    caption, all captions together. The figure is the mean of the five shares; 1 is the world's own spread.
+    """
+    SEEDS, DRAWN = 8, 64                # clips a caption of the network, and of the world
+
+    def __init__(self, prompts: int):
+        self.captions = self.one_thing(prompts)
+        self.world = [[layout(self.draw(caption, i)) for i in range(self.DRAWN)] for caption in self.captions]
+
+    @staticmethod
+    def one_thing(count: int) -> list[str]:
+        """Captions that ask for one thing, behind those of the table."""
+        index, captions, asked = grammar.TABLE + 10 ** 6, [], shapes.Clips("train")
+        while len(captions) < count:
+            caption = asked.scene(index)[1]
+            if len(grammar.understand(caption).things) == 1 and caption not in captions:
+                captions.append(caption)
+            index += 1
+        return captions
+
+    @staticmethod
+    def draw(caption: str, number: int) -> Tensor:
+        """One of the clips that the world draws for a caption."""
+        return world.render(grammar.understand(caption), random.Random(f"spread {caption} {number}"))
+
+    def of(self, sample, seed: int) -> float | None:
+        """The share, for sample(captions, seeds) -> clips."""
+        shown = []
+        for caption in self.captions:
+            clips = sample([caption] * self.SEEDS, [seed + i for i in range(self.SEEDS)])
+            shown.append([found for found in map(layout, clips) if found])
+        return self.share(shown)
+
+    def share(self, shown: list[list[dict]]) -> float | None:
+        """Mean of the shares of what is open; layouts per caption. None where no caption has two clips that can be read."""
+        sums: dict[str, list[float]] = {}                   # quantity -> variances, ours and the world's
+        for caption, theirs, ours in zip(self.captions, self.world, shown):
+            if len(ours) < 2:
+                continue
+            for name in left_open(caption):
+                total = sums.setdefault(name, [0.0, 0.0])
+                total[0] += statistics.variance(found[name] for found in ours)
+                total[1] += statistics.variance(found[name] for found in theirs)
+        shares = [(ours / theirs) ** 0.5 for ours, theirs in sums.values()]
+        return sum(shares) / len(shares) if shares else None
+
+
+def left_open(caption: str) -> list[str]:
+    """What the caption of one thing does not say."""
+    asked = grammar.understand(caption)
+    moves = world.DIRECTION[asked.things[0].motion] != (0, 0)
+    return ["x", "y", "size"] + ["speed"] * moves + ["background"] * (asked.background is None)
+
+
+def layout(clip: Tensor) -> dict[str, float] | None:
+    """Place, size, speed (shares of the width) and background of a clip that shows one thing; None for any other clip."""
+    things, background = world.measure(clip)
+    if len(things) != 1 or background is None:
+        return None
+    thing = things[0]
+    return dict(x=thing.x, y=thing.y, size=thing.radius, speed=math.hypot(thing.dx, thing.dy), background=background)
+
+
+# ---- averaging and printing --------------------------------------------------------------------------------
+
+
+def average(row: Row, measured: dict) -> dict:
+    """Means over a row's clips; of the right ones also by split and by number of things, and the 95 % interval."""
+    clips = measured["clips"]
+    groups = {split: [clip["all"] for clip in clips if clip["split"] == split] for split in ("train", "held-out")}
+    groups["one"] = [clip["all"] for clip in clips if clip["things"] == 1]
+    for split in ("train", "held-out"):
+        groups[f"two {split}"] = [clip["all"] for clip in clips if clip["things"] == 2 and clip["split"] == split]
+    for key in ("colour", "shape", "motion", "background", "all", *SCORES, "seconds"):
+        groups[key] = [clip[key] for clip in clips]
+
+    means = {key: sum(values) / len(values) for key, values in groups.items() if values}
+    half = stats.mean_interval(groups["all"])[1]
+    return dict(name=row.name, steps=row.steps, passes=row.passes, clips=len(clips), half=half,
+                spread=measured.get("spread"), **means)
+
+
+def line(mean: dict, spread: bool) -> str:
+    """A row of the Markdown table."""
+    cells = [f"{100 * mean[key]:.1f}" if key in mean else "-" for key in PERCENT]
+    cells[list(PERCENT).index("all")] += f" ± {100 * mean['half']:.1f}"
+    cells += [f"{mean[key]:.3f}" for key in SCORES]
+    if spread:
+        cells.append("-" if mean["spread"] is None else f"{100 * mean['spread']:.0f}")
+    first = [mean["name"], str(mean["steps"]), str(mean["passes"]), str(mean["clips"])]
+    return "| " + " | ".join(first + cells) + f" | {mean['seconds']:.3f} |"
+
+
+def paired(clips: dict[tuple[str, int], list[dict]]) -> list[tuple[str, int, float, float]]:
+    """(what, clips, mean, half of its 95 % interval) of right or wrong, clip by clip, of the pairs that were measured."""
+    found = []
+    for a, b in DIFFERENCES:
+        if a not in clips or b not in clips:
+            continue
+        right = {(clip["caption"], clip["seed"]): clip["all"] for clip in clips[b]}
+        gains = [clip["all"] - right[clip["caption"], clip["seed"]] for clip in clips[a]]
+        found.append((f"{a[0]} {a[1]} - {b[0]} {b[1]}", len(gains), *stats.mean_interval(gains)))
+    return found
+
+
+# ---- the file of rows --------------------------------------------------------------------------------------
+
+
+class Stored:
+    """The measured rows, in memory and in --out. A row counts only for the options and the weights that it was made with."""
+    OPTIONS = ("clips", "diversity", "teacher_guidance", "guidance", "seed", "dtype")
+
+    def __init__(self, config):
+        self.path = Path(config.out) if config.out else None
+        self.folder = Path(config.folder or shapes.WEIGHTS)
+        self.options = {name: value for name, value in asdict(config).items() if name in self.OPTIONS}
+        self.rows: dict[tuple[str, int], dict] = {}
+        if self.path and self.path.exists():
+            self.read()
+
+    def read(self) -> None:
+        """Takes over the rows of the file, if they were made with these options."""
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            options, rows = content["options"], {(row["name"], row["steps"]): row for row in content["rows"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path}: not a file of rows that `evaluate.py shapes --out` wrote; delete it") from error
+        other = [f"--{name.replace('_', '-')} {options.get(name)}" for name, value in self.options.items()
+                 if options.get(name) != value]
+        if other:
+            raise ValueError(f"{self.path} holds rows made with {', '.join(other)}; give the same, or another --out")
+        self.rows = rows
+
+    def get(self, row: Row) -> dict | None:
+        """A row that was measured with the very weights that are there now."""
+        found = self.rows.get((row.name, row.steps))
+        return found if found and found["weights"] == self.weights(row) else None
+
+    def add(self, row: Row, measured: dict) -> dict:
+        """Keeps a row, in the file as well."""
+        measured = dict(name=row.name, steps=row.steps, weights=self.weights(row), **measured)
+        self.rows[row.name, row.steps] = measured
+        if self.path:
+            with atomic(self.path) as temporary:
+                temporary.write_text(json.dumps(dict(options=self.options, rows=list(self.rows.values())), indent=1))
+        return measured
+
+    def weights(self, row: Row) -> str:
+        """A fingerprint of the files that a row is made from."""
+        files = [self.folder / f"{name}.safetensors" for name in ("teacher", "vae", "clip", "viclip")]
+        files += [shapes.student(row.student, self.folder)] if row.student else []
+        return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]

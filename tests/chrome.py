@@ -1,0 +1,115 @@
+"""A headless Chromium driven through its DevTools pipe: JSON messages, each ended by a zero byte. Needs no package."""
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+PROGRAM = next((found for found in map(shutil.which, PROGRAMS) if found), None)
+PATIENCE = 60                                               # seconds for an answer of the browser
+KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "ArrowDown": 40, "Backspace": 8}
+
+
+class Page:
+    """One tab of the browser."""
+
+    def __init__(self, to_browser: int, from_browser: int, downloads: Path):
+        self.to_browser, self.from_browser = to_browser, from_browser
+        self.buffer, self.number, self.session = b"", 0, {}
+        self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = dict(sessionId=self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
+
+    def call(self, method: str, **params) -> dict:
+        """One DevTools command and its result; the events before it are dropped."""
+        self.number += 1
+        message = dict(id=self.number, method=method, params=params, **self.session)
+        os.write(self.to_browser, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self.receive()
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer["error"]
+                return answer["result"]
+
+    def receive(self) -> dict:
+        """The browser's next message."""
+        while b"\0" not in self.buffer:
+            assert select.select([self.from_browser], [], [], PATIENCE)[0], "the browser does not answer"
+            more = os.read(self.from_browser, 1 << 20)
+            assert more, "the browser has ended"
+            self.buffer += more
+        message, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(message)
+
+    def run(self, script: str):
+        """The value of a JavaScript expression; a promise is awaited."""
+        result = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in result, result["exceptionDetails"]
+        return result["result"].get("value")
+
+    def wait(self, condition: str) -> None:
+        """Until a JavaScript expression is true."""
+        end = time.monotonic() + PATIENCE
+        while not self.run(condition):
+            assert time.monotonic() < end, f"never: {condition}"
+            time.sleep(0.05)
+
+    def open(self, path: Path) -> None:
+        """Opens a file, or opens it again."""
+        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.wait("location.protocol === 'file:' && document.readyState === 'complete'")
+
+    def press(self, key: str) -> None:
+        """A key pressed and released, as a keyboard does it."""
+        for kind in ("rawKeyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=KEYS[key])
+
+    def tap(self, selector: str) -> None:
+        """A finger on the middle of an element."""
+        self.run(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center'}})")
+        box = f"document.querySelector({selector!r}).getBoundingClientRect()"
+        x, y = self.run(f"[{box}.x + {box}.width / 2, {box}.y + {box}.height / 2]")
+        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[dict(x=x, y=y)])
+        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+    def look(self, width: int, height: int, dark: bool = False, phone: bool = False) -> None:
+        """Window size in pixels, colour scheme, and whether it is a phone with a touch screen."""
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone)
+        self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
+        scheme = dict(name="prefers-color-scheme", value="dark" if dark else "light")
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+
+    def screenshot(self, path: Path) -> None:
+        """Writes what the window shows as a png."""
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+
+
+@contextmanager
+def browser(folder: Path) -> Iterator[Page]:
+    """A browser with one tab whose profile and downloads lie in a folder."""
+    read_there, write_here = os.pipe()
+    read_here, write_there = os.pipe()
+
+    def hand_over():                                        # Chromium reads commands from 3 and writes answers to 4
+        there = [os.dup(read_there), os.dup(write_there)]
+        os.dup2(there[0], 3)
+        os.dup2(there[1], 4)
+
+    command = [PROGRAM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--mute-audio",
+               "--autoplay-policy=no-user-gesture-required", "--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}"]
+    process = subprocess.Popen(command, close_fds=False, preexec_fn=hand_over, stderr=subprocess.DEVNULL)
+    os.close(read_there)
+    os.close(write_there)
+    try:
+        yield Page(write_here, read_here, folder)
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+        os.close(write_here)
+        os.close(read_here)
