@@ -10,14 +10,19 @@ All activations are channels-last, in memory (B, T, H, W, C), so that each of th
 and back. Symbols: z noisy latents, t timesteps, c caption states (B, L, D), w guidance scale ω, the result is ε.
 """
 import math
+import re
 import sys
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from plumbing import weights
+from solver import Sampling
 
 
 @dataclass(frozen=True)
@@ -666,29 +671,64 @@ class TextEncoder(nn.Module):
         return self.ln_final(self.transformer(x, attn_mask=causal))
 
 
-# --------------------------------------------------------------------------------------------- models
+# ---- families and loading ------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Family:
-    """A teacher: its networks, and the clips it was trained for."""
+    """A teacher: its networks, the clips it was trained for, and how it and its students are sampled by default."""
     unet: UNetConfig
     height: int
     width: int
-    fps: int                                # of a generated clip; VideoCrafter2's UNet is told
+    fps: int                                # of a generated clip
+    sampling: dict[str, Sampling]           # by method: "turbo" (VCM, too), "turbo-v2", "teacher"
     frames: int = 16
     vae: VAEConfig = KL_F8
     text: TextConfig = VIT_H
 
 
-FAMILIES = {"vc2": Family(VC2, 320, 512, fps=16), "ms": Family(MODELSCOPE, 256, 256, fps=8)}
+FAMILIES = {
+    "vc2": Family(VC2, 320, 512, fps=16, sampling={
+        "turbo": Sampling("student", steps=4, guidance=7.5, grid=50, fps=16),
+        "turbo-v2": Sampling("student", steps=16, guidance=7.5, grid=200, fps=8, motion=0.05, motion_share=0.5),
+        "teacher": Sampling("ddim", steps=50, guidance=11.0, fps=28, eta=1.0, scale_z0=True),   # its authors' 12
+    }),
+    "ms": Family(MODELSCOPE, 256, 256, fps=8, sampling={
+        "turbo": Sampling("student", steps=4, guidance=7.5, grid=50),
+        "teacher": Sampling("ddim", steps=50, guidance=8.0),                                    # its authors' 9
+    }),
+}
+
+PUBLIC = {                                  # name: hub repository, files
+    "vc2": ("VideoCrafter/VideoCrafter2", ["model.ckpt"]),
+    "ms": ("ali-vilab/text-to-video-ms-1.7b", ["unet/diffusion_pytorch_model.safetensors",
+                                               "vae/diffusion_pytorch_model.safetensors",
+                                               "text_encoder/model.safetensors"]),
+    "vc2-turbo": ("jiachenli-ucsb/T2V-Turbo-VC2-Merged", ["t2v_turbo_vc2.pt"]),
+    "vc2-turbo-lora": ("jiachenli-ucsb/T2V-Turbo-VC2", ["unet_lora.pt"]),
+    "ms-turbo": ("jiachenli-ucsb/T2V-Turbo-MS", ["unet_lora.pt"]),
+    "vc2-turbo-v2": ("jiachenli-ucsb/T2V-Turbo-v2", ["unet_mg.pt"]),
+    "vc2-turbo-v2-no-mg": ("jiachenli-ucsb/T2V-Turbo-v2-no-MG", ["unet_no_mg.pt"]),
+}
+
+V1 = {"method": "turbo", "steps": 50, "w_min": 5.0, "w_max": 15.0}
+V2 = {"method": "turbo-v2", "steps": 200, "w_min": 5.0, "w_max": 15.0}
+RELEASED = {                                # layout: what a released file, which has no header, was trained with
+    "LoRA list": V1,                                        # unet_lora.pt
+    "whole model": V1 | {"whole": True},                    # t2v_turbo_vc2.pt: with VAE and text encoder
+    "UNet with motion": V2,                                 # unet_mg.pt
+    "UNet": V2 | {"motion": None},                          # unet_no_mg.pt
+}
+
+MODELSCOPE_FILES = ["text2video_pytorch_model.pth", "VQGAN_autoencoder.pth", "open_clip_pytorch_model.bin"]
+UNUSED_TEXT = r"visual\.|text_projection|logit_scale|attn_mask|embeddings\.position_ids|"
 
 
-def check_size(family, **sides):
-    """Heights and widths in pixels, or None, that the family's VAE and UNet can halve evenly: multiples of 64, of the toy's
-    16. Raises ValueError."""
-    multiple = 16                                           # the toy's
-    if family in FAMILIES:
-        multiple = FAMILIES[family].vae.factor * 2 ** (len(FAMILIES[family].unet.mult) - 1)
+def check_size(family: Family, **sides: int | None) -> None:
+    """Heights and widths in pixels must be multiples of 64 (the toy's of 16), which VAE and UNet halve evenly.
+
+    Raises ValueError for others.
+    """
+    multiple = family.vae.factor * 2 ** (len(family.unet.mult) - 1)
     for name, pixels in sides.items():
         if pixels is not None and (pixels < multiple or pixels % multiple):
             low = max(pixels // multiple, 1) * multiple
@@ -697,18 +737,189 @@ def check_size(family, **sides):
 
 @dataclass
 class Models:
-    """What sampling and training start from; weights.load makes one."""
+    """What sampling and training start from; `load` makes one."""
     name: str                               # vc2, ms or shapes
     unet: nn.Module
     vae: nn.Module
     text: nn.Module
-    fps: int
-    height: int
-    width: int
-    frames: int
-    header: dict                            # of the student's weights: method, steps, w_min, w_max; {} for a teacher
+    family: Family
+    header: dict = field(default_factory=dict)      # what the student was trained with, see `complete`; {}: a teacher
 
     @property
-    def steps(self):
-        """N of the grid that the student was trained on."""
-        return self.header.get("steps", 50)
+    def size(self) -> tuple[int, int, int]:
+        """Frames, height and width of the clips that the networks were trained on."""
+        return tuple(self.header.get(name, getattr(self.family, name)) for name in ("frames", "height", "width"))
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the student, or without one the teacher, is sampled by default: under the conditions it was trained with."""
+        if not self.header:
+            return self.family.sampling["teacher"]
+        default, config = default_sampling(self.family, self.header["method"]), self.unet.config
+        guidance = min(max(default.guidance, self.header["w_min"]), self.header["w_max"])
+        return replace(default, guidance=guidance, grid=self.header["steps"],
+                       fps=self.header["fps"] if config.fps else None,
+                       motion=self.header["motion"] if config.motion else None,
+                       motion_share=self.header["motion_share"])
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of a generated clip: what the UNet is told, where it is told."""
+        return self.sampling.fps or self.header.get("fps", self.family.fps)
+
+
+def default_sampling(family: Family, method: str) -> Sampling:
+    """The family's entry for a student's method; VCM is sampled as T2V-Turbo is."""
+    return family.sampling.get(method, family.sampling["turbo"])
+
+
+def complete(header: dict, family: Family) -> dict:
+    """A student's header with what files of version 1 say elsewhere, and released files nowhere.
+
+    method, steps (N of its grid), w_min, w_max (range of ω), fps, frames, height, width, motion (λ'), motion_share (τ).
+    """
+    default = default_sampling(family, header.get("method", "turbo"))
+    usual = dict(method="turbo", steps=default.grid, w_min=5.0, w_max=15.0, fps=default.fps or family.fps,
+                 frames=family.frames, height=family.height, width=family.width,
+                 motion=default.motion, motion_share=default.motion_share)
+    train = header.get("train", {})
+    options = {name: train[name] for name in ("fps", "frames", "height", "width") if name in train}
+    return usual | options | header
+
+
+def fetch(name: str) -> Path:
+    """Path of a public file (of the first, where a model has several), downloaded on its first use."""
+    repository, files = PUBLIC[name]
+    return [weights.download(repository, file) for file in files][0]
+
+
+def read_teacher(path: str | Path, text_layers: int) -> list[tuple[weights.State, Path]]:
+    """A teacher's file or folder -> for UNet, VAE and text encoder: tensors under our names, and their file."""
+    path = Path(path)
+    path = path / "model.ckpt" if (path / "model.ckpt").is_file() else path
+
+    if (path / MODELSCOPE_FILES[0]).is_file():
+        files = [path / name for name in MODELSCOPE_FILES]
+        unet, vae, text = map(weights.read_named, files)
+        unet = weights.rename(unet, weights.MODELSCOPE_ORIGINAL)
+        vae = weights.part(vae, "first_stage_model.")
+    elif path.is_dir():
+        stem = ["diffusion_pytorch_model"]
+        files = [weights.one_of(path / "unet", stem), weights.one_of(path / "vae", stem),
+                 weights.one_of(path / "text_encoder", ["model", "pytorch_model"])]
+        unet, vae, text = map(weights.read_named, files)
+        unet = weights.rename(unet, weights.DIFFUSERS)
+        vae = weights.rename(vae, weights.DIFFUSERS_VAE)
+        text = weights.huggingface_text(text)
+    else:
+        files, content = [path] * 3, weights.read_named(path)
+        unet = weights.rename(weights.part(content, "model.diffusion_model."), weights.VIDEOCRAFTER)
+        vae = weights.part(content, "first_stage_model.")
+        text = weights.part(content, "cond_stage_model.model.")
+
+    last = rf"transformer\.resblocks\.{text_layers - 1}\."             # the tower's last layer is not run
+    text = {key: x for key, x in text.items() if not re.match(UNUSED_TEXT + last, key)}
+    return list(zip((unet, vae, text), files, strict=True))
+
+
+def lora_shapes(config: UNetConfig) -> weights.Shapes:
+    """{layer: shape of its weight} of all layers that take LoRA, in the order in which the UNet registers them."""
+    with torch.device("meta"):
+        unet = getattr(config, "network", UNet3D)(config)               # the toy's is its own
+    return {name: m.weight.shape for name, m in unet.named_modules() if type(m) in (nn.Linear, nn.Conv2d, nn.Conv3d)}
+
+
+def layout_of(config: UNetConfig) -> str:
+    """Whose order of layers a T2V-Turbo LoRA list has."""
+    return "vc2" if config.fps else "ms"
+
+
+def read_turbo(path: str | Path, config: UNetConfig, name: str | None = None):
+    """A student's file -> (config of its UNet, the UNet's whole state or None, LoRA or None, header as it stands).
+
+    name: the model that the student must belong to, where its header names one.
+    """
+    own = Path(path).suffix == ".safetensors"
+    header = check_header(weights.read_header(path), path, name) if own else {}
+    content = weights.unwrap(weights.read_tensors(path))
+    config = replace(config, guidance=True)
+
+    # LoRA: a list without names, or pairs of ours
+    if isinstance(content, list):
+        lora = weights.lora_from_list(content, lora_shapes(config), layout_of(config), path)
+        return config, None, lora, RELEASED["LoRA list"]
+    content = weights.named_tensors(content, path)
+    if any(key.endswith(".up") for key in content):
+        lora = weights.lora_from_dict(content, lora_shapes(config), layout_of(config), path)
+        return config, None, lora, header
+
+    # a whole UNet: ours, VideoCrafter2's, or in a whole model
+    if own:
+        return replace(config, motion="motion_cond_proj.weight" in content), content, None, header
+    unet = weights.part(content, "model.diffusion_model.")
+    state = weights.rename(unet or content, weights.VIDEOCRAFTER)
+    config = replace(config, motion="motion_cond_proj.weight" in state)
+    if unet:
+        return config, state, None, RELEASED["whole model"]
+    return config, state, None, RELEASED["UNet with motion" if config.motion else "UNet"]
+
+
+def check_header(header: dict, path: str | Path, name: str | None) -> dict:
+    """Raises ValueError where a student's header holds values of the wrong kind, or names another model."""
+    for key in ("model", "method"):
+        if not isinstance(header.get(key, ""), str):
+            raise ValueError(f"{path}: its header says {key} {header[key]!r}, which is no name; the file is damaged")
+    for key in ("steps", "w_min", "w_max", "fps", "frames", "height", "width", "motion", "motion_share"):
+        value = header.get(key)
+        if value is not None and not (type(value) in (int, float) and 0 <= value < math.inf):
+            raise ValueError(f"{path}: its header says {key} {value!r}, which is no number; the file is damaged")
+    if not isinstance(header.get("train", {}), dict):
+        raise ValueError(f"{path}: its header's training options are no JSON object; the file is damaged")
+    if name and header.get("model", name) != name:
+        raise ValueError(f"{path} is a student of {header['model']}, not of {name}; use --model {header['model']}")
+    return header
+
+
+def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None = None, device="cpu",
+         dtype: torch.dtype | None = torch.float32, lora_scale: float = 1.0, **conditions) -> Models:
+    """The networks of "vc2" or "ms": the teacher's, or with a student's file the student's (LoRA merged). In eval mode.
+
+    teacher: file or folder; None = download. turbo: file, or a key of PUBLIC to download; None = the teacher alone.
+    conditions: guidance=True and motion=True add the layers that a student needs, as it starts.
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"no model {name!r}; there are {', '.join(FAMILIES)}")
+    family, header, state, lora = FAMILIES[name], {}, None, None
+    config = replace(family.unet, **conditions)
+
+    # the student's file
+    if turbo is not None:
+        turbo = fetch(turbo) if turbo in PUBLIC else turbo
+        config, state, lora, header = read_turbo(turbo, config, name)
+        lora = weights.scaled(lora, lora_scale)
+    if teacher is None and header.get("whole"):
+        teacher = turbo
+
+    # the teacher's, which also holds VAE and text encoder
+    if teacher is None:
+        teacher = fetch(name)
+        teacher = teacher.parent.parent if name == "ms" else teacher                    # its folder
+    (unet_state, unet_file), vae_part, text_part = read_teacher(teacher, family.text.layers)
+    if state is None:
+        new = {f"{layer}.weight": module.weight.data for layer, module in condition_layers(config).items()}
+        state, turbo = new | unet_state, unet_file
+
+    # networks without memory, and then the tensors
+    with torch.device("meta"):
+        unet, vae, text = UNet3D(config), VAE(family.vae), TextEncoder(family.text)
+    weights.fill(unet, state, turbo, device, dtype, lora)
+    weights.fill(vae, *vae_part, device, dtype).requires_grad_(False)
+    weights.fill(text, *text_part, device, dtype).requires_grad_(False)
+    return Models(name, unet, vae, text, family, complete(header, family) if header else {})
+
+
+@torch.no_grad()
+def to_clip(vae: nn.Module, z: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
+    """Latents (B, C, T, h, w) -> clips uint8 (B, 3, T, H, W), `chunk` frames at a time; cut to whole numbers, as released."""
+    x = vae.decode(z, chunk).float()
+    return ((x.clamp(-1, 1) + 1) / 2 * 255).byte()

@@ -18,11 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import shapes
-from model import FAMILIES, Models, check_size
+import turbo
+from model import FAMILIES, Models, check_size, load, to_clip
 from plumbing import cli, video, weights
 from shapes import grammar
-from solver import Schedule, cfg, ddim_sample, ddim_timesteps, z0_scale
-from turbo import Noise, consistency, sample
+from solver import Sampling
 
 SUFFIXES = (".mp4", ".gif", ".png", ".safetensors")
 
@@ -35,7 +35,7 @@ class Config:
     method: Literal["turbo", "vcm", "teacher"] = "turbo"    # the student, the one distilled without rewards (shapes), or the teacher's DDIM
     steps: int | None = None            # network evaluations [turbo, vcm: 4, v2: 16; teacher: 50]
     guidance: float | None = None       # ω, 0 = none [shapes: 2; vc2, ms students: 7.5; teachers: 11 and 8, their authors' 12 and 9 less 1]
-    motion: float = 0.05                # λ, motion strength told to a T2V-Turbo-v2 student trained with motion guidance
+    motion: float | None = None         # λ', motion strength told to a T2V-Turbo-v2 student trained with motion guidance
     eta: float | None = None            # teacher only: fresh noise per step, 0 = none [vc2: 1, else 0]
     seed: int = 0                       # of the first clip; clip i has seed + i
     num: int = 1                        # clips per prompt
@@ -63,55 +63,36 @@ def load_models(config: Config) -> Models:
         raise ValueError("--device cuda: this machine has no usable GPU; try --device cpu")
     dtype = getattr(torch, config.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
     if config.model not in FAMILIES:
-        turbo = None if config.method == "teacher" else config.turbo or config.method
-        models = shapes.load(turbo, config.teacher, device, dtype)
+        student = None if config.method == "teacher" else config.turbo or config.method
+        models = shapes.load(student, config.teacher, device, dtype)
     else:
         if config.method == "vcm" and not config.turbo:
             raise ValueError(f"there are no public VCM weights for {config.model}; give your own: --turbo FILE")
-        turbo = None if config.method == "teacher" else config.turbo or f"{config.model}-turbo"
-        models = weights.load(config.model, config.teacher, turbo, device, dtype)
+        student = None if config.method == "teacher" else config.turbo or f"{config.model}-turbo"
+        models = load(config.model, config.teacher, student, device, dtype)
     if config.compile:
         models.unet = torch.compile(models.unet)
     return models
 
 
+def sampling_of(models: Models, config: Config) -> Sampling:
+    """The defaults of the networks, and over them what was typed."""
+    typed = {name: getattr(config, name) for name in ("steps", "guidance", "eta", "fps", "motion")}
+    if not models.unet.config.fps:
+        typed["fps"] = None
+    return replace(models.sampling, **{name: value for name, value in typed.items() if value is not None})
+
+
 def generate(models: Models, captions: list[str], seeds: list[int], config: Config, progress=iter) -> Tensor:
-    """Captions → final latents (B, 4, T, h, w), float32. Clip i depends on captions[i] and seeds[i] alone."""
-    teacher = config.method == "teacher"
-    steps = config.steps or (50 if teacher else 16 if models.steps == 200 else 4)
-    device, c = models.unet.out[0].weight.device, models.text(captions)
-    T, H, W = config.frames or models.frames, config.height or models.height, config.width or models.width
-    factor = models.vae.config.factor
-    noise = Noise(seeds, (models.unet.config.in_channels, T, H // factor, W // factor), device)
-    fps = config.fps or (28 if teacher and models.name == "vc2" else models.fps)
-    default = {"shapes": 2.0, "vc2": 11.0, "ms": 8.0}[models.name] if teacher or models.name == "shapes" else 7.5
-    guidance = default if config.guidance is None else config.guidance
-    schedule = Schedule(models.steps, device)
-    if not teacher:
-        conditions = dict(fps=fps)
-        if models.unet.config.motion:
-            conditions["motion"] = torch.full((len(seeds),), config.motion, device=device)
-        w = torch.full((len(seeds),), guidance, device=device)
-        return sample(partial(consistency, models.unet, schedule, w=w, c=c, **conditions), schedule, noise, steps, progress)
-
-    context = torch.cat([c, models.text([""] * len(seeds))]) if guidance else c
-
-    def eps_model(z, t):
-        if not guidance:
-            return models.unet(z, t, c, fps=fps).float()
-        eps_c, eps_u = models.unet(torch.cat([z, z]), torch.cat([t, t]), context, fps=fps).float().chunk(2)
-        return cfg(eps_c, eps_u, guidance)
-
-    timesteps = schedule.few_steps(steps) if models.name == "shapes" else ddim_timesteps(steps)
-    eta = (1.0 if models.name == "vc2" else 0.0) if config.eta is None else config.eta
-    return ddim_sample(schedule, eps_model, noise(), timesteps, noise, eta, z0_scale() if models.name == "vc2" else None, progress)
+    """Captions -> final latents (B, C, T, h, w), float32. Clip i depends on captions[i] and seeds[i] alone."""
+    T, H, W = models.size
+    size = config.frames or T, config.height or H, config.width or W
+    return turbo.generate(models, captions, seeds, size, sampling_of(models, config), progress)
 
 
-@torch.no_grad()
 def decode(models: Models, z: Tensor, chunk: int | None = None) -> Tensor:
-    """Latents → clips uint8 (B, 3, T, H, W)."""
-    x = models.vae.decode(z, chunk or (None if models.name == "shapes" else 4)).float()
-    return ((x.clamp(-1, 1) + 1) / 2 * 255).byte().cpu()
+    """Latents -> clips uint8 (B, 3, T, H, W)."""
+    return to_clip(models.vae, z, chunk or (None if models.name == "shapes" else 4)).cpu()
 
 
 def read_prompts(path: str) -> list[str]:
@@ -134,7 +115,7 @@ def check(config: Config) -> None:
         raise ValueError("give one prompt, or --prompts FILE; e.g. sample.py \"a red circle moving right\"")
     if config.model not in FAMILIES and Path(config.turbo or "").suffix == ".pt":
         raise ValueError(f"{config.turbo} is no file of the toy; say what it belongs to: --model vc2 or --model ms")
-    check_size(config.model, height=config.height, width=config.width)
+    check_size(FAMILIES.get(config.model, shapes.FAMILY), height=config.height, width=config.width)
     for name in ("frames", "num", "steps", "batch", "chunk", "fps"):
         value = getattr(config, name)
         if value is not None and value < 1:
@@ -184,7 +165,7 @@ def main(argv=None):
         latents += [z.cpu()] if config.latents else []
     seconds = time.perf_counter() - began
     if config.sheet:
-        write_sheet(config.sheet, clips, zoom=max(1, 64 // models.height))
+        write_sheet(config.sheet, clips, zoom=max(1, 64 // models.size[1]))
     if config.latents:
         save_file({"latents": torch.cat(latents)}, config.latents)
     files = [str(path) for _, _, path in jobs]

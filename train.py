@@ -24,9 +24,20 @@ from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import data
+import model
 import rewards
 import shapes
-from model import VAE, Models, TextEncoder, UNet3D, check_size, condition_layers
+from model import (
+    FAMILIES,
+    VAE,
+    Models,
+    TextEncoder,
+    UNet3D,
+    check_size,
+    condition_layers,
+    layout_of,
+    lora_shapes,
+)
 from plumbing import cli, dryrun, video, weights
 from plumbing.run import Group, Log, Parts, check_room, checkpoints, listen, open_folder, shielded, write
 from solver import Schedule
@@ -108,7 +119,8 @@ def configure(argv=None) -> Config:
     """Command line over preset over defaults."""
     preset = cli.parse(Config, argv, __doc__).preset
     config = cli.parse(Config, argv, __doc__, defaults={"out": f"runs/{preset}"} | PRESETS[preset])
-    check_size(preset.split("-")[-1], height=config.height, width=config.width)
+    family = shapes.FAMILY if preset == "shapes" else FAMILIES[preset.split("-")[-1]]
+    check_size(family, height=config.height, width=config.width)
     for name in ("batch", "micro", "keep", "save_every", "chunk"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}; it must be at least 1")
@@ -292,8 +304,8 @@ def load_world(config: Config, device: torch.device):
     clips = data.open_dataset(config.data, config.frames, config.fps, config.height, config.width, cache=config.out)
     dtype = getattr(torch, config.dtype)
     terms = public_terms(config, partial(rewards.load, device=device, dtype=dtype))
-    models = weights.load(config.preset.split("-")[1], config.teacher or None, device=device, guidance=True,
-                          dtype=dtype if config.lora else torch.float32)
+    models = model.load(config.preset.split("-")[1], config.teacher or None, device=device, guidance=True,
+                        dtype=dtype if config.lora else torch.float32)
     models.vae.to(dtype), models.text.to(dtype)
     return models, clips, terms
 
@@ -327,12 +339,12 @@ def reward_terms(config: Config, loaders: dict) -> list[RewardTerm]:
 def random_world(config: Config, device: torch.device) -> tuple[Models, "NoiseClips", list[RewardTerm]]:
     """What `load_world` returns for a published model, but random: no file is read."""
     name, dtype = config.preset.split("-")[1], getattr(torch, config.dtype)
-    family = weights.FAMILIES[name]
+    family = FAMILIES[name]
     with dryrun.build(device, dtype if config.lora else torch.float32):
         unet = UNet3D(dataclasses.replace(family.unet, guidance=True))
     with dryrun.build(device, dtype):
         vae, text = VAE(family.vae).requires_grad_(False), TextEncoder(family.text).requires_grad_(False)
-    models = Models(name, unet, vae, text, family.fps, family.height, family.width, family.frames, {})
+    models = Models(name, unet, vae, text, family)
     return models, NoiseClips(config), public_terms(config, partial(random_reward, device=device, dtype=dtype))
 
 
@@ -375,7 +387,8 @@ def export(trainer: Trainer, out: Path) -> None:
     half = config.preset == "shapes"                                        # the toy's weights come with the repository
     weights.save_checkpoint(out / "turbo.safetensors", {k: x.half() for k, x in state.items()} if half else state, header)
     if config.export_lora:
-        write(out / "unet_lora.pt", partial(torch.save, weights.lora_to_list(weights.split_lora(state), unet.config)))
+        write(out / "unet_lora.pt", partial(torch.save, weights.lora_to_list(
+            weights.split_lora(state), lora_shapes(unet.config), layout_of(unet.config))))
     if config.merge:
         weights.save_checkpoint(out / "merged.safetensors", merge(unet.float()).state_dict(), header)
 

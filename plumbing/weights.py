@@ -1,31 +1,38 @@
-"""Weights into networks: every public file layout ends in the modules of model.py, through a table of renamed parts.
+"""Weight files: reading and writing them, the names that each public layout uses, and strict filling of networks.
 
     VideoCrafter2         model.ckpt
     ModelScopeT2V         a diffusers folder (unet/ vae/ text_encoder/), or a folder with the three original files
-    T2V-Turbo             unet_lora.pt: a list of LoRA matrices without names, in the order of the layers
+    T2V-Turbo             t2v_turbo_vc2.pt: VideoCrafter2's layout with a student's UNet in it;
+                          unet_lora.pt: a list of LoRA matrices without names, in the order of the layers
     T2V-Turbo-v2          unet_mg.pt, unet_no_mg.pt: a whole UNet
     this project          *.safetensors: a LoRA or a whole UNet, and a JSON header that says what it is
 
-Loading is strict: no tensor may be missing, left over or misshaped, and a wrong file ends in a ValueError of one line.
-Networks are built without memory ("meta") and filled tensor by tensor from memory-mapped files, so that loading takes
-little more memory than the model. Files are data, never code: pickles are read with weights_only.
+Filling is strict: no tensor may be missing, left over, misshaped or not finite, and a wrong file ends in a ValueError of
+one line. Networks are built without memory ("meta") and filled tensor by tensor from memory-mapped files, so that loading
+takes little more memory than the model. Files are data, never code: pickles are read with weights_only.
+
+This module knows no network: model.py hands in a network's layers as {name: shape of the weight}, in their order.
 """
 import json
-import os
-import pickle
 import re
+import sys
 import zipfile
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from model import FAMILIES, VAE, Models, TextEncoder, UNet3D, condition_layers
+from plumbing.files import atomic
 
-# --------------------------------------------------------------------------------------- rename tables
+State = dict[str, Tensor]
+Pairs = dict[str, tuple[Tensor, Tensor]]                    # LoRA: {layer: (up (out, r, 1, ...), down (r, in, kernel))}
+Shapes = dict[str, torch.Size]                              # {layer: shape of its weight}, in the network's order
+Table = list[tuple[str, str | Callable]]                    # rows of (regular expression, replacement)
+
+# ---- names of the public layouts -----------------------------------------------------------------------------
 
 ATTENTION = [                                               # the same in VideoCrafter2 and diffusers
     (r"transformer_blocks\.0\.", ""), (r"\.to_([qkv])\.", r".\1."), (r"\.to_out\.0\.", ".out."),
@@ -37,26 +44,59 @@ VIDEOCRAFTER = [
     (r"temopral_conv", "temporal"),                         # the typo is in the files
     (r"input_blocks\.0\.0\.", "input_blocks.0.0.conv."), (r"\.op\.", ".conv."), *ATTENTION]
 
-MODELSCOPE_ORIGINAL = [                                     # as above, but for two names
+RESBLOCK = r"^((?:in|out)put_blocks\.\d+\.0|middle_block\.[03])\."
+TO_VIDEOCRAFTER = [                                         # the inverse of VIDEOCRAFTER
+    (r"^input_blocks\.0\.0\.conv\.", "input_blocks.0.0."), (RESBLOCK + r"conv\.", r"\1.op."),
+    (RESBLOCK + r"norm1\.", r"\1.in_layers.0."), (RESBLOCK + r"conv1\.", r"\1.in_layers.2."),
+    (RESBLOCK + r"emb\.", r"\1.emb_layers.1."), (RESBLOCK + r"norm2\.", r"\1.out_layers.0."),
+    (RESBLOCK + r"conv2\.", r"\1.out_layers.3."), (RESBLOCK + r"skip\.", r"\1.skip_connection."),
+    (RESBLOCK + r"temporal\.", r"\1.temopral_conv."),
+    (r"\.(attn\d)\.([qkv])\.", r".transformer_blocks.0.\1.to_\2."),
+    (r"\.(attn\d)\.out\.", r".transformer_blocks.0.\1.to_out.0."),
+    (r"\.ff\.proj\.", ".transformer_blocks.0.ff.net.0.proj."), (r"\.ff\.out\.", ".transformer_blocks.0.ff.net.2."),
+    (r"\.(norm\d)\.", r".transformer_blocks.0.\1.")]
+
+MODELSCOPE_ORIGINAL = [                                     # VideoCrafter2's, but for two names
     (r"input_blocks\.0\.1\.", "init_attn.0."), (r"(input_blocks\.\d+)\.op\.", r"\1.0.op."), *VIDEOCRAFTER]
 
 
-def diffusers_block(m):
-    """up_blocks.1.attentions.2. -> output_blocks.5.1.: diffusers counts blocks per level, VideoCrafter2 counts all."""
-    side, level, kind, index = m[1], int(m[2] or 0), m[3], int(m[4])
-    slot = {"resnets": "0", "temp_convs": "0.temporal", "attentions": "1", "temp_attentions": "2", "downsamplers": "0",
-            "upsamplers": "1" if level == 0 else "3"}[kind]             # no attention on the coarsest level
-    if side == "mid":
-        return f"middle_block.{slot.replace('0', str(3 * index), 1)}."
-    block = 3 * level + (2 if "samplers" in kind else index)            # resampling: in the last of a level's three
-    return f"input_blocks.{block + 1}.{slot}." if side == "down" else f"output_blocks.{block}.{slot}."
+def diffusers_level(name: str, blocks: list[str], attention: bool, *resampling: tuple[str, str]) -> list[tuple[str, str]]:
+    """A level of diffusers' UNet: all ResBlocks, all temporal convolutions, all transformers over space, all over time."""
+    kinds = [("resnets", "0"), ("temp_convs", "0.temporal")]
+    kinds += [("attentions", "1"), ("temp_attentions", "2")] if attention else []
+    return [(f"{name}.{kind}.{j}", f"{block}.{slot}") for kind, slot in kinds for j, block in enumerate(blocks)] + [*resampling]
 
+
+DIFFUSERS_PARTS = [                                         # every part of diffusers' UNet in its order, and our name for it
+    ("conv_in", "input_blocks.0.0.conv"),
+    ("time_embedding.linear_1", "time_embed.0"),
+    ("time_embedding.cond_proj", "time_cond_proj"),
+    ("time_embedding.linear_2", "time_embed.2"),
+    ("transformer_in", "init_attn.0"),
+    *diffusers_level("down_blocks.0", ["input_blocks.1", "input_blocks.2"], True,
+                     ("down_blocks.0.downsamplers.0", "input_blocks.3.0")),
+    *diffusers_level("down_blocks.1", ["input_blocks.4", "input_blocks.5"], True,
+                     ("down_blocks.1.downsamplers.0", "input_blocks.6.0")),
+    *diffusers_level("down_blocks.2", ["input_blocks.7", "input_blocks.8"], True,
+                     ("down_blocks.2.downsamplers.0", "input_blocks.9.0")),
+    *diffusers_level("down_blocks.3", ["input_blocks.10", "input_blocks.11"], False),
+    *diffusers_level("up_blocks.0", ["output_blocks.0", "output_blocks.1", "output_blocks.2"], False,
+                     ("up_blocks.0.upsamplers.0", "output_blocks.2.1")),
+    *diffusers_level("up_blocks.1", ["output_blocks.3", "output_blocks.4", "output_blocks.5"], True,
+                     ("up_blocks.1.upsamplers.0", "output_blocks.5.3")),
+    *diffusers_level("up_blocks.2", ["output_blocks.6", "output_blocks.7", "output_blocks.8"], True,
+                     ("up_blocks.2.upsamplers.0", "output_blocks.8.3")),
+    *diffusers_level("up_blocks.3", ["output_blocks.9", "output_blocks.10", "output_blocks.11"], True),
+    ("mid_block.resnets.0", "middle_block.0"), ("mid_block.resnets.1", "middle_block.3"),
+    ("mid_block.temp_convs.0", "middle_block.0.temporal"), ("mid_block.temp_convs.1", "middle_block.3.temporal"),
+    ("mid_block.attentions.0", "middle_block.1"), ("mid_block.temp_attentions.0", "middle_block.2"),
+    ("conv_norm_out", "out.0"),
+    ("conv_out", "out.2"),
+]
+DIFFUSERS_TRANSFORMER = ["proj_in", "attn1", "attn2", "ff", "proj_out"]         # VideoCrafter2: ff before attn2
 
 DIFFUSERS = [
-    (r"^(down|up|mid)_blocks?(?:\.(\d))?\.(\w+)\.(\d)\.", diffusers_block),
-    (r"^conv_in", "input_blocks.0.0.conv"), (r"^conv_norm_out", "out.0"), (r"^conv_out", "out.2"),
-    (r"^time_embedding\.linear_1", "time_embed.0"), (r"^time_embedding\.linear_2", "time_embed.2"),
-    (r"^time_embedding\.cond_proj", "time_cond_proj"), (r"^transformer_in\.", "init_attn.0."),
+    *((rf"^{re.escape(name)}\.", f"{ours}.") for name, ours in DIFFUSERS_PARTS),
     (r"time_emb_proj", "emb"), (r"conv_shortcut", "skip"), *ATTENTION]
 
 DIFFUSERS_VAE = [
@@ -74,17 +114,15 @@ HUGGINGFACE_CLIP = [
     (r"^encoder\.layers", "transformer.resblocks"), (r"layer_norm(\d)", r"ln_\1"),
     (r"self_attn\.out_proj", "attn.out_proj"), (r"mlp\.fc1", "mlp.c_fc"), (r"mlp\.fc2", "mlp.c_proj")]
 
-MODELSCOPE_FILES = ["text2video_pytorch_model.pth", "VQGAN_autoencoder.pth", "open_clip_pytorch_model.bin"]
-UNUSED_TEXT = r"visual\.|text_projection|logit_scale|attn_mask|embeddings\.position_ids|"
 
-
-def rename(state, table):
+def rename(state: State, table: Table) -> State:
+    """Applies the rows of a table to every name, in order."""
     for pattern, name in table:
         state = {re.sub(pattern, name, key): tensor for key, tensor in state.items()}
     return state
 
 
-def huggingface_text(state):
+def huggingface_text(state: State) -> State:
     """transformers' CLIPTextModel -> open_clip: renamed, and q, k, v stacked into one matrix."""
     state = rename(state, HUGGINGFACE_CLIP)
     for key in [key for key in state if "self_attn.q_proj" in key]:
@@ -93,12 +131,20 @@ def huggingface_text(state):
     return state
 
 
-def part(state, prefix):
+def to_videocrafter(state: State) -> State:
+    """Our UNet's tensors under VideoCrafter2's names, the first transformer's projections as its Conv1d."""
+    state = rename(state, TO_VIDEOCRAFTER)
+    for key in ("init_attn.0.proj_in.weight", "init_attn.0.proj_out.weight"):
+        state[key] = state[key][..., None]                  # (out, in) -> (out, in, 1)
+    return state
+
+
+def part(state: State, prefix: str) -> State:
     """What lies under a prefix, without it."""
     return {key.split(prefix, 1)[1]: tensor for key, tensor in state.items() if prefix in key}
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ---- files ---------------------------------------------------------------------------------------------------
 
 class Inert:
     """Stands in for whatever a training framework pickled beside its tensors. Does nothing."""
@@ -110,206 +156,85 @@ class Inert:
         pass
 
 
-def read_tensors(path):
-    """Content of a .safetensors or torch file, memory-mapped where possible: a dict or, unet_lora.pt, a list."""
+def can_be_mapped(path: Path) -> bool:
+    """Is it torch's zip format of 2020, stored without compression? Mapped, a compressed one would read as garbage."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+
+
+def read_tensors(path: str | Path):
+    """Whatever a .safetensors or torch file holds, memory-mapped where possible. Raises ValueError for other files."""
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    try:
+        size = path.stat().st_size
+        with open(path, "rb"):
+            pass
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        zipped = zipfile.is_zipfile(path)                   # torch's format since 2020, the one that can be mapped
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-        with torch.serialization.safe_globals([(Inert, name) for name in names]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (safetensors.SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError,
-            OSError) as error:
-        raise ValueError(f"{path}: not a weight file, or a truncated one ({path.stat().st_size:,} bytes; "
-                         f"{type(error).__name__})") from error
-    return content.get("state_dict", content) if isinstance(content, dict) else content
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+        with torch.serialization.safe_globals([(Inert, name) for name in unsafe]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped(path))
+    except Exception as error:                              # unpickling damaged bytes raises errors of any kind
+        raise ValueError(f"{path}: not a weight file, or a truncated one ({size:,} bytes; {type(error).__name__})") from error
 
 
-def save_checkpoint(path, tensors, header):
+def unwrap(content):
+    """A dict of tensors out of what training programs put around it; anything else as it is."""
+    for wrapper in ("state_dict", "module", "model"):       # Lightning, DeepSpeed, OpenGVLab
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    return content
+
+
+def read_named(path: str | Path) -> State:
+    """{name: tensor} of a weight file, memory-mapped where possible, out of whatever it is wrapped in."""
+    return named_tensors(unwrap(read_tensors(path)), path)
+
+
+def named_tensors(content, path: str | Path) -> State:
+    """The tensors among a file's entries. Raises ValueError where there are none."""
+    if isinstance(content, list):
+        raise ValueError(f"{path}: a list of LoRA matrices, not a whole model; that goes with --turbo")
+    if isinstance(content, dict):
+        content = {key: x for key, x in content.items() if isinstance(key, str) and isinstance(x, Tensor)}
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path}: holds no named tensors; it is not a weight file")
+    return content
+
+
+def save_checkpoint(path: str | Path, tensors: State, header: dict) -> None:
     """Writes tensors and a JSON-able header to one .safetensors file, atomically: a crash leaves the old one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    safetensors.torch.save_file(tensors, scratch, {"config": json.dumps(header)})
-    with open(scratch, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    with atomic(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, {"config": json.dumps(header)})
 
 
-def read_header(path):
+def read_header(path: str | Path) -> dict:
     """The JSON header of a .safetensors file of ours; {} where someone else wrote the file."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get("config", "{}"))
-    except safetensors.SafetensorError as error:
+            header = json.loads((file.metadata() or {}).get("config", "{}"))
+    except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ValueError(f"{path}: not a weight file, or a truncated one ({error})") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: its header is not a JSON object")
+    return header
 
 
-def read_checkpoint(path):
+def read_checkpoint(path: str | Path) -> tuple[State, dict]:
     """What save_checkpoint wrote: (tensors, header)."""
     return read_tensors(path), read_header(path)
 
 
-def fill(module, state, source, device="cpu", dtype=None, lora=None):
-    """Strictly fills a module built on the meta device, tensor by tensor, merging LoRA matrices on the way.
-
-    state: {our name: tensor}; a 1x1 convolution may come as a linear layer and vice versa. lora: {layer: (up, down)}.
-    source: the file, for messages.
-    """
-    lora, filled, wanted = dict(lora or {}), {}, module.state_dict()
-    missing, foreign = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    if missing or foreign:
-        kind = type(module).__name__
-        raise ValueError(f"{source}: not the weights of this {kind}, or not all: " + "; ".join(
-            f"{len(keys)} {what} ({keys[0]}{', ...' if keys[1:] else ''})"
-            for keys, what in ((missing, f"of {len(wanted)} tensors missing"), (foreign, "not expected")) if keys))
-    for key, like in wanted.items():
-        tensor, shape = state[key], trim(like.shape)
-        if trim(tensor.shape) != shape:
-            raise ValueError(f"{source}: {key} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
-        tensor = tensor.reshape(like.shape)
-        if key.removesuffix(".weight") in lora:
-            up, down = lora.pop(key.removesuffix(".weight"))
-            tensor = tensor.float() + (up.float().flatten(1) @ down.float().flatten(1)).view(like.shape)
-        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.dim(), torch.contiguous_format)
-        filled[key] = tensor.to(device, dtype or tensor.dtype, copy=True).contiguous(memory_format=last)
-    assert not lora, f"LoRA for layers that do not exist: {list(lora)}"
-    module.load_state_dict(filled, assign=True)
-    return module.eval()
-
-
-def trim(shape):
-    """A shape without the ones at its end: (C, D, 1, 1) -> (C, D)."""
-    shape = list(shape)
-    while shape and shape[-1] == 1:
-        shape.pop()
-    return shape
-
-
-# ----------------------------------------------------------------------------------------------- LoRA
-
-def lora_shapes(config):
-    """{layer: shape of its weight} of all layers that take LoRA, in the order in which the UNet registers them."""
-    with torch.device("meta"):
-        unet = getattr(config, "network", UNet3D)(config)
-    return {name: m.weight.shape for name, m in unet.named_modules() if type(m) in (nn.Linear, nn.Conv2d, nn.Conv3d)}
-
-
-def lora_order(config, layout):
-    """The layers behind a T2V-Turbo LoRA list, one per (up, down) pair.
-
-    "vc2": VideoCrafter2's order, which is ours as well, without the two layers that it has as Conv1d, a class that the
-    released code passes over. "ms": diffusers' order.
-    """
-    names = list(lora_shapes(config))
-    if layout == "vc2":
-        return [name for name in names if not name.startswith("init_attn.0.proj_")]
-    return sorted(names, key=lambda name: diffusers_rank(name, config))             # stable
-
-
-def diffusers_rank(name, config):
-    """Sorts layers as diffusers lists them: the middle after the way up; in a level, all ResBlocks, all temporal
-    convolutions, all transformers over space, all over time (feed-forward after both attentions), resampling."""
-    def first(patterns):
-        return next((i for i, pattern in enumerate(patterns) if re.search(pattern, name)), len(patterns))
-
-    section = first([r"^input_blocks\.0", r"^time_embed\.0", r"^time_cond", r"^time_embed\.2",
-                     r"^init", r"^input", r"^output", r"^middle"])
-    block = re.match(r"(in|out)put_blocks\.(\d+)", name)
-    block = int(block[2]) - (block[1] == "in") if block else 0
-    kind = first([r"\.[03]\.(conv[12]|emb|skip)$", r"temporal", r"\.1\.(proj|attn|ff)", r"\.[02]\.(proj|attn|ff)"])
-    inside = first([r"proj_in", r"attn1", r"attn2", r"ff", r"proj_out"])
-    return section, block // (config.res_blocks + 1), kind, block, inside
-
-
-def layout_of(config):
-    return "vc2" if config.fps else "ms"
-
-
-def lora_from_list(tensors, config, source):
-    """[up, down, up, down, ...] -> {layer: (up, down)}, every shape checked against the layer its place implies."""
-    order = lora_order(config, layout_of(config))
-    if len(tensors) != 2 * len(order):
-        raise ValueError(f"{source}: {len(tensors)} LoRA tensors, this UNet takes {2 * len(order)}")
-    lora = dict(zip(order, zip(tensors[::2], tensors[1::2], strict=True), strict=True))
-    return check_lora(lora, config, source)
-
-
-def check_lora(lora, config, source):
-    """up (out, r, 1, ...) after down (r, in, kernel): their product has the shape of the layer's weight."""
-    shapes = lora_shapes(config)
-    for name, (up, down) in lora.items():
-        if name not in shapes:
-            raise ValueError(f"{source}: LoRA for {name}, a layer that this UNet does not have")
-        shape, r = shapes[name], down.shape[0]
-        expected = (shape[0], r, *[1] * len(shape[2:])), (r, *shape[1:])
-        if (tuple(up.shape), tuple(down.shape)) != expected:
-            raise ValueError(f"{source}: LoRA of {name} has shapes {tuple(up.shape)} and {tuple(down.shape)}, "
-                             f"expected {expected[0]} and {expected[1]}")
-    return lora
-
-
-def lora_to_list(lora, config):
-    """The inverse of lora_from_list, for torch.save: what the released code reads as unet_lora.pt."""
-    order = lora_order(config, layout_of(config))
-    for name in sorted(set(order) - lora.keys()):
-        raise ValueError(f"there is no LoRA for {name}, which the public list must have")
-    for name in sorted(lora.keys() - set(order)):
-        if lora[name][0].any():
-            raise ValueError(f"the public LoRA list has no place for {name}; export merged weights instead")
-    return [matrix.detach().float().cpu().contiguous() for name in order for matrix in lora[name]]
-
-
-def split_lora(tensors):
-    """{layer.up: ..., layer.down: ...}, as in our own files -> {layer: (up, down)}"""
-    return {key[:-3]: (tensors[key], tensors[key[:-2] + "down"]) for key in tensors if key.endswith(".up")}
-
-
-def lora_from_dict(tensors, config, source):
-    """Our own files' LoRA -> {layer: (up, down)}, checked."""
-    if {key.rpartition(".")[0] + end for key in tensors for end in (".up", ".down")} != set(tensors):
-        raise ValueError(f"{source}: not a LoRA file: its tensors are not pairs NAME.up, NAME.down")
-    return check_lora(split_lora(tensors), config, source)
-
-
-# -------------------------------------------------------------------------------------------- models
-
-PUBLIC = {                                  # name: hub repository, files
-    "vc2": ("VideoCrafter/VideoCrafter2", ["model.ckpt"]),
-    "ms": ("ali-vilab/text-to-video-ms-1.7b", ["unet/diffusion_pytorch_model.safetensors",
-                                               "vae/diffusion_pytorch_model.safetensors",
-                                               "text_encoder/model.safetensors"]),
-    "vc2-turbo": ("jiachenli-ucsb/T2V-Turbo-VC2", ["unet_lora.pt"]),
-    "ms-turbo": ("jiachenli-ucsb/T2V-Turbo-MS", ["unet_lora.pt"]),
-    "vc2-turbo-v2": ("jiachenli-ucsb/T2V-Turbo-v2", ["unet_mg.pt"]),
-    "vc2-turbo-v2-no-mg": ("jiachenli-ucsb/T2V-Turbo-v2-no-MG", ["unet_no_mg.pt"]),
-}
-
-
-def fetch(name):
-    """Path of a public file (of the first, where a model has several), downloaded on its first use."""
-    import huggingface_hub
-    repository, files = PUBLIC[name]
-    try:
-        return [huggingface_hub.hf_hub_download(repository, file) for file in files][0]
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        raise ValueError(f"cannot download {', '.join(files)} of https://huggingface.co/{repository} "
-                         f"({type(error).__name__}); fetch it by hand and give its path") from error
-
-
-def read_dict(path):
-    content = read_tensors(path)
-    if isinstance(content, list):
-        raise ValueError(f"{path}: a list of LoRA matrices, not a whole model; that goes with --turbo")
-    return content
-
-
-def one_of(folder, stems):
+def one_of(folder: Path, stems: list[str]) -> Path:
     """The weight file of a diffusers folder: .safetensors before .bin, full precision before .fp16."""
     kinds = [".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin"]
     names = [stem + kind for kind in kinds for stem in stems]
@@ -319,69 +244,160 @@ def one_of(folder, stems):
     raise ValueError(f"{folder}: none of {', '.join(names)} is there")
 
 
-def read_teacher(path, text_layers):
-    """A teacher's file or folder -> three pairs: tensors of UNet, VAE, text under our names, and their file."""
-    path = Path(path)
-    path = path / "model.ckpt" if (path / "model.ckpt").is_file() else path
-    if (path / MODELSCOPE_FILES[0]).is_file():
-        files = [path / name for name in MODELSCOPE_FILES]
-        unet, vae, text = map(read_dict, files)
-        unet, vae = rename(unet, MODELSCOPE_ORIGINAL), part(vae, "first_stage_model.")
-    elif path.is_dir():
-        weights = ["diffusion_pytorch_model"]
-        files = [one_of(path / "unet", weights), one_of(path / "vae", weights),
-                 one_of(path / "text_encoder", ["model", "pytorch_model"])]
-        unet, vae, text = map(read_dict, files)
-        unet, vae, text = rename(unet, DIFFUSERS), rename(vae, DIFFUSERS_VAE), huggingface_text(text)
-    else:
-        files, content = [path] * 3, read_dict(path)
-        unet = rename(part(content, "model.diffusion_model."), VIDEOCRAFTER)
-        vae, text = part(content, "first_stage_model."), part(content, "cond_stage_model.model.")
-    last = rf"transformer\.resblocks\.{text_layers - 1}\."             # the tower's last layer is not run
-    text = {key: x for key, x in text.items() if not re.match(UNUSED_TEXT + last, key)}
-    return list(zip((unet, vae, text), files, strict=True))
+def download(repository: str, file: str) -> Path:
+    """A file of a Hugging Face repository, downloaded on its first use."""
+    import huggingface_hub
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, file))
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        raise ValueError(f"cannot download {file} of https://huggingface.co/{repository} "
+                         f"({type(error).__name__}); fetch it by hand and give its path") from error
 
 
-def read_turbo(path, config):
-    """Turbo weights -> (config of their UNet, its whole state or None, LoRA or None, header)"""
-    header = {"method": "turbo", "w_min": 5.0, "w_max": 15.0}
-    if Path(path).suffix == ".safetensors":
-        content, header = read_checkpoint(path)
-    else:
-        content = read_tensors(path)
-    config = replace(config, guidance=True)
-    if isinstance(content, list):
-        return config, None, lora_from_list(content, config, path), header | {"steps": 50}
-    if any(key.endswith(".up") for key in content):
-        return config, None, lora_from_dict(content, config, path), header
-    if Path(path).suffix != ".safetensors":
-        content, header = rename(content, VIDEOCRAFTER), header | {"steps": 200}
-    return replace(config, motion="motion_cond_proj.weight" in content), content, None, header
+# ---- filling a network ---------------------------------------------------------------------------------------
 
+@torch.no_grad()
+def fill(module: nn.Module, state: State, source, device="cpu", dtype: torch.dtype | None = None,
+         lora: Pairs | None = None, allow_unused: bool = False) -> nn.Module:
+    """Strictly fills a module built on the meta device, tensor by tensor, merging LoRA on the way. In eval mode.
 
-def load(model, teacher=None, turbo=None, device="cpu", dtype=torch.float32, **conditions):
-    """The networks of "vc2" or "ms": the teacher's, or with turbo weights the student's (LoRA merged). In eval mode.
-
-    teacher: file or folder; None = download. turbo: file, or a key of PUBLIC to download; None = the teacher alone.
-    conditions: guidance=True and motion=True add the layers that a student needs, as it starts.
+    state: {our name: tensor}; a 1x1 convolution may come as a linear layer and vice versa. lora: {layer: (up, down)}.
+    source: the file, for messages. dtype: None = the file's. allow_unused: tensors without a place are named, not refused.
     """
-    if model not in FAMILIES:
-        raise ValueError(f"no model {model!r}; there are {', '.join(FAMILIES)}")
-    family, header, state, lora = FAMILIES[model], {}, None, None
-    config = replace(family.unet, **conditions)
-    if turbo is not None:
-        turbo = fetch(turbo) if turbo in PUBLIC else turbo
-        config, state, lora, header = read_turbo(turbo, config)
-    if teacher is None:
-        teacher = fetch(model)
-        teacher = Path(teacher).parent.parent if model == "ms" else teacher         # its folder
-    parts = read_teacher(teacher, family.text.layers)
-    if state is None:
-        new = {f"{name}.weight": layer.weight.data for name, layer in condition_layers(config).items()}
-        state, turbo = new | parts[0][0], parts[0][1]
-    with torch.device("meta"):
-        unet, vae, text = UNet3D(config), VAE(family.vae), TextEncoder(family.text)
-    fill(unet, state, turbo, device, dtype, lora)
-    fill(vae, *parts[1], device, dtype).requires_grad_(False)
-    fill(text, *parts[2], device, dtype).requires_grad_(False)
-    return Models(model, unet, vae, text, family.fps, family.height, family.width, family.frames, header)
+    wanted, lora, filled = module.state_dict(), dict(lora or {}), {}
+    check_names(type(module).__name__, wanted, state, source, allow_unused)
+
+    for key, like in wanted.items():
+        tensor = state[key]
+        if trim(tensor.shape) != trim(like.shape):
+            raise ValueError(f"{source}: {key} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
+        if not is_finite(tensor):
+            raise ValueError(f"{source}: {key} holds NaN or infinity; the file is damaged")
+        tensor = tensor.reshape(like.shape)
+
+        layer = key.removesuffix(".weight")
+        if layer in lora:
+            up, down = lora.pop(layer)
+            tensor = tensor.float() + (up.float().flatten(1) @ down.float().flatten(1)).view(like.shape)
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.dim(), torch.contiguous_format)
+        filled[key] = tensor.to(device, dtype or tensor.dtype, copy=True).contiguous(memory_format=last)
+
+    assert not lora, f"LoRA for layers that do not exist: {list(lora)}"
+    module.load_state_dict(filled, assign=True)
+    return module.eval()
+
+
+def check_names(kind: str, wanted: State, state: State, source, allow_unused: bool) -> None:
+    """Raises ValueError unless a file has exactly the tensors that a network takes."""
+    missing, unused = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    complaints = [f"{len(missing)} of {len(wanted)} tensors missing ({missing[0]}{', ...' * (len(missing) > 1)})"] if missing else []
+    if unused and not allow_unused:
+        complaints.append(f"{len(unused)} not expected ({unused[0]}{', ...' * (len(unused) > 1)})")
+    if complaints:
+        raise ValueError(f"{source}: not the weights of this {kind}, or not all: {'; '.join(complaints)}")
+    if unused:
+        groups = sorted({".".join(key.split(".")[:2]) for key in unused})
+        print(f"{source}: {len(unused)} tensors not needed: {', '.join(groups)}", file=sys.stderr)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity; one pass, nothing allocated."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(x.isfinite().item() for x in tensor.aminmax())
+
+
+def trim(shape) -> list[int]:
+    """A shape without the ones at its end: (C, D, 1, 1) -> (C, D)."""
+    shape = list(shape)
+    while shape and shape[-1] == 1:
+        shape.pop()
+    return shape
+
+
+# ---- LoRA ----------------------------------------------------------------------------------------------------
+
+def lora_required(layers: Shapes, layout: str) -> list[str]:
+    """The layers that a LoRA must have, in our order: all, but for VideoCrafter2 not the two that it has as Conv1d, a class
+    that the released code passes over."""
+    return [name for name in layers if layout != "vc2" or not name.startswith("init_attn.0.proj_")]
+
+
+def lora_order(layers: Shapes, layout: str) -> list[str]:
+    """The layers behind a T2V-Turbo LoRA list, one per (up, down) pair. "vc2": our own order; "ms": diffusers' order."""
+    required = lora_required(layers, layout)
+    return required if layout == "vc2" else sorted(required, key=diffusers_rank)        # stable
+
+
+def diffusers_rank(layer: str) -> tuple[int, int]:
+    """Sorts layers as diffusers lists them: by part of the UNet, and within a transformer by its own order."""
+    parts = [ours for _, ours in DIFFUSERS_PARTS]
+    inside = max((ours for ours in parts if f"{layer}.".startswith(f"{ours}.")), key=len)
+    step = next((i for i, name in enumerate(DIFFUSERS_TRANSFORMER) if f".{name}" in layer), 0)
+    return parts.index(inside), step
+
+
+def lora_from_list(tensors: list[Tensor], layers: Shapes, layout: str, source) -> Pairs:
+    """[up, down, up, down, ...] -> {layer: (up, down)}, every shape checked against the layer its place implies."""
+    order = lora_order(layers, layout)
+    if len(tensors) != 2 * len(order):
+        raise ValueError(f"{source}: {len(tensors)} LoRA tensors, this UNet takes {2 * len(order)}")
+    if not all(isinstance(x, Tensor) for x in tensors):
+        raise ValueError(f"{source}: a list, but not of tensors; it is not a weight file")
+    pairs = zip(tensors[::2], tensors[1::2], strict=True)
+    return check_lora(dict(zip(order, pairs, strict=True)), layers, layout, source)
+
+
+def lora_from_dict(tensors: State, layers: Shapes, layout: str, source) -> Pairs:
+    """Our own files' LoRA, NAME.up and NAME.down -> {layer: (up, down)}, checked."""
+    names = {key.rpartition(".")[0] for key in tensors}
+    if {f"{name}.{end}" for name in names for end in ("up", "down")} != tensors.keys():
+        raise ValueError(f"{source}: not a LoRA file: its tensors are not pairs NAME.up, NAME.down")
+    return check_lora(split_lora(tensors), layers, layout, source)
+
+
+def split_lora(tensors: State) -> Pairs:
+    """{layer.up: ..., layer.down: ...}, as in our own files -> {layer: (up, down)}"""
+    names = [key.removesuffix(".up") for key in tensors if key.endswith(".up")]
+    return {name: (tensors[f"{name}.up"], tensors[f"{name}.down"]) for name in names}
+
+
+def check_lora(lora: Pairs, layers: Shapes, layout: str, source) -> Pairs:
+    """Raises ValueError unless every layer that the layout names has LoRA, and all shapes are those of the layers.
+
+    up (out, r, 1, ...) after down (r, in, kernel): their product has the shape of the layer's weight.
+    """
+    foreign = [name for name in lora if name not in layers]
+    if foreign:
+        raise ValueError(f"{source}: LoRA for {foreign[0]}, a layer that this UNet does not have")
+    missing = [name for name in lora_required(layers, layout) if name not in lora]
+    if missing:
+        raise ValueError(f"{source}: not a LoRA of this UNet, or not all of it: {len(missing)} of {len(layers)} layers missing "
+                         f"({missing[0]}{', ...' * (len(missing) > 1)})")
+
+    for name, (up, down) in lora.items():
+        shape, r = layers[name], down.shape[0] if down.dim() else 0
+        expected = (shape[0], r, *[1] * len(shape[2:])), (r, *shape[1:])
+        if (tuple(up.shape), tuple(down.shape)) != expected:
+            raise ValueError(f"{source}: LoRA of {name} has shapes {tuple(up.shape)} and {tuple(down.shape)}, "
+                             f"expected {expected[0]} and {expected[1]}")
+        if not (is_finite(up) and is_finite(down)):
+            raise ValueError(f"{source}: LoRA of {name} holds NaN or infinity; the file is damaged")
+    return lora
+
+
+@torch.no_grad()
+def scaled(lora: Pairs | None, scale: float) -> Pairs | None:
+    """LoRA of another strength: 1 as trained, 0 the teacher."""
+    return lora and {name: (scale * up, down) for name, (up, down) in lora.items()}
+
+
+def lora_to_list(lora: Pairs, layers: Shapes, layout: str) -> list[Tensor]:
+    """The inverse of lora_from_list, for torch.save: what the released code reads as unet_lora.pt."""
+    order = lora_order(layers, layout)
+    for name in sorted(set(order) - lora.keys()):
+        raise ValueError(f"there is no LoRA for {name}, which the public list must have")
+    for name in sorted(lora.keys() - set(order)):
+        if lora[name][0].any():
+            raise ValueError(f"the public LoRA list has no place for {name}; export merged weights instead")
+    return [matrix.detach().float().cpu().contiguous() for name in order for matrix in lora[name]]

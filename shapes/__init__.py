@@ -8,7 +8,7 @@ from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
 STUDENTS = ("vcm", "vcm-img", "vcm-vid", "turbo")
-NEEDS_TORCH = {"Clips": "world", "accuracy": "world", "SAMPLING": "models", "load": "models", "load_text": "models",
+NEEDS_TORCH = {"Clips": "world", "accuracy": "world", "FAMILY": "models", "load": "models", "load_text": "models",
                "load_vae": "models", "read": "models", "rewards": "models"}
 
 

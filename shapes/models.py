@@ -31,6 +31,7 @@ SAMPLING = {                            # method -> how its clips are made, unle
     "teacher": Sampling("ddim", steps=50, guidance=2.0, grid=50, on_grid=True),
 }
 SHAPES_VAE = model.VAEConfig(channels=48, mult=(1, 1), res_blocks=1, latent=8, groups=8, patch=4)
+FAMILY = model.Family(SHAPES, world.SIZE, world.SIZE, fps=8, sampling=SAMPLING, frames=world.FRAMES, vae=SHAPES_VAE)
 
 
 class SpaceTime(nn.Module):
@@ -167,8 +168,8 @@ def load_text(folder: Path = WEIGHTS) -> CaptionEncoder:
 
 
 def load(turbo: str | Path | None = None, folder: str | Path | None = None, device="cpu", dtype=torch.float32,
-         **conditions) -> model.Models:
-    """The toy's networks, like `weights.load`: the teacher's, or with turbo weights (a file, or vcm, vcm-img, vcm-vid, turbo for the
+         lora_scale: float = 1.0, **conditions) -> model.Models:
+    """The toy's networks, like `model.load`: the teacher's, or with turbo weights (a file, or vcm, vcm-img, vcm-vid, turbo for the
     embedded ones) a student's. folder: where pretrain.py wrote, instead of the embedded weights."""
     folder = Path(folder or WEIGHTS)
     state, config = read(folder / "teacher.safetensors")
@@ -177,15 +178,16 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None, devi
     lora, header = None, {}
     if turbo is not None:
         turbo = student(turbo, folder) if str(turbo) in STUDENTS else turbo
-        config, whole, lora, header = weights.read_turbo(turbo, config)
-        state = whole or state
+        config, whole, lora, header = model.read_turbo(turbo, config, "shapes")
+        state, lora = whole or state, weights.scaled(lora, lora_scale)
+        header = model.complete(header, FAMILY)
     if config.guidance and "time_cond_proj.weight" not in state:
         state["time_cond_proj.weight"] = torch.zeros(config.channels, 256)         # what LoRA adds to
     with torch.device("meta"):
         unet = UNet(config)
     weights.fill(unet, state, turbo or folder, device, dtype, lora)
     frozen = load_vae(folder).to(device, dtype), load_text(folder).to(device)       # ViCLIP's norms are float32
-    return model.Models("shapes", unet, *frozen, fps=8, height=world.SIZE, width=world.SIZE, frames=world.FRAMES, header=header)
+    return model.Models("shapes", unet, *frozen, FAMILY, header)
 
 
 def rewards(device="cpu", folder: str | Path | None = None) -> dict[str, reward_models.Reward]:

@@ -29,18 +29,25 @@ from test_model import (
 )
 from torch import nn
 
-from model import FAMILIES, VAE, VC2, Family, guidance_embedding
-from plumbing import video, weights
-from plumbing.weights import (
+from model import (
+    FAMILIES,
+    VAE,
+    VC2,
+    complete,
     fetch,
-    fill,
+    guidance_embedding,
+    layout_of,
     load,
+    lora_shapes,
+    read_turbo,
+)
+from plumbing import video
+from plumbing.weights import (
+    fill,
     lora_from_list,
     lora_order,
-    lora_shapes,
     lora_to_list,
     read_checkpoint,
-    read_turbo,
     save_checkpoint,
 )
 
@@ -52,7 +59,8 @@ HEADER = dict(method="turbo", steps=50, w_min=2.0, w_max=9.0)
 @pytest.fixture(autouse=True)
 def small_families(monkeypatch):
     for name, unet in (("vc2", FPS), ("ms", SMALL)):
-        monkeypatch.setitem(FAMILIES, name, Family(unet, 64, 64, fps=8, vae=SMALL_VAE, text=SMALL_TEXT))
+        small = replace(FAMILIES[name], unet=unet, height=64, width=64, vae=SMALL_VAE, text=SMALL_TEXT)
+        monkeypatch.setitem(FAMILIES, name, small)
 
 
 def shapes_of(module):
@@ -233,7 +241,7 @@ def lora_list(shapes, rank=4):
 
 def public_list(config, layout, rank=4):
     shapes = lora_shapes(config)
-    return lora_list([shapes[name] for name in lora_order(config, layout)], rank)
+    return lora_list([shapes[name] for name in lora_order(shapes, layout)], rank)
 
 
 def test_videocrafter_lora_as_published(tmp_path):
@@ -244,7 +252,7 @@ def test_videocrafter_lora_as_published(tmp_path):
     torch.save(videocrafter(), tmp_path / "model.ckpt")
     torch.save([nn.Parameter(x) for x in tensors], tmp_path / "unet_lora.pt")
     models = load("vc2", tmp_path, tmp_path / "unet_lora.pt")
-    assert models.steps == 50
+    assert models.sampling.grid == 50
     with torch.no_grad():
         eps = models.unet(*INPUTS, w=torch.tensor([7.5, 14.2]), fps=16)
     assert close(published(eps), torch.tensor([.1980657, .1232111, .5689927, -.2307397, -.3275306, -.0884252]))
@@ -274,17 +282,19 @@ def test_modelscope_lora_in_diffusers_order(modelscope, tmp_path):
 def test_lora_list_and_back(layout, config):
     config = replace(config, guidance=True)
     tensors = public_list(config, layout)
-    lora = lora_from_list(tensors, config, "test")
-    assert all(torch.equal(a, b) for a, b in zip(lora_to_list(lora, config), tensors, strict=True))
+    shapes = lora_shapes(config)
+    assert layout_of(config) == layout
+    lora = lora_from_list(tensors, shapes, layout, "test")
+    assert all(torch.equal(a, b) for a, b in zip(lora_to_list(lora, shapes, layout), tensors, strict=True))
     if layout == "vc2":
         with pytest.raises(ValueError, match="no place for init_attn.0.proj_in"):
-            lora_to_list(lora | {"init_attn.0.proj_in": (torch.ones(64, 1), torch.ones(1, 32))}, config)
+            lora_to_list(lora | {"init_attn.0.proj_in": (torch.ones(64, 1), torch.ones(1, 32))}, shapes, layout)
 
 
 def test_full_size_lora_orders():
     """Digest of the names in the order in which the published injector visited the full-size UNets."""
     for config, layout, expected in ((VC2, "vc2", "7b3c5090ba0fdfa9"), (replace(VC2, fps=False), "ms", "ba3148f91a159f3e")):
-        names = lora_order(replace(config, guidance=True), layout)
+        names = lora_order(lora_shapes(replace(config, guidance=True)), layout)
         assert len(names) == 575
         assert hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] == expected
 
@@ -320,11 +330,30 @@ def test_second_version(tmp_path, motion):
     torch.save(videocrafter(), tmp_path / "model.ckpt")
     torch.save(deterministic(original_shapes(replace(FPS, guidance=True, motion=motion))), tmp_path / "unet.pt")
     models = load("vc2", tmp_path, tmp_path / "unet.pt")
-    assert models.steps == 200 and models.unet.config.motion == motion
+    assert models.sampling.grid == 200 and models.unet.config.motion == motion
     with torch.no_grad():
         eps = models.unet(*INPUTS, w=torch.tensor([7.5, 14.2]), fps=8, motion=torch.tensor([0.05, 0.0]) if motion else None)
     assert close(published(eps), torch.tensor([-.1088979, .4450589, .1715164, -.2278798, -.4524518, .4187988] if motion else
                                               [-.1307804, .4606087, .1881391, -.2197787, -.4324611, .4341577]))
+
+
+def merged_videocrafter():
+    """The content of t2v_turbo_vc2.pt: VideoCrafter2's, and the guidance projection."""
+    projection = torch.randn(32, 256, generator=torch.Generator().manual_seed(1))
+    return {"state_dict": videocrafter() | {"model.diffusion_model.time_cond_proj.weight": projection}}
+
+
+def test_merged_first_version(tmp_path):
+    """t2v_turbo_vc2.pt needs no other file, and is a student of the 50-step grid that is told 16 frames a second."""
+    torch.save(videocrafter(), tmp_path / "model.ckpt")
+    torch.save(merged_videocrafter(), tmp_path / "t2v_turbo_vc2.pt")
+    models = load("vc2", turbo=tmp_path / "t2v_turbo_vc2.pt")
+    teacher = load("vc2", tmp_path, guidance=True)
+    assert torch.equal(models.unet.time_cond_proj.weight, merged_videocrafter()["state_dict"][
+        "model.diffusion_model.time_cond_proj.weight"])
+    models.unet.time_cond_proj.weight.data.zero_()
+    assert same(models, teacher)
+    assert models.sampling == FAMILIES["vc2"].sampling["turbo"] and (models.sampling.grid, models.fps) == (50, 16)
 
 
 def test_own_checkpoints(tmp_path):
@@ -338,10 +367,10 @@ def test_own_checkpoints(tmp_path):
     assert read_turbo(tmp_path / "lora.safetensors", config)[2].keys() == lora.keys()
 
     student = load("vc2", tmp_path, tmp_path / "lora.safetensors")
-    assert student.header == HEADER and student.steps == 50
+    assert student.header == complete(HEADER, FAMILIES["vc2"]) and student.sampling.grid == 50
     save_checkpoint(tmp_path / "merged.safetensors", student.unet.state_dict(), HEADER | {"steps": 200})
     merged = load("vc2", tmp_path, tmp_path / "merged.safetensors")
-    assert same(student, merged) and merged.steps == 200
+    assert same(student, merged) and merged.sampling.grid == 200
     teacher = load("vc2", tmp_path, guidance=True).unet.state_dict()
     up, down = lora["out.2"]
     change = student.unet.state_dict()["out.2.weight"] - teacher["out.2.weight"]
@@ -351,7 +380,7 @@ def test_own_checkpoints(tmp_path):
 def test_saving_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "x.safetensors"
     save_checkpoint(path, {"a": torch.ones(3).expand(2, 3)}, HEADER)
-    monkeypatch.setattr(weights.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("plumbing.files.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(path, {"a": torch.zeros(2, 3)}, HEADER)
     assert torch.equal(read_checkpoint(path)[0]["a"], torch.ones(2, 3))
@@ -437,9 +466,15 @@ def test_public_files_are_fetched(modelscope, tmp_path, monkeypatch):
     torch.save(videocrafter(), tmp_path / "model.ckpt")
     torch.save(public_list(replace(FPS, guidance=True), "vc2"), tmp_path / "unet_lora.pt")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
-    assert same(load("vc2", turbo="vc2-turbo"), load("vc2", tmp_path, tmp_path / "unet_lora.pt"))
+    torch.save(merged_videocrafter(), tmp_path / "t2v_turbo_vc2.pt")
+    assert same(load("vc2", turbo="vc2-turbo-lora"), load("vc2", tmp_path, tmp_path / "unet_lora.pt"))
+    assert sorted(asked) == ["model.ckpt", "unet_lora.pt"]
+    asked.clear()
+    assert same(load("vc2", turbo="vc2-turbo"), load("vc2", turbo=tmp_path / "t2v_turbo_vc2.pt"))
+    assert asked == ["t2v_turbo_vc2.pt"]                    # it is the student, the VAE and the text encoder
+    asked.clear()
     assert same(load("ms"), load("ms", modelscope[0]))
-    assert sorted(asked) == ["model.ckpt", "text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors", "unet_lora.pt",
+    assert sorted(asked) == ["text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors",
                              "vae/diffusion_pytorch_model.safetensors"]
 
 
@@ -498,7 +533,7 @@ def write_full_size(layout, folder):
             torch.save({"state_dict": filler(state | auto | tower)}, folder / "model.ckpt")
     if layout == "own":
         config = replace(VC2, guidance=True)
-        lora = lora_from_list(public_list(config, "vc2", 64), config, "list")
+        lora = lora_from_list(public_list(config, "vc2", 64), lora_shapes(config), "vc2", "list")
         save_checkpoint(folder / "turbo.safetensors", {f"{name}.{end}": x for name, pair in lora.items()
                                                        for end, x in zip(("up", "down"), pair, strict=True)}, HEADER | {"model": "vc2"})
     elif layout == "vc2-v2":
@@ -511,15 +546,15 @@ def write_full_size(layout, folder):
 SAMPLE = r"""
 import json, re, sys, time
 from pathlib import Path
-import sample, weights
-load = weights.load
+import model, sample
+load = model.load
 def timed(*args, **kwargs):
     start = time.time()
     models = load(*args, **kwargs)
     peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 2 ** 20
     print(json.dumps([time.time() - start, peak]))
     return models
-weights.load = timed
+model.load = timed
 sample.main(sys.argv[1:])
 """
 
@@ -537,7 +572,7 @@ def test_full_size(tmp_path, layout):
     done = subprocess.run(
         [sys.executable, "-c", SAMPLE, "a horse on the moon", *model, *turbo, "--teacher", teacher, "--steps", "4", "--dtype", dtype,
          "--height", "64", "--width", "128", "--frames", "4", "--latents", tmp_path / "z.safetensors", "--out", tmp_path / "out.gif"],
-        capture_output=True, text=True, cwd=os.path.dirname(weights.__file__))
+        capture_output=True, text=True, cwd=os.path.dirname(model.__file__))
     assert done.returncode == 0, done.stderr[-2000:]
     seconds, peak = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[")))
     print(f"\n{layout}, {dtype}: loaded in {seconds:.0f} s, sampled in {time.time() - start - seconds:.0f} s (start of Python included), "

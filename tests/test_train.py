@@ -322,8 +322,8 @@ def test_the_reward_gradient_lowers_the_peak():
 def tiny_family(monkeypatch):
     vae = model.VAEConfig(channels=32, mult=(1, 1), res_blocks=1, patch=2)
     text = model.TextConfig(width=16, layers=2, heads=2)
-    family = dataclasses.replace(weights.FAMILIES["vc2"], unet=dataclasses.replace(tiny.UNET, fps=True), vae=vae, text=text)
-    monkeypatch.setitem(weights.FAMILIES, "vc2", family)
+    family = dataclasses.replace(model.FAMILIES["vc2"], unet=dataclasses.replace(tiny.UNET, fps=True), vae=vae, text=text)
+    monkeypatch.setitem(model.FAMILIES, "vc2", family)
     return ["--preset", "vcm-vc2", "--height", "16", "--width", "16", "--frames", "4", "--batch", "2", "--lora", "4"]
 
 
@@ -351,7 +351,7 @@ def test_the_whole_step_fits_24_gb(capsys):
 
 
 def test_results_load_where_they_are_needed(tmp_path):
-    """turbo.safetensors through weights.read_turbo, the released code's list, and the merged UNet: all the same student."""
+    """turbo.safetensors through model.read_turbo, the released code's list, and the merged UNet: all the same student."""
     unet = dataclasses.replace(tiny.UNET, fps=True)
     made = trainer("--merge", "--export-lora", "--w-min", 5, "--w-max", 15, unet=unet)
     assert "init_attn.0.proj_in.down.weight" not in made.named              # Conv1d in VideoCrafter2, not in the public list
@@ -360,7 +360,7 @@ def test_results_load_where_they_are_needed(tmp_path):
         expected = made.student(z, t, c, w=w, fps=8)
     train.export(made, tmp_path)
     for name, near in (("turbo.safetensors", 2e-3), ("unet_lora.pt", 1e-4), ("merged.safetensors", 1e-4)):  # the toy's: float16
-        config, state, lora, header = weights.read_turbo(tmp_path / name, unet)
+        config, state, lora, header = model.read_turbo(tmp_path / name, unet)
         start = tiny.networks(0, unet).unet.state_dict() | {"time_cond_proj.weight": torch.zeros(32, 256)}
         student = weights.fill(model.UNet3D(config), state or start, name, lora=lora)
         with torch.no_grad():
@@ -368,7 +368,7 @@ def test_results_load_where_they_are_needed(tmp_path):
         assert header["steps"] == 50 and (header["w_min"], header["w_max"], header["method"]) == (5, 15, "turbo")
         if name.endswith(".safetensors"):
             assert header["version"] == 1 and header["rank"] == 4 and header["model"] == "shapes"
-    assert json.loads(json.dumps(weights.read_turbo(tmp_path / "turbo.safetensors", unet)[3]["train"]))["lora"] == 4
+    assert json.loads(json.dumps(model.read_turbo(tmp_path / "turbo.safetensors", unet)[3]["train"]))["lora"] == 4
 
 
 def test_a_run_leaves_log_samples_and_weights(tmp_path):
@@ -417,7 +417,7 @@ def test_the_whole_command_on_files(tmp_path, tiny_family):
             for p in made.unet.parameters():
                 p.data = p.data.bfloat16()
             return made
-        tiny.load_world, weights.load = LOAD_WORLD, load
+        tiny.load_world, model.load = LOAD_WORLD, load
         rewards.load = lambda name, path, device, dtype, frames: loaded.append((name, path, frames)) or tiny.Bright(name)
         loaded = []
 
