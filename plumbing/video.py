@@ -1,6 +1,6 @@
 """Video files <-> uint8 clips (3, T, H, W): frames sampled by their timestamps, whole clips read and written.
 
-Axes: T frames, H W space. A tick is a timestamp as the file counts it; times are in seconds, fps in frames per second.
+Axes: T frames, H W space. A tick is a timestamp as the file counts it; times are in seconds, fps in 1/second.
 PyAV and Pillow are imported where they are needed, so that programs start without them.
 """
 from __future__ import annotations
@@ -24,21 +24,21 @@ from plumbing.files import atomic
 if TYPE_CHECKING:
     import av
 
+READABLE = (".mp4", ".m4v", ".mov", ".mkv", ".webm")    # what a folder or a shard of training clips may hold
 SLACK = 2e-3                            # containers round timestamps, some to a millisecond
 FPS_MIN, FPS_MAX = 0.1, 240             # what the containers hold and the players play
-GIF_FPS_MAX = 50                        # a gif counts hundredths of a second, and players read 1/100 s as 1/10 s
+GIF_FPS_MAX = 50                        # players show a gif's frames for 2/100 s at least
 
-# ---- frames of a clip for training ---------------------------------------------------------------------------
+# ---- frames of a clip for training -------------------------------------------------------------------------
 
 
 def read_video(source: str | Path | bytes, frames: int, fps: float, height: int, width: int,
                generator: torch.Generator | None = None) -> tuple[Tensor, float]:
     """A video file, or its bytes -> (uint8 clip (3, frames, height, width), its frames per second).
 
-    The clip starts at a random frame, or at the first without a generator. Its rate is `fps`, or more where the
-    video is too short (see `pick`). Decoding begins at the last key frame before the clip and ends with the clip.
-    Raises ValueError for whatever cannot be read whole.
-    """
+    The clip starts at a random frame, or at the first without a generator. Its rate is `fps`, or more where
+    the video is too short (see `pick`). Decoding begins at the last key frame before the clip and ends with
+    the clip. Raises ValueError for whatever cannot be read whole. """
     with open_video(source) as (container, stream):
         # which frames
         ticks, end, keys = timeline(container, stream)
@@ -64,11 +64,12 @@ def read_video(source: str | Path | bytes, frames: int, fps: float, height: int,
 
 def pick(times: np.ndarray, end: float, frames: int, fps: float,
          generator: torch.Generator | None = None) -> tuple[np.ndarray, float]:
-    """Frames on screen at `frames` instants 1/fps apart, from a random frame on (or the first) -> (indices, fps).
+    """Frames on screen at `frames` instants 1/fps apart, from a random frame on (or the first) -> (indices,
+    fps).
 
-    times: of the video's frames, ascending; the last frame is on screen until `end`. A video too short for that is
-    taken whole: the instants spread evenly over it, and the fps handed back is the higher one of those instants.
-    """
+    times: of the video's frames, ascending; the last frame is on screen until `end`. A video too short for
+    that is taken whole: the instants spread evenly over it, and the fps handed back is the higher one of
+    those instants. """
     need = (frames - 1) / fps
     starts = int((times + need < end - SLACK).sum())
     if starts:
@@ -96,20 +97,25 @@ def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputC
                 raise ValueError("not a readable video: its codec is not known here; convert it to h264")
             stream.codec_context.thread_count = 1
             yield container, stream
+    except (FileNotFoundError, PermissionError):      # says enough
+        raise
     except av.FFmpegError as error:
         raise ValueError(f"not a readable video: {error.strerror}") from error
 
 
 def decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """Decoded frames. A damaged one is an error: those predicted from it are wrong too, which ffmpeg does not say."""
+    """Decoded frames. A damaged one is an error: those predicted from it are wrong too, which ffmpeg does not
+    say."""
     for frame in container.decode(stream):
         if frame.is_corrupt:
             raise ValueError("damaged: a frame cannot be decoded")
         yield frame
 
 
-def timeline(container: av.container.InputContainer, stream: av.VideoStream) -> tuple[np.ndarray, int, list[int]]:
-    """Read the packets, decode nothing -> ascending ticks of the frames, tick of the end, ticks of the key frames.
+def timeline(container: av.container.InputContainer,
+             stream: av.VideoStream) -> tuple[np.ndarray, int, list[int]]:
+    """Read the packets, decode nothing -> ascending ticks of the frames, tick of the end, ticks of the key
+    frames.
 
     These are the timestamps that the frames really have, so a variable frame rate needs no special case."""
     import av
@@ -140,7 +146,7 @@ def timeline(container: av.container.InputContainer, stream: av.VideoStream) -> 
     seconds = float(stream.time_base)
     length = (end - ticks[0]) * seconds
     stated = stream.duration * seconds if stream.duration else 0
-    if not stated and len(container.streams) == 1:    # webm states the length of the whole file, sound included
+    if not stated and len(container.streams) == 1:    # webm states the whole file's length, sound included
         stated = (container.duration or 0) / av.time_base
     if length < 0.9 * stated:
         raise ValueError(f"truncated: {length:.2f} s of {stated:.2f} s")
@@ -154,7 +160,8 @@ def pixels(frame: av.VideoFrame) -> Tensor:
 
 
 def resize_crop(x: Tensor, height: int, width: int) -> Tensor:
-    """uint8 (3, H, W) -> (3, height, width): the smallest antialiased resize that covers it, then its centre."""
+    """uint8 (3, H, W) -> (3, height, width): the smallest antialiased resize that covers it, then its
+    centre."""
     _, H, W = x.shape
     scale = max(height / H, width / W)
     H, W = max(height, round(H * scale)), max(width, round(W * scale))
@@ -164,7 +171,7 @@ def resize_crop(x: Tensor, height: int, width: int) -> Tensor:
     return x[:, top:top + height, left:left + width]
 
 
-# ---- whole clips ---------------------------------------------------------------------------------------------
+# ---- whole clips -------------------------------------------------------------------------------------------
 
 
 def check_output(path: str | Path, fps: float) -> None:
@@ -182,11 +189,12 @@ def check_output(path: str | Path, fps: float) -> None:
 
 
 def write_video(path: str | Path, clip: Tensor, fps: float) -> None:
-    """Write uint8 (3, T, H, W) as .mp4, .gif, .safetensors (lossless) or png frames (FOLDER, or NAME.png for NAME/).
+    """Write uint8 (3, T, H, W) as .mp4, .gif, .safetensors (lossless) or png frames (FOLDER, or NAME.png for
+    NAME/).
 
     The same clip always becomes the same file. Raises ValueError (see `check_output`)."""
     if clip.dtype != torch.uint8 or clip.dim() != 4 or clip.shape[0] != 3 or not clip.numel():
-        raise ValueError(f"{path}: a clip is uint8 (3, T, H, W); this one is {clip.dtype} {tuple(clip.shape)}")
+        raise ValueError(f"{path}: expected uint8 (3, T, H, W); this one is {clip.dtype} {tuple(clip.shape)}")
     check_output(path, fps)
     path = Path(path)
     suffix = path.suffix.lower()
@@ -207,10 +215,11 @@ def write_tensor(path: str, clip: Tensor, fps: Fraction) -> None:
 
 
 def write_mp4(path: str, clip: Tensor, fps: Fraction) -> None:
-    """h264 in yuv420p halves the colour planes, so an odd size is made even by repeating the last row or column.
+    """h264 in yuv420p halves the colour planes, so an odd size is made even by repeating the last row or
+    column.
 
-    x264's macroblock tree rounds differently from run to run, and its threads split a frame differently by their
-    number: without both, a clip has one file."""
+    x264's macroblock tree rounds differently from run to run, and its threads split a frame differently by
+    their number: without both, a clip has one file."""
     import av
 
     _, _, H, W = clip.shape
@@ -227,10 +236,11 @@ def write_mp4(path: str, clip: Tensor, fps: Fraction) -> None:
 
 
 def write_gif(path: str, clip: Tensor, fps: Fraction) -> None:
-    """One palette of 256 colours made for this clip. A gif counts hundredths of a second: frame times are rounded.
+    """One palette of 256 colours made for this clip. A gif counts hundredths of a second: frame times are
+    rounded.
 
-    Pillow chooses the palette (median cut, no dithering) and PyAV writes the file: Pillow and imageio would merge
-    frames that look alike, and a clip of 16 frames would be read back with 10."""
+    Pillow chooses the palette (median cut, no dithering) and PyAV writes the file: Pillow and imageio would
+    merge frames that look alike, and a clip of 16 frames would be read back with 10."""
     import av
     from PIL import Image
 

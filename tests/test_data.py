@@ -1,4 +1,5 @@
 """Clips as files (video.py), datasets of them, their order, what happens to bad ones, and the cache (data.py)."""
+import csv
 import itertools
 import json
 import os
@@ -24,9 +25,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import data
-from data import BadClip, CacheWriter, TensorCache, loader, open_dataset
-from plumbing import video
+from data import BadClip, Cache, CacheWriter, loader, open_dataset
+from plumbing import tars, video
 from plumbing.files import atomic, remove_leftovers
+from plumbing.sources import expand
 from plumbing.video import read_clip, resize_crop, write_video
 
 CHILD = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -379,8 +381,10 @@ def test_leftovers_of_killed_processes_are_removed_and_no_others(tmp_path):
     subprocess.run([sys.executable, "-c", code, tmp_path / "a.bin"], env=CHILD)
     assert len(list(tmp_path.glob(".a.bin.*.part"))) == 1
     with atomic(tmp_path / "mine") as temporary:
+        temporary.write_text("x")
         theirs = tmp_path / ".b.other-host.99999999.0.part"          # of a process that may be alive elsewhere
-        for path in (theirs, tmp_path / ".hidden.part", tmp_path / "data.part"):
+        theirs.mkdir()
+        for path in (tmp_path / ".hidden.part", tmp_path / "data.part"):
             path.write_text("x")
         remove_leftovers(tmp_path)
         assert not list(tmp_path.glob(".a.bin.*")) and temporary.exists() and theirs.exists()
@@ -442,12 +446,12 @@ def test_sources_joined(sources):
 
 
 def test_brace_patterns():
-    assert data.expand("a{08..11}.tar") == ["a08.tar", "a09.tar", "a10.tar", "a11.tar"]
-    assert data.expand("{0..1}/{x,y}") == ["0/x", "0/y", "1/x", "1/y"]
-    assert len(data.expand("/data/webvid/{00000..09999}.tar")) == 10000
-    assert data.expand("plain.tar") == ["plain.tar"]
+    assert expand("a{08..11}.tar") == ["a08.tar", "a09.tar", "a10.tar", "a11.tar"]
+    assert expand("{0..1}/{x,y}") == ["0/x", "0/y", "1/x", "1/y"]
+    assert len(expand("/data/webvid/{00000..09999}.tar")) == 10000
+    assert expand("plain.tar") == ["plain.tar"]
     with pytest.raises(ValueError, match=r"runs backwards; write \{1..3\}"):
-        data.expand("{3..1}.tar")
+        expand("{3..1}.tar")
 
 
 def test_a_users_mistakes(tmp_path):
@@ -457,8 +461,8 @@ def test_a_users_mistakes(tmp_path):
         with pytest.raises(ValueError, match=message):
             open_dataset(str(spec))
     for name, content, message in (("a.csv", "file,text\na.mp4,hello\n", "no row has both.*expected path,caption"),
-                                   ("b.jsonl", '{"path": "a.mp4", "caption": "a"}\n{"pa', 'row 2: .*expected {"path"'),
-                                   ("c.jsonl", "[1, 2]\n", 'row 1: .*expected {"path"'), ("d.csv", "", "no row")):
+                                   ("b.jsonl", '{"path": "a.mp4", "caption": "a"}\n{"pa', 'line 2: .*expected {"path"'),
+                                   ("c.jsonl", "[1, 2]\n", 'line 1: .*expected {"path"'), ("d.csv", "", "no row")):
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=message):
             open_dataset(str(tmp_path / name))
@@ -469,12 +473,151 @@ def test_a_users_mistakes(tmp_path):
         open_dataset(str(tmp_path))
 
 
+def texts(dataset) -> list:
+    """What get() says about each clip: its caption, or (name, reason) of a bad one."""
+    def text(i):
+        try:
+            item = dataset.get(i)
+            return item["caption"], item["reward_caption"]
+        except BadClip as error:
+            return f"BAD {error.name}: {error.reason}"
+
+    return [text(i) for i in range(len(dataset))]
+
+
+@pytest.fixture
+def here(mp4, tmp_path, monkeypatch):
+    """A folder with four clips a.mp4 to d.mp4, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    for name in "abcd":
+        (tmp_path / f"{name}.mp4").write_bytes(mp4)
+    return tmp_path
+
+
+def test_csv_rows_that_lose_words_are_bad_and_named(here):
+    (here / "a.csv").write_text("path,caption,reward_caption\na.mp4,a dog, running, fast\nb.mp4,\"a dog, running\",\n"
+                                "c.mp4,\"say \"hi\" now\",x\n\nd.mp4\n,lonely,\n")
+    assert texts(open_dataset("a.csv", **SHAPE)) == [
+        'BAD a.mp4: line 2 of a.csv: 4 fields for 3 columns; quote a caption with commas: "one, two"',
+        ("a dog, running", None), "BAD : line 4 of a.csv: ',' expected after '\"'", "BAD d.mp4: empty caption",
+        "BAD : line 7 of a.csv: no path"]
+
+
+@pytest.mark.parametrize("rows", [
+    'a.mp4,"a dog\nb.mp4,a cat\nc.mp4,a cow\n', 'a.mp4,"a dog\nb.mp4,"a cat"\nc.mp4,a cow\n',
+    'a.mp4,"a dog\nb.mp4,a cat"\nc.mp4,a cow\n', 'a.mp4,"a dog\nb.mp4,a cat\nc.mp4,"a cow"\n'])
+def test_csv_quotes_that_swallow_rows(rows, here):
+    (here / "a.csv").write_text("path,caption\nd.mp4,first\n" + rows)
+    with pytest.raises(ValueError, match="^a.csv, line 3: a quote that is not closed in its row swallows the rows"):
+        open_dataset("a.csv", **SHAPE)
+
+
+def test_long_captions_line_breaks_byte_order_marks_and_latin(here):
+    long = "word " * 40000                                           # csv's own limit is 128 kB
+    (here / "a.csv").write_text(f'path,caption\na.mp4,{long}\nb.mp4,"two\nlines"\n\ufeffc.mp4,\ufeff a cow\n',
+                                encoding="utf-8-sig")
+    with open(here / "a.csv", "ab") as file:
+        file.write(b"d.mp4,caf\xe9\n")
+    limit = csv.field_size_limit()
+    first, second, third, fourth = texts(open_dataset("a.csv", **SHAPE))
+    assert csv.field_size_limit() == limit
+    assert first == (long.strip(), None) and second == ("two\nlines", None) and third == ("a cow", None)
+    assert fourth == "BAD d.mp4: its caption is not utf-8"
+    (here / "a.csv").unlink()
+    (here / "a.txt").write_text("a dog", encoding="utf-8-sig")
+    assert texts(open_dataset(str(here), **SHAPE))[0] == ("a dog", None)
+
+
+def test_captions_that_are_no_strings(here, mp4):
+    rows = [dict(path="a.mp4", caption="a", reward_caption=["a"]), dict(path="b.mp4", caption=7),
+            dict(path=["c.mp4"], caption="c"), dict(path="d.mp4", caption="d", reward_caption="")]
+    (here / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert texts(open_dataset("a.jsonl", **SHAPE)) == [
+        "BAD a.mp4: its reward caption is not a string: ['a']", "BAD b.mp4: its caption is not a string: 7",
+        "BAD : line 3 of a.jsonl: no path", ("d", None)]
+    tar_of(here / "a.tar", [("a.mp4", mp4), ("a.txt", b"\xef\xbb\xbfa"), ("a.json", b'{"reward_caption": {"a": 1}}'),
+                            ("b.mp4", mp4), ("b.json", b"[" * 100000)])
+    got = texts(open_dataset("a.tar", **SHAPE))
+    assert got[0] == "BAD a.tar:a.mp4: its reward caption is not a string: {'a': 1}"
+    assert got[1].startswith("BAD a.tar:b.mp4: ")                    # deeper than Python's stack
+
+
+def test_what_a_folder_holds_besides_clips_is_counted_once(here):
+    (here / "sub").mkdir()
+    for name in ("x.avi", "sub/y.AVI", "z.wmv", "README", ".hidden", "a.txt"):
+        (here / name).write_text("x")
+    (here / "sub" / "back").symlink_to(here)                         # a circle
+    with pytest.warns(UserWarning, match=r"files not read: 2 .avi, 1 .wmv, 1 without a suffix; clips are .mp4") as got:
+        assert len(open_dataset(str(here), **SHAPE)) == 4
+    assert len(got) == 1
+
+
+def test_sources_that_cannot_be_read_say_why(here, monkeypatch):
+    for spec in ("gone.csv", "gone.jsonl"):
+        with pytest.raises(ValueError, match=f"no data at {spec}: expected a folder"):
+            open_dataset(spec)
+    with pytest.raises(ValueError, match="a.mp4 is no data: expected a folder"):
+        open_dataset("a.mp4")
+    (here / "folder.csv").mkdir()
+    (here / "folder.tar").mkdir()
+    for spec in ("folder.csv", "folder.tar"):
+        with pytest.raises(ValueError, match=f"^{spec} cannot be read: Is a directory$"):
+            open_dataset(spec)
+    with pytest.raises(ValueError, match="is more than 1000000 shards"):
+        expand("{0..10000000000}.tar")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", "a.csv")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(ValueError, match="^a.csv cannot be read: Permission denied$"):
+        open_dataset("a.csv")
+
+
+def test_keys_of_shard_members(here, mp4):
+    """The last dot where a pair is named so; else the first, as WebDataset has it; a key that stands twice."""
+    tar_of(here / "a.tar", [("a.v2.mp4", mp4), ("a.v2.txt", b"one"), ("b.480p.mp4", mp4), ("b.txt", b"two"),
+                            ("c.mp4", mp4), ("c.txt", b"three"), ("c.more.txt", b"not this"), ("c.more.json", b"{}"),
+                            ("d.mp4", mp4), ("d.txt", b"four"), ("d.mp4", mp4), ("d.txt", b"five"),
+                            ("e.1.txt", b"alone"), ("stats.json", b"{}")])
+    assert texts(open_dataset("a.tar", **SHAPE)) == [
+        ("one", None), ("two", None), ("three", None), ("four", None), ("five", None),
+        "BAD a.tar:e.1.txt: no video beside this caption"]
+
+
+def test_tars_joined_by_cat(here, mp4):
+    paths = [tar_of(here / f"{k}.tar", [(f"{k}.mp4", mp4), (f"{k}.txt", str(k).encode())]) for k in range(3)]
+    contents = [Path(path).read_bytes() for path in paths]
+    (here / "all.tar").write_bytes(b"".join(contents))
+    assert texts(open_dataset("all.tar", **SHAPE)) == [("0", None), ("1", None), ("2", None)]
+    (here / "cut.tar").write_bytes(contents[0] + contents[1][:3000])
+    assert texts(open_dataset("cut.tar", **SHAPE)) == [
+        ("0", None), f"BAD cut.tar: damaged tar from byte {len(contents[0])} on"]
+    (here / "zeros.tar").write_bytes(contents[0] + bytes(3 << 20))
+    assert texts(open_dataset("zeros.tar", **SHAPE)) == [("0", None)]
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_bad_members_are_named_in_full(form, here):
+    names = ["f\u00e9lix/\u732b.mp4", "/".join(["folder"] * 18) + "/clip.mp4", "x" * 90 + ".mp4"]
+    if form != tarfile.USTAR_FORMAT:
+        names.append("\u00e9" * 150 + ".mp4")
+    with tarfile.open(here / "a.tar", "w", format=form) as tar:
+        for name in names:
+            for member in (name, name[:-3] + "txt"):
+                info = tarfile.TarInfo(member)
+                info.size = 5
+                tar.addfile(info, BytesIO(b"words"))
+    dataset = open_dataset("a.tar", **SHAPE)
+    assert [dataset.name(i) for i in range(len(dataset))] == [f"a.tar:{name}" for name in names]
+
+
 # ---- index of shards ----
 
 
 def test_index_is_kept_and_made_anew_when_the_shard_changes(sources, tmp_path, monkeypatch, mp4):
-    scans, scan = [], data.scan_shard
-    monkeypatch.setattr(data, "scan_shard", lambda *a: scans.append(a[0]) or scan(*a))
+    scans, scan = [], tars.scan
+    monkeypatch.setattr(tars, "scan", lambda *a: scans.append(a[0]) or scan(*a))
     first = open_dataset(sources["tar"], **SHAPE)
     assert len(scans) == 2 and (tmp_path / "s-08.tar.index.npy").exists()
     again = open_dataset(sources["tar"], **SHAPE)
@@ -495,8 +638,34 @@ def test_index_in_the_cache_folder_where_the_shards_are_not_writable(sources, tm
     cache = tmp_path / "cache"
     assert len(open_dataset(sources["tar"], **SHAPE, cache=str(cache))) == 3
     assert len(list(cache.iterdir())) == 2
-    monkeypatch.setattr(data, "scan_shard", None)
+    monkeypatch.setattr(tars, "scan", None)
     assert open_dataset(sources["tar"], **SHAPE, cache=str(cache)).get(1)["reward_caption"] == "short"
+
+
+def test_a_stale_index_with_the_right_stamp(here, mp4):
+    """Another shard of the same size and time: seen at the start, or else when a changed clip is read."""
+    def write(middle):
+        tar_of(here / "a.tar", [("a.mp4", mp4), ("a.txt", b"a"), *middle, ("d.mp4", mp4), ("d.txt", b"d")])
+        os.utime(here / "a.tar", (1, 1))
+
+    write([("b.mp4", mp4), ("b.txt", b"b" * 20)])
+    assert len(open_dataset("a.tar", **SHAPE)) == 3
+    write([("b.txt", b"c" * 20), ("b.mp4", mp4)])                    # its middle in another order
+    dataset = open_dataset("a.tar", **SHAPE)
+    got = texts(dataset)
+    assert got[0] == ("a", None) and got[2] == ("d", None)
+    assert got[1].endswith("its shard is another one than was indexed: delete the shard's .index.npy")
+    tar_of(here / "a.tar", [("a.txt", b"a"), ("a.mp4", mp4), ("b.txt", b"b" * 20), ("b.mp4", mp4), ("c.txt", b"c"),
+                            ("c.mp4", mp4)])
+    os.utime(here / "a.tar", (1, 1))
+    assert texts(open_dataset("a.tar", **SHAPE)) == [("a", None), ("b" * 20, None), ("c", None)]
+
+
+def test_one_process_indexes_the_others_read(sources, tmp_path, monkeypatch):
+    data.index_shards(f"{sources['folder']},{sources['tar']}")
+    assert len(list(tmp_path.glob("*.index.npy"))) == 2
+    monkeypatch.setattr(tars, "scan", None)
+    assert len(open_dataset(sources["tar"], **SHAPE)) == 3
 
 
 # ---- order ----
@@ -577,6 +746,15 @@ def test_epochs_start_clips_at_different_frames(sources):
     assert len(starts) > 6
 
 
+def test_a_short_clip_says_at_what_rate_it_is_played(mp4, here):
+    """60 frames at 30 fps: 1.97 s from the first to the last. 16 frames at 4 fps span 3.75 s, so they are faster."""
+    for name in "abcd":
+        (here / f"{name}.txt").write_text(name)
+    for fps, want in ((16, 16), (4, 15 / (59 / 30))):
+        out, = take(open_dataset(str(here), frames=16, fps=fps, height=16, width=24), 1, 4)
+        assert out["fps"].tolist() == pytest.approx([want] * 4, rel=1e-3)
+
+
 # ---- bad clips ----
 
 
@@ -588,7 +766,7 @@ def bad_folder(mp4, tmp_path) -> str:
     half, noise = len(mp4) // 2, bytearray(mp4)
     for at in range(mp4.index(b"mdat") + 800, len(mp4) - 20, 40):
         noise[at:at + 20] = os.urandom(20)
-    files = dict(corrupt=bytes(noise), truncated=mp4[:half], cut=mp4[:mp4.index(b"mdat") + 4], empty=b"",
+    files = dict(codec=mp4.replace(b"avc1", b"zzzz"), corrupt=bytes(noise), truncated=mp4[:half], cut=mp4[:mp4.index(b"mdat") + 4], empty=b"",
                  junk=b"x" * 999, no_caption=mp4, blank_caption=mp4, latin=mp4)
     for name, content in files.items():
         (folder / f"{name}.mp4").write_bytes(content)
@@ -608,7 +786,7 @@ def bad_folder(mp4, tmp_path) -> str:
     return str(folder)
 
 
-REASONS = dict(corrupt="damaged|not a readable video", truncated="truncated", cut="truncated|not a clip|readable",
+REASONS = dict(codec="its codec is not known here; convert it to h264", corrupt="damaged|not a readable video", truncated="truncated", cut="truncated|not a clip|readable",
                empty="not a readable video", junk="not a readable video", sound="no video stream",
                no_caption="no caption", blank_caption="empty caption", latin="utf-8", still="not a clip: 1 frames")
 
@@ -731,56 +909,204 @@ def test_many_processes_append_to_one_log(tmp_path):
 
 # ---- the cache ----
 
-
-def cached_sample(k: int) -> dict:
-    z = torch.randn(2, 4, 3, 5, 5, generator=torch.Generator().manual_seed(k)).half()
-    grad = {"grad": z[0, :, :1]} if k % 3 else {}                    # not every sample has one
-    return dict(z_t=z[0], eps_c=z[1].bfloat16(), t=k, caption=f"caption {k} \u00e9") | grad
+HEADER = dict(teacher="vc2", fingerprint="f00", grid=200, fps=8, size=[3, 5, 6], tau=0.5, clips=70, draws=2, seed=0)
 
 
-def same(a: dict, b: dict) -> bool:
-    def equal(v, w):
-        return torch.equal(v, w) and v.dtype == w.dtype if torch.is_tensor(v) else v == w
-
-    return a.keys() == b.keys() and all(equal(v, b[k]) for k, v in a.items())
-
-
-def test_cache_round_trip_and_resume(tmp_path):
-    writer = CacheWriter(tmp_path, per_shard=4)
-    for k in range(10):
-        writer.add(cached_sample(k))
-    assert writer.done == 8                                          # killed here: two samples were not on disk yet
-    with CacheWriter(tmp_path, per_shard=4) as writer:
-        assert writer.done == 8
-        for k in range(writer.done, 11):
-            writer.add(cached_sample(k))
-    assert CacheWriter(tmp_path).done == 11 and CacheWriter(tmp_path, rank=1).done == 0
-    cache = TensorCache(tmp_path)
-    assert len(cache) == 11 and len(cache.paths) == 3
-    for k in (10, 0, 3, 4, 7):
-        assert same(cache.get(k), cached_sample(k))
+def cached_sample(index: int, draw: int = 0) -> dict:
+    """What a teacher would say: any tensors that are a function of (index, draw); no gradient below n = 100."""
+    latents = torch.randn(4, 4, 3, 5, 6, generator=torch.Generator().manual_seed(2 * index + draw))
+    n = (37 * index + draw) % 200
+    return dict(z_t=latents[0], eps_c=latents[1].bfloat16(), eps_0=latents[2].half(),
+                motion=latents[3] if n >= 100 else None, c=latents[0, 0, 0], index=index, draw=draw, n=n,
+                caption=f"caption {index} \u00e9", reward_caption="short" if index % 5 == 0 else None,
+                rewards=index % 5 == 0, source=f"a.tar:{index}.mp4", source_index=3 * index)
 
 
-def test_cache_through_the_loader(tmp_path):
-    for rank in range(2):
-        with CacheWriter(tmp_path, per_shard=2, rank=rank) as writer:
-            for k in range(rank, 10, 2):
-                writer.add(cached_sample(3 * k))
-    out, = take(TensorCache(tmp_path), 1, 10)
-    assert out["z_t"].shape == (10, 4, 3, 5, 5) and sorted(out["t"].tolist()) == list(range(0, 30, 3))
-    for z, t, caption in zip(out["z_t"], out["t"].tolist(), out["caption"], strict=True):
-        assert torch.equal(z, cached_sample(t)["z_t"]) and caption == f"caption {t} \u00e9"
+def prepare(folder, rank: int = 0, world: int = 1, header: dict = HEADER, wait: float = 0) -> CacheWriter:
+    """Clips 7 and 40 cannot be used."""
+    writer = CacheWriter(folder, header, rank, world)
+    for index in writer.missing():
+        if index in (7, 40):
+            writer.skip(index, "it is bad")
+            continue
+        for draw in range(header["draws"]):
+            writer.add(cached_sample(index, draw))
+            time.sleep(wait)
+    return writer
 
 
-def test_cache_errors(tmp_path):
-    with pytest.raises(ValueError, match="no cache in"):
-        TensorCache(tmp_path)
-    with CacheWriter(tmp_path) as writer:
-        writer.add(cached_sample(0))
-    path, = tmp_path.iterdir()
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a whole cache shard"):
-        TensorCache(tmp_path)
+@pytest.fixture(scope="module")
+def whole_cache(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    prepare(folder).finish()
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_cache_returns_what_was_added(whole_cache):
+    cache = Cache(whole_cache, dict(teacher="vc2", grid=200, size=(3, 5, 6)))
+    clips = [index for index in range(70) if index not in (7, 40)]
+    assert len(cache) == 2 * len(clips) and cache.skipped == {7: "it is bad", 40: "it is bad"}
+    for place, index in enumerate(clips):
+        for draw in range(2):
+            got, want = cache.get(2 * place + draw), cached_sample(index, draw)
+            assert got["guided"] == (want["motion"] is not None) == (want["n"] >= 100)
+            want["motion"] = torch.zeros(4, 3, 5, 6) if want["motion"] is None else want["motion"]
+            for name, value in want.items():
+                if torch.is_tensor(value):
+                    assert got[name].dtype == torch.float16 and torch.equal(got[name], value.half())
+                else:
+                    assert got[name] == value
+    assert sorted(contents(whole_cache)) == [f"00000{k}.safetensors" for k in range(5)] + ["header.json", "index.json"]
+
+
+def test_size_of_a_sample_at_512x320(tmp_path):
+    """1.14 MB, 1.47 MB with a gradient: 24,000 clips, half of them guided, are 31 GB."""
+    z, size = torch.zeros(4, 16, 40, 64), {}
+    for motion in (None, z):
+        writer = CacheWriter(tmp_path / str(motion is None), dict(clips=1, draws=1))
+        writer.add(dict(z_t=z, eps_c=z, eps_0=z, motion=motion, c=torch.zeros(77, 1024), index=0, draw=0, rewards=True))
+        file, = (tmp_path / str(motion is None)).glob("*.safetensors")
+        size[motion is not None] = file.stat().st_size
+    assert 0 < size[False] - 1_140_736 < 2000 and 0 < size[True] - 1_468_416 < 2000
+
+
+def test_two_processes_make_the_files_of_one(whole_cache, tmp_path):
+    """Also in another order, and after a half of it was made by three."""
+    writers = [CacheWriter(tmp_path, HEADER, rank, 3) for rank in range(3)]
+    assert sorted(clip for writer in writers for clip in writer.missing()) == list(range(70))
+    prepare(tmp_path, 1, 3)
+    for rank in (1, 0):
+        writer = CacheWriter(tmp_path, HEADER, rank, 2)
+        for index in reversed(writer.missing()):
+            for draw in (1, 0):
+                writer.skip(index, "it is bad") if index in (7, 40) else writer.add(cached_sample(index, draw))
+    with pytest.raises(ValueError, match=f"the cache in {tmp_path} is not whole: go on with --prepare"):
+        Cache(tmp_path)
+    writer.finish()
+    assert contents(tmp_path) == contents(whole_cache)
+
+
+def test_preparing_killed_at_random_moments_equals_preparing_undisturbed(whole_cache, tmp_path):
+    rng, kills = np.random.default_rng(0), 0
+    while True:
+        processes = [Process(target=prepare, args=(tmp_path, rank, 2), kwargs=dict(wait=0.002)) for rank in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(0.05 + 0.15 * rng.random())
+            kills += process.is_alive()
+            process.kill()
+            process.join()
+        if all(process.exitcode == 0 for process in processes):
+            break
+    assert kills >= 3
+    CacheWriter(tmp_path, HEADER).finish()
+    assert contents(tmp_path) == contents(whole_cache)
+
+
+def test_damaged_shards_are_found_and_made_again(whole_cache, tmp_path):
+    for name, content in contents(whole_cache).items():
+        (tmp_path / name).write_bytes(content)
+    foreign = tmp_path.with_name("foreign")
+    prepare(foreign, header=HEADER | dict(seed=1))
+    flipped = bytearray((tmp_path / "000001.safetensors").read_bytes())
+    flipped[-100] ^= 1
+    (tmp_path / "000001.safetensors").write_bytes(flipped)
+    cache = Cache(tmp_path)
+    with pytest.raises(BadClip, match="000001.safetensors, sample .*: damaged: .* is not what was written"):
+        for index in range(len(cache)):
+            cache.get(index)
+
+    (tmp_path / "000002.safetensors").write_bytes((tmp_path / "000002.safetensors").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="000002.safetensors is missing or damaged: make it anew with --prepare"):
+        Cache(tmp_path)
+    (tmp_path / "000003.safetensors").write_bytes((foreign / "000003.safetensors").read_bytes())
+    (tmp_path / "000004.safetensors").unlink()
+    writer = CacheWriter(tmp_path, HEADER)
+    assert writer.missing() == list(range(16, 70))
+    with pytest.raises(ValueError, match="000002.safetensors is missing or damaged"):
+        writer.finish()
+    prepare(tmp_path).finish()
+    assert contents(tmp_path) == contents(whole_cache)
+
+
+def test_a_cache_of_something_else_is_refused_in_one_line(whole_cache, tmp_path):
+    remedy = "choose another folder or those options$"
+    for change in (dict(teacher="ms"), dict(grid=50), dict(size=[3, 5, 7]), dict(fingerprint="bad"), dict(clips=71)):
+        name, value = next(iter(change.items()))
+        message = rf"^the cache in .* was made with {name} = .*{re.escape(str(HEADER[name]))}.*, not .*: {remedy}"
+        with pytest.raises(ValueError, match=message):
+            CacheWriter(whole_cache, HEADER | change)
+        with pytest.raises(ValueError, match=message):
+            Cache(whole_cache, change)
+    with pytest.raises(ValueError, match=f"was made with motion = None, not 0.05: {remedy}"):
+        CacheWriter(whole_cache, HEADER | dict(motion=0.05))
+    with pytest.raises(ValueError, match=f"no cache in {tmp_path}: make one with --prepare"):
+        Cache(tmp_path)
+    (tmp_path / "header.json").write_text("{")
+    with pytest.raises(ValueError, match="header.json cannot be read"):
+        Cache(tmp_path)
+
+
+def test_values_that_float16_cannot_hold(tmp_path):
+    writer = CacheWriter(tmp_path, HEADER | dict(clips=3, draws=1))
+    for index, (name, value) in enumerate((("eps_c", 1e5), ("motion", float("nan")), ("z_t", 60000.0))):
+        sample = cached_sample(index) | {name: torch.full((4, 3, 5, 6), value)}
+        writer.add(sample)
+    writer.finish()
+    cache = Cache(tmp_path)
+    assert len(cache) == 1 and cache.get(0)["index"] == 2
+    assert cache.skipped == {0: "eps_c of draw 0 has values that are not finite in float16",
+                             1: "motion of draw 0 has values that are not finite in float16"}
+    writer = CacheWriter(tmp_path / "bad", HEADER)
+    with pytest.raises(ValueError, match="too many clips cannot be used: 20 of 20 .*the last one is clip 19: nan"):
+        for index in range(70):
+            writer.skip(index, "nan")
+
+
+def test_two_streams_of_a_cache_resume_by_the_step(whole_cache):
+    """v2 Sec. 4: L_CD on all clips, rewards on the short-caption ones, or on disjoint sets."""
+    cache = Cache(whole_cache)
+
+    def streams(start, steps, all_clips=cache, **options):
+        rewarded = loader(cache.where(rewards=True), 1, seed=1, start_step=start, **options)
+        both = zip(loader(all_clips, 3, seed=0, start_step=start, **options), rewarded)
+        return list(itertools.islice(both, steps))
+
+    whole = streams(0, 60)
+    for a, b in zip(whole, streams(0, 25) + streams(25, 35), strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(x["z_t"], y["z_t"]) and x["caption"] == y["caption"] and x["z_t"].shape[1:] == (4, 3, 5, 6)
+    assert all(b["rewards"].all() and b["reward_caption"] == ["short"] for _, b in whole)
+    drawn = [(int(i), int(d)) for a, _ in whole for i, d in zip(a["index"], a["draw"])][:136]
+    assert len(set(drawn)) == 136 == len(cache)                      # an epoch meets each sample once
+    drawn = [(int(b["index"]), int(b["draw"])) for _, b in whole][:26]
+    assert len(set(drawn)) == 26 == len(cache.where(rewards=True))
+    assert not any(a["rewards"].any() for a, _ in streams(0, 9, cache.where(rewards=False)))
+    for n in range(4):                                               # two processes share the global batch
+        ranks = [list(itertools.islice(loader(cache, 3, r, 2), n + 1))[n] for r in range(2)]
+        both = list(itertools.islice(loader(cache, 6), n + 1))[n]
+        assert torch.equal(torch.cat([rank["z_t"] for rank in ranks]), both["z_t"])
+
+
+def test_a_cache_without_rewards_says_so(tmp_path):
+    writer = CacheWriter(tmp_path, HEADER | dict(clips=1, draws=1))
+    writer.add(cached_sample(1) | dict(index=0))
+    writer.finish()
+    with pytest.raises(ValueError, match="no clip of .* carries rewards: --reward-data says which do"):
+        Cache(tmp_path).where(rewards=True)
+
+
+def test_fingerprint_tells_networks_apart():
+    weights = {"a": torch.arange(1000.0).view(10, 100), "b": torch.zeros(()), "c": torch.zeros(0)}
+    other = [{**weights, "b": torch.ones(())}, {"a": weights["a"], "d": weights["b"], "c": weights["c"]},
+             {**weights, "a": weights["a"].view(100, 10)}, {**weights, "a": weights["a"] + 1}]
+    assert data.fingerprint(dict(reversed(weights.items()))) == data.fingerprint(weights)
+    assert len({data.fingerprint(w) for w in [weights, *other]}) == 5
 
 
 def test_speed(mp4, capsys):
