@@ -1,15 +1,16 @@
-"""The embedded toy: a world whose clips a program draws, and small models trained on it from scratch. No download.
+"""The embedded toy: a world whose clips a program draws, and small models trained on it from scratch. No
+download.
 
-    grammar.py   captions and scenes             models.py     the networks, and how they are loaded
-    world.py     clips, and the oracle           pretrain.py   trains all of them but the students from nothing
+    grammar.py   captions and scenes        models.py     the networks, and how they are loaded
+    world.py     clips, and the oracle      pretrain.py   trains all of them but the students, from nothing
 """
 from importlib import import_module
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
 STUDENTS = ("vcm", "vcm-img", "vcm-vid", "turbo")
-NEEDS_TORCH = {"Clips": "world", "accuracy": "world", "FAMILY": "models", "load": "models", "load_text": "models",
-               "load_vae": "models", "read": "models", "rewards": "models"}
+NEEDS_TORCH = {"Clips": "world", "accuracy": "world", "FAMILY": "models", "SAMPLING": "models",
+               "load": "models", "load_text": "models", "load_vae": "models", "read": "models", "rewards": "models"}
 
 
 def __getattr__(name: str):

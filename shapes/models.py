@@ -1,4 +1,7 @@
-"""The toy's networks: what a small model needs that the published ones do without. Names of parts are those of the shipped files."""
+"""The toy's networks, and how they are loaded: what a small model needs that the published ones do without.
+
+Names of parts are those of the shipped files.
+"""
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,23 +27,25 @@ class Config(model.UNetConfig):
         return UNet
 
 
-SHAPES = Config(in_channels=8, channels=32, mult=(2, 3), res_blocks=1, attention_levels=(0, 1), head_dim=32, context_dim=128,
-                init_heads=1, groups=8)
-SAMPLING = {                            # method -> how its clips are made, unless the command line says otherwise
+SHAPES = Config(in_channels=8, channels=32, mult=(2, 3), res_blocks=1, attention_levels=(0, 1), head_dim=32,
+                context_dim=128, init_heads=1, groups=8)
+SAMPLING = {                            # how clips are made, unless the command line says otherwise
     "turbo": Sampling("student", steps=4, guidance=2.0, grid=8),
     "teacher": Sampling("ddim", steps=50, guidance=2.0, grid=50, on_grid=True),
 }
 SHAPES_VAE = model.VAEConfig(channels=48, mult=(1, 1), res_blocks=1, latent=8, groups=8, patch=4)
-FAMILY = model.Family(SHAPES, world.SIZE, world.SIZE, fps=8, sampling=SAMPLING, frames=world.FRAMES, vae=SHAPES_VAE)
+FAMILY = model.Family(SHAPES, world.SIZE, world.SIZE, fps=8, sampling=SAMPLING, frames=world.FRAMES,
+                      vae=SHAPES_VAE)
 
 
 class SpaceTime(nn.Module):
-    """Tells the toy where and when: caption-modulated functions of (t, y, x), added to the first features and to what each
-    attention over the clip sees, and one of t, added to the timestep embedding of every frame. Normalised, so that they are
-    as large as the features they join.
+    """Tells the toy where and when: caption-modulated functions of (t, y, x), added to the first features and
+    to what each attention over the clip sees, and one of t, added to the timestep embedding of every frame.
+    Normalised, so that they are as large as the features they join.
 
-    The published UNets know neither place (only what zero padding leaks) nor time (their temporal attention has no
-    positions). A billion weights cope with that; a small network that must move a shape "from left to right" does not.
+    The published UNets know neither place (only what zero padding leaks) nor time (their temporal attention
+    has no positions). A billion weights cope with that; a small network that must move a shape "from left to
+    right" does not.
     """
 
     octaves = 4
@@ -54,7 +59,7 @@ class SpaceTime(nn.Module):
         self.out = nn.Linear(width, channels)
 
     def forward(self, c: Tensor, *sizes: int) -> Tensor:
-        """c (B, L, D), whose last token is the caption as a whole; sizes T or T, H, W -> (B, sizes..., channels)"""
+        """c (B, L, D), its last token the whole caption; sizes T or T, H, W -> (B, sizes..., channels)"""
         # positions and their sinusoids
         axes = [torch.linspace(-1, 1, n, device=c.device) for n in sizes]
         place = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)               # (T, H, W, axes)
@@ -68,27 +73,29 @@ class SpaceTime(nn.Module):
 
 
 class ClipTransformer(model.Transformer):
-    """The toy's temporal transformer: both of its attentions see all pixels of all frames, and know their places.
+    """The toy's temporal transformer: both of its attentions see all pixels of all frames, and know their
+    places.
 
     In its 64 latent pixels things move past each other, and a pixel's own frames do not tell what moved.
     """
 
     def __init__(self, channels: int, config: Config):
         place = SpaceTime(3, config.spacetime, config.context_dim, channels)
-        super().__init__(channels, channels // config.head_dim, config.head_dim, "all", config.context_dim, config.groups)
-        self._modules = {"place": place, **self._modules}       # first: optimizer states and LoRA draws go by this order
+        heads = channels // config.head_dim
+        super().__init__(channels, heads, config.head_dim, "all", config.context_dim, config.groups)
+        self._modules = {"place": place, **self._modules}   # optimizer states and LoRA go by this order
 
     def tokens(self, x, c):
         return super().tokens(x, c) + self.place(c, *x.shape[2:]).flatten(1, 3)
 
 
 class UNet(model.UNet3D):
-    """The toy's denoiser: told place and time, with attention over the whole clip, and ε as seen from outside, while the
-    network inside predicts v = α ε - σ z0 (Salimans and Ho, 2022).
+    """The toy's denoiser: told place and time, with attention over the whole clip, and ε as seen from
+    outside, while the network inside predicts v = α ε - σ z0 (Salimans and Ho, 2022).
 
-    At t = 999, ε is z but for 0.5 %, and what the caption says is in that remainder. A billion weights trained for weeks copy
-    z to the output precisely enough not to bury it; a small network does not. ε = σ z + α v leaves it only the part that
-    matters.
+    At t = 999, ε is z but for 0.5 %, and what the caption says is in that remainder. A billion weights
+    trained for weeks copy z to the output precisely enough not to bury it; a small network does not. ε = σ z
+    + α v leaves it only the part that matters.
     """
 
     def conditions(self) -> dict[str, nn.Module]:
@@ -109,8 +116,9 @@ class UNet(model.UNet3D):
         return self.run(self.init_attn, h, emb, c)
 
     def motion_attentions(self) -> list[model.Attention]:
-        """The first attention over the clip of every block on the way up: where in all frames a pixel finds what it shows.
-        The only attention of a pixel's own frames, `init_attn`, stands before the network knows what moves."""
+        """The first attention over the clip of every block on the way up: where in all frames a pixel finds
+        what it shows. The only attention of a pixel's own frames, `init_attn`, stands before the network
+        knows what moves."""
         return [m.attn1 for m in self.output_blocks.modules() if isinstance(m, ClipTransformer)]
 
     def forward(self, z: Tensor, t: Tensor, c: Tensor, **conditions) -> Tensor:
@@ -119,10 +127,11 @@ class UNet(model.UNet3D):
 
 
 class CaptionEncoder(nn.Module):
-    """Captions -> c (B, 49, 128): the states of 24 tokens in CLIP's text tower, the same in ViCLIP's, and ViCLIP's embedding of
-    the whole caption.
+    """Captions -> c (B, 49, 128): the states of 24 tokens in CLIP's text tower, the same in ViCLIP's, and
+    ViCLIP's embedding of the whole caption.
 
-    A tower that was trained on pictures does not say which of two things a motion belongs to; ViCLIP's, trained on clips, does.
+    A tower that was trained on pictures does not say which of two things a motion belongs to; ViCLIP's,
+    trained on clips, does.
     """
 
     def __init__(self, clip: reward_models.CLIP, viclip: reward_models.ViCLIP):
@@ -142,39 +151,55 @@ class CaptionEncoder(nn.Module):
         return torch.cat([self.clip.penultimate(ids), states, whole[:, None]], 1)
 
 
-# ---- loading -------------------------------------------------------------------------------------------------
+# ---- loading -----------------------------------------------------------------------------------------------
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors (as float32) and configuration of one of the toy's weight files."""
     if not path.exists():
-        raise ValueError(f"{path} does not exist; make it with: python shapes/pretrain.py --all --out {path.parent}")
+        raise ValueError(f"{path} does not exist; make it with: "
+                         f"python shapes/pretrain.py --all --out {path.parent}")
     tensors, config = weights.read_checkpoint(path)
     return {key: tensor.float() for key, tensor in tensors.items()}, config
 
 
-def load_vae(folder: Path = WEIGHTS) -> model.VAE:
+def configure(kind: type, config: dict, path: Path):
+    """A file's header -> the dataclass `kind`. Raises ValueError for another network's, or none."""
+    known = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+    try:
+        assert known, "no header"
+        return kind(**known)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"{path}: its header does not describe a {kind.__name__.removesuffix('Config')}; "
+                         f"is it another stage's file?") from error
+
+
+def load_vae(folder: str | Path = WEIGHTS) -> model.VAE:
     """The toy's VAE, frozen."""
-    tensors, config = read(Path(folder) / "vae.safetensors")
-    vae = model.VAE(model.VAEConfig(**{**config, "mult": tuple(config["mult"])}))
-    vae.load_state_dict(tensors)
-    return vae.eval().requires_grad_(False)
+    path = Path(folder) / "vae.safetensors"
+    tensors, config = read(path)
+    vae = model.VAE(configure(model.VAEConfig, config, path))
+    return weights.fill(vae, tensors, path).requires_grad_(False)
 
 
-def load_text(folder: Path = WEIGHTS) -> CaptionEncoder:
+def load_text(folder: str | Path = WEIGHTS) -> CaptionEncoder:
     """The toy's caption encoder, frozen: parts of the CLIP and of the ViCLIP that also serve as rewards."""
     clip, viclip = (reward.model for reward in rewards(folder=folder).values())
     return CaptionEncoder(clip, viclip)
 
 
-def load(turbo: str | Path | None = None, folder: str | Path | None = None, device="cpu", dtype=torch.float32,
-         lora_scale: float = 1.0, **conditions) -> model.Models:
-    """The toy's networks, like `model.load`: the teacher's, or with turbo weights (a file, or vcm, vcm-img, vcm-vid, turbo for the
-    embedded ones) a student's. folder: where pretrain.py wrote, instead of the embedded weights."""
+def load(turbo: str | Path | None = None, folder: str | Path | None = None,
+         device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, lora_scale: float = 1.0,
+         **conditions) -> model.Models:
+    """The toy's networks: the teacher's, or with `turbo` (a file, or one of STUDENTS) a student's.
+
+    folder: where pretrain.py wrote, instead of the embedded weights.
+    """
     folder = Path(folder or WEIGHTS)
     state, config = read(folder / "teacher.safetensors")
-    config.pop("dropout", None)                                                     # in the headers of older files; it was 0
-    config = replace(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}), **conditions)
+    config.pop("dropout", None)                             # in the headers of older files; it was 0
+    config = replace(configure(Config, config, folder / "teacher.safetensors"), **conditions)
+
     lora, header = None, {}
     if turbo is not None:
         turbo = student(turbo, folder) if str(turbo) in STUDENTS else turbo
@@ -182,16 +207,19 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None, devi
         state, lora = whole or state, weights.scaled(lora, lora_scale)
         header = model.complete(header, FAMILY)
     if config.guidance and "time_cond_proj.weight" not in state:
-        state["time_cond_proj.weight"] = torch.zeros(config.channels, 256)         # what LoRA adds to
+        state["time_cond_proj.weight"] = torch.zeros(config.channels, 256)      # what LoRA adds to
+
     with torch.device("meta"):
         unet = UNet(config)
     weights.fill(unet, state, turbo or folder, device, dtype, lora)
-    frozen = load_vae(folder).to(device, dtype), load_text(folder).to(device)       # ViCLIP's norms are float32
-    return model.Models("shapes", unet, *frozen, FAMILY, header)
+    vae, text = load_vae(folder).to(device, dtype), load_text(folder).to(device)    # text stays in float32
+    return model.Models("shapes", unet, vae, text, FAMILY, header)
 
 
-def rewards(device="cpu", folder: str | Path | None = None) -> dict[str, reward_models.Reward]:
+def rewards(device: torch.device | str = "cpu", folder: str | Path | None = None
+            ) -> dict[str, reward_models.Reward]:
     """R_img, the toy's CLIP, and R_vid, its ViCLIP."""
-    folder = Path(folder or WEIGHTS)
-    return {kind: reward_models.load(f"shapes-{name}", folder / f"{name}.safetensors", device, tokenizer=world.tokenize)
-            for kind, name in (("image", "clip"), ("video", "viclip"))}
+    files = {kind: Path(folder or WEIGHTS) / f"{name}.safetensors"
+             for kind, name in (("image", "clip"), ("video", "viclip"))}
+    return {kind: reward_models.load(f"shapes-{path.stem}", path, device, tokenizer=world.tokenize)
+            for kind, path in files.items()}

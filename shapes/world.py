@@ -260,10 +260,10 @@ def judge(asked: Scene, clip: Tensor) -> dict[str, float]:
 
 
 class Clips:
-    """Captioned clips without end, drawn when asked for: a dataset for `data.loader`. An index is always the same clip."""
+    """Captioned clips without end, drawn when asked for, by index: a dataset for `data.loader`."""
 
     def __init__(self, split: str = "train", frames: int = FRAMES, size: int = SIZE):
-        self.split, self.frames, self.size = split, frames, size        # split: train or held-out combinations
+        self.split, self.frames, self.size = split, frames, size    # split: train or held-out combinations
 
     def __len__(self) -> int:
         return 1_000_000
@@ -280,7 +280,8 @@ class Clips:
 
 
 def accuracy(generate, count: int = 32) -> float:
-    """Share of clips that are all right, for the same captions and seeds each time; half of them held-out combinations.
+    """Share of clips that are all right, for the same captions and seeds each time; half of them held-out
+    combinations.
 
     generate(captions, seeds) -> clips uint8 (B, 3, T, H, W) on any device.
     """
