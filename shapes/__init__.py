@@ -10,7 +10,8 @@ from pathlib import Path
 WEIGHTS = Path(__file__).parent / "weights"
 STUDENTS = ("vcm", "vcm-img", "vcm-vid", "turbo")
 NEEDS_TORCH = {"Clips": "world", "accuracy": "world", "FAMILY": "models", "SAMPLING": "models",
-               "load": "models", "load_text": "models", "load_vae": "models", "read": "models", "rewards": "models"}
+               "load": "models", "load_text": "models", "load_vae": "models", "read": "models",
+               "rewards": "models"}
 
 
 def __getattr__(name: str):
