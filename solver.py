@@ -1,32 +1,48 @@
-"""The noise schedule and the ODE solver: everything about *time*, nothing about networks. Pure functions on tensors.
+"""The noise schedule and the ODE solver: everything about time, nothing about networks. Functions on tensors.
 
 Symbols, the same in the whole project:
-    z0 clean latents, z (or z_t) noisy latents, eps ε the noise in them, all (B, C, T, H, W);  t → s one step from noisier t to cleaner s;
-    alpha_t = √ᾱ_t and sigma_t = √(1-ᾱ_t), so that z_t = alpha_t z0 + sigma_t ε;  w the guidance scale ω (0 = no guidance).
+    z0 clean latents, z (or z_t) noisy latents, eps ε the noise in them, all (B, C, T, H, W);
+    t -> s one step from noisier t to cleaner s;  c caption embedding;  w guidance scale ω (0 = no guidance);
+    alpha_t = √ᾱ_t and sigma_t = √(1-ᾱ_t).
+
+Equation numbers, the same in the whole project: "v1" is T2V-Turbo (arXiv 2405.18750), "v2" T2V-Turbo-v2
+(arXiv 2410.05677), "v1 Eq. 7" the number 7 there. What the papers use without a number has a letter:
+    Eq. A   z_t = α_t z0 + σ_t ε                        noising
+    Eq. B   ẑ0 = (z_t - σ_t ε) / α_t                    ẑ0 from ε
+    Eq. C   ε = ε(c) + ω (ε(c) - ε(∅))                  classifier-free guidance
+    Eq. D   z_s = α_s ẑ0 + σ_s ε',  ε' fresh            renoising between two evaluations of few-step sampling
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+# ---- schedule ----------------------------------------------------------------------------------------------
+
 
 class Schedule:
     """Variance-preserving noise schedule on timesteps 0..999 and the N-step grid that distillation walks on.
 
-    β is "scaled linear" as in Stable Diffusion, VideoCrafter2 and ModelScopeT2V. All tables are computed in float64 and handed
-    out in float32: in bfloat16 √(1-ᾱ_t) would be off by up to 5 % at small t.
-    `steps` is N: the teacher's DDIM steps that one consistency step may skip over (50 in T2V-Turbo, 200 in v2).
+    β is "scaled linear" as in Stable Diffusion, VideoCrafter2 and ModelScopeT2V. All tables are computed in
+    float64 and handed out in float32: in bfloat16 √(1-ᾱ_t) would be off by up to 5 % at small t.
+    `steps` is N, the teacher's DDIM steps that one consistency step may skip over: 50 in T2V-Turbo, 200 in
+    v2. It divides 1000, so that the grid ends at t = 999, where sampling starts from pure noise.
     """
 
     def __init__(self, steps: int = 50, device="cpu"):
-        if not 1 <= steps <= 1000:
-            raise ValueError(f"a grid of {steps} steps does not fit the 1000 timesteps; choose 1 to 1000 (the papers: 50, 200)")
+        if steps < 1 or 1000 % steps:
+            divisors = [n for n in range(1, 1001) if 1000 % n == 0]
+            near = {max([1, *(n for n in divisors if n < steps)]),
+                    min([1000, *(n for n in divisors if n > steps)])}
+            raise ValueError(f"a grid of {steps} steps misses t = 999; choose a divisor of 1000, such as "
+                             + " or ".join(map(str, sorted(near))))
         betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
-        self.alpha_bar = torch.cumprod(1 - betas, 0)                                # float64 (1000,)
-        self.alpha = self.alpha_bar.sqrt().float().to(device)                       # float32 (1000,)
+        self.alpha_bar = torch.cumprod(1 - betas, 0)                        # float64 (1000,)
+        self.alpha = self.alpha_bar.sqrt().float().to(device)               # float32 (1000,)
         self.sigma = (1 - self.alpha_bar).sqrt().float().to(device)
         self.steps, self.k = steps, 1000 // steps
-        self.grid = ((torch.arange(steps) + 1) * self.k - 1).to(device)             # 19, 39, …, 999 for N = 50
+        self.grid = ((torch.arange(steps) + 1) * self.k - 1).to(device)     # 19, 39, ..., 999 for N = 50
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t of timesteps t (B,), shaped (B, 1, 1, 1, 1) to scale latents."""
@@ -39,96 +55,139 @@ class Schedule:
     def add_noise(self, z0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """Sample of q(z_t | z0)."""
         alpha, sigma = self.at(t)
-        return alpha * z0 + sigma * eps                                             # Eq. 1
+        return alpha * z0 + sigma * eps                                     # Eq. A
 
     def few_steps(self, n: int) -> list[int]:
-        """The n timesteps, noisiest first, at which few-step sampling evaluates f: every (N // n)-th grid point from the top."""
+        """The n timesteps, noisiest first, at which few-step sampling evaluates f: every (N // n)-th grid
+        point from the top."""
         if not 1 <= n <= self.steps:
             raise ValueError(f"{n} sampling steps on a grid of {self.steps}; choose 1 to {self.steps}")
         return self.grid.flip(0)[::self.steps // n][:n].tolist()
 
 
+# ---- equations ---------------------------------------------------------------------------------------------
+
+
 def predict_z0(z: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """The clean latents that z and the noise predicted in it imply."""
-    return (z - sigma * eps) / alpha                                                # Eq. 2
+    return (z - sigma * eps) / alpha                                        # Eq. B
 
 
 def cfg(eps_c: Tensor, eps_u: Tensor, w: Tensor | float) -> Tensor:
-    """Classifier-free guidance in the papers' convention: w = 0 is none (w = s - 1 of the usual "guidance_scale s")."""
+    """Classifier-free guidance in the papers' convention: w = 0 is none (w = s - 1 of the usual
+    "guidance_scale s")."""
     if isinstance(w, Tensor):
         w = w.view(-1, 1, 1, 1, 1)
-    return eps_c + w * (eps_c - eps_u)                                              # Eq. 3
+    return eps_c + w * (eps_c - eps_u)                                      # Eq. C
 
 
-def ddim_step(z: Tensor, eps: Tensor, at_t: tuple[Tensor, Tensor], at_s: tuple[Tensor, Tensor], scale_t=1.0, scale_s=1.0) -> Tensor:
-    """One DDIM step from t to s: the exact solution of the probability-flow ODE for an ε constant along the step.
+def ddim_step(z: Tensor, eps: Tensor, at_t: tuple[Tensor, Tensor], at_s: tuple[Tensor, Tensor]) -> Tensor:
+    """One DDIM step from t to s: the exact solution of the probability-flow ODE for an ε constant along the
+    step.
 
-    at_t, at_s: (alpha, sigma) of both ends. scale_t, scale_s: VideoCrafter2's own ẑ0 scaling, for its 50-step samples only (`z0_scale`).
+    at_t, at_s: (alpha, sigma) of both ends.
     """
-    z0 = predict_z0(z, eps, *at_t) / scale_t
     alpha_s, sigma_s = at_s
-    return alpha_s * scale_s * z0 + sigma_s * eps                                   # Eq. 4 (paper Eq. 7 and 11)
+    return alpha_s * predict_z0(z, eps, *at_t) + sigma_s * eps              # v1 Eq. 7
 
 
-def ddim_invert(schedule: Schedule, eps_model, z0: Tensor, t: int) -> Tensor:
-    """Deterministic noising of z0 up to timestep t: DDIM run backwards along the grid, the noise predicted at the new time.
+# ---- walks along the ODE -----------------------------------------------------------------------------------
 
-    eps_model(z, t) -> ε with t a (B,) tensor. Source: T2V-Turbo-v2, Sec. 3.3 (the motion prior's reference latents).
-    """
-    z, s = z0, torch.zeros(len(z0), dtype=torch.long, device=z0.device)
-    at_s = schedule.at(s)
-    for t_next in schedule.grid[schedule.grid <= t].tolist():
-        t_next = torch.full_like(s, t_next)
-        eps, at_t = eps_model(z, t_next), schedule.at(t_next)
-        z, at_s = at_t[0] * predict_z0(z, eps, *at_s) + at_t[1] * eps, at_t
-    return z
+EpsModel = Callable[[Tensor, Tensor], Tensor]               # (z, t (B,)) -> ε, guided or not
 
 
 def ddim_timesteps(n: int) -> list[int]:
-    """The n timesteps of VideoCrafter2's and ModelScope's own DDIM samplers, noisiest first: 981, 961, …, 1 for n = 50."""
+    """The n timesteps of VideoCrafter2's and ModelScope's DDIM samplers: 981, 961, ..., 1 for n = 50."""
     if not 1 <= n <= 1000:
         raise ValueError(f"{n} DDIM steps; choose 1 to 1000")
     return [min(i * (1000 // n) + 1, 999) for i in reversed(range(n))]
 
 
 def z0_scale() -> Tensor:
-    """VideoCrafter2's scale of ẑ0 per timestep, (1000,): falls from 1 to 0.7 over the first 400 timesteps, then stays."""
-    return torch.cat([torch.linspace(1, 0.7, 400, dtype=torch.float64), torch.full((600,), 0.7, dtype=torch.float64)]).float()
+    """VideoCrafter2's scale of ẑ0 per timestep, (1000,)."""
+    falling = torch.linspace(1, 0.7, 400, dtype=torch.float64)              # and 0.7 from there on
+    return torch.cat([falling, falling[-1].expand(600)]).float()
 
 
 @torch.no_grad()
-def ddim_sample(schedule: Schedule, eps_model, z: Tensor, timesteps: list[int], noise=None, eta: float = 0.0,
-                scale: Tensor | None = None, progress=iter) -> Tensor:
-    """Teacher sampling: a DDIM step per timestep (noisiest first) and from the last to 0, from noise z to clean latents.
+def ddim_sample(schedule: Schedule, eps_model: EpsModel, z: Tensor, timesteps: list[int],
+                noise: Callable | None = None, eta: float = 0.0, scale: Tensor | None = None,
+                progress=iter) -> Tensor:
+    """Teacher sampling from noise z to clean latents: a DDIM step per timestep, noisiest first, the last to
+    0.
 
-    eps_model(z, t) -> guided ε, t (B,). eta > 0 is stochastic DDIM (VideoCrafter2: 1) and takes `noise()` per step, shaped like z.
+    eta > 0 is stochastic DDIM (VideoCrafter2: 1) and takes `noise()`, shaped like z, in each step.
     scale: `z0_scale()` for VideoCrafter2. progress wraps the list of timesteps (tqdm).
     """
-    for t, s in zip(progress(timesteps), timesteps[1:] + [0]):
-        t = torch.full((len(z),), t, device=z.device)
-        s = torch.full_like(t, s)
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)
-        eps = eps_model(z, t)
-        std = eta * sigma_s / sigma_t * (1 - (alpha_t / alpha_s) ** 2).sqrt()       # fresh noise replaces part of the predicted one
-        direction = (sigma_s ** 2 - std ** 2).sqrt()
-        scale_t, scale_s = (1.0, 1.0) if scale is None else (scale[t[0].item()].item(), scale[s[0].item()].item())
-        z0 = predict_z0(z, eps, alpha_t, sigma_t) / scale_t
-        z = alpha_s * scale_s * z0 + direction * eps
-        if noise is not None:                                                       # drawn in every step: the same stream at any eta
-            z = z + std * noise()
+    for t, s in zip(progress(timesteps), [*timesteps[1:], 0]):
+        times = torch.full((len(z),), t, device=z.device)
+        at_t, (alpha_s, sigma_s) = schedule.at(times), schedule.at(torch.full_like(times, s))
+        eps = eps_model(z, times)
+
+        # η: fresh noise takes the place of a part of the predicted noise; the variance stays sigma_s²
+        alpha_t, sigma_t = at_t
+        fresh = eta * sigma_s / sigma_t * (1 - (alpha_t / alpha_s) ** 2).sqrt()
+        kept = (sigma_s ** 2 - fresh ** 2).sqrt()
+
+        # the step; VideoCrafter2 divides ẑ0 by the scale of t and multiplies it by that of s
+        if scale is None:
+            z = ddim_step(z, eps, at_t, (alpha_s, kept))
+        else:
+            z0 = predict_z0(z, eps, *at_t) / scale[t].item()
+            z = alpha_s * scale[s].item() * z0 + kept * eps
+        if noise is not None:
+            z = z + fresh * noise()                         # drawn in every step: the same stream for any η
     return z
+
+
+@torch.no_grad()
+def ddim_invert(schedule: Schedule, eps_model: EpsModel, z0: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+    """Deterministic noising of z0: DDIM backwards, with the noise predicted at the new time (v2, Sec. 3.3).
+
+    wanted: timesteps (B,) in 1..999, on the schedule's grid or not -> the latents at each of them. The grid
+    is walked once, as far as the latest asks, and each wanted timestep is one step from the last grid point
+    before it: what a clip becomes depends neither on the other timesteps nor on the clips beside it. Costs
+    one pass per grid point and one per wanted timestep.
+    """
+    grid, start = schedule.grid.tolist(), torch.zeros(len(z0), dtype=torch.long, device=z0.device)
+
+    def step(z, s, t):
+        return ddim_step(z, eps_model(z, t), schedule.at(s), schedule.at(t))
+
+    # along the grid
+    latest = max(int(t.max()) for t in wanted)
+    times, path = [start], [z0]
+    for t in grid[:sum(t < latest for t in grid)]:
+        times.append(torch.full_like(start, t))
+        path.append(step(path[-1], times[-2], times[-1]))
+
+    # and to each wanted timestep
+    times, path, clip = torch.stack(times), torch.stack(path), torch.arange(len(z0), device=z0.device)
+    result = []
+    for t in wanted:
+        before = (times < t).sum(0) - 1                     # (B,) last point of the path before t
+        result.append(step(path[before, clip], times[before, clip], t))
+    return result
+
+
+# ---- how to sample -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How latents are made from noise: all that `turbo.generate` is told besides networks, captions, seeds and size."""
-    method: str = "student"         # student: f in few jumps; ddim: the teacher's ODE; jumps: the teacher's guided ẑ0 in place of f
-    steps: int = 4                  # network evaluations (of the teacher: times two, with guidance)
+    """How latents are made from noise: all that `turbo.generate` is told besides networks, captions, seeds
+    and size.
+
+    method: "student" evaluates f in few jumps (Eq. D between them); "ddim" walks the teacher's guided ODE (v1
+    Eq. 7); "jumps" samples as a student does, with the teacher's guided ẑ0 (Eq. B) in place of f.
+    """
+    method: str = "student"
+    steps: int = 4                  # network evaluations; the teacher's guidance doubles them
     guidance: float = 7.5           # ω, 0 = none
     grid: int = 50                  # N of the grid that a student was trained on
     fps: float | None = None        # told to a UNet that knows frame rates
     motion: float | None = None     # λ' told to a student of T2V-Turbo-v2; None: it has no such input
     motion_share: float = 0.5       # τ: λ' is told at t >= 1000 (1 - τ), 0 below
     eta: float = 0.0                # ddim: share of fresh noise in each step
-    on_grid: bool = False           # ddim: walk the grid's timesteps (999, ...) instead of the public samplers' (981, ..., 1)
+    on_grid: bool = False           # ddim: at 999, ... of the grid; False: the public samplers' 981, ..., 1
     scale_z0: bool = False          # ddim: VideoCrafter2's own scaling of ẑ0

@@ -1,10 +1,11 @@
-"""T2V-Turbo: consistency distillation of a video diffusion teacher with mixed reward feedback. This file is the paper.
+"""T2V-Turbo and T2V-Turbo-v2: consistency distillation of a video diffusion teacher, with mixed reward
+feedback and motion guidance. This file is the papers.
 
-It knows nothing of architectures, files or processes: a denoiser is any callable unet(z, t, c, w=ω, **conditions) -> ε,
-a decoder maps latents to pixels, a reward maps (clips, captions) to scores. Equation numbers are those of arXiv 2405.18750.
+It knows nothing of architectures, files or processes. A denoiser is any callable unet(z, t, c, w=ω, ...) ->
+ε, a decoder maps latents to pixels, a reward maps (clips, captions, generators) to scores.
 
-Symbols: z (B, C, T, H, W) noisy latents at timestep t (B,), s the next cleaner grid point; z0 clean latents and ẑ0 (z0_hat) their
-prediction; c caption embedding, null that of the empty caption; w (B,) guidance scale ω; f the consistency function.
+Symbols and equation numbers are those of solver.py. Beside them: f the consistency function, ẑ0 (z0_hat) its
+one-step generation, null the embedding of the empty caption, motion λ' (the strength of motion guidance).
 """
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -16,50 +17,76 @@ from torch import Tensor, nn
 
 from solver import Sampling, Schedule, cfg, ddim_sample, ddim_step, ddim_timesteps, predict_z0, z0_scale
 
-# ---- the consistency function -------------------------------------------------------------------------------------------------
+# ---- the consistency function ------------------------------------------------------------------------------
 
 
 def boundary(t: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out of timesteps t (B,), shaped (B, 1, 1, 1, 1); (1, 0) at t = 0, almost (0, 1) from the first grid point on."""
+    """c_skip and c_out of timesteps t (B,), shaped (B, 1, 1, 1, 1).
+
+    (1, 0) at t = 0, so that f is the identity there; almost (0, 1) from the first grid point on.
+    """
     scaled = 10.0 * t.view(-1, 1, 1, 1, 1)
-    return sigma_data ** 2 / (scaled ** 2 + sigma_data ** 2), scaled / (scaled ** 2 + sigma_data ** 2).sqrt()
+    c_skip = sigma_data ** 2 / (scaled ** 2 + sigma_data ** 2)
+    c_out = scaled / (scaled ** 2 + sigma_data ** 2).sqrt()
+    return c_skip, c_out
 
 
-def consistency(unet, schedule: Schedule, z: Tensor, t: Tensor, w: Tensor | None, c: Tensor, **conditions) -> Tensor:
-    """f(z, ω, c, t): the end of the guided ODE path through z, in one network pass. f(z, ω, c, 0) = z exactly. In z's dtype, float32."""
+def consistency(unet, schedule: Schedule, z: Tensor, t: Tensor, w: Tensor | None, c: Tensor,
+                **conditions) -> Tensor:
+    """f(z, ω, c, t): the end of the guided ODE path through z, in one network pass. In z's dtype, float32."""
     eps = unet(z, t, c, w=w, **conditions).to(z.dtype)
-    z0 = predict_z0(z, eps, *schedule.at(t))
+    z0 = predict_z0(z, eps, *schedule.at(t))                                # Eq. B
     c_skip, c_out = boundary(t)
-    return c_skip * z + c_out * z0                                                  # Eq. 5
+    return c_skip * z + c_out * z0                                          # v1 Eq. 5
 
 
-@torch.no_grad()
-def solve(teacher, schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, w: Tensor, c: Tensor, null: Tensor, **conditions) -> Tensor:
-    """ẑ_s: one DDIM step of the teacher's guided ODE from t to s, both of its passes in one batch of 2 B."""
+def pseudo_huber(a: Tensor, b: Tensor, bend: float = 0.001) -> Tensor:
+    """The distance d of v1 Eq. 6: quadratic below `bend`, linear above; mean over all elements."""
+    return (((a - b) ** 2 + bend ** 2).sqrt() - bend).mean()
+
+
+# ---- the teacher's step ------------------------------------------------------------------------------------
+
+
+def teacher_eps(teacher, z: Tensor, t: Tensor, c: Tensor, null: Tensor,
+                **conditions) -> tuple[Tensor, Tensor]:
+    """ε(c) and ε(∅) of the teacher, both passes in one batch of 2 B."""
     eps = teacher(torch.cat([z, z]), torch.cat([t, t]), torch.cat([c, null]), **conditions).to(z.dtype)
-    return ddim_step(z, cfg(*eps.chunk(2), w), schedule.at(t), schedule.at(s))      # Eq. 7
+    eps_c, eps_u = eps.chunk(2)
+    return eps_c, eps_u
 
 
-def pseudo_huber(a: Tensor, b: Tensor, c: float = 0.001) -> Tensor:
-    """The distance d of Eq. 6: quadratic below c, linear above; mean over all elements."""
-    return (((a - b) ** 2 + c ** 2).sqrt() - c).mean()
+def solve(schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, w: Tensor, eps_c: Tensor, eps_u: Tensor,
+          push: Tensor | None = None) -> Tensor:
+    """ẑ_s: one DDIM step of the teacher's guided ODE from t to s.
+
+    push: what motion guidance takes from ε (`motion_push`). As in the released code ẑ0 is left as it is, so
+    that only the noise that is added back at s is guided.
+    """
+    at_s = schedule.at(s)
+    z_s = ddim_step(z, cfg(eps_c, eps_u, w), schedule.at(t), at_s)          # v1 Eq. 7
+    if push is not None:
+        z_s = z_s - at_s[1] * push                                          # v2 Eq. 8
+    return z_s
 
 
-# ---- one training step (Algorithm 1, lines 3 to 10) ----------------------------------------------------------------------------
+# ---- one training step (v1 Algorithm 1, lines 3 to 10) -----------------------------------------------------
 
 
 @dataclass
 class Step:
-    """What Algorithm 1 draws for one batch of clean latents z0: timesteps, guidance scales, noise. All on z0's device."""
+    """What Algorithm 1 draws for one batch of clean latents z0, on their device."""
     t: Tensor       # (B,) from the grid
     w: Tensor       # (B,) from [ω_min, ω_max]
-    eps: Tensor     # like z0
+    eps: Tensor     # noise like z0
 
     @classmethod
-    def draw(cls, z0: Tensor, schedule: Schedule, w_range: tuple[float, float], generators: list[torch.Generator]) -> "Step":
-        """One CPU generator per clip, so that a clip's draws do not depend on how a batch is split over processes."""
+    def draw(cls, z0: Tensor, schedule: Schedule, w_range: tuple[float, float],
+             generators: list[torch.Generator]) -> "Step":
+        """One CPU generator per clip: its draws do not depend on how a batch is split over processes."""
+        w_min, w_max = w_range
         index = torch.cat([torch.randint(len(schedule.grid), (1,), generator=g) for g in generators])
-        w = torch.cat([torch.rand(1, generator=g) for g in generators]) * (w_range[1] - w_range[0]) + w_range[0]
+        w = torch.cat([torch.rand(1, generator=g) for g in generators]) * (w_max - w_min) + w_min
         eps = torch.stack([torch.randn(z0.shape[1:], generator=g) for g in generators])
         return cls(schedule.grid[index.to(schedule.grid.device)], w.to(z0.device), eps.to(z0.device))
 
@@ -68,90 +95,210 @@ def distill(student, teacher, ema, schedule: Schedule, step: Step, z0: Tensor, c
             **conditions) -> tuple[Tensor, Tensor]:
     """L_CD and the student's one-step generation ẑ0 = f_θ(z_t, ω, c, t), with gradients to θ.
 
-    teacher may be the student's own network: with its LoRA off it *is* the teacher. ema: an `EMA` of θ, or None for a target without (v2).
+    teacher may be the student's own network, which is the teacher with its LoRA off. ema: of θ, or None.
     """
     t, s = step.t, schedule.previous(step.t)
-    z_t = schedule.add_noise(z0, step.eps, t)
-    f = partial(consistency, schedule=schedule, w=step.w, c=c, **conditions)
+    z_t = schedule.add_noise(z0, step.eps, t)                               # Eq. A
+    with torch.no_grad(), lora_off(teacher):
+        eps_c, eps_u = teacher_eps(teacher, z_t, t, c, null, **conditions)
+    z_s = solve(schedule, z_t, t, s, step.w, eps_c, eps_u)
+    return consistency_loss(student, ema, schedule, z_t, t, z_s, s, w=step.w, c=c, **conditions)
+
+
+def consistency_loss(student, ema, schedule: Schedule, z_t: Tensor, t: Tensor, z_s: Tensor, s: Tensor,
+                     **conditions) -> tuple[Tensor, Tensor]:
+    """L_CD between two neighbours on one ODE path, and f_θ(z_t), with gradients to θ.
+
+    The target has no gradient; it is made with θ⁻ where there is an EMA (v1), else with θ itself (v2).
+    """
+    f = partial(consistency, student, schedule, **conditions)
+    with torch.no_grad(), ema.swapped() if ema else nullcontext():
+        target = f(z=z_s, t=s)
+    z0_hat = f(z=z_t, t=t)
+    return pseudo_huber(z0_hat, target), z0_hat                             # v1 Eq. 6, v2 Eq. 9
+
+
+# ---- motion guidance (v2, Sec. 3.3) ------------------------------------------------------------------------
+
+
+def motion_strength(t: Tensor, motion: float, share: float) -> Tensor:
+    """λ' of each clip, (B,): `motion` in the noisiest share τ of all timesteps, t >= 1000 (1 - τ), 0 below.
+
+    On the grid of distillation that is n >= N (1 - τ). Training and sampling agree on it: a student is told 0
+    where its teacher had no motion guidance.
+    """
+    return motion * (t >= 1000 * (1 - share)).float()
+
+
+def motion_energy(maps: list[Tensor], reference_maps: list[Tensor]) -> Tensor:
+    """G of each clip, (B,): how far its temporal attention is from that of the clip whose motion it is to
+    have.
+
+    maps: per layer, probabilities (B, ..., queries, keys). The mask M keeps the reference's strongest key of
+    each query. Mean over the masked entries of a clip, then over layers, times 100 x 100 as in the released
+    code, whose λ' = 0.05 is the paper's λ = 500. Not a mean over the batch, which would shrink each gradient.
+    """
+    layers = []
+    for probabilities, reference in zip(maps, reference_maps, strict=True):
+        strongest = reference.argmax(-1, keepdim=True)                      # M, (B, ..., queries, 1)
+        difference = reference.gather(-1, strongest) - probabilities.gather(-1, strongest)
+        layers.append(difference.square().flatten(1).mean(1))
+    return 100 * 100 * torch.stack(layers).mean(0)                          # v2 Eq. 6, 7
+
+
+def motion_gradient(teacher, z_t: Tensor, z_ref: Tensor, t: Tensor, c: Tensor, c_ref: Tensor | None = None,
+                    **conditions) -> tuple[Tensor, Tensor]:
+    """∂G/∂z_t through the teacher's conditional pass, and G (B,).
+
+    z_ref: latents of the reference clip at t (`solver.ddim_invert`); c_ref: its caption, if it is not c.
+    teacher has `with_maps(z, t, c) -> (ε, attention maps)`.
+    """
     with torch.no_grad():
-        with lora_off(teacher):
-            z_s = solve(teacher, schedule, z_t, t, s, step.w, c, null, **conditions)
-        with ema.swapped() if ema else nullcontext():
-            target = f(student, z=z_s, t=s)
-    z0_hat = f(student, z=z_t, t=t)
-    return pseudo_huber(z0_hat, target), z0_hat                                     # Eq. 6
+        _, reference_maps = teacher.with_maps(z_ref, t, c if c_ref is None else c_ref, **conditions)
+    with torch.enable_grad():
+        z_t = z_t.detach().requires_grad_()
+        _, maps = teacher.with_maps(z_t, t, c, **conditions)
+        energy = motion_energy(maps, reference_maps)
+        gradient, = torch.autograd.grad(energy.sum(), z_t)
+    return gradient, energy.detach()
 
 
-# ---- the reward gradient -------------------------------------------------------------------------------------------------------
+def motion_push(schedule: Schedule, t: Tensor, gradient: Tensor, motion: Tensor,
+                released: bool = False) -> Tensor:
+    """λ' √(1 - ᾱ_t) ∂G/∂z_t, what motion guidance takes from ε. motion: λ' of each clip, (B,).
+
+    released: √(1 - √ᾱ_t), as T2V-Turbo-v2's code has it; at t = 499 it is 1.24 times weaker.
+    """
+    alpha, sigma = schedule.at(t)
+    factor = (1 - alpha).sqrt() if released else sigma
+    return motion.view(-1, 1, 1, 1, 1) * factor * gradient
+
+
+@dataclass
+class Solved:
+    """What the teacher says about noised clips, computed once before training (v2 Algorithm 1)."""
+    t: Tensor           # (B,) from the grid
+    z_t: Tensor         # (B, C, T, H, W), and so the other three
+    eps_c: Tensor       # ε(c)
+    eps_u: Tensor       # ε(∅)
+    gradient: Tensor    # ∂G/∂z_t; 0 where motion guidance is off
+
+    @classmethod
+    def by(cls, teacher, schedule: Schedule, z0: Tensor, eps: Tensor, t: Tensor, z_ref: Tensor, c: Tensor,
+           null: Tensor, share: float, **conditions) -> "Solved":
+        """With motion guidance at t >= 1000 (1 - τ). z_ref: z0 inverted to t (`solver.ddim_invert`)."""
+        z_t = schedule.add_noise(z0, eps, t)                                # Eq. A
+        with torch.no_grad():
+            eps_c, eps_u = teacher_eps(teacher, z_t, t, c, null, **conditions)
+
+        gradient, on = torch.zeros_like(z_t), motion_strength(t, 1.0, share).bool()
+        if on.any():
+            gradient[on] = motion_gradient(teacher, z_t[on], z_ref[on], t[on], c[on], **conditions)[0]
+        return cls(t, z_t, eps_c, eps_u, gradient)
+
+
+def distill_solved(student, schedule: Schedule, solved: Solved, w: Tensor, c: Tensor,
+                   motion: Tensor | None = None, released: bool = False,
+                   **conditions) -> tuple[Tensor, Tensor]:
+    """`distill` without a teacher in memory (v2 Algorithm 2): L_CD and ẑ0. As guidance is linear in ε(c) and
+    ε(∅), ω is drawn anew in each step.
+
+    motion: λ' of each clip (`motion_strength`), which the student is told; None: v2 without motion guidance.
+    """
+    t, z_t, s, push = solved.t, solved.z_t, schedule.previous(solved.t), None
+    if motion is not None:
+        push = motion_push(schedule, t, solved.gradient, motion, released)
+        conditions["motion"] = motion
+    z_s = solve(schedule, z_t, t, s, w, solved.eps_c, solved.eps_u, push)
+    return consistency_loss(student, None, schedule, z_t, t, z_s, s, w=w, c=c, **conditions)
+
+
+# ---- the reward gradient -----------------------------------------------------------------------------------
 
 
 @dataclass
 class RewardTerm:
     """β R: a differentiable reward, its weight, and how many frames of a generated clip it is shown."""
-    reward: Callable[..., Tensor]                   # (B, T, 3, H, W) in [0, 1], B captions, B generators -> (B,)
-    weight: float                                   # β_img or β_vid
-    frames: int                                     # M random frames of an image reward; evenly strided ones of a video reward
+    reward: Callable[..., Tensor]   # clips (B, T, 3, H, W) in [0, 1], B captions, B generators -> (B,)
+    weight: float                   # β_img or β_vid
+    frames: int                     # M random ones for an image reward, strided ones for a video reward
     video: bool = False
     name: str = "reward"
 
     def pick(self, T: int, generator: torch.Generator) -> list[int]:
-        """Frame numbers: M at random for an image reward (Eq. 8), evenly strided from a random start for a video reward (Eq. 9)."""
+        """Frame numbers: M random ones for an image reward (v1 Eq. 8), strided for a video one (v1 Eq. 9)."""
         if self.frames > T:
             raise ValueError(f"{self.name} looks at {self.frames} frames, the clips have {T}")
         if not self.video:
             return sorted(torch.randperm(T, generator=generator)[:self.frames].tolist())
+
         stride = T // self.frames
-        start = torch.randint(T - stride * (self.frames - 1), (1,), generator=generator).item() if stride > 1 else (T - self.frames) // 2
+        span = stride * (self.frames - 1)                   # from the first frame to the last
+        if stride > 1:
+            start = torch.randint(T - span, (1,), generator=generator).item()
+        else:
+            start = (T - self.frames) // 2
         return [start + i * stride for i in range(self.frames)]
 
 
-def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[RewardTerm], generators: list[torch.Generator],
-                    chunk: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[RewardTerm],
+                    generators: list[torch.Generator], chunk: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
     """g = ∂(β_img J_img + β_vid J_vid)/∂ẑ0 and each reward's mean score.
 
-    Rewards reach the network only through ẑ0, so their gradient is taken on a detached ẑ0 and handed to the UNet's backward as
-    L_CD - ⟨g, ẑ0⟩: the chain rule in three stages that never share memory.
-        1. decode the frames that any reward wants, without a graph;
-        2. ∂/∂pixels, one reward after the other;
-        3. ∂/∂ẑ0 through the decoder, `chunk` frames at a time.
-    decode: (B, C, T, h, w) -> (B, 3, T, H, W) in [-1, 1], frame by frame: it is given the wanted frames of all clips as one clip of P.
-    generators: one per clip, they choose its frames. J is the mean over a clip's frames and over the batch.
+    Rewards reach the network only through ẑ0, so their gradient is taken on a detached ẑ0 and handed to the
+    UNet's backward as L_CD - ⟨g, ẑ0⟩: the chain rule, in three stages that never share memory.
+    decode: (B, C, T, h, w) -> (B, 3, T, H, W) in [-1, 1], frame by frame; the wanted frames of all clips are
+    given to it as one clip of P frames. generators: one per clip, on the CPU, for its frames and then its
+    crop windows. J is the mean over a clip's frames and over the batch.
     """
-    z0_hat, g = z0_hat.detach(), torch.zeros_like(z0_hat)
-    B, T = len(z0_hat), z0_hat.shape[2]
+    B, _, T, _, _ = z0_hat.shape
+    z0_hat = z0_hat.detach()
     picks = [[(b, i) for b in range(B) for i in term.pick(T, generators[b])] for term in terms]
-    wanted = sorted(set().union(*picks))                                                    # P pairs (clip, frame)
-    clip, frame = torch.tensor(wanted, device=z0_hat.device).T
-    chunks = z0_hat[clip, :, frame].transpose(0, 1)[None].split(chunk, 2)                   # each (1, C, chunk, h, w)
+    wanted = sorted(set().union(*picks))                                    # P pairs (clip, frame)
+    row = {pair: i for i, pair in enumerate(wanted)}
+    clip, frame = torch.tensor(wanted, device=z0_hat.device).unbind(1)
+
+    # 1 decode the frames that any reward wants, without a graph
+    latents = z0_hat[clip, :, frame].transpose(0, 1)[None]                  # (1, C, P, h, w)
+    chunks = latents.split(chunk, dim=2)
     with torch.no_grad():
-        pixels = torch.cat([decode(z).to(z.dtype) for z in chunks], 2)                          # (1, 3, P, H, W)
-    pixels.requires_grad_()
-    g_pixels, scores = torch.zeros_like(pixels), {}
+        pixels = torch.cat([decode(z).to(z.dtype) for z in chunks], dim=2)  # (1, 3, P, H, W)
+    frames = pixels[0].transpose(0, 1)                                      # (P, 3, H, W)
+
+    # 2 rewards -> pixels, one after the other
+    frames.requires_grad_()
+    g_frames, scores = torch.zeros_like(frames), {}
     for term, pick in zip(terms, picks, strict=True):
-        shown = pixels[0].transpose(0, 1)[[wanted.index(p) for p in pick]].unflatten(0, (B, -1))    # (B, M, 3, H, W)
-        score = term.reward((shown / 2 + 0.5).clamp(0, 1), captions, generators)            # (B,)
-        scores[term.name] = score.to(z0_hat.dtype).mean()                                   # Eq. 8, Eq. 9
-        g_pixels += term.weight * torch.autograd.grad(scores[term.name], pixels)[0]
-    g_chunks = []
-    for z, g_some in zip(chunks, g_pixels.split(chunk, 2), strict=True):
+        shown = frames[[row[pair] for pair in pick]].unflatten(0, (B, -1))  # (B, M, 3, H, W)
+        score = term.reward((shown / 2 + 0.5).clamp(0, 1), captions, generators).to(z0_hat.dtype).mean()
+        g_frames += term.weight * torch.autograd.grad(score, frames)[0]     # v1 Eq. 8, v1 Eq. 9
+        scores[term.name] = score.detach()
+
+    # 3 pixels -> ẑ0, through the decoder, `chunk` frames at a time
+    g_pixels, g_latents = g_frames.transpose(0, 1)[None], []
+    for z, g_chunk in zip(chunks, g_pixels.split(chunk, dim=2), strict=True):
         z = z.detach().requires_grad_()
         with torch.enable_grad():
-            g_chunks.append(torch.autograd.grad(decode(z).to(z.dtype), z, g_some)[0])
-    g[clip, :, frame] = torch.cat(g_chunks, 2)[0].transpose(0, 1)
-    return g, {name: score.detach() for name, score in scores.items()}
+            g_latents.append(torch.autograd.grad(decode(z).to(z.dtype), z, g_chunk)[0])
+    g = torch.zeros_like(z0_hat)
+    g[clip, :, frame] = torch.cat(g_latents, dim=2)[0].transpose(0, 1)
+    return g, scores
 
 
 def total_loss(loss_cd: Tensor, z0_hat: Tensor, g: Tensor | None) -> Tensor:
     """A scalar whose gradient is that of L = L_CD - β_img J_img - β_vid J_vid (its value is not L's)."""
-    return loss_cd if g is None else loss_cd - (g * z0_hat).sum()                   # Eq. 10
+    return loss_cd if g is None else loss_cd - (g * z0_hat).sum()           # v1 Eq. 10, v2 Eq. 11
 
 
-# ---- few-step sampling ---------------------------------------------------------------------------------------------------------
+# ---- few-step sampling -------------------------------------------------------------------------------------
 
 
 class Noise:
-    """The random stream of a batch of clips. Clip i owns a CPU float32 generator seeded with its own seed, so that what it becomes
-    depends neither on the device nor on the clips beside it. Each call draws (B, C, T, H, W)."""
+    """The random stream of a batch of clips, one draw (B, C, T, H, W) per call.
+
+    Clip i owns a CPU float32 generator seeded with its own seed, so that what it becomes depends neither on
+    the device nor on the clips beside it.
+    """
 
     def __init__(self, seeds: list[int], shape: tuple[int, int, int, int], device="cpu"):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -163,15 +310,16 @@ class Noise:
 
 @torch.no_grad()
 def sample(f, schedule: Schedule, noise: Noise, n: int, progress=iter) -> Tensor:
-    """Multistep consistency sampling: jump to the end of the ODE path, add noise of the next level, jump again; n jumps.
+    """Multistep consistency sampling, n jumps: to the end of the ODE path, new noise, and from there again.
 
-    f(z, t) -> ẑ0 with t (B,). Noise is drawn in every step, the last included (unused there), as the released sampler does.
+    f(z, t) -> ẑ0 with t (B,). As in the released sampler noise is drawn in every step, unused in the last.
     """
     z, timesteps = noise(), schedule.few_steps(n)
-    for t, s in zip(progress(timesteps), timesteps[1:] + [None]):
-        z0_hat, fresh = f(z, torch.full((len(z),), t, device=z.device)), noise()
+    for t, s in zip(progress(timesteps), [*timesteps[1:], None]):
+        z0_hat = f(z, torch.full((len(z),), t, device=z.device))
+        fresh = noise()
         if s is not None:
-            z = schedule.add_noise(z0_hat, fresh, torch.full((len(z),), s, device=z.device))
+            z = schedule.add_noise(z0_hat, fresh, torch.full((len(z),), s, device=z.device))       # Eq. D
     return z0_hat
 
 
@@ -188,55 +336,59 @@ def generate(models, captions: list[str], seeds: list[int], size: tuple[int, int
     schedule = Schedule(sampling.grid, device)
     c = models.text(captions)
 
+    # the student's f, in few jumps
     if sampling.method == "student":
-        return sample(student_f(models.unet, schedule, c, sampling), schedule, noise, sampling.steps, progress)
+        f = student_f(models.unet, schedule, c, sampling)
+        return sample(f, schedule, noise, sampling.steps, progress)
 
-    null = models.text([""] * len(captions))
-    eps_model = guided_eps(models.unet, c, null, sampling)
+    # the teacher's guided ẑ0 in its place
+    eps_model = guided_eps(models.unet, c, models.text([""] * len(captions)), sampling)
     if sampling.method == "jumps":
-        return sample(lambda z, t: predict_z0(z, eps_model(z, t), *schedule.at(t)), schedule, noise, sampling.steps, progress)
+        def z0_model(z, t):
+            return predict_z0(z, eps_model(z, t), *schedule.at(t))
+        return sample(z0_model, schedule, noise, sampling.steps, progress)
 
+    # the teacher's ODE
     timesteps = schedule.few_steps(sampling.steps) if sampling.on_grid else ddim_timesteps(sampling.steps)
     scale = z0_scale() if sampling.scale_z0 else None
     return ddim_sample(schedule, eps_model, noise(), timesteps, noise, sampling.eta, scale, progress)
 
 
-def student_f(unet, schedule: Schedule, c: Tensor, sampling: Sampling):
-    """The student as f(z, t) -> ẑ0. A student of v2 is told λ' at t >= 1000 (1 - τ) and 0 below, as its authors do."""
+def student_f(unet, schedule: Schedule, c: Tensor, sampling: Sampling) -> Callable[[Tensor, Tensor], Tensor]:
+    """The student as f(z, t) -> ẑ0."""
     w = torch.full((len(c),), sampling.guidance, device=c.device)
 
     def f(z, t):
         conditions = dict(fps=sampling.fps)
         if sampling.motion is not None:
-            conditions["motion"] = sampling.motion * (t >= 1000 * (1 - sampling.motion_share)).float()
+            conditions["motion"] = motion_strength(t, sampling.motion, sampling.motion_share)
         return consistency(unet, schedule, z, t, w, c, **conditions)
 
     return f
 
 
-def guided_eps(unet, c: Tensor, null: Tensor, sampling: Sampling):
-    """The teacher as eps_model(z, t) -> guided ε, both of its passes in one batch; one pass without guidance."""
-    both = torch.cat([c, null])
-
+def guided_eps(unet, c: Tensor, null: Tensor, sampling: Sampling) -> Callable[[Tensor, Tensor], Tensor]:
+    """The teacher as eps_model(z, t) -> guided ε; without guidance, one pass instead of two."""
     def eps_model(z, t):
         if not sampling.guidance:
             return unet(z, t, c, fps=sampling.fps).float()
-        eps_c, eps_u = unet(torch.cat([z, z]), torch.cat([t, t]), both, fps=sampling.fps).float().chunk(2)
-        return cfg(eps_c, eps_u, sampling.guidance)
+        eps_c, eps_u = teacher_eps(unet, z, t, c, null, fps=sampling.fps)
+        return cfg(eps_c, eps_u, sampling.guidance)                         # Eq. C
 
     return eps_model
 
 
-# ---- LoRA: the student as a low-rank difference to its teacher -------------------------------------------------------------------
+# ---- LoRA: the student as a low-rank difference to its teacher ---------------------------------------------
 
 
 class LoRA(nn.Module):
-    """base(x) + up(down(x)) with base frozen; kernel, stride and padding sit in `down`, `up` is 1x1. Zero at the start (up = 0)."""
+    """base(x) + up(down(x)), base frozen. Kernel, stride and padding sit in `down`; `up` is 1x1, zero at
+    first."""
 
     def __init__(self, base: nn.Module, rank: int):
         super().__init__()
         self.base, self.on = base.requires_grad_(False), True
-        at = dict(bias=False, device=base.weight.device)                            # float32, whatever the base is stored in
+        at = dict(bias=False, device=base.weight.device)    # float32, whatever the base is stored in
         if isinstance(base, nn.Linear):
             r = min(rank, base.in_features, base.out_features)
             self.down, self.up = nn.Linear(base.in_features, r, **at), nn.Linear(r, base.out_features, **at)
@@ -262,7 +414,8 @@ class LoRA(nn.Module):
 
 
 def inject(unet: nn.Module, rank: int, skip: tuple[str, ...] = ()) -> list[nn.Parameter]:
-    """Freezes a network and wraps every Linear, Conv2d and Conv3d in it with LoRA. Returns the new parameters, the only ones that train.
+    """Freezes a network and wraps every Linear, Conv2d and Conv3d in it with LoRA. Returns the new
+    parameters, the only ones that train.
 
     skip: names of layers to leave alone.
     """
@@ -294,7 +447,11 @@ def lora_off(unet: nn.Module):
 
 def lora_state(unet: nn.Module) -> dict[str, Tensor]:
     """{layer.down: …, layer.up: …}: all that training changed."""
-    return {f"{name}.{part}": getattr(m, part).weight.detach() for name, m in lora_layers(unet).items() for part in ("down", "up")}
+    state = {}
+    for name, lora in lora_layers(unet).items():
+        state[f"{name}.down"] = lora.down.weight.detach()
+        state[f"{name}.up"] = lora.up.weight.detach()
+    return state
 
 
 @torch.no_grad()
@@ -309,7 +466,7 @@ def merge(unet: nn.Module) -> nn.Module:
 
 
 class EMA:
-    """θ⁻: the exponential moving average of the trained weights θ, which the target of Eq. 6 is computed with."""
+    """θ⁻: the exponential moving average of the trained weights θ, for the target of v1 Eq. 6."""
 
     def __init__(self, params: list[nn.Parameter], decay: float = 0.95):
         self.params, self.decay = list(params), decay

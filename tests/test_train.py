@@ -18,7 +18,7 @@ from data import BadClip
 from plumbing import cli, dryrun, video, weights
 from plumbing.run import Group
 from solver import Schedule
-from turbo import consistency, pseudo_huber, solve
+from turbo import consistency, pseudo_huber, solve, teacher_eps
 
 LOAD_WORLD = train.load_world
 
@@ -115,7 +115,7 @@ def by_hand(made, teacher, target, clips, positions):
         eps = torch.randn(z0.shape[1:], generator=g)[None]
         s = (t - 20).clamp(min=0)
         z_t = schedule.add_noise(z0, eps, t)
-        z_s = solve(teacher, schedule, z_t, t, s, w, text, null)
+        z_s = solve(schedule, z_t, t, s, w, *teacher_eps(teacher, z_t, t, text, null))
         with torch.no_grad():
             aim = consistency(target, schedule, z_s, s, w, text)
         z0_hat = consistency(made.student, schedule, z_t, t, w, text)
