@@ -79,8 +79,7 @@ LossOf = Callable[[random.Random, float], tuple[Tensor, dict]]
 
 def fit(name: str, network: nn.Module, loss_of: LossOf, steps: int, config: Config, lr: float = 1e-3,
         ema: float = 0.995, group: Group | None = None, restart: float = 1.0) -> None:
-    """AdamW, warm-up and cosine, an average of the weights, exact resumption. Leaves the averaged weights in
-    the network.
+    """AdamW, warm-up and cosine, exact resumption. Leaves an average of the weights in the network.
 
     loss_of(rng, progress) -> (loss, figures to log) draws its batch from rng, which depends on the step
     alone; progress is 0..1. With a group of processes each takes its share of the batch. At the share
@@ -117,8 +116,8 @@ def fit(name: str, network: nn.Module, loss_of: LossOf, steps: int, config: Conf
             log(dict(step=step + 1, **figures, seconds=round(time.time() - began, 1)))
         if first and ((step + 1) % config.save_every == 0 or step + 1 == steps):
             state = dict(network=network.state_dict(), optimizer=optimizer.state_dict(), ema=average.average)
-            with atomic(out / f"{name}.ckpt") as temporary:
-                torch.save(state | {"step": step + 1}, temporary)
+            with atomic(out / f"{name}.ckpt") as temporary, open(temporary, "wb") as file:
+                torch.save(state | {"step": step + 1}, file)
     average._exchange()
 
 
