@@ -18,7 +18,7 @@ import numpy as np
 from plumbing.files import atomic
 from plumbing.video import READABLE
 
-VERSION = 2                             # of the index
+VERSION = 2                             # of the index files
 BLOCK = 512                             # a tar's unit: headers and data begin at its multiples
 KINDS = {suffix: 0 for suffix in READABLE} | {".txt": 1, ".json": 2}     # video, caption, more
 VIDEO, TEXT, MORE = 0, 1, 2
@@ -34,38 +34,50 @@ COLUMNS = 8
 
 
 def shard_index(path: str, cache: str | None = None) -> np.ndarray:
-    """Index of a shard, int64 (clips, 8): kept as .npy beside it or else in the folder `cache`, made where it
-    is missing or the shard is another one than it was."""
-    stat = os.stat(path)
-    stamp = [VERSION, stat.st_size, stat.st_mtime_ns] + [0] * (COLUMNS - 3)
+    """Index of a shard, int64 (clips, 8): kept in SHARD.index or else in the folder `cache`.
+
+    It is made where it is missing, damaged, or of another shard."""
     name = hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:16]
-    places = [Path(f"{path}.index.npy")] + ([Path(cache, f"{name}.index.npy")] if cache else [])
-
+    places = [Path(f"{path}.index")] + ([Path(cache, f"{name}.index")] if cache else [])
     for place in places:
-        table = read_index(place)
-        if table is not None and table[0].tolist() == stamp and is_index_of(path, table[1:]):
-            return table[1:]
+        rows = read_index(place, path)
+        if rows is not None:
+            return rows
 
-    table = np.concatenate([[stamp], scan(path)])
+    rows = scan(path)
+    table = np.concatenate([stamp(path, rows), rows])
     if not any(write_index(place, table) for place in places):
         folder = os.path.dirname(path) or "."
         warnings.warn(f"{folder} is not writable: name a cache folder, or every start indexes its shards",
                       stacklevel=2)
-    return table[1:]
+    return rows
 
 
-def read_index(place: Path) -> np.ndarray | None:
+def stamp(path: str, rows: np.ndarray) -> np.ndarray:
+    """First row of an index file: version, the shard's size and time, checksum of the rows."""
+    stat = os.stat(path)
+    checksum = zlib.crc32(np.ascontiguousarray(rows))
+    return np.array([[VERSION, stat.st_size, stat.st_mtime_ns, checksum] + [0] * (COLUMNS - 4)], np.int64)
+
+
+def read_index(place: Path, path: str) -> np.ndarray | None:
+    """The rows of an index file, or None where it is missing, damaged, or not of this shard as it is now."""
     try:
-        table = np.load(place)
-    except (OSError, ValueError, EOFError):           # not there, not readable, not an index
+        table = np.fromfile(place, np.int64)
+    except OSError:
         return None
-    return table if table.ndim == 2 and table.shape[1] == COLUMNS else None
+    if not len(table) or len(table) % COLUMNS:
+        return None
+    table = table.reshape(-1, COLUMNS)
+    rows = table[1:]
+    current = np.array_equal(table[:1], stamp(path, rows)) and is_index_of(path, rows)
+    return rows if current else None
 
 
 def write_index(place: Path, table: np.ndarray) -> bool:
     try:
-        with atomic(place) as temporary, open(temporary, "wb") as file:
-            np.save(file, table)
+        with atomic(place) as temporary:
+            table.tofile(temporary)
     except ValueError:                                # not writable
         return False
     return True
@@ -110,7 +122,7 @@ def read_members(file: BinaryIO, row: np.ndarray, data: bool = True) -> tuple[by
         checksum = zlib.crc32(block[:BLOCK], checksum)
         contents.append(block[BLOCK:])
     if checksum != row[CHECK]:
-        raise ValueError("its shard is another one than was indexed: delete the shard's .index.npy")
+        raise ValueError("its shard is another one than was indexed: delete the shard's .index")
     return tuple(contents)
 
 

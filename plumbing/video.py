@@ -89,7 +89,8 @@ def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputC
     import av
 
     try:
-        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
+        file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
+        with av.open(file, metadata_errors="replace") as container:       # a title need not be utf-8
             if not container.streams.video:
                 raise ValueError("no video stream in it (only sound?)")
             stream = container.streams.video[0]
@@ -97,8 +98,8 @@ def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputC
                 raise ValueError("not a readable video: its codec is not known here; convert it to h264")
             stream.codec_context.thread_count = 1
             yield container, stream
-    except (FileNotFoundError, PermissionError):      # says enough
-        raise
+    except FileNotFoundError as error:
+        raise ValueError(error.strerror) from error
     except av.FFmpegError as error:
         raise ValueError(f"not a readable video: {error.strerror}") from error
 
@@ -294,6 +295,8 @@ def read_clip(path: str | Path) -> Tensor:
             frames = [pixels(frame) for frame in decode(container, stream)]
         if not frames:
             raise ValueError("it has no frames")
+        if len({frame.shape for frame in frames}) > 1:
+            raise ValueError("its frames have several sizes")
         return torch.stack(frames, dim=1)
     except (ValueError, OSError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -619,20 +619,20 @@ def test_index_is_kept_and_made_anew_when_the_shard_changes(sources, tmp_path, m
     scans, scan = [], tars.scan
     monkeypatch.setattr(tars, "scan", lambda *a: scans.append(a[0]) or scan(*a))
     first = open_dataset(sources["tar"], **SHAPE)
-    assert len(scans) == 2 and (tmp_path / "s-08.tar.index.npy").exists()
+    assert len(scans) == 2 and (tmp_path / "s-08.tar.index").exists()
     again = open_dataset(sources["tar"], **SHAPE)
     assert len(scans) == 2 and np.array_equal(first.sources[0].rows, again.sources[0].rows)
     tar_of(tmp_path / "s-09.tar", [("x.mp4", mp4), ("x.txt", b"new"), ("y.mp4", mp4), ("y.txt", b"newer")])   # its size
     assert len(open_dataset(sources["tar"], **SHAPE)) == 4 and len(scans) == 3
     os.utime(tmp_path / "s-09.tar", (1, 1))                                                                  # its time
-    (tmp_path / "s-08.tar.index.npy").write_bytes(b"")                                                       # damage
+    (tmp_path / "s-08.tar.index").write_bytes(b"")                                                       # damage
     assert open_dataset(sources["tar"], **SHAPE).get(3)["caption"] == "newer" and len(scans) == 5
     assert not list(tmp_path.glob(".*"))
 
 
 def test_index_in_the_cache_folder_where_the_shards_are_not_writable(sources, tmp_path, monkeypatch):
     for name in ("s-08", "s-09"):                                    # root may write anywhere, but not over a folder
-        (tmp_path / f"{name}.tar.index.npy").mkdir()
+        (tmp_path / f"{name}.tar.index").mkdir()
     with pytest.warns(UserWarning, match="is not writable: name a cache folder"):
         assert len(open_dataset(sources["tar"], **SHAPE)) == 3
     cache = tmp_path / "cache"
@@ -654,16 +654,28 @@ def test_a_stale_index_with_the_right_stamp(here, mp4):
     dataset = open_dataset("a.tar", **SHAPE)
     got = texts(dataset)
     assert got[0] == ("a", None) and got[2] == ("d", None)
-    assert got[1].endswith("its shard is another one than was indexed: delete the shard's .index.npy")
+    assert got[1].endswith("its shard is another one than was indexed: delete the shard's .index")
     tar_of(here / "a.tar", [("a.txt", b"a"), ("a.mp4", mp4), ("b.txt", b"b" * 20), ("b.mp4", mp4), ("c.txt", b"c"),
                             ("c.mp4", mp4)])
     os.utime(here / "a.tar", (1, 1))
     assert texts(open_dataset("a.tar", **SHAPE)) == [("a", None), ("b" * 20, None), ("c", None)]
 
 
+def test_a_damaged_index_is_made_again(here, mp4):
+    path = tar_of(here / "a.tar", [(f"{name}.{kind}", mp4) for name in "abc" for kind in ("mp4", "txt")])
+    rows, index = open_dataset(path, **SHAPE).sources[0].rows, here / "a.tar.index"
+    whole, rng = index.read_bytes(), np.random.default_rng(0)
+    for k in range(60):
+        content = bytearray(whole)
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        index.write_bytes(content[:rng.integers(len(content))] if k % 2 else content)
+        assert np.array_equal(open_dataset(path, **SHAPE).sources[0].rows, rows)
+        assert index.read_bytes() == whole
+
+
 def test_one_process_indexes_the_others_read(sources, tmp_path, monkeypatch):
     data.index_shards(f"{sources['folder']},{sources['tar']}")
-    assert len(list(tmp_path.glob("*.index.npy"))) == 2
+    assert len(list(tmp_path.glob("*.index"))) == 2
     monkeypatch.setattr(tars, "scan", None)
     assert len(open_dataset(sources["tar"], **SHAPE)) == 3
 
@@ -808,6 +820,19 @@ def test_bad_files_are_skipped_counted_and_named(bad_folder, tmp_path):
     good = {names[i] for out in outs for i in out["index"].tolist()}
     assert {"vfr", "odd"} < good and not good & set(REASONS)
     assert outs[-1]["bad"] == sum(row["step"] < len(outs) for row in rows)
+
+
+def test_a_title_that_is_not_utf8_is_no_reason(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        container.metadata["title"] = "a dog named Rex"
+        stream = container.add_stream("libx264", rate=8)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for pixels in counting_clip(8).permute(1, 2, 3, 0).numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
+        container.mux(stream.encode())
+    content = (tmp_path / "a.mkv").read_bytes()
+    assert b"a dog" in content
+    assert numbers(read_video(content.replace(b"a dog", b"\xe9\xff\xfe\xf9\xf8"), 3, 8, 32, 48)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name, want", [(n, w) for n, w in REASONS.items()])
