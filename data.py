@@ -47,8 +47,13 @@ class BadClip(ValueError):
     """This clip cannot be used. get() of a dataset raises it; the loader logs it and draws another clip."""
 
     def __init__(self, name: str, reason: str):
-        super().__init__(f"{name}: {reason}")
-        self.name, self.reason = name, reason
+        self.name, self.reason = one_line(name), one_line(reason)
+        super().__init__(f"{self.name}: {self.reason}")
+
+
+def one_line(text: str) -> str:
+    """Text from a file, which may be damaged, without what would break the line or a terminal."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 # ---- the dataset -------------------------------------------------------------------------------------------
@@ -105,21 +110,12 @@ def open_dataset(spec: str | Sequence[str | Path], frames: int = 16, fps: float 
                  width: int = 512, cache: str | None = None) -> ClipDataset:
     """All clips of `spec` (see the head of this file) as one dataset.
 
-    cache: folder for the indices of shards where they cannot be written beside them. Raises ValueError."""
+    cache: folder for the indices of shards where they cannot be written beside them. Of several processes one
+    should come first: it makes the indices, and the others only read them. Raises ValueError."""
     parts = [open_source(part, cache) for part in split_spec(spec)]
     if not sum(map(len, parts)):
         raise ValueError(f"no clips in {spec}: a shard has members KEY.mp4 and KEY.txt")
     return ClipDataset(parts, frames, fps, height, width)
-
-
-def index_shards(spec: str | Sequence[str | Path], cache: str | None = None) -> None:
-    """Makes the index of every shard of `spec` that has none, with a progress bar.
-
-    For one process of each machine to call while the others wait: after it, open_dataset only reads
-    indices."""
-    for part in split_spec(spec):
-        if part.endswith(".tar"):
-            open_source(part, cache, progress=True)
 
 
 # ---- the loader --------------------------------------------------------------------------------------------

@@ -31,11 +31,11 @@ def split_spec(spec: str | Sequence[str | Path]) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def open_source(part: str, cache: str | None = None, progress: bool = False):
+def open_source(part: str, cache: str | None = None) -> "FileSource | ShardSource":
     """One source by its name; cache: folder for the indices of shards. Raises ValueError."""
     try:
         if part.endswith(".tar"):
-            return ShardSource(expand(part), cache, progress)
+            return ShardSource(expand(part), cache)
         if part.endswith((".csv", ".jsonl")):
             return manifest_source(part)
         if os.path.isdir(part):
@@ -242,7 +242,7 @@ def expand(pattern: str) -> list[str]:
 class ShardSource:
     """Clips in tar files, read in place by their index (plumbing/tars.py)."""
 
-    def __init__(self, paths: list[str], cache: str | None = None, progress: bool = False):
+    def __init__(self, paths: list[str], cache: str | None = None):
         missing = [path for path in paths if not os.path.exists(path)]
         if missing:
             raise ValueError(f"{len(missing)} of {len(paths)} shards are not there, e.g. {missing[0]}")
@@ -252,7 +252,7 @@ class ShardSource:
 
         with ThreadPoolExecutor(8) as pool:           # this waits for the disk, not for the processor
             parts = pool.map(index, paths)
-            parts = list(tqdm(parts, "indexing shards", len(paths), False, disable=not progress, delay=2))
+            parts = list(tqdm(parts, "indexing shards", len(paths), leave=False, delay=5))
         self.paths, self.rows = paths, np.concatenate(parts)
         self.ends = np.cumsum([len(part) for part in parts])
 

@@ -137,7 +137,7 @@ def clip_name(path: str, row: np.ndarray) -> str:
                 name = tar.next().name
     except (OSError, tarfile.TarError, ValueError, AttributeError):
         return f"{path}: byte {row[WHERE]}"
-    return f"{path}:{name.encode(errors='surrogateescape').decode(errors='replace')}"
+    return f"{path}:{name}"
 
 
 # ---- making the index --------------------------------------------------------------------------------------

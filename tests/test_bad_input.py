@@ -3,12 +3,14 @@
 One table per area: what is typed -> what the message must say.
 """
 import errno
+import tarfile
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import shapes
+from data import open_dataset
 from plumbing import weights
 from shapes import pretrain
 
@@ -96,3 +98,49 @@ def test_wrong_toy_weights_end_in_one_line(wrong, tmp_path):
     with pytest.raises(ValueError, match=TOY_FILES[wrong]) as error:
         shapes.load(folder=tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+# ---- data --------------------------------------------------------------------------------------------------
+
+DATA = {                                # what --data names -> what the message says
+    "nowhere": "no data at nowhere: expected a folder of clips, a .csv or .jsonl manifest, or .tars",
+    "nowhere.csv": "no data at nowhere.csv: expected a folder",
+    "{0..2}.tar": "3 of 3 shards are not there, e.g. 0.tar",
+    "{2..0}.tar": "{2..0}.tar: {2..0} runs backwards; write {0..2}",
+    "{0..99999999}.tar": "{0..99999999} is more than 1000000 shards; write fewer",
+    "empty": "no clips in empty: expected *.mp4 with .txt beside them, e.g. 0001.mp4, 0001.txt",
+    "shards": "no clips in shards: expected *.mp4 with .txt beside them, e.g. 0001.mp4, 0001.txt; "
+              "for its shards write 'shards/{00..07}.tar'",
+    "text.tar": "no clips in text.tar: a shard has members KEY.mp4 and KEY.txt",
+    "folder.csv": "folder.csv cannot be read: Is a directory",
+    "folder.tar": "folder.tar cannot be read: Is a directory",
+    "clip.mp4": "clip.mp4 is no data: expected a folder of clips",
+    "columns.csv": "columns.csv: no row has both a path and a caption; expected path,caption",
+    "empty.csv": "empty.csv: no row has both a path and a caption; expected path,caption",
+    "quote.csv": "quote.csv, line 2: a quote that is not closed in its row swallows the rows behind it",
+    "broken.jsonl": "broken.jsonl, line 3: Unterminated string starting at: line 1 column 2 (char 1); expected",
+    "list.jsonl": "list.jsonl, line 1: not an object; expected {\"path\"",
+    "  ,  ": "no clips in   ,  : a shard has members KEY.mp4 and KEY.txt",
+}
+
+
+@pytest.fixture
+def bad_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "shards", "folder.csv", "folder.tar"):
+        (tmp_path / name).mkdir()
+    for name, text in (("shards/00.tar", ""), ("shards/07.tar", ""), ("clip.mp4", "x"), ("empty.csv", ""),
+                       ("columns.csv", "file,text\na.mp4,hello\n"),
+                       ("quote.csv", 'path,caption\na.mp4,"a dog\nb.mp4,a cat\n'),
+                       ("broken.jsonl", '{"path": "a.mp4", "caption": "a"}\n\n{"pa'),
+                       ("list.jsonl", "[1, 2]\n")):
+        (tmp_path / name).write_text(text)
+    with tarfile.open("text.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("readme"))
+
+
+@pytest.mark.parametrize("spec, message", DATA.items())
+def test_data_that_is_none(spec, message, bad_data):
+    with pytest.raises(ValueError) as error:
+        open_dataset(spec)
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -612,6 +612,11 @@ def test_bad_members_are_named_in_full(form, here):
     assert [dataset.name(i) for i in range(len(dataset))] == [f"a.tar:{name}" for name in names]
 
 
+def test_names_of_bad_members_stay_on_one_line(here):
+    tar_of(here / "a.tar", [("a\nb\x1b[31m\udcff.mp4", b"x"), ("a\nb\x1b[31m\udcff.txt", b"x")])
+    assert texts(open_dataset("a.tar", **SHAPE))[0].startswith("BAD a.tar:a\ufffdb\ufffd[31m\ufffd.mp4: not a readable")
+
+
 # ---- index of shards ----
 
 
@@ -671,13 +676,6 @@ def test_a_damaged_index_is_made_again(here, mp4):
         index.write_bytes(content[:rng.integers(len(content))] if k % 2 else content)
         assert np.array_equal(open_dataset(path, **SHAPE).sources[0].rows, rows)
         assert index.read_bytes() == whole
-
-
-def test_one_process_indexes_the_others_read(sources, tmp_path, monkeypatch):
-    data.index_shards(f"{sources['folder']},{sources['tar']}")
-    assert len(list(tmp_path.glob("*.index"))) == 2
-    monkeypatch.setattr(tars, "scan", None)
-    assert len(open_dataset(sources["tar"], **SHAPE)) == 3
 
 
 # ---- order ----
