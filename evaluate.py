@@ -1,11 +1,11 @@
 """Measuring: the papers' Section 4, and the toy's own.
 
-    python evaluate.py shapes [--clips 500]                                    # the toy's table, judged by its oracle
-    python evaluate.py score CLIP... --reward hpsv2=FILE                       # rewards of clips, the best of each prompt, diversity
-    python evaluate.py vbench results/vcm results/turbo --papers               # Quality, Semantic, Total of VBench's result files
-    python evaluate.py compare clips/vcm clips/turbo --out page.html           # a page that asks people, blindly, which they prefer
-    python evaluate.py tally votes-*.json --out tally.svg                      # what they said
-    python evaluate.py curves runs/shapes/turbo/log.jsonl --out curves.svg     # figures of training runs
+    python evaluate.py shapes                                           # the toy's table, by its oracle
+    python evaluate.py score CLIP... --reward hpsv2=FILE                # rewards, best clips, diversity
+    python evaluate.py vbench results/vcm results/turbo --papers        # Quality, Semantic, Total of VBench
+    python evaluate.py compare clips/vcm clips/turbo --out page.html    # a page that asks people, blindly
+    python evaluate.py tally votes-*.json --out tally.svg               # what they said
+    python evaluate.py curves runs/shapes/turbo/log.jsonl               # figures of training runs
 """
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from plumbing import cli, judging, plots, stats, vbench
 from plumbing.cli import Count, NotNegative, Seed, Size
 from shapes import grammar
 
-if TYPE_CHECKING:                       # imported by the commands that need them, so that --help and mistakes answer at once
+if TYPE_CHECKING:                       # imported where they are needed: --help and mistakes answer at once
     import torch
     from torch import Tensor
 
@@ -34,15 +34,15 @@ if TYPE_CHECKING:                       # imported by the commands that need the
 @dataclass(frozen=True)
 class ShapesConfig:
     """The options of `evaluate.py shapes`."""
-    clips: Count = 500                  # per row, each with its own caption and seed; half of them ask for held-out combinations
-    diversity: Size = 16                # prompts, with 8 seeds each, for the column `spread`; 0 = no such column
+    clips: Count = 500                  # per row, of as many captions; half ask for held-out combinations
+    diversity: Size = 16                # captions, with 8 seeds each, for the column `spread`; 0 = no column
     folder: str | None = None           # weights made by shapes/pretrain.py and train.py [the embedded ones]
-    rows: str = ""                      # only rows whose name and steps contain this, in any case, e.g. "turbo 4"
+    rows: str = ""                      # only rows whose name and steps contain this, e.g. "turbo 4"
     teacher_guidance: NotNegative = 2.0    # ω of the teacher's rows
     guidance: NotNegative = 2.0         # ω of the students' rows
     batch: Count = 50                   # clips at once
     seed: Seed = grammar.TABLE          # of the first clip
-    out: str | None = None              # .json with every clip's verdict; a run that was interrupted goes on from it
+    out: str | None = None              # .json with every clip's verdict; an interrupted run goes on from it
     dtype: Literal["bfloat16", "float32"] = "bfloat16"    # of the UNet
     device: str = ""                    # cuda or cpu [cuda if there]
 
@@ -59,12 +59,12 @@ def shapes_table(config: ShapesConfig) -> list[dict]:
 @dataclass(frozen=True)
 class ScoreConfig:
     """The options of `evaluate.py score`."""
-    clips: tuple[str, ...] = ()         # .mp4, .gif, .safetensors, folders of png frames, or folders of such clips
-    prompt: str | None = None           # of all clips [each clip's file name without its -NUMBER, as VBench names them]
-    reward: tuple[str, ...] = ()        # NAME=FILE, repeatable: hpsv2, pickscore, clip, imagereward, viclip, internvideo2
-    student: str | None = None          # the turbo.safetensors that made the clips: rewards it was trained on are marked
-    best: str | None = None             # folder for each prompt's best clip; NAME=FILE:WEIGHT weighs several rewards
-    diversity: bool = False             # how far clips of one prompt are apart in a video reward's features
+    clips: tuple[str, ...] = ()         # .mp4, .gif, .safetensors, folders of png frames, folders of clips
+    prompt: str | None = None           # of all clips [each clip's file name without its -NUMBER]
+    reward: tuple[str, ...] = ()        # NAME, NAME=FILE or NAME=FILE:WEIGHT (for --best), repeatable
+    student: str | None = None          # turbo.safetensors that made the clips: marks what it was trained on
+    best: str | None = None             # folder for a copy of each prompt's best clip by the weighted rewards
+    diversity: bool = False             # distance of a prompt's clips in a video reward's features
     batch: Count | None = None          # clips at once [cuda: 8, else 1]
     json: bool = False                  # prints JSON instead of tables
     device: str = ""                    # cuda, cpu or mps [cuda if there]
@@ -85,11 +85,13 @@ def score(config: ScoreConfig) -> dict:
     # One reward model in memory at a time.
     from plumbing.run import pick_device
     device = pick_device(config.device)
-    specs, trained = read_rewards(config.reward, config.diversity), trained_on(config.student)
+    specs = read_rewards(config.reward, config.diversity)
+    trained = trained_on(config.student)
     distances = {}
     for name, path, _ in specs:
         reward = load_reward(name, path, device)
-        features = score_clips(reward, rows, config.batch or (8 if device.type == "cuda" else 1), config.diversity)
+        batch = config.batch or (8 if device.type == "cuda" else 1)
+        features = score_clips(reward, rows, batch, config.diversity)
         if features is not None:
             distances[name] = diversity(features, rows)
 
@@ -99,7 +101,8 @@ def score(config: ScoreConfig) -> dict:
         per_prompt = [[row[name] for row in group] for group in groups.values()]
         values = per_prompt[0] if len(groups) == 1 else [sum(group) / len(group) for group in per_prompt]
         means[name] = stats.mean_interval(values)
-    found = dict(clips=rows, prompts=len(groups), means=means, trained_on=sorted(trained & means.keys()), diversity=distances)
+    found = dict(clips=rows, prompts=len(groups), means=means, trained_on=sorted(trained & means.keys()))
+    found["diversity"] = distances
     if config.best:
         found["best"] = copy_best(groups, {name: weight for name, _, weight in specs}, Path(config.best))
     print(json.dumps(found, indent=1) if config.json else score_tables(found))
@@ -124,22 +127,27 @@ def check_score(config: ScoreConfig, files: list[Path], groups: dict[str, list[d
         raise ValueError("--diversity compares clips of one prompt, and no prompt has two")
     if config.best and Path(config.best).resolve() in {file.resolve().parent for file in files}:
         raise ValueError(f"--best {config.best}: the clips themselves lie there; choose another folder")
+    if config.best and Path(config.best).is_file():
+        raise ValueError(f"--best {config.best}: it is a file; give a folder")
 
 
 def read_rewards(specs: tuple[str, ...], diversity: bool) -> list[tuple[str, str | None, float]]:
     """(name, file, weight in --best) of each --reward."""
     import rewards
-    found = [(name, path, 1.0 if weight is None else weight) for name, path, weight in map(rewards.parse_spec, specs)]
+    found = [rewards.parse_spec(spec) for spec in specs]
     names = [name for name, _, _ in found]
     if len(set(names)) < len(names):
         raise ValueError(f"--reward: {', '.join(names)}; give each reward once")
     if diversity and not any(rewards.RECIPES[name].kind == "video" for name in names):
-        raise ValueError("--diversity compares features of a video reward; give one, e.g. --reward viclip=FILE")
-    return found
+        raise ValueError("--diversity compares features of a video reward, e.g. --reward viclip=FILE")
+    for _, path, _ in found:
+        if path and not Path(path).expanduser().exists():
+            raise ValueError(f"--reward: there is no file of weights at {path}")
+    return [(name, path, 1.0 if weight is None else weight) for name, path, weight in found]
 
 
 def trained_on(student: str | None) -> set[str]:
-    """Names of the rewards in a student's header. What was optimised is no measure of what it was optimised for."""
+    """Names of the rewards in a student's header: their scores say less, because training raised them."""
     if not student:
         return set()
     from plumbing import weights
@@ -155,11 +163,15 @@ def load_reward(name: str, path: str | None, device: torch.device) -> Reward:
     if not name.startswith("shapes"):
         return rewards.load(name, path, device)
     from shapes import world
-    return rewards.load(name, path or shapes.WEIGHTS / f"{name.removeprefix('shapes-')}.safetensors", device, tokenizer=world.tokenize)
+    path = path or shapes.WEIGHTS / f"{name.removeprefix('shapes-')}.safetensors"
+    return rewards.load(name, path, device, tokenizer=world.tokenize)
 
 
 def score_clips(reward: Reward, rows: list[dict], batch: int, features: bool) -> Tensor | None:
-    """Writes a reward's scores into the rows, reading a batch of clips at a time; returns a video reward's features (N, E)."""
+    """Writes a reward's scores into the rows; returns a video reward's features (N, E) where they are wanted.
+
+    A batch of clips is in memory at a time.
+    """
     import torch
     from tqdm import tqdm
 
@@ -169,32 +181,39 @@ def score_clips(reward: Reward, rows: list[dict], batch: int, features: bool) ->
     found = []
     for start in tqdm(range(0, len(rows), batch), reward.name, leave=False):
         part = rows[start:start + batch]
-        frames = []
+        frames = []                                                     # of each clip (1, T, 3, H, W)
         for row in part:
+            clip = video.read_clip(row["clip"])
             try:
-                frames.append(frames_for(reward, video.read_clip(row["clip"])[None]).to(reward.device))
+                frames.append(frames_for(reward, clip[None]).to(reward.device))
             except ValueError as error:
                 raise ValueError(f"{row['clip']}: {error}") from error
 
-        alike = len({x.shape for x in frames}) == 1                     # clips of several sizes go one by one
-        with torch.no_grad():
-            for clips, theirs in [(torch.cat(frames), part)] if alike else zip(frames, ([row] for row in part)):
-                for row, value in zip(theirs, reward(clips, [row["prompt"] for row in theirs]).tolist()):
-                    row[reward.name] = value
+        # Clips of several sizes go one by one.
+        together = len({x.shape for x in frames}) == 1
+        batches = [(torch.cat(frames), part)] if together else [(x, [row]) for x, row in zip(frames, part)]
+        for clips, theirs in batches:
+            with torch.no_grad():
+                scores = reward(clips, [row["prompt"] for row in theirs])
                 if features and reward.kind == "video":
-                    found.append(reward.features(clips).float().cpu())
+                    found.append(reward.features(clips).cpu())
+            for row, value in zip(theirs, scores.tolist()):
+                row[reward.name] = value
     return torch.cat(found) if found else None
 
 
 def diversity(features: Tensor, rows: list[dict]) -> tuple[float, float]:
-    """Mean over prompts, with its interval, of 1 - cosine between two clips of one prompt. features (N, E), of unit length."""
+    """Mean distance 1 - cosine of two clips of one prompt, over prompts, with its interval.
+
+    features (N, E), of unit length, one for each row.
+    """
     prompts = [row["prompt"] for row in rows]
     distances = []
     for prompt in dict.fromkeys(prompts):
         theirs = features[[i for i, other in enumerate(prompts) if other == prompt]]
         n = len(theirs)
         if n > 1:
-            cosines = theirs @ theirs.T
+            cosines = theirs @ theirs.T                                 # (n, n), 1 on the diagonal
             distances.append(1 - ((cosines.sum() - cosines.trace()) / (n * (n - 1))).item())
     return stats.mean_interval(distances)
 
@@ -216,15 +235,24 @@ def score_tables(found: dict) -> str:
     headings = [name + " (trained on)" * (name in found["trained_on"]) for name in found["means"]]
     lines = ["| clip | prompt | " + " | ".join(headings) + " |", "|---" * (len(headings) + 2) + "|"]
     for row in found["clips"]:
-        lines.append(f"| {row['clip']} | {row['prompt']} | " + " | ".join(f"{row[name]:.4f}" for name in found["means"]) + " |")
+        cells = [f"{row[name]:.4f}" for name in found["means"]]
+        lines.append(f"| {row['clip']} | {row['prompt']} | " + " | ".join(cells) + " |")
+
     if len(found["clips"]) > 1:
         unit = f"{found['prompts']} prompts" if found["prompts"] > 1 else "one prompt"
-        cells = [f"{mean:.4f} ± {half:.4f}" for mean, half in found["means"].values()]
-        lines.append(f"| mean of {len(found['clips'])} clips | {unit} | " + " | ".join(cells) + " |")
-    for name, (mean, half) in found["diversity"].items():
-        lines.append(f"\ndiversity ({name}: mean of 1 - cosine between two clips of a prompt): {mean:.4f} ± {half:.4f}")
-    lines += [f"\nbest of each prompt: {len(found['best'])} clips in {Path(found['best'][0]).parent}"] if "best" in found else []
+        cells = [with_interval(*mean) for mean in found["means"].values()]
+        lines.append(f"| mean of {len(found['clips'])} clips (95 %) | {unit} | " + " | ".join(cells) + " |")
+    for name, mean in found["diversity"].items():
+        text = f"diversity by {name}, 1 - cosine of two clips of a prompt (95 %)"
+        lines.append(f"\n{text}: {with_interval(*mean)}")
+    if "best" in found:
+        lines.append(f"\nbest of each prompt: {len(found['best'])} clips in {Path(found['best'][0]).parent}")
     return "\n".join(lines)
+
+
+def with_interval(mean: float, half: float) -> str:
+    """A mean and the half-width of its interval, which a single value does not have."""
+    return f"{mean:.4f}" if math.isnan(half) else f"{mean:.4f} ± {half:.4f}"
 
 
 # ---- python evaluate.py vbench -----------------------------------------------------------------------------
@@ -233,16 +261,16 @@ def score_tables(found: dict) -> str:
 @dataclass(frozen=True)
 class VBenchConfig:
     """The options of `evaluate.py vbench`."""
-    results: tuple[str, ...] = ()       # result files or folders of them; a folder is a model, NAME=FILE,FILE names one
+    results: tuple[str, ...] = ()       # result files, or a folder a model; NAME=PATH,PATH names a model
     table: bool = False                 # all dimensions, as in the papers' tables
     partial: bool = False               # prints what can be said where dimensions are missing
     papers: bool = False                # the papers' published rows beside one's own
 
 
 def vbench_table(config: VBenchConfig) -> dict[str, dict[str, float]]:
-    """Quality, Semantic and Total of VBench's result files, several models side by side, as Markdown in percent."""
+    """Quality, Semantic and Total of VBench's result files, models side by side, as Markdown in percent."""
     if not config.results and not config.papers:
-        raise ValueError("vbench takes VBench's result files, e.g. vbench vcm=a_eval_results.json turbo=b_eval_results.json")
+        raise ValueError("vbench takes VBench's result files, or folders of them, e.g. vbench results/turbo")
     models = vbench.read_models(config.results)
     if not config.partial:
         vbench.check_complete(models)
@@ -263,11 +291,11 @@ class CompareConfig:
     out: str = "compare.html"           # the page; it needs no server and no network
     seed: Seed = 0                      # of the sides and of the order of the pairs
     pairs: Size = 0                     # how many pairs the page holds [all; 200 MiB at most]
-    first: Size = 0                     # the first of them in the seed's order, to split pairs over several pages
+    first: Size = 0                     # the first of them in the seed's order, to make several pages
 
 
 def compare(config: CompareConfig) -> None:
-    """A self-contained page on which people judge two models blindly, clip by clip. Their votes are counted by `tally`."""
+    """A self-contained page on which people judge two models blindly, pair by pair. `tally` counts."""
     if len(config.folders) != 2:
         raise ValueError(f"compare takes two folders of clips, not {len(config.folders)}; "
                          "e.g. compare clips/vcm clips/turbo --out page.html")
@@ -297,17 +325,17 @@ class TallyConfig:
 
 
 def tally(config: TallyConfig) -> dict[tuple[str, str], list[judging.Result]]:
-    """Win rates per question with Wilson intervals, and the judges' agreement, as Markdown and as a picture."""
+    """Win rates per question with Wilson intervals, and the judges' agreement, as Markdown and a picture."""
     if not config.votes:
-        raise ValueError("tally takes files of votes, which a page of `compare` saves, e.g. tally votes-*.json")
+        raise ValueError("tally takes files of votes, which a page of `compare` saves: tally votes-*.json")
     if config.out:
         plots.check(config.out)
     results = judging.tally(judging.read_votes(config.votes))
     print(judging.as_markdown(results))
     if config.out:
-        titles = {names: " or ".join(names) for names in results}
-        panels = {titles[names]: {row.question: (row.a, row.same, row.b) for row in rows} for names, rows in results.items()}
-        plots.bars(panels, {titles[a, b]: (a, "no difference", b) for a, b in results}, config.out)
+        panels = [((a, "no difference", b), {row.question: (row.a, row.same, row.b) for row in rows})
+                  for (a, b), rows in results.items()]
+        plots.bars(panels, config.out)
         print(f"\n{config.out}")
     return results
 
@@ -351,7 +379,7 @@ def running_mean(points: list[tuple[float, float]], width: int) -> list[tuple[fl
 def curves(config: CurvesConfig) -> None:
     """Figures of training runs over their steps, from the logs, as a picture."""
     if not config.logs:
-        raise ValueError("curves takes log files, e.g. curves vcm=runs/vcm/log.jsonl turbo=runs/turbo/log.jsonl --keys loss")
+        raise ValueError("curves takes log files, e.g. curves a=runs/vcm/log.jsonl b=runs/turbo/log.jsonl")
     plots.check(config.out)
 
     runs = {}
@@ -364,23 +392,22 @@ def curves(config: CurvesConfig) -> None:
 
     panels = {}
     for key in config.keys.split(","):
-        panels[key] = {}
-        for name, rows in runs.items():
-            points = [(row["step"], row[key]) for row in rows if is_figure(row.get("step")) and is_figure(row.get(key))]
-            if config.log_scale:
-                points = [(x, y) for x, y in points if y > 0]
-            if points:
-                panels[key][name] = running_mean(points, config.smooth)
+        lines = {name: figures(rows, key, config.log_scale) for name, rows in runs.items()}
+        panels[key] = {name: running_mean(points, config.smooth) for name, points in lines.items() if points}
         if not panels[key]:
-            known = sorted({key for rows in runs.values() for row in rows for key in row if is_figure(row[key])})
-            raise ValueError(f"--keys: no {key!r} in these logs; they have {', '.join(known)}")
+            known = sorted({name for rows in runs.values() for row in rows for name in row if name != "step"})
+            raise ValueError(f"--keys {key}: nothing to draw in these logs; they have {', '.join(known)}")
     plots.curves(panels, config.out, config.log_scale)
     print(config.out)
 
 
-def is_figure(value) -> bool:
-    """A finite number, which can be drawn."""
-    return isinstance(value, int | float) and math.isfinite(value)
+def figures(rows: list[dict], key: str, positive: bool) -> list[tuple[float, float]]:
+    """(step, value) of the rows where the key is a finite number; for a logarithmic axis, a positive one."""
+    def drawable(value):
+        return isinstance(value, int | float) and math.isfinite(value)
+
+    points = [(row["step"], row[key]) for row in rows if drawable(row.get("step")) and drawable(row.get(key))]
+    return [(step, value) for step, value in points if value > 0 or not positive]
 
 
 # ---- commands ----------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
-"""Blind comparison by people: two folders of clips -> a page that asks, files of answers -> win rates and agreement.
+"""Blind comparison by people: two folders of clips -> a page that asks; files of answers -> win rates.
 
 The page is compare.html with the clips put into it. Its answers ("votes") are JSON:
     {"page": id, "names": [A, B], "judge": name, "pairs": how many, "questions": [...],
-     "votes": [{"pair": file name, "prompt": ..., "left": "A" | "B", "answers": ["A" | "B" | "same", ...]}, ...]}
+     "votes": [{"pair": file name, "prompt": ..., "left": "A" or "B", "answers": ["A", "B" or "same", ...]}]}
 """
 import base64
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -49,12 +50,13 @@ def matching(a: Path, b: Path) -> tuple[list[str], list[str]]:
         if not clips:
             raise ValueError(f"{folder}: no .mp4 clips in this folder")
     if not in_a & in_b:
-        raise ValueError(f"{a} and {b} have no clip of one name; a pair is two files of the same prompt and seed, PROMPT-0.mp4")
+        raise ValueError(f"{a} and {b} have no clip of one name; a pair is two files PROMPT-0.mp4 "
+                         "of the same prompt and seed")
     return sorted(in_a & in_b), sorted(in_a ^ in_b)
 
 
 def chosen(names: list[str], seed: int, first: int, count: int) -> list[str]:
-    """Pairs first, first + 1, ... of an order drawn from the seed; count 0: all the rest. Pages of other `first` share none."""
+    """Pairs first, first + 1, ... (count of them; 0: all the rest) of an order that the seed draws."""
     order = random.Random(f"order {seed}").sample(names, len(names))
     if first >= len(order):
         raise ValueError(f"--first {first}: there are {len(order)} pairs")
@@ -67,20 +69,23 @@ def data_uri(clip: Path) -> str:
 
 
 def page(a: tuple[str, Path], b: tuple[str, Path], clips: list[str], seed: int) -> str:
-    """The HTML of a page that shows clips of folders a and b, each (name, folder), on sides drawn from the seed."""
+    """HTML that shows the clips of folders a and b, each (name, folder), on sides drawn from the seed."""
     size = sum((folder / clip).stat().st_size for _, folder in (a, b) for clip in clips) * 4 // 3
     if size > LIMIT * 2 ** 20:
+        fitting = len(clips) * LIMIT * 2 ** 20 // size or 1
         raise ValueError(f"{len(clips)} pairs are {size >> 20} MiB, and a page holds at most {LIMIT}; "
-                         f"make several: --pairs {len(clips) * LIMIT * 2 ** 20 // size or 1} with --first 0, and so on")
+                         f"make several: --pairs {fitting} --first 0, then --first {fitting}, ...")
+
     pairs = []
     for clip in clips:
         left = random.Random(f"side {seed} {clip}").choice("AB")
         sides = (a, b) if left == "A" else (b, a)
-        pairs.append(dict(pair=clip, prompt=prompt_of(clip), left=left, clips=[data_uri(folder / clip) for _, folder in sides]))
+        embedded = [data_uri(folder / clip) for _, folder in sides]
+        pairs.append(dict(pair=clip, prompt=prompt_of(clip), left=left, clips=embedded))
 
     content = dict(names=[a[0], b[0]], questions=QUESTIONS, pairs=pairs)
     content["page"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
-    inside_html = json.dumps(content).replace("<", "\\u003c")           # "</script>" in a prompt must not end the script
+    inside_html = json.dumps(content).replace("<", "\\u003c")           # a prompt may hold "</script>"
     return PAGE.read_text(encoding="utf-8").replace("{{content}}", inside_html)
 
 
@@ -103,7 +108,7 @@ class Vote:
 
 
 def read_votes(paths: Iterable[str | Path]) -> list[Vote]:
-    """The votes of several files. Of a judge who voted twice on a pair (two files of one page) the last file counts."""
+    """The votes of several files. Of a judge who voted twice on a pair the last file counts."""
     votes: dict[tuple, Vote] = {}
     for path in map(Path, paths):
         if not path.is_file():
@@ -111,12 +116,13 @@ def read_votes(paths: Iterable[str | Path]) -> list[Vote]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             names, judge = tuple(map(str, content["names"])), str(content["judge"])
-            found = [Vote(names, str(vote["pair"]), judge, tuple(vote["answers"])) for vote in content["votes"]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not a file of votes that a page of `compare` saved ({error!r:.80})") from error
-        valid = all(len(vote.answers) == len(QUESTIONS) and set(vote.answers) <= {"A", "B", "same"} for vote in found)
-        if len(names) != 2 or not valid:
-            raise ValueError(f"{path}: a vote is {len(QUESTIONS)} answers, each A, B or same, on models A and B")
+            found = [Vote(names, str(v["pair"]), judge, tuple(v["answers"])) for v in content["votes"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a file of votes that a page of `compare` saved") from error
+        complete = all(len(vote.answers) == len(QUESTIONS) for vote in found)
+        known = {answer for vote in found for answer in vote.answers} <= {"A", "B", "same"}
+        if len(names) != 2 or not complete or not known:
+            raise ValueError(f"{path}: a vote is {len(QUESTIONS)} answers, each A, B or same")
         if not found:
             raise ValueError(f"{path}: no votes in it; was it saved before the first pair was done?")
         votes |= {(vote.names, vote.pair, vote.judge): vote for vote in found}
@@ -125,25 +131,26 @@ def read_votes(paths: Iterable[str | Path]) -> list[Vote]:
 
 @dataclass(frozen=True)
 class Result:
-    """The answers to one question about models A and B. Shares 0..1; each pair counts once, whatever number of judges saw it."""
+    """The answers to one question about models A and B, in shares. A pair counts once, whoever judged it."""
     question: str
     pairs: int
     a: float                        # share of answers for A, for neither, for B
     same: float
     b: float
     interval: tuple[float, float]   # of b + same / 2
-    judges: int = 0                 # of the agreement: on how many pairs, how often two judges agree, and kappa
-    shared: int = 0
-    agreement: float | None = None
-    kappa: float | None = None
+    judges: int
+    shared: int = 0                 # pairs that all judges answered, and on these:
+    agreement: float = math.nan     # how often two judges say the same
+    kappa: float = math.nan
 
 
 def tally(votes: list[Vote]) -> dict[tuple[str, str], list[Result]]:
-    """{(A, B): a result per question}. Judges of one pair are averaged first: they do not make it several pairs."""
+    """{(A, B): a result per question}. Judges of one pair are averaged: they do not make it several pairs."""
     comparisons: dict[tuple[str, str], list[Vote]] = {}
     for vote in votes:
         comparisons.setdefault(vote.names, []).append(vote)
-    return {names: [of_question(index, group) for index in range(len(QUESTIONS))] for names, group in comparisons.items()}
+    return {names: [of_question(index, group) for index in range(len(QUESTIONS))]
+            for names, group in comparisons.items()}
 
 
 def of_question(index: int, votes: list[Vote]) -> Result:
@@ -153,22 +160,25 @@ def of_question(index: int, votes: list[Vote]) -> Result:
         by_pair.setdefault(vote.pair, {})[vote.judge] = vote.answers[index]
 
     def share(answer):
-        return sum(list(said.values()).count(answer) / len(said) for said in by_pair.values()) / len(by_pair)
+        per_pair = [list(said.values()).count(answer) / len(said) for said in by_pair.values()]
+        return sum(per_pair) / len(by_pair)
 
     a, same, b = share("A"), share("same"), share("B")
+    interval = stats.wilson(b + same / 2, len(by_pair))
     judges = sorted({vote.judge for vote in votes})
     shared = [[said[judge] for judge in judges] for said in by_pair.values() if len(said) == len(judges)]
     agreed = {}
     if len(judges) > 1 and shared:
         agreed = dict(shared=len(shared), agreement=stats.raw_agreement(shared), kappa=stats.kappa(shared))
-    return Result(QUESTIONS[index], len(by_pair), a, same, b, stats.wilson(b + same / 2, len(by_pair)), len(judges), **agreed)
+    return Result(QUESTIONS[index], len(by_pair), a, same, b, interval, len(judges), **agreed)
 
 
 def as_markdown(results: dict[tuple[str, str], list[Result]]) -> str:
-    """Tables of win rates, a comparison after the other, and of the agreement where there are several judges."""
+    """Tables of win rates, a comparison after the other, and of agreement where there are several judges."""
     parts = []
     for (a, b), rows in results.items():
-        lines = [f"| {rows[0].pairs} pairs, judges: {rows[0].judges} | {a} | no difference | {b} | {b}, ties half (95 %) |", "|---" * 5 + "|"]
+        head = f"{rows[0].pairs} pairs, judges: {rows[0].judges}"
+        lines = [f"| {head} | {a} | no difference | {b} | {b}, ties half (95 %) |", "|---" * 5 + "|"]
         for row in rows:
             low, high = row.interval
             cells = [row.question] + [f"{100 * share:.1f}" for share in (row.a, row.same, row.b)]
@@ -178,7 +188,8 @@ def as_markdown(results: dict[tuple[str, str], list[Result]]) -> str:
 
         if rows[0].shared:
             kind = "Cohen's" if rows[0].judges == 2 else "Fleiss'"
-            lines = [f"| agreement of {rows[0].judges} judges on {rows[0].shared} pairs | raw | {kind} kappa |", "|---" * 3 + "|"]
+            head = f"agreement of {rows[0].judges} judges on {rows[0].shared} pairs"
+            lines = [f"| {head} | raw | {kind} kappa |", "|---" * 3 + "|"]
             lines += [f"| {row.question} | {100 * row.agreement:.1f} % | {row.kappa:.2f} |" for row in rows]
             parts.append("\n".join(lines))
     return "\n\n".join(parts)

@@ -3,11 +3,11 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-Z95 = 1.96                                                  # of a normal distribution, 95 % lie within this many deviations
+Z95 = 1.96                              # 95 % of a normal distribution lie within this many deviations
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:
-    """95 % interval of a share (0..1) seen in n trials. Wilson's score interval: it stays within 0..1 and holds for small n."""
+    """95 % interval of a share (0..1) seen in n trials: Wilson's, which holds for small n and at 0 and 1."""
     centre = share + Z95 ** 2 / (2 * n)
     half = Z95 * math.sqrt(share * (1 - share) / n + Z95 ** 2 / (4 * n ** 2))
     scale = 1 + Z95 ** 2 / n
@@ -15,7 +15,7 @@ def wilson(share: float, n: float) -> tuple[float, float]:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval (normal approximation); the half-width of a single value is NaN."""
+    """Mean and half-width of its 95 % interval (normal approximation); NaN for a single value."""
     n = len(values)
     mean = sum(values) / n
     if n == 1:
@@ -35,7 +35,7 @@ def raw_agreement(ratings: Sequence[Sequence[str]]) -> float:
 def kappa(ratings: Sequence[Sequence[str]]) -> float:
     """Agreement beyond chance, 1 = perfect, 0 = chance: Cohen's kappa of two judges, Fleiss' kappa of more.
 
-    ratings[item][judge], every judge on every item. NaN where all ratings are the same, because chance would agree as well.
+    ratings[item][judge], every judge on every item. NaN where all ratings are the same, as by chance.
     """
     judges, categories = len(ratings[0]), sorted({rating for row in ratings for rating in row})
 

@@ -1,6 +1,7 @@
-"""VBench's result files, its sixteen dimensions, and Quality, Semantic and Total as its leaderboard computes them.
+"""VBench's result files, its sixteen dimensions, and Quality, Semantic and Total as its leaderboard has them.
 
-Sources: VBench's scripts/constant.py and cal_final_score.py; T2V-Turbo, Appendix C. Scores are shares 0..1; tables print percent.
+Sources: VBench's scripts/constant.py and cal_final_score.py; v1, Appendix C. Scores are shares 0..1; tables
+print percent.
 """
 import json
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Dimension:
-    """One of VBench's measures: its heading in the papers' tables, the range that is scaled to 0..1, its weight in the mean."""
+    """One of VBench's measures: heading in the papers' tables, range that becomes 0..1, weight."""
     title: str
     low: float = 0.0
     high: float = 1.0
@@ -39,7 +40,7 @@ SEMANTIC = {
 DIMENSIONS = QUALITY | SEMANTIC
 TOTALS = ("Total", "Quality", "Semantic")
 
-# Percent: Total, Quality, Semantic, then the dimensions in the order above. v1 Tables 1 and 4; v2 prints only what stands here.
+# Percent: Total, Quality, Semantic, the dimensions in the order above. Source: v1, Table 4; v2's tables.
 PUBLISHED = {
     "VideoCrafter2, 50 steps": (80.44, 82.20, 73.42, 96.85, 98.22, 98.41, 97.73, 63.13, 42.50, 67.22,
                                 92.55, 40.66, 95.00, 92.92, 35.86, 55.29, 25.13, 25.84, 28.23),
@@ -78,10 +79,10 @@ def weighted_mean(scores: dict[str, float], group: dict[str, Dimension]) -> floa
 
 
 def with_totals(scores: dict[str, float]) -> dict[str, float]:
-    """Adds Quality, Semantic and Total (of which Quality counts four fifths) where their dimensions are complete."""
+    """Adds Quality, Semantic and Total (four fifths of it Quality) where their dimensions are complete."""
     quality, semantic = weighted_mean(scores, QUALITY), weighted_mean(scores, SEMANTIC)
     total = None if quality is None or semantic is None else (4 * quality + semantic) / 5
-    totals = {"Total": total, "Quality": quality, "Semantic": semantic}
+    totals = dict(zip(TOTALS, (total, quality, semantic)))
     return {name: value for name, value in totals.items() if value is not None} | scores
 
 
@@ -89,7 +90,7 @@ def with_totals(scores: dict[str, float]) -> dict[str, float]:
 
 
 def read_models(arguments: tuple[str, ...]) -> dict[str, dict[str, float]]:
-    """{model: {dimension: share}} of what the command line names: NAME=PATH,PATH or PATH, a result file or a folder of them.
+    """{model: {dimension: share}} of a command line's PATH or NAME=PATH,PATH: files or folders of them.
 
     A path without NAME belongs to the model that its folder is called after. Files of one model are merged.
     """
@@ -98,10 +99,11 @@ def read_models(arguments: tuple[str, ...]) -> dict[str, dict[str, float]]:
         name, separator, paths = argument.partition("=")
         if Path(argument).exists() or not separator:
             name, paths = "", argument
-        for path in [Path(p) for p in ([paths] if Path(paths).exists() else paths.split(","))]:
+        for path in map(Path, [paths] if Path(paths).exists() else paths.split(",")):
             folder = path if path.is_dir() else path.parent
             merge(models.setdefault(name or folder.resolve().name, {}), result_files(path))
-    return {name: {dimension: score for dimension, (score, _) in found.items()} for name, found in models.items()}
+    return {name: {dimension: share for dimension, (share, _) in found.items()}
+            for name, found in models.items()}
 
 
 def result_files(path: Path) -> list[Path]:
@@ -116,7 +118,7 @@ def result_files(path: Path) -> list[Path]:
 
 
 def merge(found: dict[str, tuple[float, Path]], files: list[Path]) -> None:
-    """Adds the scores of more files to {dimension: (share, file)}. Raises ValueError where two files contradict each other."""
+    """Adds the scores of more files to {dimension: (share, file)}. Raises ValueError where two contradict."""
     for file in files:
         for dimension, score in read_result(file).items():
             known, source = found.get(dimension, (score, file))
@@ -141,14 +143,14 @@ def read_result(file: Path) -> dict[str, float]:
         score = value[0] if isinstance(value, list) and value else value
         if dimension not in DIMENSIONS:
             raise ValueError(f"{file}: unknown dimension {name!r}; VBench's are {', '.join(DIMENSIONS)}")
-        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= 1:
+        if not isinstance(score, int | float) or not abs(score) <= 1:
             raise ValueError(f"{file}: {name} is {score!r:.40}; VBench writes shares, at most 1")
         scores[dimension] = float(score)
     return scores
 
 
 def check_complete(models: dict[str, dict[str, float]]) -> None:
-    """Raises ValueError that lists the dimensions which are missing: a total without them would mean nothing."""
+    """Raises ValueError that lists the missing dimensions: a total without them would mean nothing."""
     missing = {name: [d for d in DIMENSIONS if d not in scores] for name, scores in models.items()}
     lacks = [f"{name} lacks {', '.join(dimensions)}" for name, dimensions in missing.items() if dimensions]
     if lacks:
@@ -160,17 +162,23 @@ def check_complete(models: dict[str, dict[str, float]]) -> None:
 
 def table(models: dict[str, dict[str, float]], columns: dict[str, str]) -> str:
     """Markdown, a row per model, in percent, the best figure of a column bold. columns: {key: heading}."""
-    best = {key: max((f"{100 * row[key]:.2f}" for row in models.values() if key in row), key=float, default="") for key in columns}
+    def shown(row, key):
+        return f"{100 * row[key]:.2f}" if key in row else "-"
+
+    best = {}
+    for key in columns:
+        figures = [shown(row, key) for row in models.values() if key in row]
+        best[key] = max(figures, key=float) if figures and len(models) > 1 else None
+
     lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, row in models.items():
-        cells = [f"{100 * row[key]:.2f}" if key in row else "-" for key in columns]
-        cells = [f"**{cell}**" if cell == best[key] and len(models) > 1 else cell for cell, key in zip(cells, columns)]
+        cells = [f"**{best[key]}**" if shown(row, key) == best[key] else shown(row, key) for key in columns]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def tables(models: dict[str, dict[str, float]], dimensions: bool) -> str:
-    """The totals of models side by side; with dimensions, the papers' two tables, of Quality and of Semantic."""
+    """The totals of models side by side; with dimensions, the papers' two tables: Quality and Semantic."""
     if not dimensions:
         return table(models, {name: name for name in TOTALS})
     parts = []

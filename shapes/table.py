@@ -1,7 +1,7 @@
 """The toy's table: the teacher against its students, every clip judged by the world's oracle.
 
-A row is a network, a sampler and a number of steps. All rows are asked the same captions with the same seeds, so
-that two of them can be compared clip by clip.
+A row is a network, a sampler and a number of steps. All rows are asked the same captions with the same seeds,
+so that two of them can be compared clip by clip.
 """
 import hashlib
 import json
@@ -42,7 +42,8 @@ class Row:
 
     def sampling(self, guidance: float, teacher_guidance: float, header: dict) -> Sampling:
         """The row's `solver.Sampling`. header: of the student's file."""
-        student, teacher = SAMPLING["turbo"], replace(SAMPLING["teacher"], steps=self.steps, guidance=teacher_guidance)
+        student = SAMPLING["turbo"]
+        teacher = replace(SAMPLING["teacher"], steps=self.steps, guidance=teacher_guidance)
         if self.student:
             return replace(student, steps=self.steps, guidance=guidance, grid=header["steps"])
         if self.method == "jumps":                          # at the students' timesteps
@@ -56,7 +57,7 @@ ROWS += [Row(name, student, "student", steps) for name, student in
          (("VCM", "vcm"), ("VCM + R_img", "vcm-img"), ("VCM + R_vid", "vcm-vid"), ("T2V-Turbo", "turbo"))
          for steps in (1, 2, 4, 8)]
 
-DIFFERENCES = [                         # which rows are compared clip by clip: (name, steps) minus (name, steps)
+DIFFERENCES = [                         # compared clip by clip: (name, steps) minus (name, steps)
     (("T2V-Turbo", 4), ("VCM", 4)),
     (("T2V-Turbo", 4), ("teacher DDIM", 50)),
     (("T2V-Turbo", 1), ("VCM", 1)),
@@ -73,6 +74,8 @@ SCORES = {"quality": "quality", "image": "image", "video": "video"}
 
 def make(config) -> list[dict]:
     """Measures, prints and stores the rows that an `evaluate.ShapesConfig` asks for; returns their means."""
+    if not (Path(config.folder or shapes.WEIGHTS) / "teacher.safetensors").is_file():
+        raise ValueError(f"--folder {config.folder}: no teacher.safetensors of the toy in it")
     rows = chosen(config.rows, config.folder)
     device = pick_device(config.device)
     stored = Stored(config)
@@ -80,7 +83,8 @@ def make(config) -> list[dict]:
     spread = Spread(config.diversity) if config.diversity else None
 
     titles = [*PERCENT.values(), *SCORES.values()] + ["spread"] * bool(spread)
-    print("| | steps | passes | clips | " + " | ".join(titles) + " | s/clip |\n" + "|---" * (len(titles) + 5) + "|")
+    print("| | steps | passes | clips | " + " | ".join(titles) + " | s/clip |")
+    print("|---" * (len(titles) + 5) + "|")
     means = []
     for row in rows:
         measured = stored.get(row) or stored.add(row, measure(row, config, device, scorers, spread))
@@ -89,14 +93,14 @@ def make(config) -> list[dict]:
 
     differences = paired({(row.name, row.steps): stored.get(row)["clips"] for row in rows})
     if differences:
-        print("\n| the same captions and seeds | clips | all right, difference in points (95 %) |\n|---|---|---|")
+        print("\n| same captions and seeds | clips | all right, difference in points (95 %) |\n|---|---|---|")
     for text, count, mean, half in differences:
         print(f"| {text} | {count} | {100 * mean:+.1f} ± {100 * half:.1f} |")
     return means
 
 
 def chosen(text: str, folder: str | None) -> list[Row]:
-    """The rows whose name and steps contain the text, in any case. A student that was not trained has none."""
+    """The rows whose name and steps contain the text, in any case; none of a student without a file."""
     there = [row for row in ROWS if not row.student or shapes.student(row.student, folder).exists()]
     found = [row for row in there if text.lower() in f"{row.name} {row.steps}".lower()]
     if not found:
@@ -110,7 +114,7 @@ def chosen(text: str, folder: str | None) -> list[Row]:
 
 
 def measure(row: Row, config, device: torch.device, scorers: dict, spread: "Spread | None") -> dict:
-    """Samples and judges a row's clips: {"clips": [a clip's figures, ...], "spread": share of the world's}."""
+    """Samples and judges a row's clips: {"clips": [figures of a clip, ...], "spread": share or None}."""
     models = shapes.load(row.student, config.folder, device)
     sampling = row.sampling(config.guidance, config.teacher_guidance, models.header)
 
@@ -147,12 +151,14 @@ def to_clip(vae, z: Tensor) -> Tensor:
 @torch.no_grad()
 def judge(captions: list[str], clips: Tensor, scorers: dict) -> list[dict]:
     """A clip's caption, how many things it asks for, the oracle's verdict (0..1 each) and both rewards."""
-    scores = {kind: scorer(rewards.frames_for(scorer, clips), captions).tolist() for kind, scorer in scorers.items()}
+    scores = {kind: scorer(rewards.frames_for(scorer, clips), captions).tolist()
+              for kind, scorer in scorers.items()}
     records = []
     for i, caption in enumerate(captions):
         asked = grammar.understand(caption)
         verdict = world.judge(asked, clips[i])
-        records.append(dict(caption=caption, things=len(asked.things), **verdict, **{kind: s[i] for kind, s in scores.items()}))
+        rewarded = {kind: values[i] for kind, values in scores.items()}
+        records.append(dict(caption=caption, things=len(asked.things), **verdict, **rewarded))
     return records
 
 
@@ -160,10 +166,10 @@ def judge(captions: list[str], clips: Tensor, scorers: dict) -> list[dict]:
 
 
 class Spread:
-    """Diversity: how far clips of one caption differ in what it leaves open, as a share of how far the world's own differ.
+    """Diversity: how far clips of one caption differ in what it leaves open, as a share of the world's own.
 
-    Place (x, y), size, speed and, where it is not said, the background's gray: √ of their variance over the seeds of a
-    caption, all captions together. The figure is the mean of the five shares; 1 is the world's own spread.
+    Place (x, y), size, speed and, where it is not said, the background's gray: √ of their variance over
+    seeds, all captions together. The figure is the mean of the five shares; 1 is the world's own spread.
     """
     SEEDS, DRAWN = 8, 64                # clips a caption of the network, and of the world
 
@@ -196,7 +202,7 @@ class Spread:
         return self.share(shown)
 
     def share(self, shown: list[list[dict]]) -> float | None:
-        """Mean of the shares of what is open; layouts per caption. None where no caption has two clips that can be read."""
+        """Mean of the shares of what is open; shown: layouts per caption. None where no caption has two."""
         sums: dict[str, list[float]] = {}                   # quantity -> variances, ours and the world's
         for caption, theirs, ours in zip(self.captions, self.world, shown):
             if len(ours) < 2:
@@ -217,24 +223,28 @@ def left_open(caption: str) -> list[str]:
 
 
 def layout(clip: Tensor) -> dict[str, float] | None:
-    """Place, size, speed (shares of the width) and background of a clip that shows one thing; None for any other clip."""
+    """Place, size, speed (shares of the width) and background of a clip of one thing; None for others."""
     things, background = world.measure(clip)
     if len(things) != 1 or background is None:
         return None
     thing = things[0]
-    return dict(x=thing.x, y=thing.y, size=thing.radius, speed=math.hypot(thing.dx, thing.dy), background=background)
+    speed = math.hypot(thing.dx, thing.dy)
+    return dict(x=thing.x, y=thing.y, size=thing.radius, speed=speed, background=background)
 
 
 # ---- averaging and printing --------------------------------------------------------------------------------
 
 
 def average(row: Row, measured: dict) -> dict:
-    """Means over a row's clips; of the right ones also by split and by number of things, and the 95 % interval."""
+    """Means over a row's clips; of the right ones also by split and by number of things; 95 % interval."""
     clips = measured["clips"]
-    groups = {split: [clip["all"] for clip in clips if clip["split"] == split] for split in ("train", "held-out")}
-    groups["one"] = [clip["all"] for clip in clips if clip["things"] == 1]
+
+    def right(**wanted):
+        return [clip["all"] for clip in clips if all(clip[name] == value for name, value in wanted.items())]
+
+    groups = {"train": right(split="train"), "held-out": right(split="held-out"), "one": right(things=1)}
     for split in ("train", "held-out"):
-        groups[f"two {split}"] = [clip["all"] for clip in clips if clip["things"] == 2 and clip["split"] == split]
+        groups[f"two {split}"] = right(things=2, split=split)
     for key in ("colour", "shape", "motion", "background", "all", *SCORES, "seconds"):
         groups[key] = [clip[key] for clip in clips]
 
@@ -256,7 +266,7 @@ def line(mean: dict, spread: bool) -> str:
 
 
 def paired(clips: dict[tuple[str, int], list[dict]]) -> list[tuple[str, int, float, float]]:
-    """(what, clips, mean, half of its 95 % interval) of right or wrong, clip by clip, of the pairs that were measured."""
+    """(what, clips, mean, half of its 95 % interval) of right or wrong, clip by clip, of rows there are."""
     found = []
     for a, b in DIFFERENCES:
         if a not in clips or b not in clips:
@@ -271,10 +281,12 @@ def paired(clips: dict[tuple[str, int], list[dict]]) -> list[tuple[str, int, flo
 
 
 class Stored:
-    """The measured rows, in memory and in --out. A row counts only for the options and the weights that it was made with."""
+    """The measured rows, in memory and in --out. A row counts for the options and weights that made it."""
     OPTIONS = ("clips", "diversity", "teacher_guidance", "guidance", "seed", "dtype")
 
     def __init__(self, config):
+        if config.out and Path(config.out).suffix != ".json":
+            raise ValueError(f"--out {config.out}: rows are stored as .json")
         self.path = Path(config.out) if config.out else None
         self.folder = Path(config.folder or shapes.WEIGHTS)
         self.options = {name: value for name, value in asdict(config).items() if name in self.OPTIONS}
@@ -288,11 +300,13 @@ class Stored:
             content = json.loads(self.path.read_text(encoding="utf-8"))
             options, rows = content["options"], {(row["name"], row["steps"]): row for row in content["rows"]}
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path}: not a file of rows that `evaluate.py shapes --out` wrote; delete it") from error
+            wanted = "rows that `evaluate.py shapes` measured"
+            raise ValueError(f"--out {self.path}: holds something else than {wanted}; delete it") from error
         other = [f"--{name.replace('_', '-')} {options.get(name)}" for name, value in self.options.items()
                  if options.get(name) != value]
         if other:
-            raise ValueError(f"{self.path} holds rows made with {', '.join(other)}; give the same, or another --out")
+            raise ValueError(f"{self.path} holds rows made with {', '.join(other)}; "
+                             "give the same, or another --out")
         self.rows = rows
 
     def get(self, row: Row) -> dict | None:
@@ -306,11 +320,13 @@ class Stored:
         self.rows[row.name, row.steps] = measured
         if self.path:
             with atomic(self.path) as temporary:
-                temporary.write_text(json.dumps(dict(options=self.options, rows=list(self.rows.values())), indent=1))
+                content = dict(options=self.options, rows=list(self.rows.values()))
+                temporary.write_text(json.dumps(content, indent=1))
         return measured
 
     def weights(self, row: Row) -> str:
         """A fingerprint of the files that a row is made from."""
         files = [self.folder / f"{name}.safetensors" for name in ("teacher", "vae", "clip", "viclip")]
         files += [shapes.student(row.student, self.folder)] if row.student else []
-        return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()[:16]
+        hashes = [hashlib.sha256(file.read_bytes()).digest() for file in files]
+        return hashlib.sha256(b"".join(hashes)).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""A headless Chromium driven through its DevTools pipe: JSON messages, each ended by a zero byte. Needs no package."""
+"""A headless Chromium driven through its DevTools pipe: JSON messages that end in a zero byte. No package."""
 import base64
 import json
 import os
@@ -24,7 +24,8 @@ class Page:
         self.buffer, self.number, self.session = b"", 0, {}
         self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = dict(sessionId=self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"])
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = dict(sessionId=attached["sessionId"])
 
     def call(self, method: str, **params) -> dict:
         """One DevTools command and its result; the events before it are dropped."""
@@ -80,7 +81,9 @@ class Page:
 
     def look(self, width: int, height: int, dark: bool = False, phone: bool = False) -> None:
         """Window size in pixels, colour scheme, and whether it is a phone with a touch screen."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone)
+        scale = 2 if phone else 1
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale,
+                  mobile=phone)
         self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
         scheme = dict(name="prefers-color-scheme", value="dark" if dark else "light")
         self.call("Emulation.setEmulatedMedia", features=[scheme])
@@ -96,13 +99,14 @@ def browser(folder: Path) -> Iterator[Page]:
     read_there, write_here = os.pipe()
     read_here, write_there = os.pipe()
 
-    def hand_over():                                        # Chromium reads commands from 3 and writes answers to 4
+    def hand_over():                                        # it reads commands from 3, writes answers to 4
         there = [os.dup(read_there), os.dup(write_there)]
         os.dup2(there[0], 3)
         os.dup2(there[1], 4)
 
-    command = [PROGRAM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--mute-audio",
-               "--autoplay-policy=no-user-gesture-required", "--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}"]
+    command = [PROGRAM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+               "--mute-audio", "--autoplay-policy=no-user-gesture-required",
+               "--remote-debugging-pipe", f"--user-data-dir={folder / 'profile'}"]
     process = subprocess.Popen(command, close_fds=False, preexec_fn=hand_over, stderr=subprocess.DEVNULL)
     os.close(read_there)
     os.close(write_there)
