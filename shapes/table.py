@@ -293,6 +293,7 @@ class Stored:
         self.rows: dict[tuple[str, int], dict] = {}
         if self.path and self.path.exists():
             self.read()
+        self.write()                                        # a place that cannot be written is found out now
 
     def read(self) -> None:
         """Takes over the rows of the file, if they were made with these options."""
@@ -318,11 +319,15 @@ class Stored:
         """Keeps a row, in the file as well."""
         measured = dict(name=row.name, steps=row.steps, weights=self.weights(row), **measured)
         self.rows[row.name, row.steps] = measured
-        if self.path:
-            with atomic(self.path) as temporary:
-                content = dict(options=self.options, rows=list(self.rows.values()))
-                temporary.write_text(json.dumps(content, indent=1))
+        self.write()
         return measured
+
+    def write(self) -> None:
+        """Writes the file, if there is to be one."""
+        if self.path:
+            content = dict(options=self.options, rows=list(self.rows.values()))
+            with atomic(self.path) as temporary:
+                temporary.write_text(json.dumps(content, indent=1))
 
     def weights(self, row: Row) -> str:
         """A fingerprint of the files that a row is made from."""

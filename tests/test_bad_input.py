@@ -3,15 +3,19 @@
 One table per area: what is typed -> what the message must say.
 """
 import errno
+import json
+import math
 import tarfile
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import evaluate
+import rewards
 import shapes
 from data import open_dataset
-from plumbing import weights
+from plumbing import video, weights
 from shapes import pretrain
 
 # ---- shapes/ -----------------------------------------------------------------------------------------------
@@ -144,3 +148,109 @@ def test_data_that_is_none(spec, message, bad_data):
     with pytest.raises(ValueError) as error:
         open_dataset(spec)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- evaluate.py -------------------------------------------------------------------------------------------
+
+EVALUATE = [                            # what is typed behind evaluate.py -> what the message says
+    ("shape", "no command 'shape'; there are shapes, score, vbench"),
+    ("shapes --rows nothing", "--rows 'nothing': no row's name and steps contain this; there are teacher"),
+    ("shapes --clips 0", "--clips: 0 must be at least 1"),
+    ("shapes --batch -1", "--batch: -1 must be at least 1"),
+    ("shapes --dtype foo", "invalid choice: 'foo'"),
+    ("shapes --teacher-guidance nan", "--teacher-guidance: nan is not a finite number"),
+    ("shapes --device foo", "--device foo: no such device"),
+    ("shapes --folder {empty}", "--folder {empty}: no teacher.safetensors"),
+    ("shapes --out {list}", "--out {list}: holds something else than rows"),
+    ("shapes --out {rows} --seed 1", "{rows} holds rows made with --clips None"),
+    ("shapes --out o.txt", "--out o.txt: rows are stored as .json"),
+    ("shapes --out {file}/o.json", "{file}/o.json cannot be written"),
+    ("score", "score takes clips and at least one --reward NAME=FILE"),
+    ("score {clips}", "score takes clips and at least one --reward NAME=FILE"),
+    ("score nowhere.mp4 --reward shapes-clip", "nowhere.mp4: no such file or folder"),
+    ("score {empty} --reward shapes-clip", "{empty}: no clips (.mp4, .gif, .safetensors) and no png frames"),
+    ("score {clips} --reward hps", "no reward 'hps', did you mean hpsv2"),
+    ("score {clips} --reward shapes-clip=nowhere.pt", "--reward: there is no file of weights at nowhere.pt"),
+    ("score {clips} --reward shapes-clip:nan", "the weight nan of reward"),
+    ("score {clips} --reward shapes-clip --reward shapes-clip", "give each reward once"),
+    ("score {clips} --reward shapes-clip --batch 0", "--batch: 0 must be at least 1"),
+    ("score {clips} --reward shapes-clip --diversity", "--diversity compares clips of one prompt"),
+    ("score {clips} --prompt a --reward shapes-clip --diversity", "--diversity compares features of a video"),
+    ("score {clips} --reward shapes-clip --best {clips}", "--best {clips}: the clips themselves lie there"),
+    ("score {clips} --reward shapes-clip --best {file}", "--best {file}: it is a file; give a folder"),
+    ("score {clips} --reward shapes-clip --student {student}", "does not say which rewards it was"),
+    ("score {clips} --reward shapes-clip --student {file}", "{file}"),
+    ("score {short} --reward shapes-viclip", "{short}: shapes-viclip looks at 4 frames, the clip has 3"),
+    ("score {file} --reward shapes-clip", "{file}"),
+    ("vbench", "vbench takes VBench's result files"),
+    ("vbench nowhere.json", "nowhere.json: no such file or folder"),
+    ("vbench {empty}", "{empty}: no result files"),
+    ("vbench {file}", "{file}: not JSON"),
+    ("vbench {list}", "{list}: not a result file of VBench"),
+    ("vbench {i2v}", "{i2v}: unknown dimension 'i2v_subject'; VBench's are subject_consistency"),
+    ("vbench {percent}", "{percent}: color is 93.5; VBench writes shares, at most 1"),
+    ("vbench {nothing}", "{nothing}: color is nan; VBench writes shares, at most 1"),
+    ("vbench m={color1},{color2}", "color is 0.5 in {color1} and 0.6 in {color2}; tell two models apart"),
+    ("vbench m={color1}", "m lacks subject_consistency, background_consistency, "),
+    ("compare {clips}", "compare takes two folders of clips, not 1"),
+    ("compare {clips} nowhere", "nowhere: no such folder"),
+    ("compare {clips} {clips}", "both folders are called clips; tell the models apart with NAME=FOLDER"),
+    ("compare {clips} {empty}", "{empty}: no .mp4 clips in this folder"),
+    ("compare {clips} {other}", "have no clip of one name"),
+    ("compare a={clips} b={clips} --first 2", "--first 2: there are 2 pairs"),
+    ("compare a={clips} b={clips} --out page.pdf", "--out page.pdf: a page ends in .html"),
+    ("compare a={clips} b={clips} --out {file}/page.html", "{file}/page.html cannot be written"),
+    ("tally", "tally takes files of votes"),
+    ("tally nowhere.json", "nowhere.json: no such file"),
+    ("tally {list}", "{list}: not a file of votes"),
+    ("tally {file}", "{file}: not a file of votes"),
+    ("tally {unvoted}", "{unvoted}: no votes in it"),
+    ("tally {misvoted}", "{misvoted}: a vote is 3 answers, each A, B or same"),
+    ("tally {unvoted} --out bars.gif", "bars.gif: a picture ends in .svg, .png, .pdf"),
+    ("curves", "curves takes log files"),
+    ("curves nowhere.jsonl", "nowhere.jsonl: no such file"),
+    ("curves {file}", "{file}: an empty log"),
+    ("curves {broken}", "{broken}, line 1: not a JSON object"),
+    ("curves {log} {log}", "two logs are called"),
+    ("curves {log} --keys reward", "--keys reward: nothing to draw in these logs; they have loss"),
+    ("curves {log} --smooth 0", "--smooth: 0 must be at least 1"),
+    ("curves {log} --out c.jpg", "c.jpg: a picture ends in .svg, .png, .pdf"),
+    ("curves {log} --out {file}/c.svg", "{file}/c.svg cannot be written"),
+]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Folders and files with something wrong in them, by name."""
+    root = tmp_path_factory.mktemp("evaluate")
+    for name in ("clips/a-0.mp4", "clips/b-0.mp4", "other/c-0.mp4"):
+        video.write_video(root / name, torch.zeros(3, 8, 64, 64, dtype=torch.uint8), fps=8)
+    video.write_video(root / "short.safetensors", torch.zeros(3, 3, 64, 64, dtype=torch.uint8), fps=8)
+    weights.save_checkpoint(root / "student.safetensors", {"x": torch.zeros(1)}, {"version": 1})
+    (root / "empty").mkdir()
+    (root / "file").write_text("")
+    votes = dict(names=["A", "B"], judge="ann", votes=[])
+    contents = {"list": [], "rows": dict(options={}, rows=[]), "i2v": {"i2v_subject": [0.5, []]},
+                "percent": {"color": [93.5, []]}, "nothing": {"color": [math.nan, []]},
+                "color1": {"color": [0.5, []]}, "color2": {"color": [0.6, []]},
+                "unvoted": votes,
+                "misvoted": votes | dict(votes=[dict(pair="a", answers=["A", "left", "B"])])}
+    for name, content in contents.items():
+        (root / f"{name}.json").write_text(json.dumps(content))
+    (root / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    (root / "broken.jsonl").write_text('{"step": 1,\n{"step": 2, "loss": 0.5}\n')
+    return {path.stem: str(path) for path in root.iterdir()}
+
+
+@pytest.mark.parametrize("typed, message", EVALUATE)
+def test_evaluation_complains_in_one_line(typed, message, places, tmp_path, monkeypatch, capsys):
+    """No network or reward is loaded before the complaint, but for those about what a clip holds."""
+    monkeypatch.chdir(tmp_path)
+    if "{short}" not in typed and typed != "score {file} --reward shapes-clip":
+        monkeypatch.setattr(shapes, "load", None)
+        monkeypatch.setattr(rewards, "load", None)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([word.format(**places) for word in typed.split()])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and message.format(**places) in said
+    assert not list(tmp_path.iterdir())
