@@ -1,15 +1,16 @@
 """Reward models R_img(x, c) and R_vid(x, c): how well does a clip x fit its caption c, how good does it look?
 
     reward = load("hpsv2", "HPS_v2.1_compressed.pt", device="cuda")
-    scores = reward(clips, captions)    # clips (B, T, 3, H, W) in [0, 1], B captions -> (B,), higher is better
+    scores = reward(clips, captions)      # clips (B, T, 3, H, W) in [0, 1], B captions -> (B,), higher: better
 
 The pixels carry gradient, so that a generator can climb it; the reward's parameters and captions never do.
 
-From top to bottom: `Reward`, and how clips are fitted to a model's input; the networks, each with `text(ids)`,
-which sees the captions alone, and `score(frames, text)`; the table RECIPES, in which a new reward is one entry;
-`load`.
+From top to bottom: `Reward`, and how clips are fitted to a model's input; the networks, each with
+`text(ids)`, which sees the captions alone, and `score(frames, text)`; the table RECIPES, in which a new reward
+is one entry; `load`.
 
-B clips, T frames, H W pixels, S side of the model's square input, N patches of a frame, L tokens, D width, E features.
+B clips, T frames, H W pixels, S side of the model's square input, N patches of a frame, L tokens, D width,
+E features.
 """
 import math
 import sys
@@ -60,7 +61,8 @@ class Reward:
         with torch.autocast(self.device.type, enabled=False):       # also where the caller trains in bf16
             frames = self.fit(clips, generators)
             if isinstance(captions, str) or len(captions) != len(clips):
-                raise ValueError(f"{self.name} takes one caption per clip: {len(clips)} clips, not {captions!r:.60}")
+                raise ValueError(f"{self.name} takes one caption per clip: "
+                                 f"{len(clips)} clips, captions {captions!r:.60}")
             return self.model.score(frames, self.text(captions))
 
     def features(self, clips: Tensor) -> Tensor:
@@ -196,7 +198,7 @@ class QuickGELU(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, **options) -> Tensor:
     """Multi-head attention of queries (B, L, D) to keys and values (B, M, D)."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))      # (B, heads, L, D / heads)
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))      # (B, heads, L, D/heads)
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
 
 
@@ -217,7 +219,8 @@ class SelfAttention(nn.Module):
 class TowerBlock(nn.Module):
     """The pre-norm transformer block of CLIP, ViCLIP and BLIP."""
 
-    def __init__(self, width: int, heads: int, hidden: int, act=nn.GELU, norm=LayerNorm, causal: bool = False):
+    def __init__(self, width: int, heads: int, hidden: int, act: Callable[[], nn.Module] = nn.GELU,
+                 norm: Callable[[int], nn.Module] = LayerNorm, causal: bool = False):
         super().__init__()
         self.norm1, self.norm2 = norm(width), norm(width)
         self.attn = SelfAttention(width, heads, causal)
@@ -244,8 +247,8 @@ class InternVideo2Block(TowerBlock):
 
 
 class BlockStack(nn.ModuleList):
-    """Blocks one after the other. With `grad_checkpointing` the backward pass recomputes each block instead of keeping
-    its activations."""
+    """Blocks one after the other. With `grad_checkpointing` the backward pass recomputes each block instead of
+    keeping its activations."""
 
     grad_checkpointing = False
 
@@ -271,7 +274,7 @@ class CLIPConfig:
     """The defaults are ViT-H/14, which HPSv2.1, PickScore and CLIPScore share."""
     image_size: int = 224
     patch: int = 14
-    frames: int | None = None     # of a clip that the vision tower reads at once; None: it reads single frames
+    frames: int | None = None     # that the vision tower reads at once; None: it reads single frames
     width: int = 1280
     layers: int = 32
     heads: int = 16
@@ -281,7 +284,7 @@ class CLIPConfig:
     text_heads: int = 16
     context_length: int = 77
     vocab_size: int = 49408
-    tubelet: int = 1              # toy only: consecutive frames that a patch spans (ViViT, Arnab et al., 2021)
+    tubelet: int = 1              # toy only: frames that a patch spans (ViViT, Arnab et al., 2021)
 
 
 @dataclass(frozen=True)
@@ -298,7 +301,7 @@ class ViCLIPConfig(CLIPConfig):
 
 
 class VisionTower(nn.Module):
-    """One class token and the N patches of a frame, or the T * N patches of a clip: joint space-time attention."""
+    """One class token and the N patches of a frame, or the T*N patches of a clip: joint space-time attention."""
 
     def __init__(self, config: CLIPConfig, act: type[nn.Module]):
         super().__init__()
@@ -308,7 +311,8 @@ class VisionTower(nn.Module):
         self.class_embedding = nn.Parameter(torch.zeros(D))
         self.positional_embedding = nn.Parameter(torch.zeros(1 + N, D))
         if config.frames:
-            self.temporal_positional_embedding = nn.Parameter(torch.zeros(1, config.frames // config.tubelet, D))
+            times = config.frames // config.tubelet
+            self.temporal_positional_embedding = nn.Parameter(torch.zeros(1, times, D))
         self.ln_pre, self.ln_post = LayerNorm(D), LayerNorm(D)
         self.blocks = BlockStack(TowerBlock(D, config.heads, 4 * D, act) for _ in range(config.layers))
         self.proj = nn.Parameter(torch.zeros(D, config.embed_dim))
@@ -327,7 +331,7 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """CLIP's text encoder: causal, read at the end-of-text token, which has the highest id of the vocabulary."""
+    """CLIP's text encoder: causal, read at the end-of-text token, which has the vocabulary's highest id."""
 
     def __init__(self, config: CLIPConfig, act: type[nn.Module]):
         super().__init__()
@@ -462,7 +466,7 @@ class BERTAttention(nn.Module):
 
 
 class BERTLayer(nn.Module):
-    """Self-attention, cross-attention to image tokens if there are any, feed-forward; each normalised afterwards."""
+    """Self-attention, cross-attention to image tokens if there are any, feed-forward; each is normalised after."""
 
     def __init__(self, config: BERTConfig):
         super().__init__()
@@ -481,7 +485,7 @@ class BERTLayer(nn.Module):
 
 
 class BERT(nn.Module):
-    """Token ids (B, L), 0 = padding, and perhaps image tokens (B, M, image_width) -> the state at [CLS] (B, D)."""
+    """Token ids (B, L), 0 = padding, perhaps image tokens (B, M, image_width) -> the state at [CLS] (B, D)."""
 
     def __init__(self, config: BERTConfig):
         super().__init__()
@@ -503,7 +507,8 @@ class BERT(nn.Module):
 @dataclass(frozen=True)
 class ImageRewardConfig:
     vit: ViTConfig = ViTConfig(image_size=224, patch=16, width=1024, layers=24, heads=16, hidden=4096)
-    bert: BERTConfig = BERTConfig(vocab_size=30524, width=768, layers=12, heads=12, hidden=3072, image_width=1024)
+    bert: BERTConfig = BERTConfig(vocab_size=30524, width=768, layers=12, heads=12, hidden=3072,
+                                  image_width=1024)
 
 
 class ImageReward(nn.Module):
@@ -519,14 +524,14 @@ class ImageReward(nn.Module):
         self.mlp = nn.Sequential(*(Float32Linear(a, b) for a, b in pairwise(sizes)))
 
     def text(self, ids: Tensor) -> Tensor:
-        return ids                                                  # without an image there is nothing to compute
+        return ids                                              # without an image there is nothing to compute
 
     def score(self, frames: Tensor, ids: Tensor) -> Tensor:
-        """Mean 0 and variance 1 over the images it was trained on. Capped at 2, as T2V-Turbo (and ReFL) does: a frame
-        that good has no more gradient."""
+        """Mean 0 and variance 1 over the images it was trained on. Capped at 2, as T2V-Turbo (and ReFL) does: a
+        frame that good has no more gradient."""
         B, T = frames.shape[:2]
-        image = self.norm(self.vision(frames.flatten(0, 1)[:, None]))           # (B*T, 1+N, D)
-        state = self.bert(ids.repeat_interleave(T, dim=0), image)               # caption b with each of its T frames
+        image = self.norm(self.vision(frames.flatten(0, 1)[:, None]))       # (B*T, 1+N, D)
+        state = self.bert(ids.repeat_interleave(T, dim=0), image)           # caption b with each of its T frames
         score = (self.mlp(state)[:, 0] - 0.16717362830052426) / 1.0333394966054072
         return score.clamp(max=2).view(B, T).mean(dim=1)
 
@@ -551,14 +556,16 @@ class AttentionPool(nn.Module):
 @dataclass(frozen=True)
 class InternVideo2Config:
     vit: ViTConfig = ViTConfig(image_size=224, patch=14, width=1408, layers=40, heads=16, hidden=6144)
-    bert: BERTConfig = BERTConfig(vocab_size=30522, width=1024, layers=19, heads=16, hidden=4096, token_types=2)
+    bert: BERTConfig = BERTConfig(vocab_size=30522, width=1024, layers=19, heads=16, hidden=4096,
+                                  token_types=2)
     pool_dim: int = 768
     embed_dim: int = 512
     frames: int = 8               # or 4, which it was trained with; `stretch` fits the position table
 
 
 class InternVideo2(nn.Module):
-    """A video transformer of 1 B parameters against the first 19 layers of BERT-large (the others attend to frames)."""
+    """A video transformer of 1 B parameters against the first 19 layers of BERT-large (the other layers attend to
+    frames)."""
 
     def __init__(self, config: InternVideo2Config):
         super().__init__()
@@ -582,8 +589,8 @@ class InternVideo2(nn.Module):
 
 def stretch(table: Tensor, frames: int, N: int) -> Tensor:
     """A position table (1, 1 + T*N, D), the class token first, interpolated linearly in time to another T."""
-    grid = table[:, 1:].unflatten(1, (-1, N)).permute(0, 2, 3, 1).flatten(1, 2)              # (1, N*D, T)
-    grid = F.interpolate(grid.float(), size=frames, mode="linear").unflatten(1, (N, -1))     # (1, N, D, frames)
+    grid = table[:, 1:].unflatten(1, (-1, N)).permute(0, 2, 3, 1).flatten(1, 2)             # (1, N*D, T)
+    grid = F.interpolate(grid.float(), size=frames, mode="linear").unflatten(1, (N, -1))    # (1, N, D, frames)
     return torch.cat([table[:, :1], grid.permute(0, 3, 1, 2).flatten(1, 2)], dim=1)
 
 
@@ -597,7 +604,8 @@ OPENCLIP = [
     *OPENCLIP_BLOCKS]
 HUGGINGFACE_VISION = [
     (r"^vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"),
-    (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"), (r"^vision_model\.embeddings\.", "visual."),
+    (r"^vision_model\.embeddings\.patch_embedding", "visual.conv1"),
+    (r"^vision_model\.embeddings\.", "visual."),
     (r"^vision_model\.pre_layrnorm", "visual.ln_pre"), (r"^vision_model\.post_layernorm", "visual.ln_post"),
     (r"^vision_model\.encoder\.layers", "visual.transformer.resblocks"),
     (r"^(visual)_projection\.weight", r"\1.proj"), (r"^(text_projection)\.weight", r"\1")]
@@ -605,10 +613,11 @@ BERT_NAMES = [
     (r"^bert\.(embeddings|encoder)\.", "bert."), (r"\.layer\.", ".layers."),
     (r"attention\.(self|output)\.", "attention."), (r"\.(intermediate|output)\.dense", r".\1"),
     (r"(\.output)?\.LayerNorm", ".norm")]
-MLP_LAYERS = {"0": "0", "2": "1", "4": "2", "6": "3", "7": "4"}     # ImageReward's: dropout counts as a layer there
+MLP_LAYERS = {"0": "0", "2": "1", "4": "2", "6": "3", "7": "4"}     # there, dropout counts as a layer
 IMAGEREWARD = [
-    (r"^blip\.visual_encoder\.norm", "norm"), (r"^blip\.visual_encoder", "vision"), (r"^blip\.text_encoder", "bert"),
-    (r"patch_embed\.proj", "patch_embed"), (r"^mlp\.layers\.(\d)\b", lambda match: f"mlp.{MLP_LAYERS[match[1]]}"),
+    (r"^blip\.visual_encoder\.norm", "norm"), (r"^blip\.visual_encoder", "vision"),
+    (r"^blip\.text_encoder", "bert"), (r"patch_embed\.proj", "patch_embed"),
+    (r"^mlp\.layers\.(\d)\b", lambda match: f"mlp.{MLP_LAYERS[match[1]]}"),
     *BERT_NAMES]
 INTERNVIDEO2 = [
     (r"^vision_encoder\.clip_projector\.(cross_attn\.)?", "pool."), (r"^pool\.([qkv])_bias", r"pool.\1.bias"),
@@ -649,7 +658,7 @@ def from_internvideo2(state: State, config: InternVideo2Config) -> State:
 
 
 # ---- the table of rewards ----------------------------------------------------------------------------------
-CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)       # mean, standard deviation
+CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # mean, std
 IMAGENET_PIXELS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TOY_PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
@@ -674,8 +683,8 @@ def toy_clip(header: dict) -> CLIPConfig:
     """The toy's header is a configuration of open_clip."""
     vision, text = header["vision_cfg"], header["text_cfg"]
     return CLIPConfig(
-        image_size=vision["image_size"], patch=vision["patch_size"], width=vision["width"], layers=vision["layers"],
-        heads=vision["width"] // vision["head_width"], embed_dim=header["embed_dim"],
+        image_size=vision["image_size"], patch=vision["patch_size"], width=vision["width"],
+        layers=vision["layers"], heads=vision["width"] // vision["head_width"], embed_dim=header["embed_dim"],
         text_width=text["width"], text_layers=text["layers"], text_heads=text["heads"],
         context_length=text["context_length"], vocab_size=text["vocab_size"])
 
@@ -690,7 +699,7 @@ class Recipe:
     view: View                                              # fits clips to the model's input
     pixels: tuple                                           # their mean and standard deviation
     text_length: int                                        # L, tokens of a caption
-    tokenizer: Callable[[Path, int], Tokenizer] | None = None       # (path of the weights, L); None: handed to `load`
+    tokenizer: Callable[[Path, int], Tokenizer] | None = None   # (path of the weights, L); None: `load` is given it
     frames: tuple[int, ...] = ()                            # T that a video reward can take, the usual first
     source: tuple[str, ...] = ()                            # public repository and file
     whole: bool = True                                      # all tensors of the file are needed
@@ -711,21 +720,23 @@ RECIPES = {
         partial(wordpiece, repository="google-bert/bert-base-uncased", extra=("[DEC]", "[ENC]")),
         source=("THUDM/ImageReward", "ImageReward.pt"), whole=False),
     "viclip": Recipe(
-        "video", ViCLIP, lambda header: ViCLIPConfig(), from_viclip, window, IMAGENET_PIXELS, 32, bpe, frames=(8,),
-        source=("OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth")),
+        "video", ViCLIP, lambda header: ViCLIPConfig(), from_viclip, window, IMAGENET_PIXELS, 32, bpe,
+        frames=(8,), source=("OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth")),
     "internvideo2": Recipe(
-        "video", InternVideo2, lambda header: InternVideo2Config(), from_internvideo2, window, IMAGENET_PIXELS, 40,
-        partial(wordpiece, repository="google-bert/bert-large-uncased", sep=False), frames=(8, 4),
+        "video", InternVideo2, lambda header: InternVideo2Config(), from_internvideo2, window, IMAGENET_PIXELS,
+        40, partial(wordpiece, repository="google-bert/bert-large-uncased", sep=False), frames=(8, 4),
         source=("OpenGVLab/InternVideo2-Stage2_1B-224p-f4", "InternVideo2-stage2_1b-224p-f4.pt"), whole=False),
     "shapes-clip": Recipe("image", CLIP, toy_clip, from_clip, squash, TOY_PIXELS, 24),
     "shapes-viclip": Recipe(
-        "video", ViCLIP, lambda header: ViCLIPConfig(**header), from_viclip, squash, TOY_PIXELS, 24, frames=(4,))}
+        "video", ViCLIP, lambda header: ViCLIPConfig(**header), from_viclip, squash, TOY_PIXELS, 24,
+        frames=(4,))}
 
 
 def recipe_of(name: str) -> Recipe:
     if name not in RECIPES:
         near = get_close_matches(name, RECIPES, 1)
-        raise ValueError(f"no reward {name!r}" + (f", did you mean {near[0]}?" if near else f": {', '.join(RECIPES)}"))
+        remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(RECIPES)}"
+        raise ValueError(f"no reward {name!r}; {remedy}")
     return RECIPES[name]
 
 
@@ -738,7 +749,7 @@ def check_frames(name: str, frames: int | None) -> None:
 
 # ---- loading -----------------------------------------------------------------------------------------------
 def parse_spec(spec: str) -> tuple[str, str | None, float | None]:
-    """What follows --reward: "name", "name=FILE", "name:weight", "name=FILE:weight" -> (name, path, weight)."""
+    """What follows --reward: NAME, NAME=FILE, NAME:WEIGHT or NAME=FILE:WEIGHT -> (name, path, weight)."""
     head, _, tail = spec.rpartition(":")
     try:
         spec, weight = (head, float(tail)) if head else (spec, None)
@@ -756,8 +767,8 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
          grad_checkpointing: bool = False, config: object = None) -> Reward:
     """A `Reward`, frozen.
 
-    path: a file, a folder, None = the public file. dtype: None = bfloat16 on CUDA, else float32. tokenizer: which the
-    toy's rewards need. frames: 4 or 8 for internvideo2. config: for models of another size.
+    path: a file, a folder, None = the public file. dtype: None = bfloat16 on CUDA, else float32. tokenizer: which
+    the toy's rewards need. frames: 4 or 8 for internvideo2. config: for models of another size.
     """
     # what can be wrong without reading the weights
     recipe, device = recipe_of(name), torch.device(device)
@@ -784,7 +795,7 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
 
 
 def untrained(name: str, device: str | torch.device, dtype: torch.dtype, frames: int | None = None) -> Reward:
-    """A reward without its weights, that takes the centre crop and one caption for all: to count time and memory."""
+    """A reward without its weights, to count time and memory: it takes the centre crop, and one caption for all."""
     recipe = recipe_of(name)
     check_frames(name, frames)
     config = recipe.config({})
