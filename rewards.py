@@ -1,19 +1,18 @@
 """Reward models R_img(x, c) and R_vid(x, c): how well does a clip x fit its caption c, how good does it look?
 
     reward = load("hpsv2", "HPS_v2.1_compressed.pt", device="cuda")
-    scores = reward(clips, captions)      # clips (B, T, 3, H, W) in [0, 1], B captions -> (B,), higher: better
+    scores = reward(clips, captions)    # clips (B, T, 3, H, W) in [0, 1], B captions -> (B,), higher is better
 
 The pixels carry gradient, so that a generator can climb it; the reward's parameters and captions never do.
 
 From top to bottom: `Reward`, and how clips are fitted to a model's input; the networks, each with
-`text(ids)`, which sees the captions alone, and `score(frames, text)`; the table RECIPES, in which a new reward
-is one entry; `load`.
+`text(ids)`, which sees the captions alone, and `score(frames, text)`; the table RECIPES, in which a new
+reward is one entry; `load`.
 
 B clips, T frames, H W pixels, S side of the model's square input, N patches of a frame, L tokens, D width,
 E features.
 """
 import math
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from plumbing.weights import huggingface_text, read_checkpoint, read_tensors, rename
+from plumbing.weights import download, fill, huggingface_text, read_header, read_named, rename
 from plumbing.wordpiece import WordPiece
 
 Generators = Sequence[torch.Generator] | None           # on the CPU, one per clip: they draw its crop window
@@ -247,8 +246,8 @@ class InternVideo2Block(TowerBlock):
 
 
 class BlockStack(nn.ModuleList):
-    """Blocks one after the other. With `grad_checkpointing` the backward pass recomputes each block instead of
-    keeping its activations."""
+    """Blocks in a row. With `grad_checkpointing` the backward pass recomputes each instead of keeping its
+    activations."""
 
     grad_checkpointing = False
 
@@ -301,7 +300,7 @@ class ViCLIPConfig(CLIPConfig):
 
 
 class VisionTower(nn.Module):
-    """One class token and the N patches of a frame, or the T*N patches of a clip: joint space-time attention."""
+    """Joint attention over one class token and the N patches of a frame, or the T*N patches of a clip."""
 
     def __init__(self, config: CLIPConfig, act: type[nn.Module]):
         super().__init__()
@@ -466,7 +465,7 @@ class BERTAttention(nn.Module):
 
 
 class BERTLayer(nn.Module):
-    """Self-attention, cross-attention to image tokens if there are any, feed-forward; each is normalised after."""
+    """Self-attention, cross-attention to image tokens if any, feed-forward; each with its norm behind it."""
 
     def __init__(self, config: BERTConfig):
         super().__init__()
@@ -485,7 +484,7 @@ class BERTLayer(nn.Module):
 
 
 class BERT(nn.Module):
-    """Token ids (B, L), 0 = padding, perhaps image tokens (B, M, image_width) -> the state at [CLS] (B, D)."""
+    """Token ids (B, L), 0 = padding, perhaps image tokens (B, M, image_width) -> state at [CLS] (B, D)."""
 
     def __init__(self, config: BERTConfig):
         super().__init__()
@@ -512,7 +511,7 @@ class ImageRewardConfig:
 
 
 class ImageReward(nn.Module):
-    """BLIP reads the caption while it attends to the image; five linear layers turn the result into a score."""
+    """BLIP reads the caption while it attends to the image; five linear layers turn this into a score."""
 
     def __init__(self, config: ImageRewardConfig):
         super().__init__()
@@ -527,11 +526,12 @@ class ImageReward(nn.Module):
         return ids                                              # without an image there is nothing to compute
 
     def score(self, frames: Tensor, ids: Tensor) -> Tensor:
-        """Mean 0 and variance 1 over the images it was trained on. Capped at 2, as T2V-Turbo (and ReFL) does: a
-        frame that good has no more gradient."""
+        """Mean 0 and variance 1 over the images it was trained on. Capped at 2, as T2V-Turbo (and ReFL) does:
+        a frame that good has no more gradient."""
         B, T = frames.shape[:2]
         image = self.norm(self.vision(frames.flatten(0, 1)[:, None]))       # (B*T, 1+N, D)
-        state = self.bert(ids.repeat_interleave(T, dim=0), image)           # caption b with each of its T frames
+        ids = ids.repeat_interleave(T, dim=0)                               # caption b for each of its T frames
+        state = self.bert(ids, image)
         score = (self.mlp(state)[:, 0] - 0.16717362830052426) / 1.0333394966054072
         return score.clamp(max=2).view(B, T).mean(dim=1)
 
@@ -564,7 +564,7 @@ class InternVideo2Config:
 
 
 class InternVideo2(nn.Module):
-    """A video transformer of 1 B parameters against the first 19 layers of BERT-large (the other layers attend to
+    """A video transformer of 1 B parameters against the first 19 layers of BERT-large (the others attend to
     frames)."""
 
     def __init__(self, config: InternVideo2Config):
@@ -589,8 +589,9 @@ class InternVideo2(nn.Module):
 
 def stretch(table: Tensor, frames: int, N: int) -> Tensor:
     """A position table (1, 1 + T*N, D), the class token first, interpolated linearly in time to another T."""
-    grid = table[:, 1:].unflatten(1, (-1, N)).permute(0, 2, 3, 1).flatten(1, 2)             # (1, N*D, T)
-    grid = F.interpolate(grid.float(), size=frames, mode="linear").unflatten(1, (N, -1))    # (1, N, D, frames)
+    grid = table[:, 1:].unflatten(1, (-1, N)).permute(0, 2, 3, 1).flatten(1, 2)         # (1, N*D, T)
+    grid = F.interpolate(grid.float(), size=frames, mode="linear")                      # (1, N*D, frames)
+    grid = grid.unflatten(1, (N, -1))
     return torch.cat([table[:, :1], grid.permute(0, 3, 1, 2).flatten(1, 2)], dim=1)
 
 
@@ -639,6 +640,11 @@ def from_viclip(state: State, config: ViCLIPConfig) -> State:
     return rename(needed(state), OPENCLIP_BLOCKS)
 
 
+def flat(state: State) -> State:
+    """Without the prefix of data-parallel training (HPS), and Conv3d over single frames as Conv2d."""
+    return {key.removeprefix("module."): w.squeeze(2) if w.ndim == 5 else w for key, w in state.items()}
+
+
 def needed(state: State) -> State:
     """Without the temperature of the training loss, and without constants."""
     unused = ("logit_scale", "temp", "position_ids", "attn_mask")
@@ -675,10 +681,6 @@ def wordpiece(path: Path, length: int, repository: str, **options) -> Tokenizer:
     return WordPiece(beside if beside.exists() else download(repository, "vocab.txt"), length, **options)
 
 
-def vit_h_14(header: dict) -> CLIPConfig:
-    return CLIPConfig()
-
-
 def toy_clip(header: dict) -> CLIPConfig:
     """The toy's header is a configuration of open_clip."""
     vision, text = header["vision_cfg"], header["text_cfg"]
@@ -692,44 +694,52 @@ def toy_clip(header: dict) -> CLIPConfig:
 @dataclass(frozen=True)
 class Recipe:
     """All that makes a reward."""
-    kind: Literal["image", "video"]                         # scores single frames, or a clip
+    kind: Literal["image", "video"]             # scores single frames, or a clip
     model: type[nn.Module]
-    config: Callable[[dict], object]                        # header of the file -> configuration of the model
-    convert: Callable[[State, object], State]               # public names -> ours
-    view: View                                              # fits clips to the model's input
-    pixels: tuple                                           # their mean and standard deviation
-    text_length: int                                        # L, tokens of a caption
-    tokenizer: Callable[[Path, int], Tokenizer] | None = None   # (path of the weights, L); None: `load` is given it
-    frames: tuple[int, ...] = ()                            # T that a video reward can take, the usual first
-    source: tuple[str, ...] = ()                            # public repository and file
-    whole: bool = True                                      # all tensors of the file are needed
+    config: Callable[[dict], object]            # header of the file -> configuration of the model
+    convert: Callable[[State, object], State]   # public names -> ours
+    view: View                                  # fits clips to the model's input
+    pixels: tuple                               # their mean and standard deviation
+    text_length: int                            # L, tokens of a caption
+    tokenizer: Callable[[Path, int], Tokenizer] | None = None   # (path of the weights, L); None: handed to `load`
+    frames: tuple[int, ...] = ()                # T that a video reward can take, the usual one first
+    source: tuple[str, ...] = ()                # public repository and file
+    whole: bool = True                          # the model needs all tensors of the file
 
 
+VIT_H_14 = dict(kind="image", model=CLIP, config=lambda header: CLIPConfig(), convert=from_clip,
+                pixels=CLIP_PIXELS, text_length=77, tokenizer=bpe)
 RECIPES = {
     "hpsv2": Recipe(
-        "image", CLIP, vit_h_14, from_clip, pad, CLIP_PIXELS, 77, bpe,
+        **VIT_H_14, view=pad,
         source=("xswu/HPSv2", "HPS_v2.1_compressed.pt")),
     "pickscore": Recipe(
-        "image", CLIP, vit_h_14, from_clip, squash, CLIP_PIXELS, 77, bpe,
+        **VIT_H_14, view=squash,
         source=("yuvalkirstain/PickScore_v1", "model.safetensors")),
     "clip": Recipe(
-        "image", CLIP, vit_h_14, from_clip, squash, CLIP_PIXELS, 77, bpe,
+        **VIT_H_14, view=squash,
         source=("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_pytorch_model.bin")),
     "imagereward": Recipe(
-        "image", ImageReward, lambda header: ImageRewardConfig(), from_imagereward, centre, CLIP_PIXELS, 35,
-        partial(wordpiece, repository="google-bert/bert-base-uncased", extra=("[DEC]", "[ENC]")),
+        kind="image", model=ImageReward, config=lambda header: ImageRewardConfig(), convert=from_imagereward,
+        view=centre, pixels=CLIP_PIXELS, text_length=35,
+        tokenizer=partial(wordpiece, repository="google-bert/bert-base-uncased", extra=("[DEC]", "[ENC]")),
         source=("THUDM/ImageReward", "ImageReward.pt"), whole=False),
     "viclip": Recipe(
-        "video", ViCLIP, lambda header: ViCLIPConfig(), from_viclip, window, IMAGENET_PIXELS, 32, bpe,
-        frames=(8,), source=("OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth")),
+        kind="video", model=ViCLIP, config=lambda header: ViCLIPConfig(), convert=from_viclip,
+        view=window, pixels=IMAGENET_PIXELS, text_length=32, tokenizer=bpe, frames=(8,),
+        source=("OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth")),
     "internvideo2": Recipe(
-        "video", InternVideo2, lambda header: InternVideo2Config(), from_internvideo2, window, IMAGENET_PIXELS,
-        40, partial(wordpiece, repository="google-bert/bert-large-uncased", sep=False), frames=(8, 4),
+        kind="video", model=InternVideo2, config=lambda header: InternVideo2Config(), convert=from_internvideo2,
+        view=window, pixels=IMAGENET_PIXELS, text_length=40, frames=(8, 4),
+        tokenizer=partial(wordpiece, repository="google-bert/bert-large-uncased", sep=False),
         source=("OpenGVLab/InternVideo2-Stage2_1B-224p-f4", "InternVideo2-stage2_1b-224p-f4.pt"), whole=False),
-    "shapes-clip": Recipe("image", CLIP, toy_clip, from_clip, squash, TOY_PIXELS, 24),
+    "shapes-clip": Recipe(
+        kind="image", model=CLIP, config=toy_clip, convert=from_clip,
+        view=squash, pixels=TOY_PIXELS, text_length=24),
     "shapes-viclip": Recipe(
-        "video", ViCLIP, lambda header: ViCLIPConfig(**header), from_viclip, squash, TOY_PIXELS, 24,
-        frames=(4,))}
+        kind="video", model=ViCLIP, config=lambda header: ViCLIPConfig(**header), convert=from_viclip,
+        view=squash, pixels=TOY_PIXELS, text_length=24, frames=(4,)),
+}
 
 
 def recipe_of(name: str) -> Recipe:
@@ -767,8 +777,8 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
          grad_checkpointing: bool = False, config: object = None) -> Reward:
     """A `Reward`, frozen.
 
-    path: a file, a folder, None = the public file. dtype: None = bfloat16 on CUDA, else float32. tokenizer: which
-    the toy's rewards need. frames: 4 or 8 for internvideo2. config: for models of another size.
+    path: a file, a folder, None = the public file. dtype: None = bfloat16 on CUDA, else float32. tokenizer:
+    which the toy's rewards need. frames: 4 or 8 for internvideo2. config: for models of another size.
     """
     # what can be wrong without reading the weights
     recipe, device = recipe_of(name), torch.device(device)
@@ -779,7 +789,7 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
     tokenizer = tokenizer or recipe.tokenizer(path, recipe.text_length)
 
     # the model's configuration
-    state, header = read(path)
+    state, header = read_named(path), read_header(path) if path.suffix == ".safetensors" else {}
     try:
         config = config or recipe.config(header)
     except (KeyError, TypeError) as error:
@@ -787,7 +797,11 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
     if frames:
         config = replace(config, frames=frames)
 
-    model = build(recipe.model, config, recipe.convert(state, config), path, not recipe.whole)
+    # its weights: no time or memory is spent on an initialisation
+    with torch.device("meta"):
+        model = recipe.model(config)
+    state = recipe.convert(flat(state), config)
+    fill(model, state, path, device, allow_unused=not recipe.whole)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     reward = Reward(name, freeze(model, device, dtype), tokenizer)
     reward.checkpoint(grad_checkpointing)
@@ -795,14 +809,15 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
 
 
 def untrained(name: str, device: str | torch.device, dtype: torch.dtype, frames: int | None = None) -> Reward:
-    """A reward without its weights, to count time and memory: it takes the centre crop, and one caption for all."""
+    """A reward without its weights, to count time and memory: centre crop, and one caption for all."""
     recipe = recipe_of(name)
     check_frames(name, frames)
     config = recipe.config({})
     if frames:
         config = replace(config, frames=frames)
     ids = torch.ones(1, recipe.text_length, dtype=torch.long)
-    reward = Reward(name, freeze(recipe.model(config), device, dtype), lambda captions: ids.expand(len(captions), -1))
+    model = freeze(recipe.model(config), device, dtype)
+    reward = Reward(name, model, lambda captions: ids.expand(len(captions), -1))
     reward.view = lambda clips, S, generators: recipe.view(clips, S)
     return reward
 
@@ -822,62 +837,10 @@ def find(recipe: Recipe, path: str | Path | None) -> Path:
     return found
 
 
-def read(path):
-    """A weights file, out of whatever it is wrapped in -> ({public name: tensor}, configuration in the header)."""
-    if path.suffix == ".safetensors":
-        return read_checkpoint(path)
-    content = read_tensors(path)
-    for wrapper in ("module", "model"):                             # InternVideo2, ViCLIP
-        content = content[wrapper] if isinstance(content, dict) and wrapper in content else content
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not named tensors; is it a reward model?")
-    content = {key.removeprefix("module."): w for key, w in content.items() if isinstance(w, torch.Tensor)}     # HPS
-    return {key: w.squeeze(2) if w.ndim == 5 else w for key, w in content.items()}, {}      # Conv3d over single frames
-
-
-def build(model_class, config, weights, path, allow_unused=False):
-    """A model that never spends time or memory on an initialisation: made of shapes, then given the file's tensors."""
-    with torch.device("meta"):
-        model = model_class(config)
-    wanted = model.state_dict()
-    bad = [f"{key} is missing" for key in wanted if key not in weights]
-    bad += [f"{key} is {tuple(weights[key].shape)} instead of {tuple(p.shape)}"
-            for key, p in wanted.items() if key in weights and weights[key].shape != p.shape]
-    if not allow_unused:
-        bad += [f"{key} is unknown" for key in weights if key not in wanted]
-    if bad:
-        raise ValueError(f"{path} is no {model_class.__name__}: {bad[0]} ({len(bad)} of {len(wanted)} tensors)")
-    unused = sorted({".".join(key.split(".")[:2]) for key in weights if key not in wanted})
-    if unused:
-        print(f"{path}: {len(weights) - len(wanted)} tensors not needed: {', '.join(unused)}", file=sys.stderr)
-    model.load_state_dict({key: weights[key] for key in wanted}, assign=True)
-    return model
-
-
-def freeze(model, device, dtype):
+def freeze(model: nn.Module, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    """Moves the model; its parameters are never trained, and those of FLOAT32 layers keep their precision."""
     for module in model.modules():
         for p in module.parameters(recurse=False):
             p.data = p.data.to(device, torch.float32 if isinstance(module, FLOAT32) else dtype)
             p.requires_grad_(False)
     return model.eval()
-
-
-def download(repository, file):
-    from huggingface_hub import hf_hub_download
-    try:
-        return Path(hf_hub_download(repository, file))
-    except OSError as error:
-        raise ValueError(f"{file} of huggingface.co/{repository} cannot be fetched; name a local file") from error
-
-
-def frames_for(reward: Reward, clips: Tensor) -> Tensor:
-    """Clips uint8 (B, 3, T, H, W) as a reward takes them: (B, T, 3, H, W) in [0, 1].
-
-    All frames, or, evenly spaced, as many as the reward wants.
-    """
-    pixels, T = clips.transpose(1, 2).float() / 255, clips.shape[2]
-    if not reward.frames:
-        return pixels
-    if T < reward.frames:
-        raise ValueError(f"{reward.name} looks at {reward.frames} frames, the clip has {T}")
-    return pixels[:, [int((i + 0.5) * T / reward.frames) for i in range(reward.frames)]]
