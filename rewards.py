@@ -1,7 +1,9 @@
 """Reward models R_img(x, c) and R_vid(x, c): how well does a clip x fit its caption c, how good does it look?
 
     reward = load("hpsv2", "HPS_v2.1_compressed.pt", device="cuda")
-    scores = reward(clips, captions)    # clips (B, T, 3, H, W) in [0, 1], B captions -> (B,), higher is better
+    scores = reward(clips, captions)
+
+with clips (B, T, 3, H, W) in [0, 1] and B captions gives scores (B,), higher is better.
 
 The pixels carry gradient, so that a generator can climb it; the reward's parameters and captions never do.
 
@@ -154,6 +156,20 @@ def crop(clips: Tensor, S: int, generators: Generators = None) -> Tensor:
         x = int(torch.randint(spare_x + 1, (), generator=generator))
         windows.append(clip[..., y:y + S, x:x + S])
     return torch.stack(windows)
+
+
+def frames_for(reward: Reward, clips: Tensor) -> Tensor:
+    """Clips uint8 (B, 3, T, H, W) as a reward takes them: (B, T, 3, H, W) in [0, 1].
+
+    All frames, or, evenly spaced, as many as the reward takes.
+    """
+    pixels, T = clips.transpose(1, 2).float() / 255, clips.shape[2]
+    if not reward.frames:
+        return pixels
+    if T < reward.frames:
+        raise ValueError(f"{reward.name} looks at {reward.frames} frames, the clip has {T}")
+    middles = [int((i + 0.5) * T / reward.frames) for i in range(reward.frames)]
+    return pixels[:, middles]
 
 
 # ---- parts that the networks share -------------------------------------------------------------------------
@@ -530,8 +546,7 @@ class ImageReward(nn.Module):
         a frame that good has no more gradient."""
         B, T = frames.shape[:2]
         image = self.norm(self.vision(frames.flatten(0, 1)[:, None]))       # (B*T, 1+N, D)
-        ids = ids.repeat_interleave(T, dim=0)                               # caption b for each of its T frames
-        state = self.bert(ids, image)
+        state = self.bert(ids.repeat_interleave(T, dim=0), image)           # caption b for each of its frames
         score = (self.mlp(state)[:, 0] - 0.16717362830052426) / 1.0333394966054072
         return score.clamp(max=2).view(B, T).mean(dim=1)
 
@@ -701,7 +716,7 @@ class Recipe:
     view: View                                  # fits clips to the model's input
     pixels: tuple                               # their mean and standard deviation
     text_length: int                            # L, tokens of a caption
-    tokenizer: Callable[[Path, int], Tokenizer] | None = None   # (path of the weights, L); None: handed to `load`
+    tokenizer: Callable[[Path, int], Tokenizer] | None = None   # (path of weights, L); None: given to `load`
     frames: tuple[int, ...] = ()                # T that a video reward can take, the usual one first
     source: tuple[str, ...] = ()                # public repository and file
     whole: bool = True                          # the model needs all tensors of the file
@@ -729,10 +744,11 @@ RECIPES = {
         view=window, pixels=IMAGENET_PIXELS, text_length=32, tokenizer=bpe, frames=(8,),
         source=("OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth")),
     "internvideo2": Recipe(
-        kind="video", model=InternVideo2, config=lambda header: InternVideo2Config(), convert=from_internvideo2,
-        view=window, pixels=IMAGENET_PIXELS, text_length=40, frames=(8, 4),
+        kind="video", model=InternVideo2, config=lambda header: InternVideo2Config(),
+        convert=from_internvideo2, view=window, pixels=IMAGENET_PIXELS, text_length=40, frames=(8, 4),
         tokenizer=partial(wordpiece, repository="google-bert/bert-large-uncased", sep=False),
-        source=("OpenGVLab/InternVideo2-Stage2_1B-224p-f4", "InternVideo2-stage2_1b-224p-f4.pt"), whole=False),
+        source=("OpenGVLab/InternVideo2-Stage2_1B-224p-f4", "InternVideo2-stage2_1b-224p-f4.pt"),
+        whole=False),
     "shapes-clip": Recipe(
         kind="image", model=CLIP, config=toy_clip, convert=from_clip,
         view=squash, pixels=TOY_PIXELS, text_length=24),
