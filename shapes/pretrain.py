@@ -386,6 +386,7 @@ def teacher(config: Config, group: Group) -> None:
     """
     pixels, text = shapes.load_vae(config.out).to(group.device), shapes.load_text(config.out).to(group.device)
     schedule = Schedule(device=group.device)
+    torch.manual_seed(config.seed)                          # whatever loading the others drew
     network = UNet(SHAPES).to(group.device)
     for layer in network.modules():
         if isinstance(layer, nn.Conv3d):
