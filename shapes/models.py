@@ -27,15 +27,14 @@ class Config(model.UNetConfig):
         return UNet
 
 
-SHAPES = Config(in_channels=8, channels=32, mult=(2, 3), res_blocks=1, attention_levels=(0, 1), head_dim=32,
-                context_dim=128, init_heads=1, groups=8)
+TOY = Config(in_channels=8, channels=32, mult=(2, 3), res_blocks=1, attention_levels=(0, 1), head_dim=32,
+             context_dim=128, init_heads=1, groups=8)
+TOY_VAE = model.VAEConfig(channels=48, mult=(1, 1), res_blocks=1, latent=8, groups=8, patch=4)
 SAMPLING = {                            # how clips are made, unless the command line says otherwise
     "turbo": Sampling("student", steps=4, guidance=2.0, grid=8),
     "teacher": Sampling("ddim", steps=50, guidance=2.0, grid=50, on_grid=True),
 }
-SHAPES_VAE = model.VAEConfig(channels=48, mult=(1, 1), res_blocks=1, latent=8, groups=8, patch=4)
-FAMILY = model.Family(SHAPES, world.SIZE, world.SIZE, fps=8, sampling=SAMPLING, frames=world.FRAMES,
-                      vae=SHAPES_VAE)
+FAMILY = model.Family(TOY, world.SIZE, world.SIZE, fps=8, sampling=SAMPLING, frames=world.FRAMES, vae=TOY_VAE)
 
 
 class SpaceTime(nn.Module):

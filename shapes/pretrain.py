@@ -35,7 +35,7 @@ from plumbing import cli, weights
 from plumbing.files import atomic, remove_leftovers
 from plumbing.run import Group, pick_device
 from shapes import grammar, world
-from shapes.models import SHAPES, SHAPES_VAE, UNet
+from shapes.models import TOY, TOY_VAE, UNet
 from solver import Schedule
 from turbo import EMA
 
@@ -233,7 +233,7 @@ def vae(config: Config, group: Group) -> None:
     where 512 latent pixels of a flat background together still tell its colour. Sampling starts from pure
     noise, which tells nothing; the teacher must not lean on it.
     """
-    network = model.VAE(SHAPES_VAE).to(group.device)
+    network = model.VAE(TOY_VAE).to(group.device)
 
     def loss_of(rng, progress):
         clips = draw(rng, 32, 2)[0].to(group.device)
@@ -387,7 +387,7 @@ def teacher(config: Config, group: Group) -> None:
     pixels, text = shapes.load_vae(config.out).to(group.device), shapes.load_text(config.out).to(group.device)
     schedule = Schedule(device=group.device)
     torch.manual_seed(config.seed)                          # whatever loading the others drew
-    network = UNet(SHAPES).to(group.device)
+    network = UNet(TOY).to(group.device)
     for layer in network.modules():
         if isinstance(layer, nn.Conv3d):
             layer.weight.data[:, :, ::2] = 0            # what a frame takes from its neighbours

@@ -15,7 +15,7 @@ import shapes
 from plumbing import cli
 from shapes import grammar, pretrain, world
 from shapes.grammar import Scene, Thing
-from shapes.models import SHAPES, SHAPES_VAE, SpaceTime, UNet
+from shapes.models import TOY, TOY_VAE, SpaceTime, UNet
 
 
 def scenes(count, held_out):
@@ -230,7 +230,7 @@ QUESTIONS = [("image", "colour"), ("image", "shape"), ("video", "colour"), ("vid
 
 @pytest.mark.parametrize("kind, question", QUESTIONS)
 def test_the_rewards_know_this_world(kind, question, capsys):
-    """Each prefers a clip's caption to one with an attribute changed, or with two things' motions exchanged."""
+    """Each prefers a clip's caption to one with an attribute changed, or two things' motions exchanged."""
     reward = shapes.rewards()[kind]
     if question == "whose motion":
         pairs = [grammar.draw_scene(random.Random(i), pairs=1) for i in range(100)]
@@ -367,7 +367,7 @@ def test_spacetime_tells_frames_apart():
     ends. The toy is told in the first features, with the timestep and in each attention over the clip, and
     each is enough."""
     torch.manual_seed(0)
-    unet = UNet(replace(SHAPES, in_channels=4, mult=(1,), head_dim=8, context_dim=24, spacetime=16)).eval()
+    unet = UNet(replace(TOY, in_channels=4, mult=(1,), head_dim=8, context_dim=24, spacetime=16)).eval()
     for p in unet.parameters():
         if not p.any():
             torch.nn.init.normal_(p, std=0.02)
@@ -387,7 +387,7 @@ def test_spacetime_tells_frames_apart():
 
 
 def test_toy_vae():
-    vae, f = model.VAE(SHAPES_VAE), SHAPES_VAE.factor
+    vae, f = model.VAE(TOY_VAE), TOY_VAE.factor
     x = torch.rand(2, 3, 4, 32, 48)
-    assert vae.encode(x).shape == (2, SHAPES_VAE.latent, 4, 32 // f, 48 // f)
+    assert vae.encode(x).shape == (2, TOY_VAE.latent, 4, 32 // f, 48 // f)
     assert vae.decode(vae.encode(x)).shape == x.shape
