@@ -1,12 +1,12 @@
 """Training: Algorithm 1 of T2V-Turbo (arXiv 2405.18750), on a CPU, a GPU, or many.
 
-    python train.py --preset shapes                                            # the toy, on a laptop
-    torchrun --nproc_per_node=8 train.py --preset turbo-vc2 --teacher model.ckpt --data '/data/webvid/{00000..09999}.tar' \\
-        --reward hpsv2=FILE --reward internvideo2=FILE --out runs/vc2          # the paper
+    python train.py --preset shapes                                                 # the toy, on a laptop
+    torchrun --nproc_per_node=8 train.py --preset turbo-vc2 --teacher model.ckpt --out runs/vc2 \\
+        --data '/data/webvid/{00000..09999}.tar' --reward hpsv2=FILE --reward internvideo2=FILE    # the paper
 
-The batch of a step is fixed and split over however many processes there are, and all that is random about a clip comes
-from a generator of its own, seeded by the clip's place in the run. So 1, 2 or 8 processes train the same student, and a
-run that was killed and resumed is the run that was not.
+The batch of a step is fixed and split over however many processes there are, and all that is random about a
+clip comes from a generator of its own, seeded by the clip's place in the run. So 1, 2 or 8 processes train
+the same student, and a run that was killed and resumed is the run that was not.
 """
 import copy
 import dataclasses
@@ -14,14 +14,14 @@ import math
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import data
 import model
@@ -30,6 +30,7 @@ import shapes
 from model import (
     FAMILIES,
     VAE,
+    Family,
     Models,
     TextEncoder,
     UNet3D,
@@ -37,22 +38,25 @@ from model import (
     condition_layers,
     layout_of,
     lora_shapes,
+    to_clip,
 )
 from plumbing import cli, dryrun, video, weights
-from plumbing.run import Group, Log, Parts, check_room, checkpoints, listen, open_folder, shielded, write
-from solver import Schedule
+from plumbing.cli import Count, NotNegative, Positive, Seed, Share, Size, Within
+from plumbing.files import atomic
+from plumbing.folder import Lock, Log, check_room, checkpoints, open_folder, read_checkpoint
+from plumbing.run import FlatAdamW, Group, Parts, listen, shielded
+from shapes import world
+from solver import Sampling, Schedule
 from turbo import (
     EMA,
-    Noise,
     RewardTerm,
     Step,
-    consistency,
     distill,
+    generate,
     inject,
     lora_state,
     merge,
     reward_gradient,
-    sample,
     total_loss,
 )
 
@@ -60,74 +64,160 @@ from turbo import (
 @dataclass(frozen=True)
 class Config:
     """Defaults are T2V-Turbo (VC2)."""
-    preset: Literal["shapes", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms"] = "shapes"  # replaces the defaults below
-    teacher: str = ""               # VideoCrafter2's model.ckpt or ModelScopeT2V's folder [downloaded; shapes: embedded]
-    data: str = ""                  # folder, .csv, .jsonl or .tar pattern of captioned clips, see data.py; paper: WebVid-10M
-    reward: tuple[str, ...] = ("hpsv2", "internvideo2")  # NAME[=FILE][:WEIGHT], repeatable; no FILE: download; WEIGHT: not β
-    out: str = ""                   # folder of the run: turbo.safetensors, checkpoints, log.jsonl, samples [runs/PRESET]
+    preset: Literal["shapes", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms"] = "shapes"     # of defaults
+    teacher: str = ""               # VC2's model.ckpt, MS's folder [downloaded; shapes: embedded]
+    data: str = ""                  # folder, .csv, .jsonl, .tar pattern of captioned clips; paper: WebVid-10M
+    reward: tuple[str, ...] = ("hpsv2", "internvideo2")  # NAME[=FILE][:WEIGHT], repeatable; overrides β
+    out: str = ""                   # folder for weights, checkpoints, log.jsonl, samples [runs/PRESET]
     resume: str = ""                # auto (the last checkpoint in OUT, if any) or a checkpoint's path
-    seed: int = 0                   # of LoRA's start, the order of clips, and all that Algorithm 1 draws
-    dry_run: int | None = None      # N steps with random weights and clips, then a table of time and memory; 0: simulated
+    seed: Seed = 0                  # of LoRA's start, the order of clips, and all that Algorithm 1 draws
+    device: str = ""                # cpu, cuda [cuda if there, a GPU per process]
+    dry_run: Size | None = None     # N steps with random weights, then time and memory ; 0: simulated
     # the clips
-    frames: int = 16                # paper, Sec. 4: 16 frames
-    height: int = 320               # paper, Sec. 4: 512x320 (VC2), 256x256 (MS)
-    width: int = 512                # same
-    fps: int = 16                   # of the clips, and what VC2's UNet is told; released code: 16; ModelScopeT2V: 8
+    frames: Count = 16              # paper, Sec. 4: 16 frames
+    height: Count = 320             # paper, Sec. 4: 512x320 (VC2), 256x256 (MS)
+    width: Count = 512              # same
+    fps: Annotated[int, Within(1, 240)] = 16    # of clips, told to VC2's UNet; released code: 16; MS: 8
     # Algorithm 1
-    grid: int = 50                  # N, DDIM steps of the teacher's solver; released code, num_ddim_timesteps
-    w_min: float = 5.0              # ω ~ U[w_min, w_max]; paper, Sec. 4
-    w_max: float = 15.0             # same
-    image_weight: float = 1.0       # β_img; paper, Sec. 4: 1 (VC2), 2 (MS); 0: VCM, or the ablation without R_img
-    video_weight: float = 2.0       # β_vid; paper, Sec. 4: 2 (VC2), 3 (MS); 0: VCM, or the ablation without R_vid
-    image_frames: int = 6           # M, random frames that an image reward sees; paper, Sec. 4 (released code: 5)
-    video_frames: int = 8           # evenly strided frames that a video reward sees; paper, Sec. 4
-    ema: float = 0.95               # decay of the target network θ⁻; paper, Eq. 6; 0: θ itself, as in the released code
+    grid: Annotated[int, Within(1, 1000)] = 50  # N, the solver's steps; released code, num_ddim_timesteps
+    w_min: NotNegative = 5.0        # ω ~ U[w_min, w_max]; paper, Sec. 4
+    w_max: NotNegative = 15.0       # same
+    image_weight: NotNegative = 1.0     # β_img; paper, Sec. 4: 1 (VC2), 2 (MS); 0: VCM, or without R_img
+    video_weight: NotNegative = 2.0     # β_vid; paper, Sec. 4: 2 (VC2), 3 (MS); 0: VCM, or without R_vid
+    image_frames: Count = 6         # M, random frames for an image reward; paper, Sec. 4 (released code: 5)
+    video_frames: Count = 8         # evenly strided frames for a video reward; paper, Sec. 4
+    ema: Share = 0.95               # decay of the target network θ⁻; v1 Eq. 6; 0: θ itself (released code)
     # optimisation
-    steps: int = 10000              # paper, Sec. 4: 10K
-    batch: int = 8                  # clips per step over all processes; paper, Sec. 4: 1 on each of 6 to 8 GPUs
-    micro: int = 1                  # clips per forward pass of a process: memory against speed
-    lr: float = 1e-5                # of AdamW (0.9, 0.999), constant; paper, Sec. 4
-    lora: int = 64                  # rank; paper: 64 (VC2); released weights: 32 (MS); 0: train all weights
-    clip: float = 1.0               # largest gradient norm; released code
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the networks; losses, LoRA, EMA: float32; released code
+    steps: Count = 10000            # paper, Sec. 4: 10K
+    batch: Count = 8                # clips per step, all processes together; paper, Sec. 4: 1 per GPU
+    micro: Count = 1                # clips per forward pass of a process: memory against speed
+    lr: Annotated[float, Within(0, 1, above=True)] = 1e-5  # of AdamW (0.9, 0.999), constant; paper, Sec. 4
+    lora: Size = 64                 # rank; paper: 64 (VC2); released weights: 32 (MS); 0: train all weights
+    clip: Positive = 1.0            # largest gradient norm; released code
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"     # of the networks; losses, LoRA, EMA: float32
     checkpointing: bool = True      # recompute the UNet's activations in the backward pass
-    chunk: int = 2                  # frames that the decoder's backward pass holds at a time
+    chunk: Count = 2                # frames that the decoder's backward pass holds at a time
     # keeping and watching
-    workers: int = 4                # processes that decode clips, per training process
-    save_every: int = 500           # steps between checkpoints
-    keep: int = 2                   # checkpoints kept
-    sample_every: int = 500         # steps between sample clips; 0: never
-    prompt: tuple[str, ...] = ("a corgi runs through a meadow", "waves at sunset, aerial view")  # of them; repeatable
-    guidance: float = 7.5           # ω of the samples; paper, Sec. 4
+    workers: Size = 4               # processes that decode clips, per training process
+    save_every: Count = 500         # steps between checkpoints
+    keep: Count = 2                 # checkpoints kept
+    sample_every: Size = 500        # steps between sample clips; 0: never
+    prompt: tuple[str, ...] = ("a corgi runs through a meadow", "waves at sunset")   # of them; repeatable
+    guidance: NotNegative = 7.5     # ω of the samples; paper, Sec. 4
     merge: bool = False             # at the end: also OUT/merged.safetensors, the whole UNet with LoRA merged
     export_lora: bool = False       # at the end: also OUT/unet_lora.pt, the list that the released code reads
 
 
-MS = dict(height=256, width=256, fps=8, lora=32, image_weight=2.0, video_weight=3.0, reward=("hpsv2", "viclip"))
+MS = dict(
+    height=256, width=256, fps=8, lora=32, image_weight=2.0, video_weight=3.0, reward=("hpsv2", "viclip"))
 VCM = dict(image_weight=0.0, video_weight=0.0)
-PRESETS = {
-    "shapes": dict(frames=8, height=64, width=64, fps=8, batch=8, micro=8, lr=1e-3, grid=8, steps=200, lora=7, image_frames=4,
-                   video_frames=4, w_min=0.5, w_max=3.0, guidance=2.0, chunk=1000, checkpointing=False, workers=0, save_every=50,
-                   sample_every=50, prompt=("a red circle moving right", "a blue square rising on white")),
-    "turbo-vc2": {}, "vcm-vc2": VCM, "turbo-ms": MS, "vcm-ms": MS | VCM,
-}
-PATHS = ("teacher", "data", "reward", "out", "resume")                                    # nobody else's business
-FIXED = ("preset", "seed", "batch", "lora", "ema", "grid", "frames", "height", "width")  # for the whole of a run
+SHAPES = dict(
+    frames=8, height=64, width=64, fps=8,
+    grid=8, w_min=0.5, w_max=3.0, reward=("shapes-clip", "shapes-viclip"), image_frames=4, video_frames=4,
+    steps=200, batch=8, micro=8, lr=1e-3, lora=7, checkpointing=False, chunk=1000,
+    workers=0, save_every=50, sample_every=50, guidance=2.0,
+    prompt=("a red circle moving right", "a blue square rising on white"))
+PRESETS = {"shapes": SHAPES, "turbo-vc2": {}, "vcm-vc2": VCM, "turbo-ms": MS, "vcm-ms": MS | VCM}
+
+PATHS = {"teacher", "data", "reward", "out", "resume", "device"}   # of this machine, not of the student
+MAY_CHANGE = PATHS | {                                              # when a run is resumed; nothing else may
+    "dry_run", "steps", "micro", "lr", "checkpointing", "chunk", "workers", "save_every", "keep",
+    "sample_every", "prompt", "guidance", "merge", "export_lora"}
 
 
-def configure(argv=None) -> Config:
-    """Command line over preset over defaults."""
+# ---- the command line --------------------------------------------------------------------------------------
+
+
+def configure(argv: list[str] | None = None) -> Config:
+    """Command line over preset over defaults. Raises ValueError for what is wrong before a file is opened."""
     preset = cli.parse(Config, argv, __doc__).preset
     config = cli.parse(Config, argv, __doc__, defaults={"out": f"runs/{preset}"} | PRESETS[preset])
-    family = shapes.FAMILY if preset == "shapes" else FAMILIES[preset.split("-")[-1]]
-    check_size(family, height=config.height, width=config.width)
-    for name in ("batch", "micro", "keep", "save_every", "chunk"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}; it must be at least 1")
+    check_values(config)
+    check_effect(config, cli.given(Config, argv))
     return config
 
 
-# ---- the trainer -----------------------------------------------------------------------------------------------
+def check_values(config: Config) -> None:
+    """Options that do not fit each other."""
+    toy = config.preset == "shapes"
+    check_size(family_of(config), height=config.height, width=config.width)
+    Schedule(config.grid)
+    if toy and config.height != config.width:
+        raise ValueError(f"--width {config.width}: the toy's clips are square; try --width {config.height}")
+    if config.w_min > config.w_max:
+        raise ValueError(f"--w-min {config.w_min} is above --w-max {config.w_max}")
+    if config.device.startswith("mps"):
+        raise ValueError("--device mps: training sums in float64, which MPS lacks; try --device cpu")
+    if toy and config.sample_every:
+        world.tokenize(list(config.prompt))
+    for planned in planned_rewards(config):
+        if planned.frames > config.frames:
+            raise ValueError(f"--{planned.kind}-frames {planned.frames} is more than the clips have; "
+                             f"choose at most --frames {config.frames}")
+
+
+def family_of(config: Config) -> Family:
+    """The teacher's architecture and the clips it was trained for."""
+    return shapes.FAMILY if config.preset == "shapes" else FAMILIES[config.preset.split("-")[1]]
+
+
+def check_effect(config: Config, given: set[str]) -> None:
+    """Options that were typed but cannot take effect."""
+    kinds = {planned.kind for planned in planned_rewards(config)}
+    public = "--preset turbo-vc2, vcm-vc2, turbo-ms or vcm-ms"
+    needs = (                                       # option, does it take effect, what it belongs to
+        ("data", config.preset != "shapes", f"{public}; the toy draws its own clips"),
+        ("image_frames", "image" in kinds, "an image reward; --image-weight is 0"),
+        ("video_frames", "video" in kinds, "a video reward; --video-weight is 0"),
+        ("prompt", config.sample_every, "--sample-every"),
+        ("guidance", config.sample_every, "--sample-every"),
+        ("merge", config.lora, "--lora; without it turbo.safetensors is the whole UNet"),
+        ("export_lora", config.lora, "--lora"),
+        ("resume", config.dry_run is None, "training; --dry-run begins anew"),
+    )
+    for name, effective, owner in needs:
+        if name in given and not effective:
+            raise ValueError(f"{cli.flag_of(name)} has no effect here: it belongs to {owner}")
+    if "reward" in given:
+        for name in sorted({rewards.parse_spec(spec)[0] for spec in config.reward}):
+            if name not in {planned.name for planned in planned_rewards(config)}:
+                raise ValueError(f"--reward {name} has no effect here: its weight is 0; "
+                                 f"set --{rewards.RECIPES[name].kind}-weight, or leave it out")
+
+
+@dataclass(frozen=True)
+class PlannedReward:
+    """A reward before it is loaded."""
+    name: str
+    path: str | None                # None: downloaded
+    kind: Literal["image", "video"]
+    weight: float                   # β_img, β_vid, or its own
+    frames: int                     # that it is shown of a clip
+
+
+def planned_rewards(config: Config) -> list[PlannedReward]:
+    """What --reward asks for, without rewards of weight zero, which are not loaded. Raises ValueError."""
+    planned = {}
+    for spec in config.reward:
+        name, path, weight = rewards.parse_spec(spec)
+        kind = rewards.RECIPES[name].kind
+        if name.startswith("shapes-") != (config.preset == "shapes"):
+            raise ValueError(f"--reward {name} does not belong to --preset {config.preset}; "
+                             "the toy's are shapes-clip and shapes-viclip, and no other preset takes those")
+        if name in planned:
+            raise ValueError(f"--reward {name} is given twice; give it once, with the sum of its weights")
+        weight = getattr(config, f"{kind}_weight") if weight is None else weight
+        planned[name] = PlannedReward(name, path, kind, weight, getattr(config, f"{kind}_frames"))
+
+    for kind, example in (("image", "hpsv2"), ("video", "internvideo2")):
+        weight = getattr(config, f"{kind}_weight")
+        if weight and kind not in {reward.kind for reward in planned.values()}:
+            raise ValueError(f"--{kind}-weight is {weight}, but no {kind} reward is given; "
+                             f"add --reward {example}=FILE, or --{kind}-weight 0")
+    return [reward for reward in planned.values() if reward.weight]
+
+
+# ---- the trainer -------------------------------------------------------------------------------------------
 
 
 def generator(seed: int, position: int) -> torch.Generator:
@@ -141,40 +231,43 @@ def generator(seed: int, position: int) -> torch.Generator:
 class Trainer:
     """Student, teacher, target, rewards and optimizer; `step` is one round of Algorithm 1."""
 
-    def __init__(self, config: Config, models, terms: list[RewardTerm], group: Group, parts: Parts | None = None,
-                 to_host: Callable[[Tensor], list[float]] = Tensor.tolist):
-        """to_host: brings a step's sums to the CPU; a simulation, whose tensors have no contents, hands in its own."""
+    def __init__(self, config: Config, models: Models, terms: list[RewardTerm], group: Group,
+                 parts: Parts | None = None, to_host: Callable[[Tensor], list[float]] = Tensor.tolist):
+        """to_host: brings a step's sums to the CPU; a simulation has its own, as its tensors are empty."""
         if config.batch % group.world:
+            up = math.ceil(config.batch / group.world) * group.world
             raise ValueError(f"a batch of {config.batch} clips cannot be split over {group.world} processes; "
-                             f"try --batch {-(-config.batch // group.world) * group.world}")
-        self.config, self.models, self.terms, self.group, device = config, models, terms, group, group.device
-        self.to_host = to_host
-        self.schedule, self.parts = Schedule(config.grid, device), parts or Parts(device)
-        self.done = self.skipped = self.clips_skipped = 0       # steps; skipped ones in a row; clips that were no good
-        self.names = ["loss", "loss_cd", *(term.name for term in terms), "clips_skipped", "grad_norm"]
-        self.prepare_networks(config, device)
+                             f"try --batch {up}")
+        self.config, self.models, self.terms, self.group = config, models, terms, group
+        self.parts, self.to_host = parts or Parts(group.device), to_host
+        self.schedule = Schedule(config.grid, group.device)
+
+        # networks, and what of them is trained
+        self.prepare_networks(config, group.device)
         self.named = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
         self.params = list(self.named.values())
+        self.optimizer = FlatAdamW(self.params, group, config.lr)
+        self.gradient = self.optimizer.gradient                     # one tensor; every p.grad is a view of it
         self.ema = EMA(self.params, config.ema) if config.ema else None
-        sizes = [p.numel() for p in self.params]
-        self.gradient = torch.zeros(sum(sizes), device=device)                          # one tensor; p.grad are its parts
-        for p, g in zip(self.params, self.gradient.split(sizes), strict=True):
-            p.grad = g.as_strided(p.shape, p.stride())
-        adam = dict(lr=config.lr, weight_decay=0, fused=True)                           # betas 0.9, 0.999
-        self.sharded = group.world > 1 and not config.lora                              # 11 GB of moments for 1.4 B weights
-        self.optimizer = (ZeroRedundancyOptimizer(self.params, torch.optim.AdamW, **adam) if self.sharded
-                          else torch.optim.AdamW(self.params, **adam))
         with torch.no_grad():
-            self.null = models.text([""])
+            self.null = models.text([""])                           # ∅
+
+        # counters
+        self.done = 0                   # steps
+        self.skipped = 0                # steps in a row without a finite gradient
+        self.clips_skipped = 0          # unusable clips before this start of the run
 
     def prepare_networks(self, config: Config, device: torch.device) -> None:
-        """Student and teacher out of one UNet: with LoRA they share it, without it the teacher is a frozen copy."""
-        unet = self.student = self.teacher = self.models.unet.eval()    # eval: dropout would make the targets noisy
-        if not unet.config.guidance:                                    # starts at zero: the student as its teacher
+        """Student and teacher out of one UNet: with LoRA they share it, else the teacher is a frozen copy."""
+        unet = self.models.unet.eval()
+        self.student = self.teacher = unet
+        if not unet.config.guidance:        # ω's layer starts at zero: the student starts as its teacher
             unet.config = dataclasses.replace(unet.config, guidance=True)
-            unet.add_module("time_cond_proj", condition_layers(unet.config)["time_cond_proj"].to(device, unet.dtype))
-        if config.lora:                                                 # with LoRA off it is the teacher: one copy
-            conv1d = ("init_attn.0.proj_in", "init_attn.0.proj_out")    # in VC2, and so not in the published LoRA
+            layer = condition_layers(unet.config)["time_cond_proj"]
+            unet.add_module("time_cond_proj", layer.to(device, unet.dtype))
+
+        if config.lora:                     # with LoRA off the student is the teacher: one copy
+            conv1d = ("init_attn.0.proj_in", "init_attn.0.proj_out")    # in VC2; not in the published LoRA
             inject(unet, config.lora, skip=conv1d if unet.config.fps else ())
         else:
             self.teacher = copy.deepcopy(unet).requires_grad_(False)
@@ -182,173 +275,227 @@ class Trainer:
                 p.data = p.data.to(getattr(torch, config.dtype))
             unet.requires_grad_(True)
         unet.checkpointing = config.checkpointing
-        for network in {self.student, self.teacher}:    # autocast caches casts, and θ and θ⁻ change places: so per call
+
+        # autocast caches casts of weights, and θ and θ⁻ change places: one autocast per call
+        for network in {self.student, self.teacher}:
             autocast = torch.autocast(device.type, torch.bfloat16, config.dtype == "bfloat16")
             network.forward = autocast(network.forward)
 
-    def accumulate(self, batch: dict, positions: range) -> Tensor:
-        """Algorithm 1 on some clips: adds their share of the gradient, returns that of loss, L_CD and rewards."""
-        config, models, device = self.config, self.models, self.group.device
-        draws = [generator(config.seed, position) for position in positions]
+    def step(self, batch: dict) -> dict[str, float]:
+        """One step on this process's clips of a batch -> its record in the log, the same on all processes."""
+        n, micro = self.config.batch // self.group.world, self.config.micro
+        first = (self.done * self.group.world + self.group.rank) * n    # the first clip's place in the run
+
+        # gradient and metrics, a few clips at a time
+        self.gradient.zero_()
+        metrics = 0
+        for start in range(0, n, micro):
+            end = min(start + micro, n)
+            micro_batch = {name: batch[name][start:end] for name in ("clip", "caption", "reward_caption")}
+            metrics = metrics + self.accumulate(micro_batch, range(first + start, first + end))
+
+        # their sums over all processes
+        with self.parts("update"):
+            self.group.sum(self.gradient)
+            metrics = self.group.sum(torch.cat([metrics, metrics.new_tensor([batch["bad"]])]))
+            norm = self.gradient.norm()
+            values = self.to_host(torch.cat([metrics, norm[None].double()]))
+            self.update(norm, all(map(math.isfinite, values)))
+        self.done += 1
+
+        names = ["loss", "loss_cd", *(term.name for term in self.terms), "clips_skipped", "grad_norm"]
+        record = dict(zip(names, values, strict=True))
+        record["clips_skipped"] = self.clips_skipped + int(record["clips_skipped"])
+        return record | {"lr": self.config.lr, "steps_skipped": self.skipped}
+
+    def accumulate(self, micro_batch: dict, positions: range) -> Tensor:
+        """Algorithm 1 on some clips: adds their share of the gradient -> that of loss, L_CD, rewards."""
+        config = self.config
+        generators = [generator(config.seed, position) for position in positions]
+
+        # clean latents and caption embeddings
         with self.parts("encode"), torch.no_grad():
-            x = batch["clip"].to(device) / 127.5 - 1
-            noise = torch.stack([torch.randn(self.latent(*x.shape[2:]), generator=g) for g in draws]).to(device)
-            z0, c = models.vae.encode(x, noise).float(), models.text(batch["caption"])
+            z0, c = self.encode(micro_batch, generators)
+
+        # t, ω and ε; the teacher's step from z_t to ẑ_s; L_CD
         with self.parts("distill"):
-            step = Step.draw(z0, self.schedule, (config.w_min, config.w_max), draws)
+            step = Step.draw(z0, self.schedule, (config.w_min, config.w_max), generators)
             loss_cd, z0_hat = distill(self.student, self.teacher, self.ema, self.schedule, step, z0, c,
                                       self.null.expand_as(c), fps=config.fps)
+
+        # rewards of the one-step generation ẑ0
         g, scores = None, {}
         if self.terms:
             with self.parts("rewards"):
-                captions = [short or full for short, full in zip(batch["reward_caption"], batch["caption"], strict=True)]
-                g, scores = reward_gradient(z0_hat, captions, models.vae.decode, self.terms, draws, config.chunk)
+                pairs = zip(micro_batch["reward_caption"], micro_batch["caption"], strict=True)
+                captions = [short or full for short, full in pairs]
+                g, scores = reward_gradient(z0_hat, captions, self.models.vae.decode, self.terms, generators,
+                                            config.chunk)
+
+        # gradient of L = L_CD - β_img J_img - β_vid J_vid
         share = len(positions) / config.batch
         with self.parts("backward"):
             (share * total_loss(loss_cd, z0_hat, g)).backward()
+
         loss = loss_cd.detach() - sum(term.weight * scores[term.name] for term in self.terms)
         return share * torch.stack([loss, loss_cd.detach(), *scores.values()]).double()
+
+    def encode(self, micro_batch: dict, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+        """Latents z0 (B, C, T, h, w), drawn from the VAE's posterior, and caption embeddings c."""
+        x = micro_batch["clip"].to(self.group.device) / 127.5 - 1
+        shape = self.latent(*x.shape[2:])
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(x.device)
+        return self.models.vae.encode(x, noise).float(), self.models.text(micro_batch["caption"])
 
     def latent(self, T: int, H: int, W: int) -> tuple[int, int, int, int]:
         """Shape of the latents of a clip."""
         vae = self.models.vae.config
         return vae.latent, T, H // vae.factor, W // vae.factor
 
-    def step(self, batch: dict) -> dict[str, float]:
-        """One step on this process's clips of the batch -> what the log says about it, the same on all processes."""
-        n, micro = self.config.batch // self.group.world, self.config.micro
-        first, told = (self.done * self.group.world + self.group.rank) * n, 0
-        self.gradient.zero_()
-        for i in range(0, n, micro):
-            some = {name: batch[name][i:i + micro] for name in ("clip", "caption", "reward_caption")}
-            told = told + self.accumulate(some, range(first + i, first + min(i + micro, n)))
-        with self.parts("update"):
-            self.group.sum(self.gradient)
-            norm = self.gradient.norm()
-            told = self.group.sum(torch.cat([told, told.new_tensor([batch["bad"]])]))
-            values = self.to_host(torch.cat([told, norm[None].double()]))
-            self.update(norm, all(map(math.isfinite, values)))
-        self.done += 1
-        record = dict(zip(self.names, values, strict=True))
-        record["clips_skipped"] = self.clips_skipped + int(record["clips_skipped"])
-        return record | {"lr": self.config.lr, "steps_skipped": self.skipped}
-
     def update(self, norm: Tensor, finite: bool) -> None:
-        """AdamW and EMA; neither if anything is inf or nan, which the sums then are on all processes alike."""
-        self.skipped = 0 if finite else self.skipped + 1
+        """AdamW and EMA; neither if anything is inf or nan: the sums then are so on all processes alike."""
         if finite:
+            self.skipped = 0
             self.gradient *= (self.config.clip / (norm + 1e-6)).clamp(max=1)
             self.optimizer.step()
             if self.ema:
                 self.ema.update()
-        elif self.skipped == 10:
-            raise ValueError("10 steps in a row without a finite gradient; resume an earlier checkpoint with a lower --lr")
+            return
+        self.skipped += 1
+        if self.skipped == 10:
+            raise ValueError("10 steps in a row without a finite gradient; "
+                             "resume an earlier checkpoint with a lower --lr")
 
-    def state(self, clips_skipped: int) -> dict:
+    def state(self, record: dict) -> dict:
         """All that the next step depends on; all processes call it, the first one gets it.
 
-        No random state is in it: draws depend on the seed and the position alone.
+        No random state is in it: draws depend on the seed and the position alone. record: the last step's.
         """
-        if self.sharded:
-            self.optimizer.consolidate_state_dict()
-        return {} if self.group.rank else dict(
-            config=dataclasses.asdict(self.config), step=self.done, steps_skipped=self.skipped,
-            clips_skipped=clips_skipped, params={name: p.detach() for name, p in self.named.items()},
-            ema=self.ema.average if self.ema else [], optimizer=self.optimizer.state_dict())
+        optimizer = self.optimizer.state_dict()
+        if self.group.rank:
+            return {}
+        return dict(
+            config=dataclasses.asdict(self.config), step=self.done, record=record,
+            steps_skipped=self.skipped, clips_skipped=record["clips_skipped"],
+            params={name: p.detach() for name, p in self.named.items()},
+            ema=self.ema.average if self.ema else [], optimizer=optimizer)
 
     @torch.no_grad()
     def load_state(self, state: dict) -> None:
-        """The inverse of `state`. Raises ValueError where what is fixed for the whole of a run differs."""
-        for name in FIXED:
-            if state["config"][name] != getattr(self.config, name):
-                raise ValueError(f"this run began with --{name} {state['config'][name]}, not {getattr(self.config, name)}; "
-                                 "go on with that, or choose another --out")
-        assert list(state["params"]) == list(self.named), "a checkpoint of another network"
-        self.done, self.skipped, self.clips_skipped = state["step"], state["steps_skipped"], state["clips_skipped"]
+        """The inverse of `state`. Raises ValueError where it is another network's."""
+        shapes_of = {name: p.shape for name, p in self.named.items()}
+        if {name: p.shape for name, p in state["params"].items()} != shapes_of:
+            raise ValueError("the checkpoint is of another network; "
+                             "go on with the --teacher that the run began with")
         ours = self.params + (self.ema.average if self.ema else [])
-        for p, q in zip(ours, [*state["params"].values(), *state["ema"]], strict=True):
-            p.copy_(q)
+        theirs = [*state["params"].values(), *state["ema"]]
+        for p, saved in zip(ours, theirs, strict=True):
+            p.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
-        for options in self.optimizer.param_groups:
-            options["lr"] = self.config.lr
-
-    @torch.no_grad()
-    def generate(self, captions: list[str], seeds: list[int]) -> Tensor:
-        """Clips uint8 (B, 3, T, H, W) as the student makes them now, in 4 steps."""
-        config, w = self.config, torch.full((len(seeds),), self.config.guidance, device=self.group.device)
-        f = partial(consistency, self.student, self.schedule, w=w, c=self.models.text(captions), fps=config.fps)
-        noise = Noise(seeds, self.latent(config.frames, config.height, config.width), self.group.device)
-        x = self.models.vae.decode(sample(f, self.schedule, noise, 4), config.chunk).float()
-        return (x.clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8)
-
-    def show(self, out: Path) -> dict[str, float]:
-        """Writes OUT/samples: this process's share of the prompts, always from the same noise. The toy is judged, too."""
-        for i in range(self.group.rank, len(self.config.prompt), self.group.world):
-            clip = self.generate([self.config.prompt[i]], [i])[0]
-            video.write_video(out / "samples" / f"step-{self.done:06d}-{i}.gif", clip, self.config.fps)
-        return {"oracle": shapes.accuracy(self.generate)} if self.config.preset == "shapes" else {}
+        self.done, self.skipped = state["step"], state["steps_skipped"]
+        self.clips_skipped = state["clips_skipped"]
 
 
-# ---- what a run needs, and what it leaves ------------------------------------------------------------------------
+def check_resume(config: Config, state: dict, path: Path) -> None:
+    """Raises ValueError where an option that holds for the whole of a run differs from the checkpoint's."""
+    said = state["config"]
+    for name in sorted(said.keys() & {field.name for field in dataclasses.fields(Config)} - MAY_CHANGE):
+        now = getattr(config, name)
+        if said[name] != now:
+            raise ValueError(f"this run began with {cli.flag_of(name)} {said[name]}, not {now}; "
+                             "go on with that, or choose another --out")
+    before, now = reward_weights(dataclasses.replace(config, reward=said["reward"])), reward_weights(config)
+    if before != now:
+        raise ValueError(f"this run began with the rewards {before}, not {now}; "
+                         "go on with those, or choose another --out")
+    if state["step"] > config.steps:
+        raise ValueError(f"{path} is at step {state['step']}, past --steps {config.steps}; "
+                         "resume an earlier checkpoint, or raise --steps")
 
 
-def load_world(config: Config, device: torch.device):
+def reward_weights(config: Config) -> str:
+    """The rewards of a run and their weights, in words."""
+    return ", ".join(f"{reward.name} ({reward.weight:g})" for reward in planned_rewards(config)) or "none"
+
+
+# ---- what a run needs --------------------------------------------------------------------------------------
+
+
+def load_world(config: Config, group: Group) -> tuple[Models, object, list[RewardTerm]]:
     """Networks, dataset of captioned clips, and reward terms."""
+    device = group.device
     if config.preset == "shapes":
-        known = shapes.rewards(device, config.teacher or None)
-        loaders = {reward.name: (kind == "video", None, lambda reward=reward: reward) for kind, reward in known.items()}
+        terms = reward_terms(config, partial(toy_reward, device=device, folder=config.teacher or None))
         models = shapes.load(folder=config.teacher or None, device=device, guidance=True)
-        return models, shapes.Clips(frames=config.frames, size=config.height), reward_terms(config, loaders)
-    if not config.data:
-        raise ValueError("no clips to train on; name them with --data, or try --dry-run 1")
-    clips = data.open_dataset(config.data, config.frames, config.fps, config.height, config.width, cache=config.out)
+        return models, shapes.Clips(frames=config.frames, size=config.height), terms
+
+    with group.first():                     # it indexes shards, the others read the index
+        clips = data.open_dataset(config.data, config.frames, config.fps, config.height, config.width,
+                                  cache=config.out)
     dtype = getattr(torch, config.dtype)
-    terms = public_terms(config, partial(rewards.load, device=device, dtype=dtype))
+    terms = reward_terms(config, partial(rewards.load, device=device, dtype=dtype))
     models = model.load(config.preset.split("-")[1], config.teacher or None, device=device, guidance=True,
                         dtype=dtype if config.lora else torch.float32)
-    models.vae.to(dtype), models.text.to(dtype)
+    models.vae.to(dtype)
+    models.text.to(dtype)
     return models, clips, terms
 
 
-def public_terms(config: Config, load) -> list[RewardTerm]:
-    """The terms that --reward names; load(name, path, frames=) makes a reward."""
-    loaders = {}
-    for name, path, weight in map(rewards.parse_spec, config.reward):
-        is_video = rewards.RECIPES[name].kind == "video"
-        loaders[name] = is_video, weight, partial(load, name, path, frames=config.video_frames if is_video else None)
-    return reward_terms(config, loaders)
+def check_files(config: Config) -> None:
+    """Raises ValueError where a file that will be read is not there."""
+    if config.teacher and not Path(config.teacher).expanduser().exists():
+        raise ValueError(f"--teacher {config.teacher}: no such file or folder")
+    if config.preset == "shapes":
+        return
+    if not config.data:
+        raise ValueError("no clips to train on; name them with --data, or try --dry-run 1")
+    for reward in planned_rewards(config):
+        if reward.kind == "video":
+            rewards.check_frames(reward.name, reward.frames)
+        if reward.path and not Path(reward.path).expanduser().exists():
+            raise ValueError(f"--reward {reward.name}={reward.path}: no such file")
 
 
-def reward_terms(config: Config, loaders: dict) -> list[RewardTerm]:
-    """{name: (is a video reward, weight or None = β, loader)} -> terms. A reward of weight zero is not even loaded."""
+def reward_terms(config: Config, load: Callable) -> list[RewardTerm]:
+    """β_img R_img and β_vid R_vid. load(name, path, frames=) makes a reward; frames: None for images."""
     terms = []
-    for name, (is_video, weight, load) in loaders.items():
-        weight = (config.video_weight if is_video else config.image_weight) if weight is None else weight
-        if weight:
-            terms.append(RewardTerm(load(), weight, config.video_frames if is_video else config.image_frames, is_video, name))
-    for is_video, kind, example in ((False, "image", "hpsv2"), (True, "video", "internvideo2")):
-        if getattr(config, f"{kind}_weight") and all(is_video != entry[0] for entry in loaders.values()):
-            raise ValueError(f"--{kind}-weight is {getattr(config, f'{kind}_weight')}, but no {kind} reward is given; "
-                             f"add --reward {example}=FILE, or --{kind}-weight 0")
+    for planned in planned_rewards(config):
+        is_video = planned.kind == "video"
+        reward = load(planned.name, planned.path, frames=planned.frames if is_video else None)
+        terms.append(RewardTerm(reward, planned.weight, planned.frames, is_video, planned.name))
     return terms
 
 
-# ---- the same with random weights, for --dry-run -----------------------------------------------------------------
+def toy_reward(name: str, path: str | None, frames: int | None, device: torch.device,
+               folder: str | None) -> rewards.Reward:
+    """One of the toy's rewards, which lie with its teacher."""
+    if path:
+        raise ValueError(f"--reward {name}={path}: the toy's rewards lie in the folder of --teacher; "
+                         f"leave ={path} out")
+    reward = shapes.rewards(device, folder)[rewards.RECIPES[name].kind]
+    if frames and frames != reward.frames:
+        raise ValueError(f"--video-frames {frames}: {name} takes {reward.frames}")
+    return reward
 
 
-def random_world(config: Config, device: torch.device) -> tuple[Models, "NoiseClips", list[RewardTerm]]:
+# ---- the same with random weights, for --dry-run -----------------------------------------------------------
+
+
+def random_world(config: Config, group: Group) -> tuple[Models, "NoiseClips", list[RewardTerm]]:
     """What `load_world` returns for a published model, but random: no file is read."""
-    name, dtype = config.preset.split("-")[1], getattr(torch, config.dtype)
-    family = FAMILIES[name]
+    family, dtype, device = family_of(config), getattr(torch, config.dtype), group.device
     with dryrun.build(device, dtype if config.lora else torch.float32):
         unet = UNet3D(dataclasses.replace(family.unet, guidance=True))
     with dryrun.build(device, dtype):
         vae, text = VAE(family.vae).requires_grad_(False), TextEncoder(family.text).requires_grad_(False)
-    models = Models(name, unet, vae, text, family)
-    return models, NoiseClips(config), public_terms(config, partial(random_reward, device=device, dtype=dtype))
+    models = Models(config.preset.split("-")[1], unet, vae, text, family)
+    terms = reward_terms(config, partial(random_reward, device=device, dtype=dtype))
+    return models, NoiseClips(config), terms
 
 
-def random_reward(name: str, path: str | None, frames: int | None, device: torch.device, dtype: torch.dtype):
+def random_reward(name: str, path: str | None, frames: int | None, device: torch.device,
+                  dtype: torch.dtype) -> rewards.Reward:
+    """A public reward without its weights; its path is not read."""
     with dryrun.build(device, dtype):
         return rewards.untrained(name, device, dtype, frames)
 
@@ -364,72 +511,159 @@ class NoiseClips:
         return dict(clip=clip, caption="noise", reward_caption=None, index=index)
 
 
-# ---- results -------------------------------------------------------------------------------------------------------
+# ---- what a run leaves -------------------------------------------------------------------------------------
 
 
-def save(trainer: Trainer, out: Path, clips_skipped: int) -> None:
+def save(trainer: Trainer, out: Path, record: dict) -> None:
     """OUT/checkpoint-STEP.pt. Once it is there, those of an abandoned future and all but the last K go."""
-    state, path = trainer.state(clips_skipped), out / f"checkpoint-{trainer.done:07d}.pt"
-    if trainer.group.rank == 0:
-        write(path, partial(torch.save, state))
-        past = [old for old in checkpoints(out) if old <= path]
-        for old in set(checkpoints(out)) - set(past[-trainer.config.keep:]):
-            old.unlink()
+    state, path = trainer.state(record), out / f"checkpoint-{trainer.done:07d}.pt"
+    if trainer.group.rank:
+        return
+    write(path, partial(torch.save, state))
+    saved = checkpoints(out)
+    past = saved[:saved.index(path) + 1]
+    for old in set(saved) - set(past[-trainer.config.keep:]):
+        old.unlink()
+
+
+def write(path: Path, writer: Callable[[Path], None]) -> None:
+    """writer(temporary path), atomically. Raises ValueError where the disk is full."""
+    try:
+        with atomic(path) as temporary:
+            writer(temporary)
+    except (RuntimeError, ValueError) as error:                     # torch.save raises RuntimeError
+        reason = str(error).splitlines()[0].removeprefix(f"{path} cannot be written: ")
+        raise ValueError(f"{path} cannot be written ({reason}); what was saved before is whole: "
+                         "make room, then go on with --resume auto") from error
+
+
+def show(trainer: Trainer, out: Path) -> dict[str, float]:
+    """OUT/samples: this process's share of the prompts, from the same noise. The toy is judged, too."""
+    config, models, group = trainer.config, trainer.models, trainer.group
+    size = config.frames, config.height, config.width
+    sampling = Sampling("student", min(4, config.grid), config.guidance, config.grid, config.fps)
+
+    def make(captions: list[str], seeds: list[int]) -> Tensor:
+        """Clips uint8 (B, 3, T, H, W) on the CPU, as the student makes them now."""
+        z = generate(models, captions, seeds, size, sampling)
+        return to_clip(models.vae, z, config.chunk).cpu()
+
+    for i in range(group.rank, len(config.prompt), group.world):
+        path = out / "samples" / f"step-{trainer.done:06d}-{i}.gif"
+        video.write_video(path, make([config.prompt[i]], [i])[0], config.fps)
+    return {"oracle": shapes.accuracy(make)} if config.preset == "shapes" else {}
+
+
+def header(trainer: Trainer) -> dict:
+    """What turbo.safetensors says about itself; model.py reads it."""
+    config = trainer.config
+    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in PATHS}
+    return {
+        "version": 2, "model": config.preset.split("-")[-1], "method": "turbo" if trainer.terms else "vcm",
+        "steps": config.grid, "w_min": config.w_min, "w_max": config.w_max, "rank": config.lora,
+        "fps": config.fps, "frames": config.frames, "height": config.height, "width": config.width,
+        "motion": None, "motion_share": None, "rewards": [term.name for term in trainer.terms],
+        "train": options}
 
 
 def export(trainer: Trainer, out: Path) -> None:
     """turbo.safetensors for sample.py; on demand the released code's list, and the merged UNet."""
     config, unet = trainer.config, trainer.student
     state = lora_state(unet) if config.lora else unet.state_dict()
-    header = {"version": 1, "model": config.preset.split("-")[-1], "method": "turbo" if trainer.terms else "vcm", "steps": config.grid,
-              "w_min": config.w_min, "w_max": config.w_max, "rank": config.lora,
-              "train": {k: v for k, v in dataclasses.asdict(config).items() if k not in PATHS}}
-    half = config.preset == "shapes"                                        # the toy's weights come with the repository
-    weights.save_checkpoint(out / "turbo.safetensors", {k: x.half() for k, x in state.items()} if half else state, header)
+    small = state
+    if config.preset == "shapes":           # the toy's weights come with the repository
+        small = {name: x.half() for name, x in state.items()}
+    for name, x in small.items():
+        if not x.isfinite().all():
+            raise ValueError(f"{out}: {name} of the student is not finite, so it is not exported; "
+                             "resume an earlier checkpoint with a lower --lr")
+
+    about = header(trainer)
+    weights.save_checkpoint(out / "turbo.safetensors", small, about)
     if config.export_lora:
-        write(out / "unet_lora.pt", partial(torch.save, weights.lora_to_list(
-            weights.split_lora(state), lora_shapes(unet.config), layout_of(unet.config))))
+        matrices = weights.lora_to_list(
+            weights.split_lora(state), lora_shapes(unet.config), layout_of(unet.config))
+        write(out / "unet_lora.pt", partial(torch.save, matrices))
     if config.merge:
-        weights.save_checkpoint(out / "merged.safetensors", merge(unet.float()).state_dict(), header)
+        weights.save_checkpoint(out / "merged.safetensors", merge(unet.float()).state_dict(), about)
+
+
+# ---- the run -----------------------------------------------------------------------------------------------
+
+
+def resumed(config: Config, path: Path | None, group: Group) -> dict | None:
+    """The content of the checkpoint that all processes go on from, memory-mapped, or None."""
+    state = read_checkpoint(path) if path else None
+    steps = group.all_of(state["step"] if state else 0)
+    if len(set(steps)) > 1:
+        raise ValueError(f"the processes go on from different steps ({', '.join(map(str, steps))}); "
+                         f"all nodes must share {config.out}")
+    if state:
+        check_resume(config, state, path)
+    return state
+
+
+def run(trainer: Trainer, clips, out: Path, record: dict) -> int | None:
+    """Steps until --steps or a signal -> the signal's number. record: that of the step resumed from."""
+    config, group, parts = trainer.config, trainer.group, trainer.parts
+    heard, stopped = listen(), False
+    loader = data.loader(clips, config.batch // group.world, group.rank, group.world, config.workers,
+                         config.seed, trainer.done, out / "bad_clips.jsonl")
+    batches = shielded(loader)
+    with Log(out, trainer.done, config.steps, group) as log:
+        if record and group.any(log.last < trainer.done):   # killed after the checkpoint, before the log
+            finish_step(trainer, out, log, record)
+        while trainer.done < config.steps and not stopped:
+            parts.seconds.clear()
+            with parts("data"):
+                batch = next(batches)
+            record = trainer.step(batch)
+            stopped = group.any(heard)
+            if trainer.done % config.save_every == 0 or trainer.done == config.steps or stopped:
+                save(trainer, out, record)
+            finish_step(trainer, out, log, record)
+    return (heard or [signal.SIGTERM])[0] if stopped else None
+
+
+def finish_step(trainer: Trainer, out: Path, log: Log, record: dict) -> None:
+    """Samples, where they are due, and the step's line in the log; both come after the checkpoint."""
+    every, done = trainer.config.sample_every, trainer.done
+    if every and (done % every == 0 or done == trainer.config.steps):
+        record = record | show(trainer, out)
+    log(done, record, trainer.parts)
 
 
 @cli.main
-def main(argv=None):
-    """Trains until --steps or a signal, and leaves OUT: log, samples, checkpoints, and at the end the student's weights."""
-    config, group = configure(argv), Group()
-    torch.manual_seed(config.seed)                                      # LoRA starts alike on all processes
+def main(argv: list[str] | None = None):
+    """Trains until --steps or a signal; leaves log, samples, checkpoints, and at the end the weights."""
+    config = configure(argv)
+    if config.dry_run is None:
+        check_files(config)
+    group = Group(config.device)
+    torch.manual_seed(config.seed)                                  # LoRA starts alike on all processes
     if config.dry_run is not None:
         world = load_world if config.preset == "shapes" else random_world
         return dryrun.report(config, group, world, Trainer)
-    out, path = Path(config.out), open_folder(config, group)
-    models, clips, terms = load_world(config, group.device)
-    trainer = Trainer(config, models, terms, group)
-    if path:
-        trainer.load_state(torch.load(path, map_location="cpu", weights_only=True))
-    if group.any(trainer.done) and not trainer.done:
-        raise ValueError(f"other processes found a checkpoint in {out}, this one did not; all nodes must share that folder")
-    check_room(out, trainer.gradient.nbytes * (4 if trainer.ema else 3), config.keep)
-    log, heard, stopped, record = Log(out, trainer.done, config.steps, group), listen(), False, {}
-    batches = shielded(data.loader(clips, config.batch // group.world, group.rank, group.world, config.workers,
-                                   config.seed, trainer.done, out / "bad_clips.jsonl"))
-    while trainer.done < config.steps and not stopped:
-        trainer.parts.seconds.clear()
-        with trainer.parts("data"):
-            batch = next(batches)
-        record = trainer.step(batch)
-        last = trainer.done == config.steps
-        if config.sample_every and (trainer.done % config.sample_every == 0 or last):
-            record |= trainer.show(out)
-        log(trainer.done, record, trainer.parts)
-        stopped = group.any(heard)
-        if trainer.done % config.save_every == 0 or last or stopped:
-            save(trainer, out, record["clips_skipped"])
-    if trainer.done >= config.steps and group.rank == 0:
-        export(trainer, out)
+
+    out = Path(config.out)
+    with Lock(out) if group.rank == 0 else nullcontext():
+        state = resumed(config, open_folder(config, group), group)
+        models, clips, terms = load_world(config, group)
+        trainer = Trainer(config, models, terms, group)
+        if state:
+            trainer.load_state(state)
+        record = state.get("record", {}) if state else {}
+        del state                                                   # its file may be deleted from here on
+        check_room(out, trainer.gradient.nbytes * (4 if trainer.ema else 3), config.keep)
+
+        stopped = run(trainer, clips, out, record)
+        if stopped is None and group.rank == 0:
+            export(trainer, out)
     group.leave()
     if stopped:
-        print(f"stopped by a signal, and saved at step {trainer.done}; go on with --resume auto", file=sys.stderr)
-        sys.exit(128 + (heard or [signal.SIGTERM])[0])
+        print(f"stopped by a signal, and saved at step {trainer.done}; go on with --resume auto",
+              file=sys.stderr)
+        sys.exit(128 + stopped)
 
 
 if __name__ == "__main__":

@@ -396,7 +396,9 @@ class LoRA(nn.Module):
             r = min(rank, base.in_channels, base.out_channels)
             self.down = type(base)(base.in_channels, r, base.kernel_size, base.stride, base.padding, **at)
             self.up = type(base)(r, base.out_channels, 1, **at)
-        nn.init.normal_(self.down.weight, std=1 / rank)
+        start = torch.empty(self.down.weight.shape)         # drawn on the CPU, so that all devices agree
+        nn.init.normal_(start, std=1 / rank)
+        self.down.weight.data.copy_(start)
         nn.init.zeros_(self.up.weight)
 
     @property

@@ -94,7 +94,7 @@ def build(device, dtype):
 
 
 def report(config, group, world, Trainer) -> Parts:
-    """Makes the steps and prints what is returned. world(config, device) -> models, clips and reward terms. The first step is extra: memory is counted in it, but not time."""
+    """Makes the steps and prints what is returned. world(config, group) -> models, clips and reward terms. The first step is extra: memory is counted in it, but not time."""
     n = config.batch // group.world
     if config.dry_run == 0:
         if config.preset == "shapes":
@@ -107,7 +107,7 @@ def report(config, group, world, Trainer) -> Parts:
         mode.__deepcopy__ = lambda memo: mode                   # copies of fake tensors stay in the one mode
     parts = Parts(group.device, memory)
     with mode, like_cuda() if config.dry_run == 0 else nullcontext(), memory:
-        models, clips, terms = world(config, group.device)
+        models, clips, terms = world(config, group)
         to_host = no_values if config.dry_run == 0 else torch.Tensor.tolist
         trainer = Trainer(config, models, terms, group, parts, to_host)
         trainer.optimizer.step()                                # allocates the moments; the gradient is zero

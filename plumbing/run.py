@@ -1,32 +1,33 @@
-"""What carries a training run: its processes, its folder with checkpoints and log, and the signals that end it."""
-import dataclasses
-import importlib.util
-import json
+"""What carries a training run: its processes and devices, its optimizer, and the signals that end it."""
 import os
 import resource
-import shutil
 import signal
 import time
 import uuid
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
-STOP = {signal.SIGTERM, signal.SIGINT}
+STOP = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+PATIENCE = timedelta(hours=2)   # of collectives: others wait while one downloads, indexes, writes 22 GB
+
+
+# ---- processes and devices ---------------------------------------------------------------------------------
 
 
 def pick_device(text: str = "") -> torch.device:
-    """The device of an option `--device`: "cpu", "cuda", "cuda:1" or "mps"; "" means CUDA where there is a GPU, else the CPU.
+    """The device of an option `--device`: "cpu", "cuda", "cuda:1", "mps"; "" means CUDA, else the CPU.
 
     Raises ValueError where PyTorch does not know the device or this machine does not have it.
     """
     kind, _, number = text.partition(":")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+
     if not text:
         return torch.device("cuda" if gpus else "cpu")
     if kind not in ("cpu", "cuda", "mps") or text != kind and not (kind == "cuda" and number.isdecimal()):
@@ -34,7 +35,7 @@ def pick_device(text: str = "") -> torch.device:
     if kind == "cuda" and not gpus:
         raise ValueError(f"--device {text}: this machine has no usable GPU; try --device cpu")
     if kind == "cuda" and int(number or 0) >= gpus:
-        raise ValueError(f"--device {text}: this machine has {gpus} GPU{'s' * (gpus > 1)}; the last one is cuda:{gpus - 1}")
+        raise ValueError(f"--device {text}: the last GPU of this machine is cuda:{gpus - 1}")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: this machine has no usable Apple GPU; try --device cpu")
     return torch.device(text)
@@ -43,51 +44,97 @@ def pick_device(text: str = "") -> torch.device:
 class Group:
     """The processes of a run, as torchrun started them; without torchrun, one.
 
-    Gradients meet in one explicit all-reduce per step instead of DistributedDataParallel. Of a step's four passes through
-    the UNet only one has a gradient, and LoRA's gradient is 0.5 GB against seconds of computing, so there is next to
-    nothing to overlap; and one tensor makes clipping, and the agreement of all processes on whether it is finite, one line.
+    Gradients meet in one explicit all-reduce per step instead of DistributedDataParallel. Of a step's four
+    passes through the UNet only one has a gradient, and LoRA's gradient is 0.5 GB against seconds of
+    computing, so there is next to nothing to overlap; and one tensor makes clipping, and the agreement of all
+    processes on whether it is finite, one line.
     """
 
-    def __init__(self):
+    def __init__(self, device: str = ""):
+        """device: as for `pick_device`; with "" or "cuda" every process of a machine gets its own GPU."""
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-        if cuda:
+        self.device = pick_device(device)
+        if self.device.type == "cuda":
+            self.device = own_gpu(self.device, int(os.environ.get("LOCAL_RANK", 0)), self.world)
             torch.cuda.set_device(self.device)
         if self.world > 1:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
             store, _, _ = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(attempt(store, self.rank, self.world), store)
-            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=self.rank, world_size=self.world)
+            dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=self.rank,
+                                    world_size=self.world)
 
     def sum(self, x: Tensor) -> Tensor:
-        """In place, and the same bits on all processes."""
+        """Over all processes, in place, and the same bits on each."""
         if self.world > 1:
             dist.all_reduce(x)
         return x
 
     def any(self, flag) -> bool:
+        """Is it true on any process?"""
         return self.sum(torch.tensor(float(bool(flag)), device=self.device)).item() > 0
 
+    def all_of(self, number: int) -> list[int]:
+        """A number of each process, in the order of their ranks."""
+        numbers = torch.zeros(self.world, dtype=torch.int64, device=self.device)
+        numbers[self.rank] = number
+        return self.sum(numbers).tolist()
+
+    def share(self, x: Tensor, owner: int) -> None:
+        """Overwrites x on all processes with the owner's."""
+        if self.world > 1:
+            dist.broadcast(x, owner)
+
+    def from_first(self, value):
+        """A small picklable value of the first process."""
+        box = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(box, 0, device=self.device)
+        return box[0]
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """The first process runs the block alone, then the others, which find its files."""
+        if self.rank > 0:
+            self.any(False)
+        yield
+        if self.rank == 0:
+            self.any(False)
+
     def leave(self) -> None:
+        """All together: torchrun ends the others when one has left with a signal's exit status."""
+        self.any(False)
         if self.world > 1:
             dist.destroy_process_group()
+
+
+def own_gpu(device: torch.device, local_rank: int, world: int) -> torch.device:
+    """The GPU of one of several processes of a machine. Raises ValueError where there are too few."""
+    if world > 1 and device.index is not None:
+        raise ValueError(f"--device {device}: every process takes a GPU of its own; use --device cuda")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"there is no GPU for process {local_rank} of this machine; "
+                         f"use torchrun --nproc_per_node={torch.cuda.device_count()}")
+    return torch.device("cuda", local_rank if device.index is None else device.index)
 
 
 def attempt(store: dist.Store, rank: int, world: int) -> str:
     """A new name on which all processes of this start agree.
 
-    torchrun keeps one store over all of its restarts, and in it the addresses of the processes that died: who is early reads
-    an old one, and connects to nobody or hangs. (Its count of restarts is no such name: it counts each node's own failures.)
+    torchrun keeps one store over all of its restarts, and in it the addresses of processes that died: an
+    early process reads an old address, and connects to nobody or hangs. (The count of restarts is no such
+    name: every node counts its own failures.)
     """
     mine = uuid.uuid4().hex
     if rank:
         store.set(f"here {rank}", mine)
-        name = store.get(f"invited {mine}").decode()                    # waits; nobody answers the dead, or for them
+        name = store.get(f"invited {mine}").decode()        # waits; values of a dead process are never read
         store.set(f"arrived {rank} {name}", "")
         return name
     for other in range(1, world):
         while not store.check([f"arrived {other} {mine}"]):
-            store.set("invited " + store.get(f"here {other}").decode(), mine)       # perhaps a dead one: asked again
+            invited = store.get(f"here {other}").decode()   # may be a dead process's: read again
+            store.set(f"invited {invited}", mine)
             time.sleep(0.02)
     return mine
 
@@ -95,7 +142,8 @@ def attempt(store: dist.Store, rank: int, world: int) -> str:
 class Parts:
     """Seconds spent in the named parts of a step.
 
-    With a `memory` (dryrun.py) also the most bytes held in each part, and by how many it left more than it found.
+    With a `memory` (dryrun.py) also the most bytes held in each part, and how many more it left than it
+    found.
     """
 
     def __init__(self, device: torch.device, memory=None):
@@ -110,97 +158,8 @@ class Parts:
             torch.cuda.synchronize()
         self.seconds[name] += time.perf_counter() - start
         if self.memory:
-            self.peak[name], self.kept[name] = max(self.peak[name], self.memory.peak), self.memory.live - before
-
-
-# ---- the folder --------------------------------------------------------------------------------------------------
-
-
-def write(path: Path, writer) -> None:
-    """writer(temporary path), to the disk, then rename: under its name a file is whole, or it is the one before."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        writer(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(f"{path} cannot be written ({error}); what was saved before is whole: make room, then go on "
-                         "with --resume auto") from error
-
-
-def checkpoints(out: Path) -> list[Path]:
-    return sorted(out.glob("checkpoint-*.pt"))
-
-
-def open_folder(config, group: Group) -> Path | None:
-    """Sees to it that OUT can be written and is not another run's -> the checkpoint to go on from."""
-    out = Path(config.out)
-    saved = checkpoints(out)
-    if config.resume not in ("", "auto"):
-        if not Path(config.resume).is_file():
-            raise ValueError(f"no checkpoint at {config.resume}" + (f"; the last one is {saved[-1]}" if saved else ""))
-        saved = [Path(config.resume)]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{out} cannot be made ({error.strerror}); choose another --out") from error
-    if group.rank == 0:
-        if saved and not config.resume and not restarted(out):
-            raise ValueError(f"{out} already holds {saved[-1].name}; go on with --resume auto, or choose another --out")
-        for leftover in out.glob("*.tmp"):                                  # of a process that was killed while it wrote
-            leftover.unlink()
-        said = json.dumps(dataclasses.asdict(config) | {"launcher": os.getppid()}, indent=1)
-        write(out / "config.json", lambda file: file.write_text(said))
-    return saved[-1] if saved else None
-
-
-def restarted(out: Path) -> bool:
-    """Did the same torchrun, by --max-restarts, start this run before?"""
-    said = out / "config.json"
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    return again and said.exists() and json.loads(said.read_text()).get("launcher") == os.getppid()
-
-
-def check_room(out: Path, size: int, keep: int) -> None:
-    """A full disk is better found now than after hours. size: of a checkpoint; one more than are kept is being written."""
-    need, free = size * (keep + 1 - min(keep, len(checkpoints(out)))), shutil.disk_usage(out).free
-    if free < need:
-        raise ValueError(f"{out} has {free / 1e9:.2f} GB free, the checkpoints take {need / 1e9:.2f} GB ({keep} kept, one "
-                         "being written); make room, or choose another --out or a smaller --keep")
-
-
-class Log:
-    """The first process writes log.jsonl (a line per step), the bar, and TensorBoard where it is installed.
-
-    On resume, the lines after the checkpoint go: their steps are made again.
-    """
-
-    def __init__(self, out: Path, start: int, steps: int, group: Group):
-        self.file = self.board = None
-        if group.rank:
-            return
-        path = out / "log.jsonl"
-        lines = path.read_text().splitlines(keepends=True)[:start] if path.exists() else []
-        write(path, lambda temporary: temporary.write_text("".join(lines)))
-        self.file, self.bar = open(path, "a"), tqdm(total=steps, initial=start)
-        if importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(str(out), purge_step=start + 1)
-
-    def __call__(self, step: int, record: dict, parts: Parts) -> None:
-        if self.file is None:
-            return
-        seconds = {name: round(value, 4) for name, value in parts.seconds.items()}
-        line = {"step": step, **record, "memory_gib": round(memory(parts.device), 3), "seconds": seconds}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        dull = ("lr", "steps_skipped", "clips_skipped")
-        self.bar.set_postfix({k: f"{v:.4g}" for k, v in record.items() if v and k not in dull}, refresh=False)
-        self.bar.update()
-        for name, value in record.items() if self.board else ():
-            self.board.add_scalar(name, value, step)
+            self.peak[name] = max(self.peak[name], self.memory.peak)
+            self.kept[name] = self.memory.live - before
 
 
 def memory(device: torch.device) -> float:
@@ -210,26 +169,123 @@ def memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20         # Linux counts KiB
 
 
-# ---- signals -----------------------------------------------------------------------------------------------------
+# ---- the optimizer -----------------------------------------------------------------------------------------
+
+
+class FlatAdamW:
+    """AdamW (0.9, 0.999) over all trained weights as one flat tensor, of which each process updates a share.
+
+    The network's weights and gradients become views of `weights` and `gradient`. For n weights on P processes
+    each process holds 4 n bytes of weights, 4 n of gradient and 8 n / P of moments: for 1.41 B weights, 5.3
+    GiB, 5.3 GiB and 10.5 / P GiB.
+    """
+
+    def __init__(self, params: list[nn.Parameter], group: Group, lr: float):
+        self.params, self.group = params, group
+        size, device = sum(p.numel() for p in params), params[0].device
+        self.weights = torch.empty(size, device=device)
+        self.gradient = torch.zeros(size, device=device)
+        for p, weight, grad in zip(params, self.views(self.weights), self.views(self.gradient), strict=True):
+            p.data = weight.copy_(p.detach())
+            p.grad = grad
+
+        self.bounds = [size * rank // group.world for rank in range(group.world + 1)]
+        self.start, self.end = self.bounds[group.rank:group.rank + 2]
+        self.mine = nn.Parameter(self.weights[self.start:self.end])             # the same memory
+        self.mine.grad = self.gradient[self.start:self.end]
+        self.adam = torch.optim.AdamW([self.mine], lr=lr, weight_decay=0, fused=True)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """A flat tensor as tensors like the parameters, each in its parameter's memory format."""
+        pieces = flat.split([p.numel() for p in self.params])
+        return [piece.as_strided(p.shape, p.stride()) for piece, p in zip(pieces, self.params, strict=True)]
+
+    def step(self) -> None:
+        """Updates the own share of the weights and fetches the others'."""
+        self.adam.step()
+        for owner, share in enumerate(self.shares(self.weights)):
+            self.group.share(share, owner)
+
+    def shares(self, flat: Tensor) -> list[Tensor]:
+        return [flat[a:b] for a, b in zip(self.bounds, self.bounds[1:])]
+
+    def state_dict(self) -> dict:
+        """Like that of torch.optim.AdamW over the parameters. All processes call it, the first gets it."""
+        mine, groups = self.adam.state[self.mine], self.adam.state_dict()["param_groups"]
+        if not mine:                                                        # no step was made yet
+            return dict(state={}, param_groups=groups)
+        first, second = self.gather(mine["exp_avg"]), self.gather(mine["exp_avg_sq"])
+        if self.group.rank:
+            return {}
+        state, step = {}, mine["step"].cpu()
+        for i, (exp_avg, exp_avg_sq) in enumerate(zip(self.views(first), self.views(second), strict=True)):
+            state[i] = dict(step=step, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+        return dict(state=state, param_groups=groups)
+
+    def gather(self, share: Tensor) -> Tensor | None:
+        """All shares of a moment as one flat tensor on the CPU of the first process."""
+        flat = torch.empty(len(self.weights)) if self.group.rank == 0 else None
+        for owner, (start, end) in enumerate(zip(self.bounds, self.bounds[1:])):
+            part = share if owner == self.group.rank else torch.empty(end - start, device=share.device)
+            self.group.share(part, owner)
+            if flat is not None:
+                flat[start:end] = part
+        return flat
+
+    def load_state_dict(self, state: dict) -> None:
+        """The inverse of `state_dict`; the learning rate stays. Takes the file of any number of processes."""
+        if not state["state"]:
+            return
+        share = dict(step=state["state"][0]["step"])
+        for name in ("exp_avg", "exp_avg_sq"):
+            share[name] = self.own_share([state["state"][i][name] for i in range(len(self.params))])
+        groups = self.adam.state_dict()["param_groups"]
+        self.adam.load_state_dict(dict(state={0: share}, param_groups=groups))    # puts `step` on the GPU
+
+    def own_share(self, tensors: list[Tensor]) -> Tensor:
+        """Of tensors like the parameters, what lies in this process's share, on the weights' device."""
+        share, offset = torch.empty_like(self.mine.data), 0
+        for p, x in zip(self.params, tensors, strict=True):
+            first, last = max(offset, self.start), min(offset + p.numel(), self.end)
+            if first < last:
+                ordered = torch.empty_strided(p.shape, p.stride()).copy_(x)         # in p's memory format
+                flat = ordered.as_strided((p.numel(),), (1,))
+                share[first - self.start:last - self.start] = flat[first - offset:last - offset]
+            offset += p.numel()
+        return share
+
+
+# ---- signals -----------------------------------------------------------------------------------------------
 
 
 def listen() -> list[int]:
-    """A list that gets the number of a stop signal. A second signal ends the process as it always did."""
-    heard = []
+    """A list that gets the number of a stop signal. A second signal ends the process as it always did.
+
+    A signal that the process was started to ignore (nohup) stays ignored.
+    """
+    heard, terminals = [], [fd for fd in (1, 2) if os.isatty(fd)]
+    wanted = [number for number in STOP if signal.getsignal(number) != signal.SIG_IGN]
 
     def hear(number, frame):
         heard.append(number)
-        for each in STOP:
+        for each in wanted:
             signal.signal(each, signal.SIG_DFL)
+        if number == signal.SIGHUP:                 # the terminal is gone: writing to it would be an error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for fd in terminals:
+                os.dup2(nowhere, fd)
 
-    for number in STOP:
+    for number in wanted:
         signal.signal(number, hear)
     return heard
 
 
-def shielded(batches):
-    """The same batches, but their worker processes, which inherit what is blocked, survive the signal that ends the run:
-    a Ctrl-C, or torchrun, sends it to them too, and the step under way may need them."""
+def shielded(batches: Iterator) -> Iterator:
+    """The same batches, but the worker processes that make them outlive the signal that ends the run.
+
+    Ctrl-C and torchrun send the signal to the workers as well, and the step under way may need them. They
+    inherit what is blocked while the first batch starts them.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
     try:
         first = next(batches)

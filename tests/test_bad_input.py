@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import rewards
 import shapes
+import train
 from data import open_dataset
 from plumbing import video, weights
 from shapes import pretrain
@@ -106,7 +107,7 @@ def test_wrong_toy_weights_end_in_one_line(wrong, tmp_path):
 
 # ---- data --------------------------------------------------------------------------------------------------
 
-DATA = {  # what --data names -> what the message says
+DATA = {                                # what --data names -> what the message says
     "nowhere": "no data at nowhere: expected a folder of clips, a .csv or .jsonl manifest, or .tars",
     "nowhere.csv": "no data at nowhere.csv: expected a folder",
     "{0..2}.tar": "3 of 3 shards are not there, e.g. 0.tar",
@@ -114,7 +115,7 @@ DATA = {  # what --data names -> what the message says
     "{0..99999999}.tar": "{0..99999999} is more than 1000000 shards; write fewer",
     "empty": "no clips in empty: expected *.mp4 with .txt beside them, e.g. 0001.mp4, 0001.txt",
     "shards": "no clips in shards: expected *.mp4 with .txt beside them, e.g. 0001.mp4, 0001.txt; "
-    "for its shards write 'shards/{00..07}.tar'",
+              "for its shards write 'shards/{00..07}.tar'",
     "text.tar": "no clips in text.tar: a shard has members KEY.mp4 and KEY.txt",
     "folder.csv": "folder.csv cannot be read: Is a directory",
     "folder.tar": "folder.tar cannot be read: Is a directory",
@@ -122,8 +123,8 @@ DATA = {  # what --data names -> what the message says
     "columns.csv": "columns.csv: no row has both a path and a caption; expected path,caption",
     "empty.csv": "empty.csv: no row has both a path and a caption; expected path,caption",
     "quote.csv": "quote.csv, line 2: a quote that is not closed in its row swallows the rows behind it",
-    "broken.jsonl": "broken.jsonl, line 3: Unterminated string starting at: line 1 column 2 (char 1); ",
-    "list.jsonl": 'list.jsonl, line 1: not an object; expected {"path"',
+    "broken.jsonl": "broken.jsonl, line 3: Unterminated string starting at: line 1 column 2 (char 1); expected",
+    "list.jsonl": "list.jsonl, line 1: not an object; expected {\"path\"",
     "  ,  ": "no clips in   ,  : a shard has members KEY.mp4 and KEY.txt",
 }
 
@@ -254,3 +255,74 @@ def test_evaluation_complains_in_one_line(typed, message, places, tmp_path, monk
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1 and message.format(**places) in said
     assert not list(tmp_path.iterdir())
+
+
+# ---- train.py ----------------------------------------------------------------------------------------------
+
+TRAIN = {
+    # options that cannot take effect
+    "--data clips": "--data has no effect here: it belongs to --preset turbo-vc2",
+    "--reward hpsv2=HPS.pt": "--reward hpsv2 does not belong to --preset shapes",
+    "--preset turbo-vc2 --reward shapes-clip": "--reward shapes-clip does not belong to --preset turbo-vc2",
+    "--preset vcm-vc2 --reward hpsv2=HPS.pt": "--reward hpsv2 has no effect here: its weight is 0; set --image-weight",
+    "--preset vcm-vc2 --video-frames 4": "--video-frames has no effect here: it belongs to a video reward",
+    "--image-weight 0 --image-frames 4": "--image-frames has no effect here: it belongs to an image reward",
+    "--sample-every 0 --guidance 3": "--guidance has no effect here: it belongs to --sample-every",
+    "--lora 0 --merge": "--merge has no effect here: it belongs to --lora",
+    "--lora 0 --export-lora": "--export-lora has no effect here: it belongs to --lora",
+    "--dry-run 1 --resume auto": "--resume has no effect here: it belongs to training",
+    # numbers
+    "--lr inf": "--lr: inf is not a finite number",
+    "--lr 1e30": "--lr: 1e30 must be at most 1",
+    "--lr 0": "--lr: 0 must be above 0",
+    "--clip nan": "--clip: nan is not a finite number",
+    "--w-min nan": "--w-min: nan is not a finite number",
+    "--image-weight nan": "--image-weight: nan is not a finite number",
+    "--ema nan": "--ema: nan is not a finite number",
+    "--ema 2": "--ema: 2 must be at most 1",
+    "--frames 0": "--frames: 0 must be at least 1",
+    "--image-frames 0": "--image-frames: 0 must be at least 1",
+    "--video-frames 0": "--video-frames: 0 must be at least 1",
+    "--batch -1": "--batch: -1 must be at least 1",
+    "--lora -1": "--lora: -1 must be at least 0",
+    "--save-every 0": "--save-every: 0 must be at least 1",
+    "--keep 0": "--keep: 0 must be at least 1",
+    "--workers -1": "--workers: -1 must be at least 0",
+    "--steps 1.5": "--steps: '1.5' is not a whole number",
+    "--fps 10000": "--fps: 10000 must be at most 240",
+    "--seed 99999999999999999999": "--seed: 99999999999999999999 must be at most",
+    # options that do not fit each other
+    "--w-min 3 --w-max 2": "--w-min 3.0 is above --w-max 2.0",
+    "--image-frames 9": "--image-frames 9 is more than the clips have; choose at most --frames 8",
+    "--width 128": "--width 128: the toy's clips are square; try --width 64",
+    "--preset turbo-vc2 --width 328": "width 328 is not a multiple of 64; try 320 or 384",
+    "--preset turbo-vc2 --reward hpsv2=HPS.pt": "--video-weight is 2.0, but no video reward is given",
+    "--reward shapes-clip --reward shapes-clip": "--reward shapes-clip is given twice",
+    "--reward shapes-klip": "no reward 'shapes-klip'; did you mean shapes-clip?",
+    "--prompt dinosaur": "dinosaur",
+    # what is not there
+    "--preset turbo-vc2": "no clips to train on; name them with --data",
+    "--teacher nowhere": "--teacher nowhere: no such file or folder",
+    "--preset turbo-vc2 --data . --teacher nowhere.ckpt": "--teacher nowhere.ckpt: no such file or folder",
+    "--preset turbo-ms --data . --reward hpsv2=a.pt --reward viclip=b.pth": "--reward hpsv2=a.pt: no such file",
+    "--preset turbo-vc2 --data nowhere --out RUN --reward hpsv2 --reward internvideo2": "no data at nowhere",
+    "--out FILE/run": "FILE/run cannot be made or written",
+    "--out RUN --resume nowhere.pt": "no checkpoint at nowhere.pt",
+    "--out RUN --reward shapes-clip=x.pt --video-weight 0": "leave =x.pt out",
+    "--out RUN --video-frames 3": "--video-frames 3: shapes-viclip takes 4",
+    # devices
+    "--device foo": "--device foo: no such device here; choose cpu, cuda",
+    "--device meta": "--device meta: no such device here",
+    "--device mps": "--device mps: training sums in float64, which MPS lacks",
+    "--unknown 1": "unknown option --unknown",
+}
+
+
+@pytest.mark.parametrize("typed", TRAIN)
+def test_train(typed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").touch()
+    with pytest.raises(SystemExit) as ended:
+        train.main(typed.split())
+    message, = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and TRAIN[typed] in message

@@ -1,10 +1,12 @@
 """A run that is killed, and then resumed, is the run that was not killed; and what was saved stays whole, whatever happens."""
 import json
 import os
+import pty
 import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,9 +21,17 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import train
+from plumbing import folder
+from plumbing.folder import checkpoints
 from plumbing.run import attempt
 
 ROOT = Path(__file__).parent.parent
+
+
+def wait_for_a_step(out, processes):
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+        time.sleep(0.05)
+        assert all(process.is_alive() for process in processes)
 
 
 def killed_at(position):
@@ -59,20 +69,18 @@ def test_killed_while_a_checkpoint_is_written(tmp_path):
 
     assert tiny.run(tmp_path / "one")[0] == 0
     assert tiny.run(tmp_path / "two", before=before)[0] == -signal.SIGKILL
-    assert [path.name for path in train.checkpoints(tmp_path / "two")] == ["checkpoint-0000002.pt"]
-    assert list((tmp_path / "two").glob("*.tmp"))
+    assert [path.name for path in checkpoints(tmp_path / "two")] == ["checkpoint-0000002.pt"]
+    assert list((tmp_path / "two").glob(".*.part"))
     assert tiny.run(tmp_path / "two", "--resume", "auto")[0] == 0
     assert tiny.same(tiny.last(tmp_path / "one"), tiny.last(tmp_path / "two"))
-    assert not list((tmp_path / "two").glob("*.tmp"))
+    assert not list((tmp_path / "two").glob(".*.part"))
 
 
-@pytest.mark.parametrize("number, world", [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
+@pytest.mark.parametrize("number, world", [(signal.SIGTERM, 1), (signal.SIGINT, 2), (signal.SIGHUP, 1)])
 def test_a_signal_saves_and_ends(tmp_path, number, world):
     """Also if only one of the processes hears it."""
     processes = tiny.start(tmp_path / "run", "--steps", 10 ** 6, "--save-every", 10 ** 6, world=world)
-    while not (tmp_path / "run" / "log.jsonl").exists() or not (tmp_path / "run" / "log.jsonl").read_text():
-        time.sleep(0.05)
-        assert all(process.is_alive() for process in processes)
+    wait_for_a_step(tmp_path / "run", processes)
     os.kill(processes[-1].pid, number)
     assert tiny.finish(processes)[-1] == 128 + number
     state = tiny.last(tmp_path / "run")
@@ -84,14 +92,14 @@ def test_a_signal_saves_and_ends(tmp_path, number, world):
 def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(tmp_path):
     """A limit on the size of a file, reached by the second checkpoint only, stands in for the disk."""
     assert tiny.run(tmp_path / "run", "--steps", 2)[0] == 0
-    size, before = train.checkpoints(tmp_path / "run")[0].stat().st_size, tiny.last(tmp_path / "run")
+    size, before = checkpoints(tmp_path / "run")[0].stat().st_size, tiny.last(tmp_path / "run")
 
     def full(rank):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
 
     code, text = tiny.run(tmp_path / "run", "--resume", "auto", before=full)
     assert code == 2 and "checkpoint-0000004.pt cannot be written" in text and "Traceback" not in text
-    assert tiny.same(tiny.last(tmp_path / "run"), before) and not list((tmp_path / "run").glob("*.tmp"))
+    assert tiny.same(tiny.last(tmp_path / "run"), before) and not list((tmp_path / "run").glob(".*.part"))
     assert tiny.run(tmp_path / "run", "--resume", "auto")[0] == 0
 
 
@@ -132,11 +140,214 @@ def test_a_restart_goes_on_with_its_own_run_only(tmp_path):
 def test_an_older_checkpoint_begins_another_future(tmp_path):
     run = tmp_path / "run"
     assert tiny.run(run, "--steps", 6, "--keep", 3)[0] == 0
-    assert [path.name[-4:-3] for path in train.checkpoints(run)] == ["2", "4", "6"]
+    assert [path.name[-4:-3] for path in checkpoints(run)] == ["2", "4", "6"]
     assert tiny.run(run, "--steps", 4, "--resume", run / "checkpoint-0000002.pt", "--lr", 1, "--keep", 1)[0] == 0
-    assert [path.name[-4:-3] for path in train.checkpoints(run)] == ["4"]
+    assert [path.name[-4:-3] for path in checkpoints(run)] == ["4"]
     assert [line["lr"] for line in tiny.log(run)] == [1e-4, 1e-4, 1.0, 1.0]
     assert tiny.last(run)["optimizer"]["param_groups"][0]["lr"] == 1
+
+
+def test_copies_of_checkpoints_are_nobodys(tmp_path):
+    """Names that only begin like a checkpoint's are neither resumed nor deleted."""
+    run = tmp_path / "run"
+    assert tiny.run(run, "--steps", 2)[0] == 0
+    copies = [run / "checkpoint-best.pt", run / "checkpoint-0000004 (copy).pt", run / "checkpoint-9.pt"]
+    for copy in copies:
+        shutil.copy(run / "checkpoint-0000002.pt", copy)
+    assert tiny.run(run, "--resume", "auto", "--keep", 1)[0] == 0
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-0000004.pt"]
+    assert all(copy.exists() for copy in copies)
+
+
+def test_options_of_the_whole_run_do_not_change(tmp_path):
+    """On resume; steps, learning rate and the like may, see the tests above."""
+    run = tmp_path / "run"
+    assert tiny.run(run)[0] == 0
+    weights = (run / "turbo.safetensors").stat()
+    for options, told in {
+        ("--steps", 2): "checkpoint-0000004.pt is at step 4, past --steps 2",
+        ("--w-max", 14): "this run began with --w-max 15.0, not 14.0",
+        ("--image-weight", 2): "this run began with --image-weight 1.0, not 2.0",
+        ("--image-frames", 1): "this run began with --image-frames 2, not 1",
+        ("--clip", 2): "this run began with --clip 1.0, not 2.0",
+        ("--dtype", "bfloat16"): "this run began with --dtype float32, not bfloat16",
+        ("--fps", 9): "this run began with --fps 8, not 9",
+        ("--reward", "shapes-clip:3", "--reward", "shapes-viclip"):
+            "this run began with the rewards shapes-clip (1), shapes-viclip (2), not shapes-clip (3), shapes-viclip (2)",
+    }.items():
+        code, text = tiny.run(tmp_path / "run", "--steps", 5, *options, "--resume", "auto")
+        assert code == 2 and told in text.splitlines()[-1] and "Traceback" not in text
+    assert (run / "turbo.safetensors").stat() == weights
+
+
+def test_a_checkpoint_in_another_folder(tmp_path):
+    """It begins a log of its own there, and spares what another run has saved."""
+    first, fresh, other = tmp_path / "first", tmp_path / "fresh", tmp_path / "other"
+    assert tiny.run(first)[0] == tiny.run(other, "--steps", 2, "--seed", 1)[0] == 0
+    fresh.mkdir()
+    (fresh / "log.jsonl").write_text('{"step": 1, "loss": 0}\n')       # of a run that left no checkpoint
+    argv = ["--steps", 6, "--resume", first / "checkpoint-0000004.pt"]
+    assert tiny.run(fresh, *argv)[0] == 0
+    assert [line["step"] for line in tiny.log(fresh)] == [4, 5, 6] and tiny.log(fresh)[0] == tiny.log(first)[-1]
+    code, text = tiny.run(other, *argv)
+    assert code == 2 and "holds checkpoint-0000002.pt of another run" in text.splitlines()[-1]
+    assert [path.name for path in checkpoints(other)] == ["checkpoint-0000002.pt"]
+
+    def second_attempt(rank):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+
+    assert tiny.run(fresh, *argv[2:], "--steps", 7, before=second_attempt)[0] == 0
+    assert [line["step"] for line in tiny.log(fresh)] == [4, 5, 6, 7]       # from its own last one, not from --resume
+
+
+def test_what_a_kill_leaves_is_cleaned_up(tmp_path):
+    """Half a line in the log, and files that were being written."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert tiny.run(one)[0] == tiny.run(two, "--steps", 2)[0] == 0
+    with open(two / "log.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    leftovers = [two / ".turbo.safetensors.999999999.part", two / "samples" / ".step-000002-0.gif.999999999.part"]
+    leftovers[1].parent.mkdir()
+    for leftover in leftovers:
+        leftover.touch()
+    assert tiny.run(two, "--resume", "auto")[0] == 0
+    assert tiny.log(one) == tiny.log(two) and not any(leftover.exists() for leftover in leftovers)
+
+
+def test_samples_come_after_the_checkpoint(tmp_path):
+    """A failure, or a kill, in what is optional costs no step; the next start makes up for the samples and the line."""
+    one, two = tmp_path / "one", tmp_path / "two"
+
+    def fails(rank):
+        def write_video(*args):
+            raise ValueError("no room for samples")
+        train.video.write_video = write_video
+
+    options = ["--sample-every", 2]
+    assert tiny.run(one, *options)[0] == 0
+    code, text = tiny.run(two, *options, before=fails)
+    assert code == 2 and text.splitlines()[-1] == "train.py: no room for samples"
+    assert tiny.last(two)["step"] == 2 and len(tiny.log(two)) == 1
+    assert tiny.run(two, *options, "--resume", "auto")[0] == 0
+    assert tiny.log(one) == tiny.log(two) and [line.get("oracle") for line in tiny.log(two)] == [None, 0.5, None, 0.5]
+    assert len(list((two / "samples").iterdir())) == 4
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    """The second is refused in one line; a killed run's lock is taken over."""
+    run, options = tmp_path / "run", ["--steps", 10 ** 6, "--save-every", 10 ** 6, "--resume", "auto"]
+    first, = tiny.start(run, *options)
+    wait_for_a_step(run, [first])
+    code, text = tiny.run(tmp_path / "second", "--out", run, "--resume", "auto")
+    assert code == 2 and text.strip() == (f"train.py: {run} is in use by process {first.pid} on {socket.gethostname()}; "
+                                          "wait until it ends, or choose another --out")
+    assert first.is_alive()
+    first.kill()
+    first.join()
+    assert tiny.run(run, "--resume", "auto", "--steps", 1)[0] == 0
+
+
+def test_a_lock_of_another_machine(tmp_path, monkeypatch):
+    """Whose processes cannot be seen from here: it counts as long as its heartbeat goes on."""
+    monkeypatch.setattr(folder, "WATCH", 0.4)
+    path = tmp_path / "lock"
+    path.write_text(json.dumps(dict(host="elsewhere", process=7, beat=3)))
+    with folder.Lock(tmp_path):                                         # dead
+        assert json.loads(path.read_text())["process"] == os.getpid()
+    assert path.read_text() == ""
+
+    def beat():
+        for i in range(100):
+            path.write_text(json.dumps(dict(host="elsewhere", process=7, beat=i)))
+            if ended.wait(0.05):
+                break
+
+    ended = threading.Event()
+    thread = threading.Thread(target=beat)
+    thread.start()
+    time.sleep(0.1)
+    with pytest.raises(ValueError, match="is in use by process 7 on elsewhere; wait until it ends"):
+        folder.Lock(tmp_path).__enter__()
+    ended.set()
+    thread.join()
+
+
+BROKEN = {
+    "empty": (b"", "is no checkpoint, or a cut-off one (0 bytes)"),
+    "text": (b"hello", "is no checkpoint, or a cut-off one (5 bytes)"),
+    "cut": (None, "is no checkpoint, or a cut-off one"),
+    "list": ([1, 2], "is no checkpoint of train.py"),
+    "tensor": (torch.zeros(2), "is no checkpoint of train.py"),
+    "foreign": ({"state_dict": {}}, "is no checkpoint of train.py"),
+    "older": ({"step": 2, "config": {}}, "is no checkpoint of train.py"),
+    "odd": (dict.fromkeys(folder.CONTENT, "x"), "is no checkpoint of train.py"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_ends_in_one_line(tmp_path, name):
+    content, told = BROKEN[name]
+    path = tmp_path / "x.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save({"state": torch.zeros(1000)} if content is None else content, path)
+    if content is None:
+        os.truncate(path, 2000)
+    with pytest.raises(ValueError) as error:
+        folder.read_checkpoint(path)
+    assert str(error.value).startswith(f"{path} {told}") and "\n" not in str(error.value)
+
+
+def test_checkpoints_are_mapped_not_read(tmp_path):
+    """22 GB of a full fine-tuning, times the processes of a machine, need not fit its memory."""
+    torch.save(dict(config={}, step=1, steps_skipped=0, clips_skipped=0, ema=[], optimizer={},
+                    params={"w": torch.ones(2 ** 25)}), tmp_path / "x.pt")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    state = folder.read_checkpoint(tmp_path / "x.pt")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 ** 16          # KiB; the file has 2 ** 17
+    assert state["params"]["w"][-1] == 1
+
+
+def test_a_checkpoint_of_the_first_version_is_resumed(tmp_path):
+    """Without a record, and with options that it did not know."""
+    run = tmp_path / "run"
+    assert tiny.run(run, "--steps", 2)[0] == 0
+    state = tiny.last(run)
+    del state["record"], state["config"]["device"]
+    state["config"]["reward"] = ("hpsv2", "internvideo2")               # the toy did not look at it
+    torch.save(state, run / "checkpoint-0000002.pt")
+    assert tiny.run(run, "--resume", "auto")[0] == 0
+    assert tiny.run(tmp_path / "one")[0] == 0
+    assert tiny.same(tiny.last(run)["params"], tiny.last(tmp_path / "one")["params"])
+
+
+def test_all_processes_go_on_from_the_same_step(tmp_path):
+    """Nodes that do not share OUT may find another checkpoint under the same name."""
+    assert tiny.run(tmp_path / "run", "--steps", 2, world=2)[0] == 0
+
+    def before(rank):
+        read = train.read_checkpoint
+        train.read_checkpoint = lambda path: read(path) | {"step": 2 - rank}
+
+    code, text = tiny.run(tmp_path / "run", "--resume", "auto", world=2, before=before)
+    assert code == 2 and "the processes go on from different steps (2, 1); all nodes must share" in text
+
+
+def test_a_closed_terminal_saves_and_ends(tmp_path):
+    """SIGHUP, after which the terminal cannot be written to."""
+    run, options = tmp_path / "run", [f"--out={tmp_path / 'run'}", "--steps=1000000", "--save-every=1000000"]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ |= {"PYTHONPATH": str(ROOT), "RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0"}
+        os.execv(sys.executable, [sys.executable, str(ROOT / "tests" / "tiny.py"), *options])
+    os.set_blocking(terminal, False)
+    while not (run / "log.jsonl").exists() or not (run / "log.jsonl").read_text():
+        time.sleep(0.1)
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGHUP
+    assert tiny.last(run)["step"] == len(tiny.log(run)) >= 1
 
 
 def test_processes_meet_their_own_attempt_only():
@@ -183,7 +394,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
         process.kill()
         process.join()
         kills += 1
-        saved = train.checkpoints(tmp_path / "two")
+        saved = checkpoints(tmp_path / "two")
         now = tiny.last(tmp_path / "two")["step"] if saved else 0
         assert now >= before and len(saved) <= 3                        # loads, and nothing saved was lost
         before = now

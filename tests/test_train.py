@@ -16,7 +16,8 @@ import train
 import turbo
 from data import BadClip
 from plumbing import cli, dryrun, video, weights
-from plumbing.run import Group
+from plumbing.folder import checkpoints
+from plumbing.run import FlatAdamW, Group
 from solver import Schedule
 from turbo import consistency, pseudo_huber, solve, teacher_eps
 
@@ -27,7 +28,7 @@ def trainer(*argv, seed=0, unet=tiny.UNET):
     """A Trainer in the tiny world, LoRA no longer zero."""
     config, group = tiny.configure(*argv), Group()
     torch.manual_seed(config.seed)
-    _, _, terms = tiny.load_world(config, group.device)
+    _, _, terms = tiny.load_world(config, group)
     made = train.Trainer(config, tiny.networks(seed, unet), terms, group)
     shake(made)
     return made
@@ -46,7 +47,7 @@ def batch(n=6, start=0):
                 reward_caption=[None] * n, bad=0)
 
 
-# ---- configuration ---------------------------------------------------------------------------------------------
+# ---- configuration -----------------------------------------------------------------------------------------
 
 
 def test_presets_are_the_papers():
@@ -64,8 +65,9 @@ def test_presets_are_the_papers():
         assert (c.frames, c.grid, c.w_min, c.w_max, c.image_frames, c.video_frames) == (16, 50, 5, 15, 6, 8)
         assert (c.steps, c.batch, c.lr, c.ema, c.clip, c.dtype) == (10000, 8, 1e-5, 0.95, 1.0, "bfloat16")
         assert c.out == f"runs/{preset}"
-    typed = train.configure(["--preset", "turbo-ms", "--reward", "pickscore=a.bin:0.5", "--lr", "1e-4"])
-    assert typed.reward == ("pickscore=a.bin:0.5",) and typed.lr == 1e-4 and typed.video_weight == 3
+    typed = train.configure(["--preset", "turbo-ms", "--reward", "pickscore=a.bin:0.5", "--reward", "viclip",
+                             "--lr", "1e-4"])
+    assert typed.reward == ("pickscore=a.bin:0.5", "viclip") and typed.lr == 1e-4 and typed.video_weight == 3
 
 
 def test_every_option_has_its_help():
@@ -76,30 +78,33 @@ def test_every_option_has_its_help():
 def test_mistakes_get_a_remedy():
     with pytest.raises(ValueError, match="width 328 is not a multiple of 64; try 320 or 384"):
         train.configure(["--preset", "turbo-vc2", "--width", "328"])
-    config = train.configure(["--preset", "turbo-vc2", "--reward", "hpsv2=FILE"])
-    loaders = {"hpsv2": (False, None, lambda: tiny.Bright("hpsv2"))}
     with pytest.raises(ValueError, match="--video-weight is 2.0, but no video reward is given"):
-        train.reward_terms(config, loaders)
-    with pytest.raises(ValueError, match="no clips to train on; name them with --data"):
-        train.load_world(config, torch.device("cpu"))
+        train.configure(["--preset", "turbo-vc2", "--reward", "hpsv2=FILE"])
     group = Group()
+    with pytest.raises(ValueError, match="no clips to train on; name them with --data"):
+        train.check_files(train.configure(["--preset", "turbo-vc2"]))
     group.world = 4
     with pytest.raises(ValueError, match="a batch of 6 clips cannot be split over 4 processes; try --batch 8"):
         train.Trainer(tiny.configure(), tiny.networks(), [], group)
 
 
 def test_a_reward_of_weight_zero_is_not_loaded():
-    def fail():
-        raise AssertionError("loaded")
+    def load(name, path, frames):
+        loaded.append((name, path, frames))
+        return tiny.Bright(name)
 
-    config = train.configure(["--preset", "vcm-vc2"])
-    assert train.reward_terms(config, {"hpsv2": (False, None, fail), "viclip": (True, None, fail)}) == []
-    terms = train.reward_terms(config, {"hpsv2": (False, 0.5, lambda: tiny.Bright("hpsv2")), "viclip": (True, None, fail)})
-    assert [(term.name, term.weight, term.frames, term.video) for term in terms] == [("hpsv2", 0.5, 6, False)]
-    assert trainer("--image-weight", 0, "--video-weight", 0).step(batch()).keys().isdisjoint({"image", "video"})
+    loaded = []
+    assert train.reward_terms(train.configure(["--preset", "vcm-vc2"]), load) == [] == loaded
+    config = train.configure(["--preset", "vcm-vc2", "--reward", "hpsv2=a.pt:0.5"])
+    term, = train.reward_terms(config, load)
+    assert loaded == [("hpsv2", "a.pt", None)]
+    assert (term.name, term.weight, term.frames, term.video) == ("hpsv2", 0.5, 6, False)
+    config = dataclasses.replace(tiny.configure(), image_weight=0.0, video_weight=0.0)
+    made = train.Trainer(config, tiny.networks(), tiny.load_world(config, Group())[2], Group())
+    assert made.step(batch()).keys().isdisjoint({"image", "video"})
 
 
-# ---- Algorithm 1 -----------------------------------------------------------------------------------------------
+# ---- Algorithm 1 -------------------------------------------------------------------------------------------
 
 
 def by_hand(made, teacher, target, clips, positions):
@@ -194,7 +199,7 @@ def test_the_student_starts_as_its_teacher():
     assert w.shape == (32, 4) and not w.any()
 
 
-# ---- processes -------------------------------------------------------------------------------------------------
+# ---- processes ---------------------------------------------------------------------------------------------
 
 
 def test_any_split_of_the_batch_trains_the_same(tmp_path):
@@ -220,10 +225,10 @@ def test_full_fine_tuning_shares_the_optimizer_state(tmp_path):
     def before(rank):
         ended = train.save
 
-        def save(made, out, clips_skipped):
-            held = sum(s["exp_avg"].numel() for s in made.optimizer.optim.state.values())
+        def save(made, out, record):
+            held = sum(s["exp_avg"].numel() for s in made.optimizer.adam.state.values())
             (tmp_path / f"held-{rank}").write_text(json.dumps([held, len(made.gradient)]))
-            ended(made, out, clips_skipped)
+            ended(made, out, record)
         train.save = save
 
     code, text = tiny.run(tmp_path / "two", "--lora", 0, "--steps", 2, world=2, before=before)
@@ -238,7 +243,7 @@ def test_full_fine_tuning_shares_the_optimizer_state(tmp_path):
     assert code == 0, text
 
 
-# ---- numerics --------------------------------------------------------------------------------------------------
+# ---- numerics ----------------------------------------------------------------------------------------------
 
 
 def test_a_step_without_a_finite_gradient_is_skipped_by_all(tmp_path):
@@ -256,7 +261,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_by_all(tmp_path):
     assert code == 0, text
     lines = tiny.log(tmp_path / "run")
     assert [line["steps_skipped"] for line in lines] == [0, 1, 0] and math.isnan(lines[1]["loss"])
-    one, two, three = (torch.load(path, weights_only=True) for path in train.checkpoints(tmp_path / "run"))
+    one, two, three = (torch.load(path, weights_only=True) for path in checkpoints(tmp_path / "run"))
     assert tiny.same(one["params"], two["params"]) and tiny.same(one["optimizer"], two["optimizer"])
     assert not tiny.same(two["params"], three["params"]) and tiny.same(one["ema"], two["ema"])
 
@@ -284,7 +289,69 @@ def test_bfloat16_networks_and_float32_weights():
     assert record["loss_cd"] == pytest.approx(exact["loss_cd"], rel=0.1) and math.isfinite(record["loss"])
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------
+# ---- the optimizer -----------------------------------------------------------------------------------------
+
+
+def test_a_share_of_the_moments_is_all_of_them(monkeypatch):
+    """FlatAdamW as processes 0, 1 and 2 of three together hold the state that torch's AdamW has, in any memory format."""
+    def params():
+        torch.manual_seed(0)
+        shapes = (4, 3, 2, 2), (5,), (2, 3, 2, 2, 2)
+        formats = torch.channels_last, torch.contiguous_format, torch.channels_last_3d
+        return [nn.Parameter(torch.randn(shape).to(memory_format=form)) for shape, form in zip(shapes, formats, strict=True)]
+
+    torch_params, group = params(), Group()
+    theirs = torch.optim.AdamW(torch_params, lr=1e-2, weight_decay=0, fused=True)
+    for p in torch_params:
+        p.grad = torch.randn_like(p)
+    theirs.step()
+    state = theirs.state_dict()
+
+    ours = FlatAdamW(params(), group, lr=1e-2)
+    for p, q in zip(ours.params, torch_params, strict=True):
+        p.grad.copy_(q.grad)
+        assert p.stride() == q.stride()
+    ours.step()
+    for p, q in zip(ours.params, torch_params, strict=True):
+        torch.testing.assert_close(p, q)
+    for i, mine in ours.state_dict()["state"].items():
+        assert mine["step"] == 1
+        torch.testing.assert_close(mine["exp_avg_sq"], state["state"][i]["exp_avg_sq"])
+
+    whole = FlatAdamW(params(), group, lr=1e-2)
+    whole.load_state_dict(state)
+    expected, got = whole.adam.state[whole.mine]["exp_avg"], []
+    group.world = 3
+    monkeypatch.setattr(group, "share", lambda x, owner: None)
+    for group.rank in range(3):
+        part = FlatAdamW(params(), group, lr=1e-2)
+        part.load_state_dict(state)
+        got.append(part.adam.state[part.mine]["exp_avg"])
+        assert part.adam.state[part.mine]["step"] == 1
+    assert torch.equal(torch.cat(got), expected)
+
+
+def test_resumed_state_lies_where_the_weights_are():
+    """Fused AdamW refuses a `step` on another device than its weights, which is where a checkpoint's lies (pytorch #124133)."""
+    cpu = [nn.Parameter(torch.ones(3, 2))]
+    made = FlatAdamW(cpu, Group(), lr=1e-2)
+    made.gradient.fill_(1)
+    made.step()
+    elsewhere = FlatAdamW([nn.Parameter(torch.empty(3, 2, device="meta"))], Group(), lr=1e-2)
+    elsewhere.load_state_dict(made.state_dict())
+    state = elsewhere.adam.state[elsewhere.mine]
+    assert {name: x.device.type for name, x in state.items()} == dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), "meta")
+
+
+def test_lora_starts_alike_on_all_devices(monkeypatch):
+    """Its draws are the CPU's, wherever the network is."""
+    drawn, normal = [], nn.init.normal_
+    monkeypatch.setattr(nn.init, "normal_", lambda x, **options: drawn.append(x.device.type) or normal(x, **options))
+    layers = turbo.inject(tiny.networks().unet.to("meta"), 4)
+    assert {p.device.type for p in layers} == {"meta"} and set(drawn[-len(layers) // 2:]) == {"cpu"}
+
+
+# ---- memory ------------------------------------------------------------------------------------------------
 
 
 def test_live_bytes_counts_storages_once():
@@ -347,7 +414,7 @@ def test_the_whole_step_fits_24_gb(capsys):
     assert most + 1.5 < 24e9 / 2 ** 30
 
 
-# ---- results ---------------------------------------------------------------------------------------------------
+# ---- results -----------------------------------------------------------------------------------------------
 
 
 def test_results_load_where_they_are_needed(tmp_path):
@@ -367,8 +434,34 @@ def test_results_load_where_they_are_needed(tmp_path):
             torch.testing.assert_close(student(z, t, c, w=w, fps=8), expected, rtol=near, atol=near)
         assert header["steps"] == 50 and (header["w_min"], header["w_max"], header["method"]) == (5, 15, "turbo")
         if name.endswith(".safetensors"):
-            assert header["version"] == 1 and header["rank"] == 4 and header["model"] == "shapes"
+            assert [header[key] for key in ("version", "model", "rank", "fps", "frames", "height", "width")] == [
+                2, "shapes", 4, 8, 4, 16, 16]
+            assert (header["rewards"], header["motion"], header["motion_share"]) == (["image", "video"], None, None)
     assert json.loads(json.dumps(model.read_turbo(tmp_path / "turbo.safetensors", unet)[3]["train"]))["lora"] == 4
+
+
+def test_a_student_that_is_not_finite_is_not_exported(tmp_path):
+    made = trainer()
+    made.params[0].data.flatten()[0] = float("nan")
+    with pytest.raises(ValueError, match="of the student is not finite, so it is not exported"):
+        train.export(made, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_samples_leave_the_gpu_before_the_oracle_sees_them(tmp_path, monkeypatch):
+    class OnGpu(torch.Tensor):
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    def accuracy(generate):
+        assert type(generate(["a"], [0])) is torch.Tensor
+        return 1.0
+
+    made = trainer()
+    decode = made.models.vae.decode
+    made.models.vae.decode = lambda z, chunk=None: decode(z, chunk).as_subclass(OnGpu)
+    monkeypatch.setattr(train.shapes, "accuracy", accuracy)
+    assert train.show(made, tmp_path) == {"oracle": 1.0}
 
 
 def test_a_run_leaves_log_samples_and_weights(tmp_path):

@@ -16,6 +16,7 @@ from torch import nn
 
 import model
 import train
+from plumbing.folder import checkpoints
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""     # runs are forked here, which neither CUDA nor the threads of autograd survive;
 torch.ones(1, requires_grad=True).backward()    # after a first backward pass on the CPU (not a fake one) there are none
@@ -70,9 +71,10 @@ def networks(seed=0, unet=UNET):
     return SimpleNamespace(unet=unet.eval(), vae=vae.requires_grad_(False).eval(), text=Text())
 
 
-def load_world(config, device):
-    loaders = {name: (name == "video", None, lambda name=name: Bright(name)) for name in ("image", "video")}
-    return networks(), Clips(), train.reward_terms(config, loaders)
+def load_world(config, group):
+    terms = [train.RewardTerm(Bright(reward.kind), reward.weight, reward.frames, reward.kind == "video", reward.kind)
+             for reward in train.planned_rewards(config)]
+    return networks(), Clips(), terms
 
 
 def configure(*argv):
@@ -86,7 +88,7 @@ def main(argv):
     train.main([*SETTINGS, *map(str, argv)])
 
 
-# ---- runs ----------------------------------------------------------------------------------------------------------------------
+# ---- runs --------------------------------------------------------------------------------------------------
 
 
 def _process(rank, world, port, argv, before, log):
@@ -134,12 +136,12 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-# ---- what a run leaves -----------------------------------------------------------------------------------------------------------
+# ---- what a run leaves -------------------------------------------------------------------------------------
 
 
 def last(out):
     """The last checkpoint, loaded."""
-    return torch.load(train.checkpoints(out)[-1], weights_only=True)
+    return torch.load(checkpoints(out)[-1], weights_only=True)
 
 
 def log(out):
@@ -151,7 +153,8 @@ def log(out):
 def same(a, b, near=None):
     """Are two checkpoints, or parts of them, equal bit by bit; or within `near`?"""
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key], near) for key in a if key not in ("out", "resume", "steps", "micro"))
+        differ = ("out", "resume", "steps", "micro")
+        return a.keys() == b.keys() and all(same(a[key], b[key], near) for key in a if key not in differ)
     if isinstance(a, list):
         return len(a) == len(b) and all(same(x, y, near) for x, y in zip(a, b, strict=True))
     if isinstance(a, torch.Tensor):
