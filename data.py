@@ -60,8 +60,9 @@ def one_line(text: str) -> str:
 
 
 class ClipDataset:
-    """The clips of all sources under one index. The loader takes anything that has len() and get(index,
-    generator)."""
+    """The clips of all sources under one index.
+
+    The loader takes anything else that has len() and get(index, generator) as well."""
 
     def __init__(self, sources: list, frames: int, fps: float, height: int, width: int):
         self.sources = sources
@@ -76,10 +77,9 @@ class ClipDataset:
         return self.sources[part].name(i)
 
     def get(self, index: int, generator: torch.Generator | None = None) -> dict:
-        """dict(clip uint8 (3, T, H, W), fps, caption, reward_caption or None, index); from frame 0 without a
-        generator.
+        """dict(clip uint8 (3, T, H, W), fps, caption, reward_caption or None, index).
 
-        Raises BadClip."""
+        The clip starts at the first frame without a generator. Raises BadClip."""
         part, i = locate(self.ends, index)
         try:
             video, caption, reward_caption = self.sources[part].read(i)
@@ -126,8 +126,7 @@ def seed_of(*key: int) -> int:
 
 
 class Steps:
-    """steps[n] = (this rank's batch of step n, the bad clips met on the way); the batch is None if all tries
-    failed."""
+    """steps[n] = (this rank's batch of step n, or None if all tries failed; the bad clips met on the way)."""
 
     def __init__(self, dataset, batch: int, rank: int, world: int, seed: int):
         self.dataset, self.batch, self.rank, self.world, self.seed = dataset, batch, rank, world, seed
@@ -176,9 +175,8 @@ def loader(dataset, batch: int, rank: int = 0, world: int = 1, workers: int = 0,
            start_step: int = 0, bad_file: str | Path | None = None) -> Iterator[dict]:
     """Batches of the steps from start_step on, without end.
 
-    A batch holds what the dataset's get() returns, stacked, and: position; bad = how many bad clips this rank
-    has met. bad_file: a JSON row for each bad clip is appended to it. Raises ValueError when they are too
-    many."""
+    A batch holds what the dataset's get() returns, stacked, and: position; bad, how many bad clips this rank
+    has met. A JSON row for each of them is appended to bad_file. Raises ValueError when they are too many."""
     if not len(dataset):
         raise ValueError("the dataset is empty")
     steps = Steps(dataset, batch, rank, world, seed)
@@ -188,8 +186,7 @@ def loader(dataset, batch: int, rank: int = 0, world: int = 1, workers: int = 0,
 
 
 def watched(batches: Iterable, batch: int, start_step: int, bad_file: str | Path | None) -> Iterator[dict]:
-    """Pass the batches on, log the bad clips, and raise when they are too many (the rule is in the file's
-    head)."""
+    """Pass the batches on, log the bad clips, and raise when they are too many (by the rule in the head)."""
     recent, total = deque(maxlen=WINDOW), 0           # recent: a row for a bad clip, None for a good one
     for step, (out, bad) in enumerate(batches, start_step):
         good = batch if out else 0
@@ -223,30 +220,33 @@ def append_rows(path: str | Path, rows: list[dict]) -> None:
 
 # ---- the cache that T2V-Turbo-v2 trains from (v2 Algorithm 1): what the teacher says about each clip, kept -
 
-# A sample is one draw (t, ε) of one clip. Its tensors are stored in float16, everything else as JSON:
-#   z_t, eps_c = ε(z_t, c, t), eps_0 = ε(z_t, ∅, t), motion = ∇G or None (C, T, H, W)
-#   c               the caption's embedding (L, D)
-#   index, draw     which clip, and which draw of it; n: place of t in the grid
+# A sample is one draw (t, ε) of one clip. Five tensors are stored in float16, everything else as JSON:
+#   z_t, eps_c = ε(z_t, c, t), eps_u = ε(z_t, ∅, t), gradient = ∂G/∂z_t, all (C, T, H, W); c (L, D)
+#   index, draw     which clip, and which draw of it; t: its timestep
 #   caption, reward_caption or None; rewards: whether the clip carries rewards
-#   source, source_index: where the clip came from; and whatever else is JSON
-# At 512x320 with 16 frames a latent has 327,680 bytes and c 157,696: a sample 1,140,736, with ∇G 1,468,416.
+#   source, source_index: where the clip came from; and whatever else the reader is to have
+# A gradient that is zero, because motion guidance is off at t, is not stored. At 512x320 with 16 frames a
+# latent has 327,680 bytes and c 157,696: a sample has 1,140,736, with its gradient 1,468,416.
 #
 # A folder holds header.json (what made the cache), 000000.safetensors and so on (16 clips each, whichever
 # process made them) and, when it is whole, index.json.
-CACHED = ("z_t", "eps_c", "eps_0", "motion", "c")
+CACHED = ("z_t", "eps_c", "eps_u", "gradient", "c")
 PER_SHARD = 16
 
 
 class CacheWriter:
     """Makes a cache, or goes on with one: clips 0 to header["clips"] - 1, each with header["draws"] samples.
 
-    writer = CacheWriter(folder, header, rank, world) for index in writer.missing(): for draw in range(draws):
-    writer.add(sample)                    # or writer.skip(index, reason), where a clip cannot be used
-    writer.finish()                               # in one process, when all are through
+        writer = CacheWriter(folder, header, rank, world)
+        for index in writer.missing():
+            for draw in range(draws):
+                writer.add(sample)                    # or writer.skip(index, reason)
+        writer.finish()                               # in one process, when all are through
 
-    header: what the samples depend on, JSON-able. Raises ValueError where the folder was made with another
-    one. Shard k belongs to process k % world, and its content depends on no other clips and not on their
-    order: any number of processes makes the same files. """
+    header: what the samples depend on, JSON-able. Raises ValueError where the folder was made with another.
+    Shard k belongs to process k % world. What it holds depends on its own clips alone, and not on their
+    order, so that any number of processes makes the same files.
+    """
 
     def __init__(self, folder: str | Path, header: dict, rank: int = 0, world: int = 1):
         self.folder, self.rank, self.world = Path(folder), rank, world
@@ -292,7 +292,9 @@ class CacheWriter:
         index, draw = sample["index"], sample["draw"]
         if index in self.skipped:                     # because of another draw
             return
-        tensors = {name: to_half(sample[name]) for name in CACHED if sample.get(name) is not None}
+        tensors = {name: to_half(sample[name]) for name in CACHED}
+        if not tensors["gradient"].any():
+            del tensors["gradient"]
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 self.skip(index, f"{name} of draw {draw} has values that are not finite in float16")
@@ -327,8 +329,9 @@ class CacheWriter:
                    for place, (sample, _) in enumerate(samples) for name, tensor in sample.items()}
         notes = dict(header=self.stamp, samples=[row for _, row in samples],
                      skipped={clip: self.skipped[clip] for clip in clips if clip in self.skipped})
+        text = json.dumps(notes)
         with atomic(shard_path(self.folder, shard)) as temporary:
-            save_file(tensors, temporary, metadata={"notes": json.dumps(notes)})
+            save_file(tensors, temporary, metadata={"notes": f"{zlib.crc32(text.encode()):08x}{text}"})
         self.done += len(kept)
 
     def finish(self) -> None:
@@ -349,11 +352,12 @@ class Cache:
     """A whole cache as a dataset for the loader, each sample read from mapped memory.
 
     expect: what header.json must say, e.g. {"model": "vc2", "grid": 200}. Raises ValueError where it says
-    otherwise, and where the cache is not whole. v2 trains on two streams of one cache, both exact and both
-    resumed by the step:
+    otherwise, and where the cache is not whole. v2 trains on two streams of one cache (Sec. 4: 3 clips for
+    L_CD and 1 for rewards), both in exact order and both resumed by the step:
 
-    zip(loader(cache, 3, rank, world, seed=seed, start_step=step), loader(cache.where(rewards=True), 1, rank,
-    world, seed=seed + 1, start_step=step)) """
+        zip(loader(cache, 3, rank, world, seed=seed, start_step=step),
+            loader(cache.where(rewards=True), 1, rank, world, seed=seed + 1, start_step=step))
+    """
 
     def __init__(self, folder: str | Path, expect: dict | None = None):
         self.folder = Path(folder)
@@ -362,7 +366,7 @@ class Cache:
         if self.header is None:
             raise ValueError(f"no cache in {folder}: make one with --prepare {folder}")
         check_header(self.folder, self.header, expect or {}, partly=True)
-        if index is None or index["header"] != stamp(self.header):
+        if index is None or index.get("header") != stamp(self.header):
             raise ValueError(f"the cache in {folder} is not whole: go on with --prepare {folder}")
 
         self.skipped = {int(clip): reason for clip, reason in index["skipped"].items()}
@@ -371,14 +375,13 @@ class Cache:
             if not path.exists() or path.stat().st_size != entry["bytes"]:
                 raise ValueError(f"{path} is missing or damaged: make it anew with --prepare {folder}")
         self.ends = np.cumsum([len(entry["rewards"]) for entry in index["shards"]])
-        self.rewards = np.array([value for entry in index["shards"] for value in entry["rewards"]], bool)
+        self.rewards = np.concatenate([np.array(entry["rewards"], bool) for entry in index["shards"]])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def get(self, index: int, generator: torch.Generator | None = None) -> dict:
-        """One sample as it was added, its tensors float16; motion is zero where it was None, guided says
-        which.
+        """One sample as it was added, its tensors in float16.
 
         Raises BadClip for a sample whose bytes are not those that were written."""
         shard, place = locate(self.ends, index)
@@ -389,9 +392,9 @@ class Cache:
                 tensors = read_tensors(file, place, row)
         except ValueError as error:
             raise BadClip(f"{path}, sample {place}", str(error)) from error
-        guided = "motion" in tensors
-        motion = {} if guided else {"motion": torch.zeros_like(tensors["z_t"])}
-        return {**row, **tensors, **motion, "guided": guided}
+        del row["crc"]
+        gradient = torch.zeros_like(tensors["z_t"])
+        return {**row, "gradient": gradient, **tensors}
 
     def where(self, rewards: bool) -> "Subset":
         """The samples of the clips that carry rewards, or of those that do not."""
@@ -449,11 +452,13 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def read_notes(path: Path) -> dict:
-    """What a shard holds besides tensors: its cache's stamp, a row per sample, the clips that were
-    skipped."""
+    """What a shard holds besides tensors: its cache's stamp, a row per sample, the clips left out."""
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["notes"])
+            notes = file.metadata()["notes"]
+        if notes[:8] != f"{zlib.crc32(notes[8:].encode()):08x}":
+            raise ValueError("its notes are not what was written")
+        return json.loads(notes[8:])
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is missing or damaged ({error}): make it anew with --prepare") from error
 
@@ -480,14 +485,20 @@ def checksum(tensor: Tensor) -> int:
 
 
 def read_json(path: Path) -> dict | None:
+    """What write_json wrote, or None where there is nothing. Raises ValueError for a damaged file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        crc = value.pop("crc")
+        if crc != zlib.crc32(json.dumps(value).encode()):
+            raise ValueError("it is not what was written")
+        return value
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and go on with --prepare") from error
 
 
 def write_json(path: Path, value: dict) -> None:
+    crc = zlib.crc32(json.dumps(value).encode())
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value), encoding="utf-8")
+        temporary.write_text(json.dumps({**value, "crc": crc}), encoding="utf-8")

@@ -107,7 +107,7 @@ def test_wrong_toy_weights_end_in_one_line(wrong, tmp_path):
 
 # ---- data --------------------------------------------------------------------------------------------------
 
-DATA = {                                # what --data names -> what the message says
+DATA = {  # what --data names -> what the message says
     "nowhere": "no data at nowhere: expected a folder of clips, a .csv or .jsonl manifest, or .tars",
     "nowhere.csv": "no data at nowhere.csv: expected a folder",
     "{0..2}.tar": "3 of 3 shards are not there, e.g. 0.tar",
@@ -115,7 +115,7 @@ DATA = {                                # what --data names -> what the message 
     "{0..99999999}.tar": "{0..99999999} is more than 1000000 shards; write fewer",
     "empty": "no clips in empty: expected *.mp4 with .txt beside them, e.g. 0001.mp4, 0001.txt",
     "shards": "no clips in shards: expected *.mp4 with .txt beside them, e.g. 0001.mp4, 0001.txt; "
-              "for its shards write 'shards/{00..07}.tar'",
+    "for its shards write 'shards/{00..07}.tar'",
     "text.tar": "no clips in text.tar: a shard has members KEY.mp4 and KEY.txt",
     "folder.csv": "folder.csv cannot be read: Is a directory",
     "folder.tar": "folder.tar cannot be read: Is a directory",
@@ -123,8 +123,8 @@ DATA = {                                # what --data names -> what the message 
     "columns.csv": "columns.csv: no row has both a path and a caption; expected path,caption",
     "empty.csv": "empty.csv: no row has both a path and a caption; expected path,caption",
     "quote.csv": "quote.csv, line 2: a quote that is not closed in its row swallows the rows behind it",
-    "broken.jsonl": "broken.jsonl, line 3: Unterminated string starting at: line 1 column 2 (char 1); expected",
-    "list.jsonl": "list.jsonl, line 1: not an object; expected {\"path\"",
+    "broken.jsonl": "broken.jsonl, line 3: Unterminated string starting at: line 1 column 2 (char 1); ",
+    "list.jsonl": 'list.jsonl, line 1: not an object; expected {"path"',
     "  ,  ": "no clips in   ,  : a shard has members KEY.mp4 and KEY.txt",
 }
 

@@ -1,0 +1,360 @@
+"""Clips as files (plumbing/video.py): frames sampled by their times, clips written and read; atomic files."""
+import itertools
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from clips import make_mp4, numbers, pick, read_video, write_at
+from PIL import Image
+from safetensors.torch import save_file
+
+from plumbing import video
+from plumbing.files import atomic, remove_leftovers
+from plumbing.video import read_clip, resize_crop, write_video
+
+CHILD = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def mp4(tmp_path_factory) -> bytes:
+    return make_mp4(tmp_path_factory.mktemp("mp4"))
+
+
+# ---- sampling frames ---------------------------------------------------------------------------------------
+
+
+def test_pick_consecutive_frames_at_the_native_rate():
+    """However a container rounds its timestamps, and from every start."""
+    for rate, digits in itertools.product((8, 15, 24, 25, 29.97, 30), (3, 6)):
+        times = np.round(np.arange(40) / rate, digits)
+        seen = set()
+        for seed in range(100):
+            got = pick(times, times[-1] + 1 / rate, 16, rate, generator=torch.Generator().manual_seed(seed))
+            assert (np.diff(got) == 1).all()
+            seen.add(int(got[0]))
+        assert seen >= {0, 24} or len(seen) > 18 and max(seen) <= 24
+    assert pick(times, 2, 16, 30)[0] == 0
+
+
+def test_pick_shows_what_a_viewer_sees():
+    """Variable frame rate: at each instant the frame that is on screen then, found by walking through the
+    frames."""
+    times = np.array([0, 0.1, 0.15, 0.9, 1.0, 1.75, 1.8, 2.4])
+    for seed in range(20):
+        got = pick(times, 2.5, 6, 4, generator=torch.Generator().manual_seed(seed))
+        start = times[got[0]]
+        for k, index in enumerate(got):
+            on_screen = [i for i, t in enumerate(times) if t <= start + k / 4 + 0.002][-1]
+            assert index == on_screen
+        assert start + 5 / 4 < 2.5
+    assert pick(times, 2.5, 6, 4).tolist() == [0, 2, 2, 2, 4, 4]
+
+
+def test_pick_short_clips():
+    times = np.arange(10) / 10                                       # one second
+    assert pick(times, 1.0, 8, 8).tolist() == [0, 1, 2, 3, 5, 6, 7, 8]  # 7/8 s: long enough
+    assert pick(times, 1.0, 10, 1).tolist() == list(range(10))  # 9 s: spread over what is there
+    assert pick(times, 1.0, 4, 1).tolist() == [0, 3, 6, 9]
+    assert pick(times, 1.0, 19, 10)[[0, -1]].tolist() == [0, 9]  # 10 frames for 19: some twice
+    for frames, fps, true_fps in ((8, 8, 8), (10, 1, 10), (4, 1, 3 / 0.9)):     # at what rate it is played
+        assert video.pick(times, 1.0, frames, fps)[1] == pytest.approx(true_fps)
+
+
+@pytest.mark.parametrize("kind", ["mp4", "bframes", "open-gop", "webm", "vfr"])
+def test_read_video_returns_the_frames_of_those_instants(kind, tmp_path):
+    """From every start, across key frames: what is decoded after seeking is what decoding everything would
+    give."""
+    ms = [round(t * 1000 / 30) for t in range(40)]
+    if kind == "vfr":
+        ms = np.cumsum(np.random.default_rng(0).integers(1, 6, 40) * 20).tolist()
+    options = {
+        "bframes": {"g": "12", "bf": "3"},
+        "open-gop": {"x264-params": "open-gop=1:keyint=8:bframes=3"},
+    }
+    path = tmp_path / ("a.webm" if kind == "webm" else "a.mp4")
+    write_at(path, ms, options.get(kind, {"g": "7"}), "libvpx-vp9" if kind == "webm" else "libx264")
+    times, starts = np.array(ms) / 1000, set()
+    for seed in range(12):
+        clip = read_video(path, 5, 10, 32, 48, generator=torch.Generator().manual_seed(seed))
+        got = numbers(clip)
+        assert clip.shape == (3, 5, 32, 48) and clip.dtype == torch.uint8
+        assert got == [int((times <= times[got[0]] + k / 10 + 0.002).sum()) - 1 for k in range(5)]
+        starts.add(got[0])
+    assert len(starts) > 5
+
+
+def test_read_video_bytes_decode_only_what_is_needed(mp4, monkeypatch):
+    decoded, decode = [], video.decode
+    monkeypatch.setattr(
+        video, "decode", lambda *a: (decoded.append(frame.pts) or frame for frame in decode(*a))
+    )
+    with video.open_video(mp4) as (container, stream):
+        ticks, _, keys = video.timeline(container, stream)
+    keys = np.searchsorted(ticks, sorted(keys))
+    assert len(keys) > 5
+    for seed in range(5):
+        decoded.clear()
+        got = numbers(read_video(mp4, 3, 15, 32, 48, generator=torch.Generator().manual_seed(seed)))
+        assert got == [got[0], got[0] + 2, got[0] + 4]
+        assert decoded == ticks[max(keys[keys <= got[0]]):got[2] + 1].tolist()
+
+
+def test_same_generator_same_clip(mp4):
+    a, b, c = (read_video(mp4, 4, 8, 16, 24, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_phone_clips_are_turned_upright(tmp_path):
+    """A file of 48x32 pixels with the matrix of a quarter turn clockwise is shown as 32x48."""
+    clip = torch.zeros(3, 3, 32, 48, dtype=torch.uint8)
+    clip[0, :, :, :24] = 250  # left half red: on top when turned clockwise
+    write_video(tmp_path / "a.mp4", clip, 8)
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    matrix = content.index(b"tkhd") + 4 + 4 + 20 + 8 + 8
+    content[matrix:matrix + 36] = struct.pack(">9i", 0, 65536, 0, -65536, 0, 0, 32 << 16, 0, 1 << 30)
+    (tmp_path / "a.mp4").write_bytes(content)
+    turned = read_clip(tmp_path / "a.mp4")
+    assert turned.shape == (3, 3, 48, 32)
+    assert turned[0, :, :20].min() > 200 and turned[0, :, 28:].max() < 50
+
+
+@pytest.mark.parametrize(
+    "H, W, height, width", [(36, 64, 16, 24), (64, 36, 16, 24), (45, 51, 16, 24), (9, 13, 16, 24)]
+)
+def test_resize_crop_against_pillow(H, W, height, width):
+    """Pillow's bicubic is antialiased too; both round to integers, so values may differ by one."""
+    x = torch.randint(0, 256, (3, H, W), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    scale = max(height / H, width / W)
+    h, w = round(H * scale), round(W * scale)
+    assert (h == height) or (w == width)
+    big = np.array(Image.fromarray(x.permute(1, 2, 0).numpy()).resize((w, h), Image.BICUBIC))
+    top, left = (h - height) // 2, (w - width) // 2
+    want = torch.from_numpy(big[top:top + height, left:left + width]).permute(2, 0, 1)
+    got = resize_crop(x, height, width)
+    assert got.shape == (3, height, width)
+    assert (got.int() - want.int()).abs().max() <= 1
+
+
+def test_resize_crop_keeps_what_already_fits_and_averages_stripes():
+    x = torch.randint(0, 256, (3, 16, 30)).to(torch.uint8)
+    assert torch.equal(resize_crop(x, 16, 24), x[:, :, 3:27])
+    stripes = (torch.arange(64) % 2 * 200).to(torch.uint8).expand(3, 64, 64)  # without antialiasing: 0 or 200
+    assert (resize_crop(stripes, 16, 16)[:, :, 2:-2].int() - 100).abs().max() < 12
+
+
+# ---- whole clips -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smooth_clip() -> torch.Tensor:
+    x = torch.rand(3, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+    return (F.interpolate(x[None], (9, 32, 48), mode="trilinear")[0] * 255).to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "name, tolerance", [("a.mp4", 4), ("a.gif", 8), ("a.png", 0), ("a", 0), ("a.safetensors", 0)]
+)
+def test_write_and_read_again(name, tolerance, smooth_clip, tmp_path):
+    path = tmp_path / "new folder" / name
+    longer = torch.cat([smooth_clip, smooth_clip], 1)                # nothing of it may be left
+    write_video(path, longer, 8)
+    write_video(path, smooth_clip, 8)
+    got = read_clip(path)
+    assert got.shape == smooth_clip.shape and got.dtype == torch.uint8
+    assert (got.int() - smooth_clip.int()).abs().float().mean() <= tolerance
+    assert not [file for file in path.parent.iterdir() if file.name.startswith(".")]
+    for name in ("still.gif", "still.mp4"):                          # equal frames are not merged into one
+        write_video(tmp_path / name, smooth_clip[:, :1].expand(3, 9, 32, 48), 8)
+        assert read_clip(tmp_path / name).shape == (3, 9, 32, 48)
+
+
+def test_written_times(smooth_clip, tmp_path):
+    for name, fps, want in (("a.mp4", 8, 9 / 8), ("a.mp4", 29.97, 9 / 29.97), ("a.gif", 8, 1.13)):
+        write_video(tmp_path / name, smooth_clip, fps)
+        with video.open_video(tmp_path / name) as (container, stream):
+            ticks, end, _ = video.timeline(container, stream)
+        assert end * float(stream.time_base) == pytest.approx(want, abs=0.011 if name == "a.gif" else 1e-3)
+    assert read_video(tmp_path / "a.gif", 4, 8, 32, 48).shape == (3, 4, 32, 48)
+
+
+def test_odd_sizes_become_even_in_mp4_only(smooth_clip, tmp_path):
+    odd = smooth_clip[:, :, :31, :47]
+    for name, size in (("a.mp4", (32, 48)), ("a.gif", (31, 47)), ("a.png", (31, 47))):
+        write_video(tmp_path / name, odd, 8)
+        got = read_clip(tmp_path / name)
+        assert got.shape == (3, 9, *size)
+        assert (got[:, :, :31, :47].int() - odd.int()).abs().float().mean() < 8
+
+
+def test_pngs_in_the_order_of_their_numbers(tmp_path):
+    for t in (10, 9, 2):
+        Image.new("L", (4, 4), t).save(tmp_path / f"{t}.png")        # grey ones are read as RGB
+    assert read_clip(tmp_path)[0, :, 0, 0].tolist() == [2, 9, 10]
+
+
+def test_clip_errors(smooth_clip, tmp_path):
+    with pytest.raises(ValueError, match=r"choose .mp4, .gif"):
+        write_video(tmp_path / "a.xyz", smooth_clip, 8)
+    with pytest.raises(ValueError, match=r"uint8 \(3, T, H, W\); this one is torch.float32"):
+        write_video(tmp_path / "a.mp4", smooth_clip.float(), 8)
+    with pytest.raises(ValueError, match="missing.mp4.*No such file"):
+        read_clip(tmp_path / "missing.mp4")
+    with pytest.raises(ValueError, match="not a clip"):
+        read_clip(tmp_path)
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="expected a tensor named clip"):
+        read_clip(tmp_path / "bad.safetensors")
+
+
+WRITE = """
+import os, sys, torch
+from plumbing.video import write_video
+t, y, x = torch.meshgrid(torch.arange(40), torch.arange(64), torch.arange(64), indexing="ij")
+noise = torch.randint(0, 40, (3, 40, 64, 64), generator=torch.Generator().manual_seed(0))
+clip = (((3 * x + 5 * y + 7 * t) % 200)[None] + noise).to(torch.uint8)
+cores = os.sched_getaffinity(0)
+for k in range(4):
+    os.sched_setaffinity(0, list(cores)[:1 if k % 2 else None])
+    for name in ("mp4", "gif"):
+        write_video(f"{folder}/{k}.{name}", clip, 8)
+os.sched_setaffinity(0, cores)
+"""
+
+
+def test_the_same_clip_is_the_same_file_on_one_core_and_on_all(tmp_path):
+    """x264's macroblock tree made other pixels in every third run, its threads for every number of cores."""
+    code = f"folder = {str(tmp_path / 'other process')!r}\n" + WRITE
+    subprocess.run([sys.executable, "-c", code], check=True, env=CHILD)
+    exec(WRITE, dict(folder=tmp_path))
+    for suffix in ("mp4", "gif"):
+        files = list(tmp_path.rglob(f"*.{suffix}"))
+        assert len(files) == 8 and len({path.read_bytes() for path in files}) == 1
+
+
+def test_gif_keeps_every_frame_and_its_colours(tmp_path):
+    """Slow fades are where palettes merge frames; up to 256 colours are kept exactly."""
+    fade = torch.arange(16, dtype=torch.uint8).view(1, 16, 1, 1).expand(3, 16, 8, 8).contiguous()
+    write_video(tmp_path / "a.gif", fade, 8)
+    assert torch.equal(read_clip(tmp_path / "a.gif"), fade)
+
+
+def test_output_is_checked_before_there_is_a_clip(smooth_clip, tmp_path):
+    (tmp_path / "folder.mp4").mkdir()
+    for name, fps, message in (
+        ("a.webm", 8, "a.webm: choose .mp4, .gif, .png"),
+        ("a.jpg", 8, "a.jpg: choose"),
+        ("a.mp4", 10000, r"fps 10000 for .*a.mp4: choose from 0.1 to 240"),
+        ("a.mp4", 0, "fps 0 for"),
+        ("a.mp4", float("nan"), "fps nan for"),
+        ("a.gif", 60, "a gif has 50 at most; write .mp4"),
+        ("folder.mp4", 8, "is a folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            video.check_output(tmp_path / name, fps)
+        with pytest.raises(ValueError, match=message):
+            write_video(tmp_path / name, smooth_clip, fps)
+    for name in ("a.MP4", "a.Gif", "a.SafeTensors", "a.PNG"):
+        write_video(tmp_path / name, smooth_clip, 8)
+        assert read_clip(tmp_path / name).shape == smooth_clip.shape
+
+
+@pytest.mark.parametrize("fps", [0.1, 0.3, 29.97, 240])
+def test_every_fps_that_may_be_written_is_read(fps, smooth_clip, tmp_path):
+    write_video(tmp_path / "a.mp4", smooth_clip, fps)
+    clip, rate = video.read_video(tmp_path / "a.mp4", 9, fps, 32, 48)
+    assert rate == fps and (clip.int() - read_clip(tmp_path / "a.mp4").int()).abs().max() <= 1
+
+
+def test_unreadable_clips_are_named_with_the_reason(smooth_clip, tmp_path, monkeypatch):
+    write_video(tmp_path / "a", smooth_clip, 8)
+    (tmp_path / "a" / "0003.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"a: not a clip \(0003.png is not a readable picture\)"):
+        read_clip(tmp_path / "a")
+    Image.new("RGB", (5, 5)).save(tmp_path / "a" / "0003.png")
+    with pytest.raises(ValueError, match=r"0003.png is 5x5, those before it 32x48"):
+        read_clip(tmp_path / "a")
+    save_file({"clip": torch.zeros(3, 2, 4, 4)}, tmp_path / "f.safetensors")
+    with pytest.raises(ValueError, match=r"f.safetensors: not a clip .its clip is torch.float32"):
+        read_clip(tmp_path / "f.safetensors")
+    write_video(tmp_path / "a.mp4", smooth_clip, 8)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(av, "open", refuse)
+    with pytest.raises(ValueError, match=r"a.mp4: not a clip \(Permission denied\)"):
+        read_clip(tmp_path / "a.mp4")
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+
+def test_atomic_follows_the_umask_and_takes_long_names(tmp_path):
+    before = os.umask(0o027)
+    try:
+        for name in ("a.safetensors", "\u00e9" * 120 + ".safetensors"):  # 252 bytes, where 255 are allowed
+            with atomic(tmp_path / "new" / name) as temporary:
+                save_file({"x": torch.zeros(1)}, temporary)
+            assert (tmp_path / "new" / name).stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+    assert len(list((tmp_path / "new").iterdir())) == 2
+
+
+def test_atomic_says_which_file_and_why(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for path, reason in ((tmp_path / "file" / "a", "file/a cannot be written: (File exists|Not a directory)"),
+                         (tmp_path / "folder", "folder cannot be written: it is a folder")):
+        with pytest.raises(ValueError, match=reason), atomic(path):
+            raise AssertionError("the block must not run")
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:                                                             # as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100000, limit[1]))
+        with pytest.raises(ValueError, match="a.safetensors cannot be written: .*too large"):
+            with atomic(tmp_path / "a.safetensors") as temporary:
+                save_file({"x": torch.zeros(99999)}, temporary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
+
+
+def test_leftovers_of_killed_processes_are_removed_and_no_others(tmp_path):
+    code = ("import os, signal, sys; from plumbing.files import atomic\n"
+            "with atomic(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)")
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.bin"], env=CHILD)
+    assert len(list(tmp_path.glob(".a.bin.*.part"))) == 1
+    with atomic(tmp_path / "mine") as temporary:
+        temporary.write_text("x")
+        theirs = tmp_path / ".b.other-host.99999999.0.part"  # of a process that may be alive elsewhere
+        theirs.mkdir()
+        for path in (tmp_path / ".hidden.part", tmp_path / "data.part"):
+            path.write_text("x")
+        remove_leftovers(tmp_path)
+        assert not list(tmp_path.glob(".a.bin.*")) and temporary.exists() and theirs.exists()
+        os.utime(theirs, (time.time() - 4000,) * 2)
+        remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", ".hidden.part", "data.part"}
+
+
+def test_atomic_leaves_nothing_of_a_failure(tmp_path):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert [file.name for file in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
