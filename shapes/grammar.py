@@ -2,7 +2,8 @@
 
 A scene is one or two things of different colours, each with a shape and a motion, on a plain background.
 `describe` says a scene in the words that the networks were trained on. `understand` reads a caption back, in
-these and in many other words ("a ball rolls left"); `token_ids` hands it to the networks in words they know.
+these and in many other words ("a ball rolls left"); `token_ids` hands it to the networks in words they know,
+with a colour and a shape for things that have none ("something falls").
 """
 import random
 import re
@@ -176,33 +177,45 @@ def the_only(kind: str, found: list[str], clause: list[str]) -> str | None:
     return found[0] if found else None
 
 
-def read_thing(clause: list[str]) -> tuple[Thing, str]:
-    """The words of a thing -> the thing, and what the networks are told: "a red circle moving left"."""
+def read_thing(clause: list[str]) -> Thing:
+    """The thing that a clause asks for. Raises ValueError when it asks for none, or for two at once."""
+    for word in {*BACKGROUNDS} & {*clause}:
+        raise ValueError(f"{' '.join(clause)!r}: {word} is a background's colour, not a thing's; {HINT}")
     colour = the_only("colour", [word for word in clause if word in COLOURS], clause)
     shape_word = the_only("shape", [word for word in clause if word in PHRASES["shapes"]], clause)
     motion_word = the_only("motion", [word for word in clause if word in MOTION_WORDS], clause)
-    for word in {*BACKGROUNDS} & {*clause}:
-        raise ValueError(f"{' '.join(clause)!r}: {word} is a background's colour, not a thing's; {HINT}")
     if not (colour or shape_word or motion_word):
         raise ValueError(f"{' '.join(clause)!r} names no colour, no shape and no motion: {HINT}")
 
     shape = next((name for name, texts in SHAPES.items() if shape_word in texts), None)
-    motion = MOTION_WORDS.get(motion_word)
-    phrases = [text for text in MOTIONS.get(motion, []) if motion_word in text.split()]
-    going = [text for text in phrases if "going" in text and "going" in clause]
-    said = ["a", colour, shape_word, (going or phrases or [None])[0]]
-    return Thing(colour, shape, motion), " ".join(word for word in said if word)
+    return Thing(colour, shape, MOTION_WORDS.get(motion_word))
+
+
+def complete(thing: Thing, taken: set[str]) -> Thing:
+    """The thing with a shape, and a colour that is not `taken`. Its motion may stay unsaid."""
+    colours = [thing.colour] if thing.colour else [colour for colour in COLOURS if colour not in taken]
+    shapes = [thing.shape] if thing.shape else list(SHAPES)
+    choices = [Thing(colour, shape, thing.motion) for colour, shape in product(colours, shapes)]
+    return next((choice for choice in choices if not choice.held_out), choices[0])
+
+
+def say(thing: Thing, clause: list[str]) -> str:
+    """A thing in the networks' words, of which the clause chooses some: "a red ring going left"."""
+    shape_word = next((word for word in SHAPES[thing.shape] if word in clause), SHAPES[thing.shape][0])
+    motions = MOTIONS.get(thing.motion, [""])
+    best = max(motions, key=lambda text: len({*text.split()} & {*clause}))      # of equals the first
+    return f"a {thing.colour} {shape_word} {best}".strip()
 
 
 def read_caption(caption: str) -> tuple[Scene, str]:
-    """A caption -> the scene it asks for, and the same in the networks' words.
+    """A caption -> the scene it asks for, and a caption for the networks, which were trained on whole things.
 
     Raises ValueError, with what can be said here.
     """
     thing_words, background_words = clauses(caption)
     if not thing_words:
         raise ValueError(f"{caption!r} names no colour, no shape and no motion: {HINT}")
-    things, said = zip(*(read_thing(clause) for clause in thing_words))
+    things = tuple(read_thing(clause) for clause in thing_words)
     colours = [thing.colour for thing in things if thing.colour]
     if len(things) > 2 or len(set(colours)) < len(colours):
         raise ValueError(f"{caption!r}: at most two things, of different colours; {HINT}")
@@ -211,10 +224,16 @@ def read_caption(caption: str) -> tuple[Scene, str]:
     background = the_only("background", backgrounds, background_words)
     for word in {*background_words} - {*BACKGROUNDS, "background"}:
         raise ValueError(f"{' '.join(background_words)!r}: {word} is not a background; {HINT}")
+
+    taken, said = set(colours), []
+    for thing, clause in zip(things, thing_words):
+        whole = complete(thing, taken)
+        taken.add(whole.colour)
+        said.append(say(whole, clause))
     again = " and ".join(said)
     if background:
         again += f" on a {background} background" if "background" in background_words else f" on {background}"
-    return Scene(tuple(things), background), again
+    return Scene(things, background), again
 
 
 def understand(caption: str) -> Scene:
