@@ -948,7 +948,7 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
     # networks without memory, and then the tensors
     with torch.device("meta"):
         unet, vae, text = UNet3D(config), VAE(family.vae), TextEncoder(family.text)
-    weights.fill(unet, state, turbo, device, dtype, lora)
+    weights.fill(unet, state, turbo, device, dtype, lora).out.float()                   # see UNet3D.last
     weights.fill(vae, *vae_part, device, dtype).requires_grad_(False)
     weights.fill(text, *text_part, device, dtype).requires_grad_(False)
     return Models(name, unet, vae, text, family, complete(header, family) if header else {})

@@ -210,7 +210,7 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
 
     with torch.device("meta"):
         unet = UNet(config)
-    weights.fill(unet, state, turbo or folder, device, dtype, lora)
+    weights.fill(unet, state, turbo or folder, device, dtype, lora).out.float()          # see UNet3D.last
     vae, text = load_vae(folder).to(device, dtype), load_text(folder).to(device)    # text stays in float32
     return model.Models("shapes", unet, vae, text, FAMILY, header)
 
