@@ -12,6 +12,10 @@ import diffusers
 import pytest
 import torch
 import transformers
+from torch.nn import functional as F
+
+import model
+import solver
 
 from model import (
     MODELSCOPE,
@@ -107,7 +111,7 @@ def unet_pair():
 INPUTS = randn(1, 2, 4, 3, 16, 16), torch.tensor([3, 979]), randn(2, 2, 5, 24)        # z, t, context
 
 
-# ---- UNet ----------------------------------------------------------------------------------------------------
+# ---- UNet --------------------------------------------------------------------------------------------------
 
 def published(y):
     """The six numbers noted of the published code's output."""
@@ -168,6 +172,16 @@ def test_temporal_attention_as_published():
                         (4, [.2505076, .3267309, .1773534, .2607375, .4989571, .446785]),
                         (8, [.1816156, .0950947, .169939, .3473794, .1249472, .6747102])):
         assert close(published(maps[i]), torch.tensor(expected))
+
+
+def test_inversion_as_published():
+    """`reverse_ddim_loop` of T2V-Turbo-v2's preprocessing on the 200-step grid: latents after 4 and 6 steps."""
+    unet, (z, _, c) = original(replace(SMALL, fps=True)), INPUTS
+    wanted = [torch.tensor([19, 19]), torch.tensor([29, 29])]
+    found = solver.ddim_invert(solver.Schedule(200), lambda z, t: unet(z, t, c, fps=8), z, wanted)
+    for z_t, expected in zip(found, ([-1.5270374, .9312716, -.2580215, -1.6858568, -1.9553465, -.0795338],
+                                     [-1.5256926, .9399753, -.2515402, -1.6845522, -1.9580899, -.0667636])):
+        assert close(published(z_t), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -232,6 +246,37 @@ def test_attention(dtype, tolerance):
     assert close(attention(q.to(dtype), k.to(dtype), v.to(dtype)).float(), expected, tolerance)
 
 
+def test_attention_is_split_where_a_cuda_grid_ends(monkeypatch):
+    """Batch x heads, of which pixels count over time, in parts of at most CUDA_GRID; same values and gradients."""
+    unet = original(replace(SMALL, mult=(1, 2), attention_levels=(0,)))
+    z, t, c = INPUTS
+    z = z.clone().requires_grad_()
+    g, = torch.autograd.grad(unet(z, t, c).square().sum(), z)
+    whole, launched = F.scaled_dot_product_attention, []
+
+    def limited(q, k, v):
+        launched.append(len(q) * q.shape[1])
+        return whole(q, k, v)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", limited)
+    monkeypatch.setattr(model, "CUDA_GRID", 1000)
+    split, = torch.autograd.grad(unet(z, t, c).square().sum(), z)
+    assert max(launched) <= 1000 and close(split, g)
+    assert launched.count(1000) > 5                         # 2 clips x 16 x 16 pixels x 4 heads = 2048 take three
+
+
+def test_the_end_of_the_unet_is_float32_under_autocast(unet_pair):
+    """bfloat16 would round ε, whose error is divided by 0.068 at t = 999."""
+    _, unet = unet_pair
+    seen = []
+    hooks = [layer.register_forward_hook(lambda layer, x, y: seen.append(y.dtype)) for layer in (unet.middle_block, unet.out)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        unet(*INPUTS)
+    for hook in hooks:
+        hook.remove()
+    assert seen == [torch.bfloat16, torch.float32]
+
+
 def test_embeddings():
     e = guidance_embedding(torch.tensor([7.5]))
     assert close(e[0, [0, 1, 128, 255]], torch.tensor([-.8512359, .8421312, -.5247833, .7316889]))
@@ -294,7 +339,7 @@ def test_names_and_shapes_of_the_public_files():
     assert len(text.state_dict()) == 280 and sum(p.numel() for p in text.parameters()) == 340_387_840
 
 
-# ---- VAE, text -----------------------------------------------------------------------------------------------
+# ---- VAE, text ---------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def vae_pair():

@@ -60,7 +60,8 @@ def gaussian_eps(schedule, mean, std):
 
 
 def test_ddim_is_the_ode_of_a_gaussian():
-    """For data ~ N(m, s²) the flow is known: (z - α m) / √(α² s² + σ²) is constant in t. DDIM with many steps must follow it."""
+    """For data ~ N(m, s²) the flow is known: (z - α m) / √(α² s² + σ²) is constant in t. DDIM with many steps
+    must follow it."""
     schedule, mean, std = Schedule(1000), 0.7, 0.3
     z = torch.randn(2, 4, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     a, s = schedule.alpha_bar[[999, 0]].sqrt(), (1 - schedule.alpha_bar[[999, 0]]).sqrt()
@@ -72,7 +73,8 @@ def test_ddim_is_the_ode_of_a_gaussian():
 
 
 def test_ddim_is_exact_for_a_point():
-    """All data at one point m: ε(z, t) = (z - α m)/σ and a single DDIM step from t = 999 lands on α_0 m + σ_0 ε."""
+    """All data at one point m: ε(z, t) = (z - α m)/σ and a single DDIM step from t = 999 lands on α_0 m + σ_0
+    ε."""
     schedule, m = Schedule(50), 1.3
     z = torch.randn(3, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     t, s = torch.full((3,), 999), torch.zeros(3, dtype=torch.long)
@@ -120,7 +122,8 @@ def test_scaled_ddim_divides_at_t_and_multiplies_at_s():
 
 
 def test_inversion_serves_every_timestep_and_every_clip_alike():
-    """Each wanted timestep as if it were the only one, each clip as if it were alone; as a plain walk on the grid."""
+    """Each wanted timestep as if it were the only one, each clip as if it were alone; as a plain walk on the
+    grid."""
     schedule = Schedule(50)
     eps_model = gaussian_eps(schedule, 0.7, 0.3)
     z0 = torch.randn(2, 4, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -1,13 +1,19 @@
-"""The paper's formulas against closed forms, LoRA against peft, the reward gradient against the joint graph."""
+"""The paper's formulas against closed forms, LoRA against peft, the reward gradient against the joint
+graph."""
 import copy
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import test_model
 import torch
 from torch import nn
 
 import model
+import solver
 import turbo
-from solver import Schedule, cfg, ddim_step, predict_z0
+from solver import Sampling, Schedule, cfg, ddim_step, predict_z0
 from turbo import (
     EMA,
     LoRA,
@@ -31,10 +37,10 @@ SMALL = model.UNetConfig(channels=32, mult=(1, 2), res_blocks=1, attention_level
                          init_heads=2, groups=8, fps=True, guidance=True)
 
 
-def unet(seed=0, dtype=torch.float32):
+def unet(seed=0, dtype=torch.float32, config=SMALL):
     """A small UNet whose every weight is random, those that start at zero included."""
     torch.manual_seed(seed)
-    network = model.UNet3D(SMALL)
+    network = model.UNet3D(config)
     for p in network.parameters():
         nn.init.normal_(p, std=0.1)
     return network.to(dtype).eval()
@@ -174,7 +180,7 @@ def test_ema_is_the_geometric_mean_and_swaps():
     assert p.item() == 0.5 and ema.average[0].item() == pytest.approx(expected)
 
 
-# ---- rewards -------------------------------------------------------------------------------------------------------------------
+# ---- rewards -----------------------------------------------------------------------------------------------
 
 
 def decode(z):
@@ -193,7 +199,8 @@ def flicker(clips, captions, generators=None):
 
 @pytest.mark.parametrize("chunk", [1, 2, 5])
 def test_reward_gradient_is_that_of_the_joint_graph(chunk):
-    """∇_LoRA (L_CD - β_img J_img - β_vid J_vid): through ẑ0 in three stages, and through one graph. float64, 1e-10."""
+    """∇_LoRA (L_CD - β_img J_img - β_vid J_vid): through ẑ0 in three stages, and through one graph. float64,
+    1e-10."""
     (z0, c, null), schedule = batch(dtype=torch.float64), Schedule(50)
     schedule.alpha, schedule.sigma = schedule.alpha.double(), schedule.sigma.double()
     network = unet(dtype=torch.float64)
@@ -240,11 +247,12 @@ def test_frames_are_picked_as_the_paper_says():
         video.pick(7, torch.Generator())
 
 
-# ---- sampling ------------------------------------------------------------------------------------------------------------------
+# ---- sampling ----------------------------------------------------------------------------------------------
 
 
 def test_few_step_sampling_agrees_with_diffusers_lcm(monkeypatch):
-    """Against LCMScheduler for a made-up ε, step by step with the same noise. Its boundary scaling is the same, σ_data 0.5 and 10 t."""
+    """Against LCMScheduler for a made-up ε, step by step with the same noise. Its boundary scaling is the
+    same, σ_data 0.5 and 10 t."""
     import diffusers.schedulers.scheduling_lcm as lcm
     theirs = lcm.LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", original_inference_steps=50)
     theirs.set_timesteps(timesteps=[999, 759, 519, 279])
@@ -282,3 +290,221 @@ def test_noise_is_drawn_in_every_step():
     noise, calls = Noise([0], (1, 1, 1, 1)), []
     sample(lambda z, t: z * 0, Schedule(50), lambda: calls.append(1) or noise(), 4)
     assert len(calls) == 1 + 4
+
+
+# ---- motion guidance ---------------------------------------------------------------------------------------
+
+
+def published(y):
+    """The six numbers noted of the published code's output."""
+    y = y.flatten()
+    return y[::len(y) // 6][:6]
+
+
+def reference_clips():
+    """z, t, c of tests/test_model.py, whose weights and inputs the published code was run with; and reference
+    latents."""
+    z, t, c = test_model.INPUTS
+    return z, test_model.randn(7, *z.shape), t, c
+
+
+def test_motion_energy_is_that_of_the_strongest_keys():
+    """Against Eq. 6 written out: M ∘ (A(z_ref) - A(z)), entry by entry."""
+    torch.manual_seed(0)
+    maps, reference = ([torch.rand(2, pixels, 3, 3).softmax(-1) for pixels in (8, 4)] for _ in range(2))
+    expected = []
+    for b in range(2):
+        layers = []
+        for a, r in zip(maps, reference):
+            mask = torch.zeros_like(r[b])
+            for pixel, query in itertools.product(range(len(mask)), range(3)):
+                mask[pixel, query, r[b, pixel, query].tolist().index(max(r[b, pixel, query].tolist()))] = 1
+            layers.append((mask * (r[b] - a[b])).square().sum() / mask.sum())
+        expected.append(100 * 100 * sum(layers) / len(layers))
+    torch.testing.assert_close(turbo.motion_energy(maps, reference), torch.stack(expected))
+    assert not turbo.motion_energy(maps, maps).any()
+
+
+def test_motion_gradient_and_the_guided_step_as_published():
+    """`get_motion_prior_score`, `compute_temp_loss` and v2's guided DDIM step of the T2V-Turbo code, run clip
+    by clip."""
+    unet = test_model.original(replace(test_model.SMALL, fps=True))
+    z, z_ref, t, c = reference_clips()
+    gradient, energy = turbo.motion_gradient(unet, z, z_ref, t, c, fps=8)
+    torch.testing.assert_close(energy, torch.tensor([777.966858, 793.613809]), rtol=1e-6, atol=0)
+    expected = torch.tensor([.1525772, -.1359894, -.2013959, -.0763146, -.1951038, -.2677202])
+    torch.testing.assert_close(published(gradient), expected, rtol=0, atol=1e-5)
+    assert gradient.abs().max().item() == pytest.approx(4.3690, abs=1e-4)
+
+    schedule, t, motion = Schedule(200), torch.tensor([4, 979]), torch.tensor([0.0, 0.05])
+    eps_c, eps_u = test_model.randn(8, *z.shape), test_model.randn(9, *z.shape)
+    push = turbo.motion_push(schedule, t, gradient, motion, released=True)
+    z_s = solve(schedule, z, t, schedule.previous(t), torch.tensor([7.5, 14.2]), eps_c, eps_u, push)
+    expected = torch.tensor([-1.4515742, .7189023, -.1873581, -1.656083, -1.1011586, .1175635])
+    torch.testing.assert_close(published(z_s), expected, rtol=0, atol=2e-5)
+
+
+def test_the_released_factor_is_the_weaker_one():
+    schedule, gradient = Schedule(200), torch.ones(1, 1, 1, 1, 1)
+    t, motion = torch.tensor([499]), torch.tensor([0.05])
+    ours, released = (turbo.motion_push(schedule, t, gradient, motion, flag) for flag in (False, True))
+    assert ours.item() == pytest.approx(0.05 * (1 - schedule.alpha_bar[499].item()) ** 0.5)
+    assert (ours / released).item() == pytest.approx(1.236, abs=1e-3)
+
+
+def test_motion_gradient_against_finite_differences_and_clip_by_clip():
+    """In float64; the gradients of a batch are those of its clips alone."""
+    network, (z, c, _) = unet(dtype=torch.float64), batch(dtype=torch.float64)
+    t, z_ref = torch.tensor([999, 519]), torch.randn_like(z)
+    gradient, energy = turbo.motion_gradient(network, z, z_ref, t, c)
+    for b in range(2):
+        alone = slice(b, b + 1)
+        one, value = turbo.motion_gradient(network, z[alone], z_ref[alone], t[alone], c[alone])
+        torch.testing.assert_close(gradient[alone], one, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(energy[alone], value, rtol=1e-9, atol=1e-9)
+
+    step = 1e-5 * torch.randn_like(z)
+    up, down = (turbo.motion_gradient(network, x, z_ref, t, c)[1].sum() for x in (z + step, z - step))
+    torch.testing.assert_close((gradient * step).sum(), (up - down) / 2, rtol=1e-6, atol=0)
+
+
+def test_motion_guidance_lowers_the_energy():
+    """A step of the guided ODE against ∂G/∂z: with ẑ0 left alone, less of the gradient's direction is added
+    back."""
+    dtype, schedule = torch.float64, Schedule(200)
+    network, (z, c, _) = unet(dtype=dtype), batch(dtype=dtype)
+    t, s, z_ref = torch.tensor([999, 999]), torch.tensor([994, 994]), torch.randn_like(z)
+    gradient, _ = turbo.motion_gradient(network, z, z_ref, t, c)
+    motion = 1e-2 / gradient.flatten(1).norm(dim=1)                             # a small push, whatever its unit
+    with torch.no_grad():
+        eps = network(z, t, c)
+    energy = []
+    for strength in (motion, 0 * motion, -motion):
+        push = turbo.motion_push(schedule, t, gradient, strength)
+        z_s = solve(schedule, z, t, s, torch.zeros(2), eps, eps, push)
+        energy.append(turbo.motion_gradient(network, z_s, z_ref, s, c)[1])
+    assert (energy[0] < energy[1]).all() and (energy[1] < energy[2]).all()
+
+
+@pytest.mark.parametrize("motion", [None, 0.05])
+def test_a_stored_step_equals_a_step_with_the_teacher(motion):
+    """Same loss and gradient as a target made by the teacher itself, guided by Eq. 8 written out."""
+    dtype = torch.float64
+    (z0, c, null), schedule = batch(dtype=dtype), Schedule(200)
+    network, teacher = unet(0, dtype, replace(SMALL, motion=motion is not None)), unet(3, dtype)
+    t, w = torch.tensor([999, 499]), torch.tensor([5.0, 9.0], dtype=dtype)
+    eps, z_ref = torch.randn_like(z0), torch.randn_like(z0)
+    solved = turbo.Solved.by(teacher, schedule, z0, eps, t, z_ref, c, null, share=0.5, fps=8)
+    assert solved.gradient[0].any() and not solved.gradient[1].any()            # t = 499 < 1000 (1 - τ)
+    told = None if motion is None else turbo.motion_strength(t, motion, share=0.5)
+    loss, z0_hat = turbo.distill_solved(network, schedule, solved, w, c, told, fps=8)
+    gradients = torch.autograd.grad(loss + z0_hat.mean(), network.parameters(), allow_unused=True)
+
+    conditions = {} if motion is None else dict(motion=torch.tensor([motion, 0.0]))
+    step = Step(t, w, eps)
+    if motion is None:
+        expected = distill(network, teacher, None, schedule, step, z0, c, null, fps=8)
+    else:
+        s, z_t = schedule.previous(t), schedule.add_noise(z0, eps, t)
+        with torch.no_grad():
+            guided = cfg(teacher(z_t, t, c, fps=8), teacher(z_t, t, null, fps=8), w)
+        z_s = ddim_step(z_t, guided, schedule.at(t), schedule.at(s))
+        score = turbo.motion_gradient(teacher, z_t[:1], z_ref[:1], t[:1], c[:1], fps=8)[0]
+        z_s[:1] -= schedule.sigma[994] * motion * schedule.sigma[999] * score
+        with torch.no_grad():
+            target = consistency(network, schedule, z_s, s, w, c, fps=8, **conditions)
+        z0_hat = consistency(network, schedule, z_t, t, w, c, fps=8, **conditions)
+        expected = pseudo_huber(z0_hat, target), z0_hat
+    torch.testing.assert_close(loss, expected[0], rtol=1e-6, atol=0)
+    reference = torch.autograd.grad(expected[0] + expected[1].mean(), network.parameters(), allow_unused=True)
+    for a, b in zip(gradients, reference, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert (a - b).abs().max() <= 1e-6 * b.abs().max()
+
+
+# ---- the one sampling function -----------------------------------------------------------------------------
+
+
+class Told(nn.Module):
+    """A denoiser that notes what it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.heard = nn.Parameter(torch.ones(1)), []
+
+    def forward(self, z, t, c, w=None, fps=None, motion=None):
+        w, strength = (None if x is None else x[0].item() for x in (w, motion))
+        self.heard.append((t[0].item(), fps, w, strength))
+        eps = torch.sin(3 * z) + t.view(-1, 1, 1, 1, 1) / 2000 + c.mean((1, 2)).view(-1, 1, 1, 1, 1)
+        return eps if motion is None else eps + model.guidance_embedding(motion)[:, 0].view(-1, 1, 1, 1, 1)
+
+
+def models():
+    def text(captions):
+        return torch.tensor([len(caption) / 10 for caption in captions]).view(-1, 1, 1).expand(-1, 5, 8)
+
+    return SimpleNamespace(unet=Told(), vae=SimpleNamespace(config=SimpleNamespace(latent=4, factor=8)), text=text)
+
+
+def generate(made, **options):
+    return turbo.generate(made, ["", "a red circle"], [5, 6], (2, 16, 24), Sampling(**options))
+
+
+def test_v2_is_sampled_under_the_conditions_of_its_authors():
+    """Latents of the released pipeline for the same denoiser, caption and seed; λ' is told at t >= 500
+    only."""
+    made = models()
+    z0 = generate(made, method="student", steps=4, guidance=7.5, grid=200, fps=8, motion=0.05, motion_share=0.5)
+    expected = torch.tensor([30.4293537, -16.0383682, 22.8491955, 7.6976814, -1.8633358, -.2212937])
+    torch.testing.assert_close(published(z0[:1]), expected, rtol=1e-5, atol=1e-4)
+    lambda_ = torch.tensor(0.05).item()
+    assert made.unet.heard == [(999, 8, 7.5, lambda_), (749, 8, 7.5, lambda_), (499, 8, 7.5, 0), (249, 8, 7.5, 0)]
+
+
+@pytest.mark.parametrize("share, told", [(0, 0), (0.3, 3), (0.5, 9 // 2), (1, 8)])
+def test_the_strength_of_motion_guidance_is_told_in_the_share_that_had_it(share, told):
+    made = models()
+    generate(made, steps=8, grid=200, motion=0.1, motion_share=share)
+    assert [motion > 0 for *_, motion in made.unet.heard] == [True] * told + [False] * (8 - told)
+    generate(made, steps=1, grid=50)
+    assert made.unet.heard[-1] == (999, None, 7.5, None)                        # v1 has no such input
+
+
+@pytest.mark.parametrize("guidance", [0, 2.0])
+@pytest.mark.parametrize("method, eta, scaled", [("jumps", 0, False), ("ddim", 0, False), ("ddim", 0.7, True)])
+def test_the_teacher_is_sampled_as_its_parts_say(method, eta, scaled, guidance):
+    """Eq. B, Eq. C, Eq. D and v1 Eq. 7 in plain loops over one clip."""
+    made, schedule = models(), Schedule(50)
+    made.unet.requires_grad_(False)
+    z0 = generate(made, method=method, steps=4, guidance=guidance, fps=8, eta=eta, scale_z0=scaled, on_grid=not scaled)
+    draw = torch.Generator().manual_seed(6)
+    z, (c, null) = torch.randn(1, 4, 2, 2, 3, generator=draw), made.text(["a red circle", ""]).split(1)
+    timesteps = [751, 501, 251, 1] if scaled else [999, 759, 519, 279]
+    for t, s in zip(timesteps, timesteps[1:] + [0]):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = (schedule.at(torch.tensor([time])) for time in (t, s))
+        eps_c, eps_u = (made.unet(z, torch.tensor([t]), x) for x in (c, null))
+        eps = eps_c + guidance * (eps_c - eps_u)
+        jump, noise = (z - sigma_t * eps) / alpha_t, torch.randn(1, 4, 2, 2, 3, generator=draw)
+        if method == "jumps":
+            z = jump if s == 0 else alpha_s * jump + sigma_s * noise
+        else:
+            ratio = solver.z0_scale()[[s, t]] if scaled else torch.ones(2)
+            std = eta * (sigma_s / sigma_t) * (1 - alpha_t ** 2 / alpha_s ** 2).sqrt()
+            z = alpha_s * ratio[0] / ratio[1] * jump + (sigma_s ** 2 - std ** 2).sqrt() * eps + std * noise
+    torch.testing.assert_close(z0[1:], z, rtol=1e-4, atol=1e-4)
+
+
+def test_crop_windows_do_not_depend_on_the_micro_batch():
+    """Each clip's windows come from its own generator, after its frames."""
+    def window(clips, captions, generators):
+        columns = [torch.randint(4, (1,), generator=g).item() for g in generators]
+        return torch.stack([clip[..., column].mean() for clip, column in zip(clips, columns, strict=True)])
+
+    z0_hat, terms = torch.randn(3, 4, 3, 2, 4), [RewardTerm(window, 1.0, 2), RewardTerm(window, 2.0, 3, video=True)]
+
+    def gradient(clips):
+        draws = [torch.Generator().manual_seed(i) for i in range(3)[clips]]
+        return turbo.reward_gradient(z0_hat[clips], ["x"] * len(draws), decode, terms, draws)[0] * len(draws)
+
+    torch.testing.assert_close(gradient(slice(0, 3)), torch.cat([gradient(slice(0, 1)), gradient(slice(1, 3))]))
