@@ -1,6 +1,7 @@
 """The networks against independent ones: diffusers, transformers, and numbers taken from the published code.
 
-Reference numbers come from the T2V-Turbo code, run once on SMALL with the weights of `deterministic` (fp32, CPU).
+Reference numbers come from the T2V-Turbo code, run once on SMALL with the weights of `deterministic` (fp32,
+CPU).
 """
 import copy
 import hashlib
@@ -16,7 +17,6 @@ from torch.nn import functional as F
 
 import model
 import solver
-
 from model import (
     MODELSCOPE,
     VAE,
@@ -81,7 +81,9 @@ def deterministic(shapes):
     state = {}
     for key, shape in shapes.items():
         x = randn(zlib.crc32(key.encode()), *shape)
-        state[key] = 0.1 * x + key.endswith("weight") if len(shape) == 1 else x / torch.tensor(shape[1:]).prod().sqrt()
+        state[key] = (
+            0.1 * x + key.endswith("weight") if len(shape) == 1 else x / torch.tensor(shape[1:]).prod().sqrt()
+        )
     return state
 
 
@@ -127,17 +129,21 @@ def test_unet_equals_diffusers(unet_pair):
 
 
 def test_gradients_equal_diffusers(unet_pair):
-    """Of inputs and of every weight, in float64: in float32 two correct networks of this depth differ by up to 3e-5."""
+    """Of inputs and of every weight, in float64: in float32 two correct networks of this depth differ by up
+    to 3e-5."""
     theirs, ours = (copy.deepcopy(unet).double() for unet in unet_pair)
     t, z, c = torch.tensor([5, 900]), randn(3, 2, 4, 3, 16, 8).double(), randn(4, 2, 7, 24).double()
     z.requires_grad_(), c.requires_grad_()
     a, b = theirs(z, t, encoder_hidden_states=c).sample, ours(z, t, c)
     probe = randn(5, *a.shape)
-    da, db = (torch.autograd.grad((y * probe).sum(), [z, c, *net.parameters()]) for y, net in ((a, theirs), (b, ours)))
+    da, db = (
+        torch.autograd.grad((y * probe).sum(), [z, c, *net.parameters()])
+        for y, net in ((a, theirs), (b, ours))
+    )
     assert close(db[0], da[0]) and close(db[1], da[1])
     da = rename(dict(zip((key for key, _ in theirs.named_parameters()), da[2:], strict=True)), DIFFUSERS)
     for (key, _), g in zip(ours.named_parameters(), db[2:], strict=True):
-        assert (g - da[key].view_as(g)).abs().max() < 1e-5 * da[key].abs().max() + 1e-12, key      # some are zero
+        assert (g - da[key].view_as(g)).abs().max() < 1e-5 * da[key].abs().max() + 1e-12, key  # some are zero
 
 
 @pytest.mark.parametrize("fps, expected", [
@@ -175,7 +181,8 @@ def test_temporal_attention_as_published():
 
 
 def test_inversion_as_published():
-    """`reverse_ddim_loop` of T2V-Turbo-v2's preprocessing on the 200-step grid: latents after 4 and 6 steps."""
+    """`reverse_ddim_loop` of T2V-Turbo-v2's preprocessing on the 200-step grid: latents after 4 and 6
+    steps."""
     unet, (z, _, c) = original(replace(SMALL, fps=True)), INPUTS
     wanted = [torch.tensor([19, 19]), torch.tensor([29, 29])]
     found = solver.ddim_invert(solver.Schedule(200), lambda z, t: unet(z, t, c, fps=8), z, wanted)
@@ -186,7 +193,8 @@ def test_inversion_as_published():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_attention_maps_are_differentiable(checkpointing):
-    """Against a finite difference, in float64; also where blocks are recomputed, and with the listeners gone by then."""
+    """Against a finite difference, in float64; also where blocks are recomputed, and with the listeners gone
+    by then."""
     unet = original(replace(SMALL, mult=(1, 2))).double()
     z, t, c = INPUTS
     z, c, step = z.double().requires_grad_(), c.double(), 1e-6 * randn(6, *z.shape).double()
@@ -223,7 +231,9 @@ def test_a_clip_does_not_depend_on_its_batch(unet_pair):
 def test_folds_copy_nothing():
     x = torch.randn(2, 32, 3, 4, 5).to(memory_format=torch.channels_last_3d)
     frames, tokens = frames_to_batch(x), pixels_to_tokens(x)
-    assert frames.data_ptr() == tokens.data_ptr() == tokens_to_pixels(tokens, 3, 4, 5).data_ptr() == x.data_ptr()
+    assert (
+        frames.data_ptr() == tokens.data_ptr() == tokens_to_pixels(tokens, 3, 4, 5).data_ptr() == x.data_ptr()
+    )
     assert frames.is_contiguous(memory_format=torch.channels_last) and tokens.is_contiguous()
     assert torch.equal(frames[4], x[1, :, 1]) and torch.equal(tokens_to_pixels(tokens, 3, 4, 5), x)
 
@@ -247,7 +257,8 @@ def test_attention(dtype, tolerance):
 
 
 def test_attention_is_split_where_a_cuda_grid_ends(monkeypatch):
-    """Batch x heads, of which pixels count over time, in parts of at most CUDA_GRID; same values and gradients."""
+    """Batch x heads, of which pixels count over time, in parts of at most CUDA_GRID; same values and
+    gradients."""
     unet = original(replace(SMALL, mult=(1, 2), attention_levels=(0,)))
     z, t, c = INPUTS
     z = z.clone().requires_grad_()
@@ -262,14 +273,17 @@ def test_attention_is_split_where_a_cuda_grid_ends(monkeypatch):
     monkeypatch.setattr(model, "CUDA_GRID", 1000)
     split, = torch.autograd.grad(unet(z, t, c).square().sum(), z)
     assert max(launched) <= 1000 and close(split, g)
-    assert launched.count(1000) > 5                         # 2 clips x 16 x 16 pixels x 4 heads = 2048 take three
+    assert launched.count(1000) > 5  # 2 clips x 16 x 16 pixels x 4 heads = 2048 take three
 
 
 def test_the_end_of_the_unet_is_float32_under_autocast(unet_pair):
     """bfloat16 would round ε, whose error is divided by 0.068 at t = 999."""
     _, unet = unet_pair
     seen = []
-    hooks = [layer.register_forward_hook(lambda layer, x, y: seen.append(y.dtype)) for layer in (unet.middle_block, unet.out)]
+    hooks = [
+        layer.register_forward_hook(lambda layer, x, y: seen.append(y.dtype))
+        for layer in (unet.middle_block, unet.out)
+    ]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         unet(*INPUTS)
     for hook in hooks:
@@ -287,7 +301,8 @@ def test_embeddings():
 
 
 def test_start_of_training():
-    """A new UNet predicts zero; a new student is its teacher, and learns about ω and λ from its first step."""
+    """A new UNet predicts zero; a new student is its teacher, and learns about ω and λ from its first
+    step."""
     torch.manual_seed(0)
     unet = UNet3D(replace(TINY, guidance=True, motion=True, fps=True))
     z, t, c, w = randn(1, 2, 4, 4, 8, 8), torch.tensor([3, 500]), randn(2, 2, 6, 24), torch.tensor([5.0, 9.0])
@@ -304,7 +319,9 @@ def test_start_of_training():
 def test_layout_of_the_published_unets():
     """The table in the docstring is what `layout` returns."""
     def text(block):
-        return ", ".join(f"{kind} {cin}" if cin == cout else f"{kind} {cin} {cout}" for kind, cin, cout in block)
+        return ", ".join(
+            f"{kind} {cin}" if cin == cout else f"{kind} {cin} {cout}" for kind, cin, cout in block
+        )
 
     table, (down, (middle,), up) = layout.__doc__, layout(VC2)
     for i, block in enumerate(down):
@@ -315,7 +332,7 @@ def test_layout_of_the_published_unets():
 
 def test_compiles_without_a_graph_break():
     unet = original(replace(SMALL, mult=(1, 2), attention_levels=(0,), fps=True, guidance=True))
-    compiled = torch.compile(unet, fullgraph=True, backend="eager")         # traces only, which is what can fail
+    compiled = torch.compile(unet, fullgraph=True, backend="eager")  # traces only, which is what can fail
     with torch.no_grad():
         w = torch.tensor([7.0, 8.0])
         assert close(compiled(*INPUTS, w=w, fps=8), unet(*INPUTS, w=w, fps=8))
@@ -323,11 +340,14 @@ def test_compiles_without_a_graph_break():
 
 def digest(shapes):
     """sha256 of the sorted lines "name (shape)"."""
-    return hashlib.sha256("\n".join(sorted(f"{k} {tuple(s)}" for k, s in shapes.items())).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        "\n".join(sorted(f"{k} {tuple(s)}" for k, s in shapes.items())).encode()
+    ).hexdigest()[:16]
 
 
 def test_names_and_shapes_of_the_public_files():
-    """The digests are of lists made with the published code; ours hold the same tensors under the mapped names."""
+    """The digests are of lists made with the published code; ours hold the same tensors under the mapped
+    names."""
     v2 = original_shapes(replace(VC2, guidance=True, motion=True))
     assert len(v2) == 1487 and digest(v2) == "5db9776692bf058e"
     new = ("time_cond_proj.weight", "motion_cond_proj.weight", "combine_proj.weight")
@@ -335,7 +355,10 @@ def test_names_and_shapes_of_the_public_files():
     with torch.device("meta"):
         assert sum(p.numel() for p in UNet3D(MODELSCOPE).parameters()) == 1_411_233_860
         vae, text = VAE(), TextEncoder()
-    assert digest({"first_stage_model." + key: x.shape for key, x in vae.state_dict().items()}) == "9190c3ec1cf5cd6d"
+    assert (
+        digest({"first_stage_model." + key: x.shape for key, x in vae.state_dict().items()})
+        == "9190c3ec1cf5cd6d"
+    )
     assert len(text.state_dict()) == 280 and sum(p.numel() for p in text.parameters()) == 340_387_840
 
 
@@ -357,7 +380,8 @@ def test_vae_encodes_as_diffusers(vae_pair):
         posterior = theirs.encode(frames_to_batch(x)).latent_dist
         mean, logvar = ours.posterior(x)
         noise = randn(2, *mean.shape)
-        assert close(frames_to_batch(mean), posterior.mean) and close(frames_to_batch(logvar), posterior.logvar)
+        assert close(frames_to_batch(mean), posterior.mean)
+        assert close(frames_to_batch(logvar), posterior.logvar)
         sample = posterior.mean + posterior.std * frames_to_batch(noise)
         assert close(frames_to_batch(ours.encode(x, noise)), 0.18215 * sample)
         assert torch.equal(ours.encode(x), 0.18215 * mean)
@@ -375,8 +399,9 @@ def test_vae_decodes_as_diffusers(vae_pair, chunk, checkpointing):
 
 
 def test_text_equals_transformers(capsys):
-    theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(
-        hidden_size=24, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, hidden_act="gelu")).eval()
+    config = transformers.CLIPTextConfig(hidden_size=24, intermediate_size=96, num_hidden_layers=2,
+                                         num_attention_heads=2, hidden_act="gelu")
+    theirs = transformers.CLIPTextModel(config).eval()
     state = {key: x for key, x in theirs.state_dict().items() if "position_ids" not in key}
     text = build(TextEncoder, SMALL_TEXT, huggingface_text(state))
     captions = ["a red circle", "", "Dogs, running; in THE park! " * 20]

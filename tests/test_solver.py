@@ -9,10 +9,10 @@ from solver import Schedule, cfg, ddim_invert, ddim_sample, ddim_step, ddim_time
 
 def test_schedule_has_the_published_values():
     schedule = Schedule(50)
-    published = {0: 0.99914998, 4: 0.99571025, 19: 0.98224396, 279: 0.62572908, 519: 0.25157733, 759: 0.05221289,
-                 999: 0.00466010}
+    published = {0: 0.99914998, 4: 0.99571025, 19: 0.98224396, 279: 0.62572908, 519: 0.25157733,
+                 759: 0.05221289, 999: 0.00466010}
     for t, value in published.items():
-        assert schedule.alpha_bar[t].item() == pytest.approx(value, abs=4.8e-7)    # theirs are made in float32
+        assert schedule.alpha_bar[t].item() == pytest.approx(value, abs=4.8e-7)  # theirs are made in float32
     assert schedule.alpha_bar.dtype == torch.float64 and schedule.alpha.dtype == torch.float32
     torch.testing.assert_close(schedule.alpha ** 2 + schedule.sigma ** 2, torch.ones(1000))
 
@@ -30,15 +30,28 @@ def test_grid(steps, first, k):
     assert schedule.previous(torch.tensor([999, first, first + k])).tolist() == [999 - k, 0, first]
 
 
-@pytest.mark.parametrize("grid, n, expected", [
-    (50, 1, [999]), (50, 4, [999, 759, 519, 279]), (50, 8, [999, 879, 759, 639, 519, 399, 279, 159]),
-    (50, 16, list(range(999, 98, -60))), (200, 4, [999, 749, 499, 249]), (200, 8, list(range(999, 123, -125)))])
+@pytest.mark.parametrize(
+    "grid, n, expected",
+    [
+        (50, 1, [999]),
+        (50, 4, [999, 759, 519, 279]),
+        (50, 8, [999, 879, 759, 639, 519, 399, 279, 159]),
+        (50, 16, list(range(999, 98, -60))),
+        (200, 4, [999, 749, 499, 249]),
+        (200, 8, list(range(999, 123, -125))),
+    ],
+)
 def test_few_steps_are_the_released_samplers(grid, n, expected):
     assert Schedule(grid).few_steps(n) == expected
 
 
 def test_step_counts_that_do_not_fit_are_refused():
-    for wrong in (lambda: Schedule(0), lambda: Schedule(1001), lambda: Schedule(50).few_steps(51), lambda: ddim_timesteps(0)):
+    for wrong in (
+        lambda: Schedule(0),
+        lambda: Schedule(1001),
+        lambda: Schedule(50).few_steps(51),
+        lambda: ddim_timesteps(0),
+    ):
         with pytest.raises(ValueError, match="choose"):
             wrong()
 
@@ -53,7 +66,9 @@ def test_a_grid_that_misses_pure_noise_is_refused(steps, near):
 def gaussian_eps(schedule, mean, std):
     """The exact noise prediction for data ~ N(mean, std²): E[ε | z_t]."""
     def eps_model(z, t):
-        alpha, sigma = (x.double() for x in (schedule.alpha_bar[t].sqrt(), (1 - schedule.alpha_bar[t]).sqrt()))
+        alpha, sigma = (
+            x.double() for x in (schedule.alpha_bar[t].sqrt(), (1 - schedule.alpha_bar[t]).sqrt())
+        )
         alpha, sigma = alpha.view(-1, 1, 1, 1, 1), sigma.view(-1, 1, 1, 1, 1)
         return sigma * (z - alpha * mean) / (alpha ** 2 * std ** 2 + sigma ** 2)
     return eps_model
@@ -65,11 +80,13 @@ def test_ddim_is_the_ode_of_a_gaussian():
     schedule, mean, std = Schedule(1000), 0.7, 0.3
     z = torch.randn(2, 4, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     a, s = schedule.alpha_bar[[999, 0]].sqrt(), (1 - schedule.alpha_bar[[999, 0]]).sqrt()
-    exact = a[1] * mean + (z - a[0] * mean) / (a[0] ** 2 * std ** 2 + s[0] ** 2).sqrt() * (a[1] ** 2 * std ** 2 + s[1] ** 2).sqrt()
+    width = (a ** 2 * std ** 2 + s ** 2).sqrt()
+    exact = a[1] * mean + (z - a[0] * mean) / width[0] * width[1]
     eps_model, errors = gaussian_eps(schedule, mean, std), []
     for step in (20, 10, 5, 1):
-        errors.append((ddim_sample(schedule, eps_model, z, list(range(999, 0, -step))) - exact).abs().max().item())
-    assert errors[3] < 5e-3 and errors[0] / errors[1] > 1.7 and errors[1] / errors[2] > 1.7        # first order
+        z_0 = ddim_sample(schedule, eps_model, z, list(range(999, 0, -step)))
+        errors.append((z_0 - exact).abs().max().item())
+    assert errors[3] < 5e-3 and errors[0] / errors[1] > 1.7 and errors[1] / errors[2] > 1.7  # first order
 
 
 def test_ddim_is_exact_for_a_point():
@@ -80,7 +97,12 @@ def test_ddim_is_exact_for_a_point():
     t, s = torch.full((3,), 999), torch.zeros(3, dtype=torch.long)
     (alpha, sigma), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)
     eps = (z - alpha * m) / sigma
-    torch.testing.assert_close(ddim_step(z, eps, (alpha, sigma), (alpha_s, sigma_s)), alpha_s * m + sigma_s * eps, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        ddim_step(z, eps, (alpha, sigma), (alpha_s, sigma_s)),
+        alpha_s * m + sigma_s * eps,
+        rtol=1e-4,
+        atol=1e-4,
+    )
     torch.testing.assert_close(predict_z0(z, eps, alpha, sigma), torch.full_like(z, m), rtol=1e-3, atol=1e-3)
 
 
@@ -88,8 +110,9 @@ def test_ddim_is_exact_for_a_point():
 def test_ddim_sampling_agrees_with_diffusers(eta):
     """Against DDIMScheduler for a made-up ε; steps 981, 961, …, 1, final α of timestep 0."""
     from diffusers import DDIMScheduler
-    theirs = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                           set_alpha_to_one=False, steps_offset=1)
+
+    theirs = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                           clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     theirs.set_timesteps(50)
     assert theirs.timesteps.tolist() == ddim_timesteps(50)
 
@@ -99,15 +122,18 @@ def test_ddim_sampling_agrees_with_diffusers(eta):
     z = start = torch.randn(2, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     noise = [torch.randn(start.shape, generator=torch.Generator().manual_seed(i)) for i in range(50)]
     for i, t in enumerate(theirs.timesteps):
-        z = theirs.step(eps_model(z, t.expand(2)), t, z, eta=eta, variance_noise=noise[i] if eta else None).prev_sample
+        z = theirs.step(
+            eps_model(z, t.expand(2)), t, z, eta=eta, variance_noise=noise[i] if eta else None
+        ).prev_sample
     stream = iter(noise)
     ours = ddim_sample(Schedule(50), eps_model, start, ddim_timesteps(50), lambda: next(stream), eta)
-    torch.testing.assert_close(ours, z, rtol=1e-5, atol=1e-4)      # 50 steps of float32 rounding, amplified by sin(3 z)
+    torch.testing.assert_close(ours, z, rtol=1e-5, atol=1e-4)  # 50 roundings, amplified by sin(3 z)
 
 
 def test_z0_scale_is_videocrafters():
     scale = z0_scale()
-    assert scale.shape == (1000,) and scale[0] == 1 and scale[399] == pytest.approx(0.7) and scale[999] == pytest.approx(0.7)
+    assert scale.shape == (1000,) and scale[0] == 1
+    assert scale[399] == pytest.approx(0.7) and scale[999] == pytest.approx(0.7)
     assert scale[200].item() == pytest.approx(1 - 0.3 * 200 / 399, abs=1e-6)
 
 
@@ -143,7 +169,8 @@ def test_inversion_serves_every_timestep_and_every_clip_alike():
 
 def test_inversion_and_sampling_return():
     """Inverting along the grid and stepping back must return to the start, ever closer on finer grids."""
-    z0 = 0.3 * torch.randn(2, 4, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.7
+    draw = torch.Generator().manual_seed(0)
+    z0 = 0.3 * torch.randn(2, 4, 2, 3, 3, dtype=torch.float64, generator=draw) + 0.7
     errors = []
     for steps in (50, 200):
         schedule = Schedule(steps)

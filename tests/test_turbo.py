@@ -33,8 +33,8 @@ from turbo import (
     total_loss,
 )
 
-SMALL = model.UNetConfig(channels=32, mult=(1, 2), res_blocks=1, attention_levels=(0,), head_dim=16, context_dim=24,
-                         init_heads=2, groups=8, fps=True, guidance=True)
+SMALL = model.UNetConfig(channels=32, mult=(1, 2), res_blocks=1, attention_levels=(0,), head_dim=16,
+                         context_dim=24, init_heads=2, groups=8, fps=True, guidance=True)
 
 
 def unet(seed=0, dtype=torch.float32, config=SMALL):
@@ -48,7 +48,11 @@ def unet(seed=0, dtype=torch.float32, config=SMALL):
 
 def batch(B=2, dtype=torch.float32):
     torch.manual_seed(1)
-    z, c, null = torch.randn(B, 4, 3, 4, 4, dtype=dtype), torch.randn(B, 5, 24, dtype=dtype), torch.randn(B, 5, 24, dtype=dtype)
+    z, c, null = (
+        torch.randn(B, 4, 3, 4, 4, dtype=dtype),
+        torch.randn(B, 5, 24, dtype=dtype),
+        torch.randn(B, 5, 24, dtype=dtype),
+    )
     return z, c, null
 
 
@@ -67,8 +71,12 @@ def test_f_is_the_identity_at_t_0():
 
 def test_boundary_coefficients():
     skip, out = boundary(torch.tensor([0, 19, 999]))
-    torch.testing.assert_close(skip.flatten(), torch.tensor([1, 0.25 / (190.0 ** 2 + 0.25), 0.25 / (9990.0 ** 2 + 0.25)]))
-    torch.testing.assert_close(out.flatten(), torch.tensor([0, 190 / (190.0 ** 2 + 0.25) ** 0.5, 9990 / (9990.0 ** 2 + 0.25) ** 0.5]))
+    torch.testing.assert_close(
+        skip.flatten(), torch.tensor([1, 0.25 / (190.0**2 + 0.25), 0.25 / (9990.0**2 + 0.25)])
+    )
+    torch.testing.assert_close(
+        out.flatten(), torch.tensor([0, 190 / (190.0**2 + 0.25) ** 0.5, 9990 / (9990.0**2 + 0.25) ** 0.5])
+    )
 
 
 def test_f_is_almost_the_predicted_z0_elsewhere():
@@ -105,7 +113,9 @@ def test_draws_do_not_depend_on_the_split():
     z0, schedule = torch.randn(4, 4, 3, 4, 4), Schedule(50)
 
     def draw(rows):
-        return Step.draw(z0[rows], schedule, (5.0, 15.0), [torch.Generator().manual_seed(i) for i in range(4)[rows]])
+        return Step.draw(
+            z0[rows], schedule, (5.0, 15.0), [torch.Generator().manual_seed(i) for i in range(4)[rows]]
+        )
 
     whole, parts = draw(slice(0, 4)), [draw(slice(0, 1)), draw(slice(1, 4))]
     for name in ("t", "w", "eps"):
@@ -132,14 +142,18 @@ def test_distillation_loss_is_eq_6():
     f_target = consistency(target, schedule, z_s, s, step.w, c, fps=16)
     torch.testing.assert_close(z0_hat, f, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss, pseudo_huber(f, f_target), rtol=1e-4, atol=1e-6)
-    assert s[1] == 0 and torch.equal(f_target[1], z_s[1])              # below the grid the target is ẑ_s itself
+    assert s[1] == 0 and torch.equal(f_target[1], z_s[1])  # below the grid the target is ẑ_s itself
 
 
-@pytest.mark.parametrize("layer", [nn.Linear(12, 20), nn.Conv2d(12, 20, 3, 2, 1), nn.Conv3d(12, 20, (3, 1, 1), padding=(1, 0, 0))])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(12, 20), nn.Conv2d(12, 20, 3, 2, 1), nn.Conv3d(12, 20, (3, 1, 1), padding=(1, 0, 0))]
+)
 def test_lora_agrees_with_peft(layer):
     from peft import LoraConfig, get_peft_model
     x = torch.randn({nn.Linear: (5, 12), nn.Conv2d: (5, 12, 8, 8), nn.Conv3d: (2, 12, 4, 3, 3)}[type(layer)])
-    theirs = get_peft_model(nn.Sequential(copy.deepcopy(layer)), LoraConfig(r=4, lora_alpha=4, target_modules=["0"])).eval()
+    theirs = get_peft_model(
+        nn.Sequential(copy.deepcopy(layer)), LoraConfig(r=4, lora_alpha=4, target_modules=["0"])
+    ).eval()
     ours = LoRA(copy.deepcopy(layer), 4)
     module = theirs.base_model.model[0]
     with torch.no_grad():
@@ -208,7 +222,10 @@ def test_reward_gradient_is_that_of_the_joint_graph(chunk):
     for p in params:
         p.data = p.data.double()
     shake(network)
-    terms = [RewardTerm(brightness, 1.5, 2, name="image"), RewardTerm(flicker, -2.5, 3, video=True, name="video")]
+    terms = [
+        RewardTerm(brightness, 1.5, 2, name="image"),
+        RewardTerm(flicker, -2.5, 3, video=True, name="video"),
+    ]
     step = Step(torch.tensor([999, 519]), torch.tensor([5.0, 9.0], dtype=torch.float64), torch.randn_like(z0))
     captions = ["one", "three"]
 
@@ -223,9 +240,12 @@ def test_reward_gradient_is_that_of_the_joint_graph(chunk):
     joint, draws = loss, generators()
     for term in terms:
         picks = [term.pick(3, d) for d in draws]
-        shown = torch.stack([(decode(z0_hat)[b, :, pick] / 2 + 0.5).clamp(0, 1).transpose(0, 1) for b, pick in enumerate(picks)])
+        shown = torch.stack([decode(z0_hat)[b, :, pick].transpose(0, 1) for b, pick in enumerate(picks)])
+        shown = (shown / 2 + 0.5).clamp(0, 1)
         value = term.reward(shown, captions)
-        torch.testing.assert_close(torch.as_tensor(scores[term.name]).double().mean(), value.mean().detach(), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(
+            torch.as_tensor(scores[term.name]).double().mean(), value.mean().detach(), rtol=1e-6, atol=1e-9
+        )
         joint = joint - term.weight * value.mean()
     expected = torch.autograd.grad(joint, params, allow_unused=True)
     assert sum(e is not None and e.abs().max() > 1e-6 for e in expected) > 50
@@ -254,7 +274,10 @@ def test_few_step_sampling_agrees_with_diffusers_lcm(monkeypatch):
     """Against LCMScheduler for a made-up ε, step by step with the same noise. Its boundary scaling is the
     same, σ_data 0.5 and 10 t."""
     import diffusers.schedulers.scheduling_lcm as lcm
-    theirs = lcm.LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", original_inference_steps=50)
+
+    theirs = lcm.LCMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", original_inference_steps=50
+    )
     theirs.set_timesteps(timesteps=[999, 759, 519, 279])
     schedule, noise = Schedule(50), Noise([3, 4], (4, 2, 3, 3))
 
@@ -375,7 +398,7 @@ def test_motion_guidance_lowers_the_energy():
     network, (z, c, _) = unet(dtype=dtype), batch(dtype=dtype)
     t, s, z_ref = torch.tensor([999, 999]), torch.tensor([994, 994]), torch.randn_like(z)
     gradient, _ = turbo.motion_gradient(network, z, z_ref, t, c)
-    motion = 1e-2 / gradient.flatten(1).norm(dim=1)                             # a small push, whatever its unit
+    motion = 1e-2 / gradient.flatten(1).norm(dim=1)  # a small push, whatever its unit
     with torch.no_grad():
         eps = network(z, t, c)
     energy = []
@@ -444,7 +467,9 @@ def models():
     def text(captions):
         return torch.tensor([len(caption) / 10 for caption in captions]).view(-1, 1, 1).expand(-1, 5, 8)
 
-    return SimpleNamespace(unet=Told(), vae=SimpleNamespace(config=SimpleNamespace(latent=4, factor=8)), text=text)
+    return SimpleNamespace(
+        unet=Told(), vae=SimpleNamespace(config=SimpleNamespace(latent=4, factor=8)), text=text
+    )
 
 
 def generate(made, **options):
@@ -455,11 +480,18 @@ def test_v2_is_sampled_under_the_conditions_of_its_authors():
     """Latents of the released pipeline for the same denoiser, caption and seed; λ' is told at t >= 500
     only."""
     made = models()
-    z0 = generate(made, method="student", steps=4, guidance=7.5, grid=200, fps=8, motion=0.05, motion_share=0.5)
+    z0 = generate(
+        made, method="student", steps=4, guidance=7.5, grid=200, fps=8, motion=0.05, motion_share=0.5
+    )
     expected = torch.tensor([30.4293537, -16.0383682, 22.8491955, 7.6976814, -1.8633358, -.2212937])
     torch.testing.assert_close(published(z0[:1]), expected, rtol=1e-5, atol=1e-4)
     lambda_ = torch.tensor(0.05).item()
-    assert made.unet.heard == [(999, 8, 7.5, lambda_), (749, 8, 7.5, lambda_), (499, 8, 7.5, 0), (249, 8, 7.5, 0)]
+    assert made.unet.heard == [
+        (999, 8, 7.5, lambda_),
+        (749, 8, 7.5, lambda_),
+        (499, 8, 7.5, 0),
+        (249, 8, 7.5, 0),
+    ]
 
 
 @pytest.mark.parametrize("share, told", [(0, 0), (0.3, 3), (0.5, 9 // 2), (1, 8)])
@@ -472,12 +504,16 @@ def test_the_strength_of_motion_guidance_is_told_in_the_share_that_had_it(share,
 
 
 @pytest.mark.parametrize("guidance", [0, 2.0])
-@pytest.mark.parametrize("method, eta, scaled", [("jumps", 0, False), ("ddim", 0, False), ("ddim", 0.7, True)])
+@pytest.mark.parametrize(
+    "method, eta, scaled", [("jumps", 0, False), ("ddim", 0, False), ("ddim", 0.7, True)]
+)
 def test_the_teacher_is_sampled_as_its_parts_say(method, eta, scaled, guidance):
     """Eq. B, Eq. C, Eq. D and v1 Eq. 7 in plain loops over one clip."""
     made, schedule = models(), Schedule(50)
     made.unet.requires_grad_(False)
-    z0 = generate(made, method=method, steps=4, guidance=guidance, fps=8, eta=eta, scale_z0=scaled, on_grid=not scaled)
+    z0 = generate(
+        made, method=method, steps=4, guidance=guidance, fps=8, eta=eta, scale_z0=scaled, on_grid=not scaled
+    )
     draw = torch.Generator().manual_seed(6)
     z, (c, null) = torch.randn(1, 4, 2, 2, 3, generator=draw), made.text(["a red circle", ""]).split(1)
     timesteps = [751, 501, 251, 1] if scaled else [999, 759, 519, 279]
@@ -501,10 +537,15 @@ def test_crop_windows_do_not_depend_on_the_micro_batch():
         columns = [torch.randint(4, (1,), generator=g).item() for g in generators]
         return torch.stack([clip[..., column].mean() for clip, column in zip(clips, columns, strict=True)])
 
-    z0_hat, terms = torch.randn(3, 4, 3, 2, 4), [RewardTerm(window, 1.0, 2), RewardTerm(window, 2.0, 3, video=True)]
+    z0_hat, terms = (
+        torch.randn(3, 4, 3, 2, 4),
+        [RewardTerm(window, 1.0, 2), RewardTerm(window, 2.0, 3, video=True)],
+    )
 
     def gradient(clips):
         draws = [torch.Generator().manual_seed(i) for i in range(3)[clips]]
         return turbo.reward_gradient(z0_hat[clips], ["x"] * len(draws), decode, terms, draws)[0] * len(draws)
 
-    torch.testing.assert_close(gradient(slice(0, 3)), torch.cat([gradient(slice(0, 1)), gradient(slice(1, 3))]))
+    torch.testing.assert_close(
+        gradient(slice(0, 3)), torch.cat([gradient(slice(0, 1)), gradient(slice(1, 3))])
+    )
