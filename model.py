@@ -886,6 +886,7 @@ def read_turbo(path: str | Path, config: UNetConfig, name: str | None = None):
         return config, None, lora, RELEASED["LoRA list"]
     content = weights.named_tensors(content, path)
     if any(key.endswith(".up") for key in content):
+        config = replace(config, motion="motion_cond_proj.up" in content)
         lora = weights.lora_from_dict(content, lora_shapes(config), layout_of(config), path)
         return config, None, lora, header
 

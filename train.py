@@ -1,8 +1,13 @@
-"""Training: Algorithm 1 of T2V-Turbo (arXiv 2405.18750), on a CPU, a GPU, or many.
+"""Training, on a CPU, a GPU, or many: Algorithm 1 of T2V-Turbo (arXiv 2405.18750), Algorithms 1 and 2 of
+T2V-Turbo-v2 (arXiv 2410.05677).
 
     python train.py --preset shapes                                                 # the toy, on a laptop
     torchrun --nproc_per_node=8 train.py --preset turbo-vc2 --teacher model.ckpt --out runs/vc2 \\
         --data '/data/webvid/{00000..09999}.tar' --reward hpsv2=FILE --reward internvideo2=FILE    # the paper
+    torchrun --nproc_per_node=8 train.py --preset turbo-v2 --teacher model.ckpt --prepare CACHE \\
+        --data vidgen.csv --reward-data '/data/webvid/{00000..09999}.tar'       # v2: the teacher, once
+    torchrun --nproc_per_node=8 train.py --preset turbo-v2 --data CACHE --out runs/v2 \\
+        --reward hpsv2=FILE --reward clip=FILE --reward internvideo2=FILE       # then the student, without it
 
 The batch of a step is fixed and split over however many processes there are, and all that is random about a
 clip comes from a generator of its own, seeded by the clip's place in the run. So 1, 2 or 8 processes train
@@ -13,7 +18,7 @@ import dataclasses
 import math
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -45,17 +50,22 @@ from plumbing.cli import Count, NotNegative, Positive, Seed, Share, Size, Within
 from plumbing.files import atomic
 from plumbing.folder import Lock, Log, check_room, checkpoints, open_folder, read_checkpoint
 from plumbing.run import FlatAdamW, Group, Parts, listen, shielded
+from prepare import Chosen, Plan, prepare, teacher_identity
 from shapes import world
 from solver import Sampling, Schedule
 from turbo import (
     EMA,
     RewardTerm,
+    Solved,
     Step,
+    consistency,
     distill,
+    distill_solved,
     generate,
     inject,
     lora_state,
     merge,
+    motion_strength,
     reward_gradient,
     total_loss,
 )
@@ -64,9 +74,10 @@ from turbo import (
 @dataclass(frozen=True)
 class Config:
     """Defaults are T2V-Turbo (VC2)."""
-    preset: Literal["shapes", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms"] = "shapes"     # of defaults
+    preset: Literal["shapes", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms",
+                    "turbo-v2", "shapes-v2"] = "shapes"     # of defaults
     teacher: str = ""               # VC2's model.ckpt, MS's folder [downloaded; shapes: embedded]
-    data: str = ""                  # folder, .csv, .jsonl, .tar pattern of captioned clips; paper: WebVid-10M
+    data: str = ""                  # folder, .csv, .jsonl, .tar pattern of captioned clips; v2: the cache
     reward: tuple[str, ...] = ("hpsv2", "internvideo2")  # NAME[=FILE][:WEIGHT], repeatable; overrides β
     out: str = ""                   # folder for weights, checkpoints, log.jsonl, samples [runs/PRESET]
     resume: str = ""                # auto (the last checkpoint in OUT, if any) or a checkpoint's path
@@ -87,6 +98,17 @@ class Config:
     image_frames: Count = 6         # M, random frames for an image reward; paper, Sec. 4 (released code: 5)
     video_frames: Count = 8         # evenly strided frames for a video reward; paper, Sec. 4
     ema: Share = 0.95               # decay of the target network θ⁻; v1 Eq. 6; 0: θ itself (released code)
+    # T2V-Turbo-v2
+    prepare: str = ""               # folder for the cache that v2 trains from; makes it, and does not train
+    reward_data: str = ""           # --prepare: more clips, as --data; then only these carry rewards (WebVid)
+    prepare_clips: Count | None = None      # --prepare: how many clips of both together [all]
+    draws: Count = 1                # --prepare: timesteps and noises per clip; they share its inversion
+    inversion_steps: Annotated[int, Within(1, 1000)] = 50   # --prepare: DDIM inversion; released code: 200
+    motion: NotNegative = 0.05      # λ' of motion guidance; released code (the paper's λ = 500); 0: none
+    motion_share: Share = 0.5       # τ: motion guidance at t >= 1000 (1 - τ); v2, Sec. 4
+    released_motion: bool = False   # its factor √(1 - √ᾱ) of the released code, not √(1 - ᾱ)
+    reward_batch: Count = 8         # clips per step that rewards see, all processes; released code: 1 per GPU
+    rewards_on: Literal["short", "all", "disjoint"] = "short"   # clips; disjoint: L_CD on the others only
     # optimisation
     steps: Count = 10000            # paper, Sec. 4: 10K
     batch: Count = 8                # clips per step, all processes together; paper, Sec. 4: 1 per GPU
@@ -117,12 +139,40 @@ SHAPES = dict(
     steps=200, batch=8, micro=8, lr=1e-3, lora=7, checkpointing=False, chunk=1000,
     workers=0, save_every=50, sample_every=50, guidance=2.0,
     prompt=("a red circle moving right", "a blue square rising on white"))
-PRESETS = {"shapes": SHAPES, "turbo-vc2": {}, "vcm-vc2": VCM, "turbo-ms": MS, "vcm-ms": MS | VCM}
+V2 = dict(
+    fps=8, grid=200, ema=0.0, image_weight=0.2, video_weight=0.5, reward=("hpsv2", "clip", "internvideo2"),
+    image_frames=2, video_frames=4, steps=8000, batch=24, reward_batch=8, lora=0)
+SHAPES_V2 = SHAPES | dict(
+    ema=0.0, batch=6, reward_batch=2, prepare_clips=400, draws=4, inversion_steps=25, motion=0.05)
+PRESETS = {
+    "shapes": SHAPES, "turbo-vc2": {}, "vcm-vc2": VCM, "turbo-ms": MS, "vcm-ms": MS | VCM, "turbo-v2": V2,
+    "shapes-v2": SHAPES_V2}
 
 PATHS = {"teacher", "data", "reward", "out", "resume", "device"}   # of this machine, not of the student
-MAY_CHANGE = PATHS | {                                              # when a run is resumed; nothing else may
+PREPARING = {"prepare", "reward_data", "prepare_clips", "draws", "inversion_steps"}
+MAY_CHANGE = PATHS | PREPARING | {                                  # when a run is resumed; nothing else may
     "dry_run", "steps", "micro", "lr", "checkpointing", "chunk", "workers", "save_every", "keep",
     "sample_every", "prompt", "guidance", "merge", "export_lora"}
+
+
+def is_toy(config: Config) -> bool:
+    return config.preset.startswith("shapes")
+
+
+def is_v2(config: Config) -> bool:
+    return config.preset.endswith("v2")
+
+
+def model_name(config: Config) -> str:
+    """shapes, vc2 or ms: whose teacher it is."""
+    if is_toy(config):
+        return "shapes"
+    return "ms" if config.preset.endswith("ms") else "vc2"
+
+
+def family_of(config: Config) -> Family:
+    """The teacher's architecture and the clips it was trained for."""
+    return shapes.FAMILY if is_toy(config) else FAMILIES[model_name(config)]
 
 
 # ---- the command line --------------------------------------------------------------------------------------
@@ -139,9 +189,10 @@ def configure(argv: list[str] | None = None) -> Config:
 
 def check_values(config: Config) -> None:
     """Options that do not fit each other."""
-    toy = config.preset == "shapes"
+    toy = is_toy(config)
     check_size(family_of(config), height=config.height, width=config.width)
     Schedule(config.grid)
+    Schedule(config.inversion_steps)
     if toy and config.height != config.width:
         raise ValueError(f"--width {config.width}: the toy's clips are square; try --width {config.height}")
     if config.w_min > config.w_max:
@@ -156,17 +207,13 @@ def check_values(config: Config) -> None:
                              f"choose at most --frames {config.frames}")
 
 
-def family_of(config: Config) -> Family:
-    """The teacher's architecture and the clips it was trained for."""
-    return shapes.FAMILY if config.preset == "shapes" else FAMILIES[config.preset.split("-")[1]]
-
-
 def check_effect(config: Config, given: set[str]) -> None:
     """Options that were typed but cannot take effect."""
     kinds = {planned.kind for planned in planned_rewards(config)}
     public = "--preset turbo-vc2, vcm-vc2, turbo-ms or vcm-ms"
     needs = (                                       # option, does it take effect, what it belongs to
-        ("data", config.preset != "shapes", f"{public}; the toy draws its own clips"),
+        ("data", config.preset != "shapes" and not (is_toy(config) and config.prepare),
+         f"{public}; the toy draws its own clips"),
         ("image_frames", "image" in kinds, "an image reward; --image-weight is 0"),
         ("video_frames", "video" in kinds, "a video reward; --video-weight is 0"),
         ("prompt", config.sample_every, "--sample-every"),
@@ -174,7 +221,12 @@ def check_effect(config: Config, given: set[str]) -> None:
         ("merge", config.lora, "--lora; without it turbo.safetensors is the whole UNet"),
         ("export_lora", config.lora, "--lora"),
         ("resume", config.dry_run is None, "training; --dry-run begins anew"),
+        ("ema", not is_v2(config), "--preset turbo-vc2 and the like; v2's target is the student itself"),
+        ("resume", not config.prepare, "training; preparing goes on by itself"),
     )
+    v2_only = PREPARING | {"motion", "motion_share", "released_motion", "reward_batch", "rewards_on"}
+    needs += tuple((name, is_v2(config), "--preset turbo-v2 or shapes-v2") for name in sorted(v2_only))
+    needs += tuple((name, config.prepare, "--prepare") for name in sorted(PREPARING - {"prepare"}))
     for name, effective, owner in needs:
         if name in given and not effective:
             raise ValueError(f"{cli.flag_of(name)} has no effect here: it belongs to {owner}")
@@ -201,7 +253,7 @@ def planned_rewards(config: Config) -> list[PlannedReward]:
     for spec in config.reward:
         name, path, weight = rewards.parse_spec(spec)
         kind = rewards.RECIPES[name].kind
-        if name.startswith("shapes-") != (config.preset == "shapes"):
+        if name.startswith("shapes-") != is_toy(config):
             raise ValueError(f"--reward {name} does not belong to --preset {config.preset}; "
                              "the toy's are shapes-clip and shapes-viclip, and no other preset takes those")
         if name in planned:
@@ -261,18 +313,20 @@ class Trainer:
         """Student and teacher out of one UNet: with LoRA they share it, else the teacher is a frozen copy."""
         unet = self.models.unet.eval()
         self.student = self.teacher = unet
-        if not unet.config.guidance:        # ω's layer starts at zero: the student starts as its teacher
-            unet.config = dataclasses.replace(unet.config, guidance=True)
-            layer = condition_layers(unet.config)["time_cond_proj"]
-            unet.add_module("time_cond_proj", layer.to(device, unet.dtype))
+        told = dataclasses.replace(unet.config, guidance=True, motion=told_motion(config))
+        for name, layer in condition_layers(told).items():      # at zero: the student starts as its teacher
+            if not hasattr(unet, name):
+                unet.add_module(name, layer.to(device, unet.dtype))
+        unet.config = told
 
         if config.lora:                     # with LoRA off the student is the teacher: one copy
             conv1d = ("init_attn.0.proj_in", "init_attn.0.proj_out")    # in VC2; not in the published LoRA
             inject(unet, config.lora, skip=conv1d if unet.config.fps else ())
         else:
-            self.teacher = copy.deepcopy(unet).requires_grad_(False)
-            for p in self.teacher.parameters():
-                p.data = p.data.to(getattr(torch, config.dtype))
+            if not is_v2(config):           # whose teacher is a cache
+                self.teacher = copy.deepcopy(unet).requires_grad_(False)
+                for p in self.teacher.parameters():
+                    p.data = p.data.to(getattr(torch, config.dtype))
             unet.requires_grad_(True)
         unet.checkpointing = config.checkpointing
 
@@ -283,18 +337,10 @@ class Trainer:
 
     def step(self, batch: dict) -> dict[str, float]:
         """One step on this process's clips of a batch -> its record in the log, the same on all processes."""
-        n, micro = self.config.batch // self.group.world, self.config.micro
-        first = (self.done * self.group.world + self.group.rank) * n    # the first clip's place in the run
-
-        # gradient and metrics, a few clips at a time
         self.gradient.zero_()
-        metrics = 0
-        for start in range(0, n, micro):
-            end = min(start + micro, n)
-            micro_batch = {name: batch[name][start:end] for name in ("clip", "caption", "reward_caption")}
-            metrics = metrics + self.accumulate(micro_batch, range(first + start, first + end))
+        metrics = self.gradients(batch)
 
-        # their sums over all processes
+        # sums over all processes
         with self.parts("update"):
             self.group.sum(self.gradient)
             metrics = self.group.sum(torch.cat([metrics, metrics.new_tensor([batch["bad"]])]))
@@ -307,6 +353,22 @@ class Trainer:
         record = dict(zip(names, values, strict=True))
         record["clips_skipped"] = self.clips_skipped + int(record["clips_skipped"])
         return record | {"lr": self.config.lr, "steps_skipped": self.skipped}
+
+    def gradients(self, batch: dict) -> Tensor:
+        """The gradient of this process's clips -> their share of the metrics: loss, L_CD, rewards."""
+        metrics = 0
+        for micro_batch, positions in self.micro_batches(batch, self.config.batch):
+            metrics = metrics + self.accumulate(micro_batch, positions)
+        return metrics
+
+    def micro_batches(self, batch: dict, total: int) -> Iterator[tuple[dict, range]]:
+        """A few clips at a time, with their places in the run. total: clips of a step on all processes."""
+        n, micro = total // self.group.world, self.config.micro
+        first = (self.done * self.group.world + self.group.rank) * n
+        for start in range(0, n, micro):
+            end = min(start + micro, n)
+            micro_batch = {name: values[start:end] for name, values in batch.items() if name != "bad"}
+            yield micro_batch, range(first + start, first + end)
 
     def accumulate(self, micro_batch: dict, positions: range) -> Tensor:
         """Algorithm 1 on some clips: adds their share of the gradient -> that of loss, L_CD, rewards."""
@@ -327,10 +389,8 @@ class Trainer:
         g, scores = None, {}
         if self.terms:
             with self.parts("rewards"):
-                pairs = zip(micro_batch["reward_caption"], micro_batch["caption"], strict=True)
-                captions = [short or full for short, full in pairs]
-                g, scores = reward_gradient(z0_hat, captions, self.models.vae.decode, self.terms, generators,
-                                            config.chunk)
+                g, scores = reward_gradient(z0_hat, short_captions(micro_batch), self.models.vae.decode,
+                                            self.terms, generators, config.chunk)
 
         # gradient of L = L_CD - β_img J_img - β_vid J_vid
         share = len(positions) / config.batch
@@ -396,6 +456,78 @@ class Trainer:
         self.clips_skipped = state["clips_skipped"]
 
 
+class CachedTrainer(Trainer):
+    """v2 Algorithm 2: what the teacher says comes from a cache, and rewards look at clips of their own.
+
+    A batch is {"distill": samples of the cache, "rewards": others of them, "bad": as in every batch}.
+    """
+
+    def gradients(self, batch: dict) -> Tensor:
+        """The gradient of this process's clips -> their share of the metrics: loss, L_CD, rewards."""
+        config, metrics = self.config, 0
+        for samples, positions in self.micro_batches(batch["distill"], config.batch):
+            metrics = metrics + self.distill(samples, positions)
+        if self.terms:
+            for samples, positions in self.micro_batches(batch["rewards"], config.reward_batch):
+                metrics = metrics + self.reward(samples, positions)
+        return metrics
+
+    def distill(self, samples: dict, positions: range) -> Tensor:
+        """L_CD of some samples."""
+        solved, w, c, motion = self.read(samples, positions, self.config.seed)
+        with self.parts("distill"):
+            loss_cd, _ = distill_solved(self.student, self.schedule, solved, w, c, motion,
+                                        self.config.released_motion, fps=self.config.fps)
+        share = len(positions) / self.config.batch
+        with self.parts("backward"):
+            (share * loss_cd).backward()
+
+        metrics = torch.zeros(2 + len(self.terms), dtype=torch.float64, device=self.group.device)
+        metrics[:2] = share * loss_cd.detach()
+        return metrics
+
+    def reward(self, samples: dict, positions: range) -> Tensor:
+        """- β_img J_img - β_vid J_vid of the one-step generations ẑ0 of some samples."""
+        solved, w, c, motion = self.read(samples, positions, self.config.seed + 1)
+        generators = [generator(self.config.seed + 2, position) for position in positions]
+        told = dict(fps=self.config.fps) | ({} if motion is None else {"motion": motion})
+        with self.parts("distill"):
+            z0_hat = consistency(self.student, self.schedule, solved.z_t, solved.t, w, c, **told)
+        with self.parts("rewards"):
+            g, scores = reward_gradient(z0_hat, short_captions(samples), self.models.vae.decode, self.terms,
+                                        generators, self.config.chunk)
+        share = len(positions) / self.config.reward_batch
+        with self.parts("backward"):
+            (share * total_loss(0.0, z0_hat, g)).backward()
+
+        weighted = sum(term.weight * scores[term.name] for term in self.terms)
+        return share * torch.stack([-weighted, torch.zeros_like(weighted), *scores.values()]).double()
+
+    def read(self, samples: dict, positions: range, seed: int
+             ) -> tuple[Solved, Tensor, Tensor, Tensor | None]:
+        """What the cache says, on the device in float32; ω drawn anew; and λ' of each sample, or None."""
+        config, device = self.config, self.group.device
+        names = ("z_t", "eps_c", "eps_0", "motion")
+        t = samples["t"].to(device)
+        solved = Solved(t, *(samples[name].to(device).float() for name in names))
+
+        uniform = [torch.rand(1, generator=generator(seed, position)) for position in positions]
+        w = (torch.cat(uniform) * (config.w_max - config.w_min) + config.w_min).to(device)
+        motion = motion_strength(t, config.motion, config.motion_share) if told_motion(config) else None
+        return solved, w, samples["c"].to(device).float(), motion
+
+
+def told_motion(config: Config) -> bool:
+    """Is the student told λ'?"""
+    return is_v2(config) and config.motion > 0
+
+
+def short_captions(samples: dict) -> list[str]:
+    """What rewards read: the reward caption of each clip where it has one."""
+    pairs = zip(samples["reward_caption"], samples["caption"], strict=True)
+    return [short or full for short, full in pairs]
+
+
 def check_resume(config: Config, state: dict, path: Path) -> None:
     """Raises ValueError where an option that holds for the whole of a run differs from the checkpoint's."""
     said = state["config"]
@@ -424,28 +556,58 @@ def reward_weights(config: Config) -> str:
 def load_world(config: Config, group: Group) -> tuple[Models, object, list[RewardTerm]]:
     """Networks, dataset of captioned clips, and reward terms."""
     device = group.device
-    if config.preset == "shapes":
-        terms = reward_terms(config, partial(toy_reward, device=device, folder=config.teacher or None))
-        models = shapes.load(folder=config.teacher or None, device=device, guidance=True)
-        return models, shapes.Clips(frames=config.frames, size=config.height), terms
+    if is_toy(config):
+        load_reward = partial(toy_reward, device=device, folder=config.teacher or None)
+    else:
+        load_reward = partial(rewards.load, device=device, dtype=getattr(torch, config.dtype))
 
-    with group.first():                     # it indexes shards, the others read the index
-        clips = data.open_dataset(config.data, config.frames, config.fps, config.height, config.width,
-                                  cache=config.out)
+    if is_v2(config):
+        clips = data.Cache(config.data, expected(config))
+    elif is_toy(config):
+        clips = shapes.Clips(frames=config.frames, size=config.height)
+    else:
+        clips = open_clips(config, config.data, group)
+    terms = reward_terms(config, load_reward)
+    models = load_models(config, device)
+    if is_v2(config) and clips.header["teacher"] != teacher_identity(models):
+        raise ValueError(f"the cache in {config.data} was made by another teacher "
+                         f"({clips.header['teacher_file']}); give that one with --teacher")
+    return models, clips, terms
+
+
+def load_models(config: Config, device: torch.device) -> Models:
+    """The teacher, and for training the layers with which a student is told more."""
+    conditions = {} if config.prepare else dict(guidance=True, motion=told_motion(config))
+    if is_toy(config):
+        return shapes.load(folder=config.teacher or None, device=device, **conditions)
     dtype = getattr(torch, config.dtype)
-    terms = reward_terms(config, partial(rewards.load, device=device, dtype=dtype))
-    models = model.load(config.preset.split("-")[1], config.teacher or None, device=device, guidance=True,
-                        dtype=dtype if config.lora else torch.float32)
+    trains_all = not config.lora and not config.prepare
+    models = model.load(model_name(config), config.teacher or None, device=device,
+                        dtype=torch.float32 if trains_all else dtype, **conditions)
     models.vae.to(dtype)
     models.text.to(dtype)
-    return models, clips, terms
+    return models
+
+
+def open_clips(config: Config, spec: str, group: Group) -> data.ClipDataset:
+    with group.first():                     # it indexes shards, the others read the index
+        return data.open_dataset(spec, config.frames, config.fps, config.height, config.width,
+                                 cache=config.prepare or config.out)
+
+
+def expected(config: Config) -> dict:
+    """What the header of a cache must say."""
+    names = ["grid", "frames", "height", "width", "fps"] + ["motion_share"] * told_motion(config)
+    return {"model": model_name(config)} | {name: getattr(config, name) for name in names}
 
 
 def check_files(config: Config) -> None:
     """Raises ValueError where a file that will be read is not there."""
     if config.teacher and not Path(config.teacher).expanduser().exists():
         raise ValueError(f"--teacher {config.teacher}: no such file or folder")
-    if config.preset == "shapes":
+    if is_v2(config) and not config.prepare and not config.data:
+        raise ValueError("v2 trains from a cache: make one with --prepare CACHE, then say --data CACHE")
+    if is_toy(config):
         return
     if not config.data:
         raise ValueError("no clips to train on; name them with --data, or try --dry-run 1")
@@ -485,10 +647,10 @@ def random_world(config: Config, group: Group) -> tuple[Models, "NoiseClips", li
     """What `load_world` returns for a published model, but random: no file is read."""
     family, dtype, device = family_of(config), getattr(torch, config.dtype), group.device
     with dryrun.build(device, dtype if config.lora else torch.float32):
-        unet = UNet3D(dataclasses.replace(family.unet, guidance=True))
+        unet = UNet3D(dataclasses.replace(family.unet, guidance=True, motion=told_motion(config)))
     with dryrun.build(device, dtype):
         vae, text = VAE(family.vae).requires_grad_(False), TextEncoder(family.text).requires_grad_(False)
-    models = Models(config.preset.split("-")[1], unet, vae, text, family)
+    models = Models(model_name(config), unet, vae, text, family)
     terms = reward_terms(config, partial(random_reward, device=device, dtype=dtype))
     return models, NoiseClips(config), terms
 
@@ -541,7 +703,8 @@ def show(trainer: Trainer, out: Path) -> dict[str, float]:
     """OUT/samples: this process's share of the prompts, from the same noise. The toy is judged, too."""
     config, models, group = trainer.config, trainer.models, trainer.group
     size = config.frames, config.height, config.width
-    sampling = Sampling("student", min(4, config.grid), config.guidance, config.grid, config.fps)
+    sampling = Sampling("student", min(4, config.grid), config.guidance, config.grid, config.fps,
+                        config.motion if told_motion(config) else None, config.motion_share)
 
     def make(captions: list[str], seeds: list[int]) -> Tensor:
         """Clips uint8 (B, 3, T, H, W) on the CPU, as the student makes them now."""
@@ -551,19 +714,21 @@ def show(trainer: Trainer, out: Path) -> dict[str, float]:
     for i in range(group.rank, len(config.prompt), group.world):
         path = out / "samples" / f"step-{trainer.done:06d}-{i}.gif"
         video.write_video(path, make([config.prompt[i]], [i])[0], config.fps)
-    return {"oracle": shapes.accuracy(make)} if config.preset == "shapes" else {}
+    return {"oracle": shapes.accuracy(make)} if is_toy(config) else {}
 
 
 def header(trainer: Trainer) -> dict:
     """What turbo.safetensors says about itself; model.py reads it."""
     config = trainer.config
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in PATHS}
+    method = "turbo" if trainer.terms else "vcm"
     return {
-        "version": 2, "model": config.preset.split("-")[-1], "method": "turbo" if trainer.terms else "vcm",
+        "version": 2, "model": model_name(config), "method": "turbo-v2" if is_v2(config) else method,
         "steps": config.grid, "w_min": config.w_min, "w_max": config.w_max, "rank": config.lora,
         "fps": config.fps, "frames": config.frames, "height": config.height, "width": config.width,
-        "motion": None, "motion_share": None, "rewards": [term.name for term in trainer.terms],
-        "train": options}
+        "motion": config.motion if told_motion(config) else None,
+        "motion_share": config.motion_share if told_motion(config) else None,
+        "rewards": [term.name for term in trainer.terms], "train": options}
 
 
 def export(trainer: Trainer, out: Path) -> None:
@@ -571,7 +736,7 @@ def export(trainer: Trainer, out: Path) -> None:
     config, unet = trainer.config, trainer.student
     state = lora_state(unet) if config.lora else unet.state_dict()
     small = state
-    if config.preset == "shapes":           # the toy's weights come with the repository
+    if is_toy(config):                      # the toy's weights come with the repository
         small = {name: x.half() for name, x in state.items()}
     for name, x in small.items():
         if not x.isfinite().all():
@@ -607,9 +772,7 @@ def run(trainer: Trainer, clips, out: Path, record: dict) -> int | None:
     """Steps until --steps or a signal -> the signal's number. record: that of the step resumed from."""
     config, group, parts = trainer.config, trainer.group, trainer.parts
     heard, stopped = listen(), False
-    loader = data.loader(clips, config.batch // group.world, group.rank, group.world, config.workers,
-                         config.seed, trainer.done, out / "bad_clips.jsonl")
-    batches = shielded(loader)
+    batches = shielded(batches_of(trainer, clips, out / "bad_clips.jsonl"))
     with Log(out, trainer.done, config.steps, group) as log:
         if record and group.any(log.last < trainer.done):   # killed after the checkpoint, before the log
             finish_step(trainer, out, log, record)
@@ -625,12 +788,64 @@ def run(trainer: Trainer, clips, out: Path, record: dict) -> int | None:
     return (heard or [signal.SIGTERM])[0] if stopped else None
 
 
+def batches_of(trainer: Trainer, clips, bad_file: Path) -> Iterator[dict]:
+    """This process's batches from the step on that the trainer is at; v2: of two streams of the cache."""
+    config, group = trainer.config, trainer.group
+
+    def stream(dataset, total: int, seed: int) -> Iterator[dict]:
+        return data.loader(dataset, total // group.world, group.rank, group.world, config.workers, seed,
+                           trainer.done, bad_file)
+
+    if not is_v2(config):
+        yield from stream(clips, config.batch, config.seed)
+        return
+    distilled = clips.where(rewards=False) if config.rewards_on == "disjoint" else clips
+    rewarded = clips if config.rewards_on == "all" else clips.where(rewards=True)
+    pairs = zip(stream(distilled, config.batch, config.seed),
+                stream(rewarded, config.reward_batch, config.seed + 1), strict=True)
+    for first, second in pairs:
+        yield {"distill": first, "rewards": second, "bad": first["bad"] + second["bad"]}
+
+
 def finish_step(trainer: Trainer, out: Path, log: Log, record: dict) -> None:
     """Samples, where they are due, and the step's line in the log; both come after the checkpoint."""
     every, done = trainer.config.sample_every, trainer.done
     if every and (done % every == 0 or done == trainer.config.steps):
         record = record | show(trainer, out)
     log(done, record, trainer.parts)
+
+
+def prepare_cache(config: Config, group: Group) -> None:
+    """v2 Algorithm 1: what the teacher says about each clip, into the folder --prepare (see prepare.py)."""
+    plan = Plan(config.grid, config.draws, config.inversion_steps, config.motion_share, config.fps,
+                config.seed, config.micro)
+    if is_toy(config):                      # every second clip carries rewards, as in v2's mixture of data
+        clips = Chosen([shapes.Clips(frames=config.frames, size=config.height)] * 2, config.prepare_clips,
+                       config.seed)
+    else:
+        specs = [spec for spec in (config.data, config.reward_data) if spec]
+        clips = Chosen([open_clips(config, spec, group) for spec in specs], config.prepare_clips, config.seed)
+
+    models = load_models(config, group.device)
+    models.unet.requires_grad_(False)
+    models.unet.checkpointing = config.checkpointing
+    header = {"model": model_name(config), "teacher": teacher_identity(models),
+              "teacher_file": Path(config.teacher or "public").name, "clips": len(clips),
+              "data": config.data, "reward_data": config.reward_data, "dtype": config.dtype,
+              "frames": config.frames, "height": config.height, "width": config.width}
+    header |= {name: value for name, value in dataclasses.asdict(plan).items() if name != "micro"}
+
+    writer = data.CacheWriter(config.prepare, header, group.rank, group.world)
+    stopped = prepare(plan, models, clips, writer, group)
+    group.leave()
+    if stopped:
+        print(f"stopped by a signal; whole shards in {config.prepare} stay, and the same command goes on",
+              file=sys.stderr)
+        sys.exit(128 + stopped)
+    if group.rank == 0:
+        cache = data.Cache(config.prepare)
+        print(f"{config.prepare}: {len(cache)} samples of {len(clips)} clips, "
+              f"{cache.rewards.sum()} of them with rewards")
 
 
 @cli.main
@@ -642,14 +857,16 @@ def main(argv: list[str] | None = None):
     group = Group(config.device)
     torch.manual_seed(config.seed)                                  # LoRA starts alike on all processes
     if config.dry_run is not None:
-        world = load_world if config.preset == "shapes" else random_world
+        world = load_world if is_toy(config) else random_world
         return dryrun.report(config, group, world, Trainer)
 
+    if config.prepare:
+        return prepare_cache(config, group)
     out = Path(config.out)
     with Lock(out) if group.rank == 0 else nullcontext():
         state = resumed(config, open_folder(config, group), group)
         models, clips, terms = load_world(config, group)
-        trainer = Trainer(config, models, terms, group)
+        trainer = (CachedTrainer if is_v2(config) else Trainer)(config, models, terms, group)
         if state:
             trainer.load_state(state)
         record = state.get("record", {}) if state else {}

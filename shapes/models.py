@@ -205,8 +205,8 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
         config, whole, lora, header = model.read_turbo(turbo, config, "shapes")
         state, lora = whole or state, weights.scaled(lora, lora_scale)
         header = model.complete(header, FAMILY)
-    if config.guidance and "time_cond_proj.weight" not in state:
-        state["time_cond_proj.weight"] = torch.zeros(config.channels, 256)      # what LoRA adds to
+    for name, layer in model.condition_layers(config).items():                  # what LoRA adds to
+        state.setdefault(f"{name}.weight", layer.weight.data)
 
     with torch.device("meta"):
         unet = UNet(config)
