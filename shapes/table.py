@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import rewards
 import shapes
+from model import to_clip
 from plumbing import stats
 from plumbing.files import atomic
 from plumbing.run import pick_device
@@ -120,8 +121,8 @@ def measure(row: Row, config, device: torch.device, scorers: dict, spread: "Spre
 
     def sample(captions: list[str], seeds: list[int]) -> Tensor:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, config.dtype == "bfloat16"):
-            z = generate(models, captions, seeds, (world.FRAMES, world.SIZE, world.SIZE), sampling)
-        return to_clip(models.vae, z)
+            z = generate(models, captions, seeds, models.size, sampling)
+        return to_clip(models.vae, z).cpu()
 
     clips = []
     for split, count in (("train", (config.clips + 1) // 2), ("held-out", config.clips // 2)):
@@ -140,12 +141,6 @@ def measure(row: Row, config, device: torch.device, scorers: dict, spread: "Spre
     if spread:
         found["spread"] = spread.of(sample, config.seed)
     return found
-
-
-@torch.no_grad()
-def to_clip(vae, z: Tensor) -> Tensor:
-    """Latents -> clips uint8 (B, 3, T, H, W)."""
-    return ((vae.decode(z).float().clamp(-1, 1) + 1) / 2 * 255).byte().cpu()
 
 
 @torch.no_grad()

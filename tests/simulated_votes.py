@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python tests/simulated_votes.py page.html FOLDER     # a page of the toy's clips -> two files
 
-The world's oracle prefers cleaner shapes, and what has more of the caption right; the toy's two rewards prefer what
+The oracle prefers cleaner shapes, and what has more of the caption right; the toy's two rewards prefer what
 they score higher. Small differences are none.
 """
 import base64

@@ -170,7 +170,7 @@ EVALUATE = [                            # what is typed behind evaluate.py -> wh
     ("score {clips}", "score takes clips and at least one --reward NAME=FILE"),
     ("score nowhere.mp4 --reward shapes-clip", "nowhere.mp4: no such file or folder"),
     ("score {empty} --reward shapes-clip", "{empty}: no clips (.mp4, .gif, .safetensors) and no png frames"),
-    ("score {clips} --reward hps", "no reward 'hps', did you mean hpsv2"),
+    ("score {clips} --reward hps", "no reward 'hps'; did you mean hpsv2"),
     ("score {clips} --reward shapes-clip=nowhere.pt", "--reward: there is no file of weights at nowhere.pt"),
     ("score {clips} --reward shapes-clip:nan", "the weight nan of reward"),
     ("score {clips} --reward shapes-clip --reward shapes-clip", "give each reward once"),

@@ -439,7 +439,7 @@ def world_for_samples(monkeypatch):
     shown = {}
 
     def load(student, folder, device):
-        return SimpleNamespace(vae=None, header={"steps": 8})
+        return SimpleNamespace(vae=None, header={"steps": 8}, size=(8, 64, 64))
 
     def generate(models, captions, seeds, size, sampling):
         return [shown[caption] if caption in shown else drawn(caption, seed)
@@ -500,7 +500,7 @@ def test_the_table_samples_what_the_commands_sample(tmp_path):
     for row, options in ((table.Row("", "vcm", "student", 2), ["--method", "vcm"]),
                          (table.Row("", None, "ddim", 2), ["--method", "teacher"])):
         models = shapes.load(row.student)
-        z = table.generate(models, [caption], [7], (8, 64, 64), row.sampling(2.0, 2.0, models.header))
+        z = table.generate(models, [caption], [7], models.size, row.sampling(2.0, 2.0, models.header))
         out = str(tmp_path / "a.safetensors")
         sample.main([caption, "--steps", "2", "--seed", "7", "--out", out, *options])
         assert torch.equal(table.to_clip(models.vae, z)[0], video.read_clip(tmp_path / "a.safetensors"))
