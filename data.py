@@ -16,13 +16,14 @@ Start   The first frame is drawn from a generator seeded by (seed, epoch, index)
 Bad     A clip that cannot be used is logged (step, index, clip, reason). In its place comes clip
         hash(seed, epoch, p % N, attempt) % N, again a function of the position alone. A run ends when at
         least 20 bad clips are more than 5 % of the last 1000 that its rank drew, or when 20 in a row are bad.
-Short   A clip that is too short is stretched over the frames asked for; its item's fps is then the higher one
-        that it is played at.
+Short   A clip that is too short is stretched over the frames asked for, which is said once. Its motion is
+        then slower than the model is told; its item's fps is the true one.
 
 T2V-Turbo-v2 trains from a cache of what the teacher says about each clip: CacheWriter and Cache, at the end.
 """
 import json
 import os
+import warnings
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -66,8 +67,9 @@ class ClipDataset:
 
     def __init__(self, sources: list, frames: int, fps: float, height: int, width: int):
         self.sources = sources
-        self.shape = dict(frames=frames, fps=fps, height=height, width=width)
+        self.frames, self.fps, self.height, self.width = frames, fps, height, width
         self.ends = np.cumsum([len(source) for source in sources])
+        self.stretched = False                        # whether a clip was too short
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -86,10 +88,15 @@ class ClipDataset:
             caption, reward_caption = clean(caption, "caption"), clean(reward_caption, "reward caption")
             if not caption:
                 raise ValueError("no caption" if caption is None else "empty caption")
-            clip, fps = read_video(video, **self.shape, generator=generator)
+            clip, fps = read_video(video, self.frames, self.fps, self.height, self.width, generator)
         except (OSError, ValueError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise BadClip(self.name(index), reason) from error
+
+        if fps > self.fps and not self.stretched:     # said once
+            self.stretched = True
+            warnings.warn(f"{self.name(index)} is shorter than {self.frames} frames at {self.fps:g} fps: it "
+                          "is stretched, and so are others; a higher --fps needs less", stacklevel=2)
         return dict(clip=clip, fps=fps, caption=caption, reward_caption=reward_caption or None, index=index)
 
 

@@ -25,8 +25,7 @@ EXPECTED = "a folder of clips, a .csv or .jsonl manifest, or .tars"
 
 
 def split_spec(spec: str | Sequence[str | Path]) -> list[str]:
-    """'clips,{0,1}.tar' -> the names of the sources, split at commas outside of braces; a list is taken as it
-    is."""
+    """'clips,{0,1}.tar' -> names of the sources, split at commas outside of braces; a list as it is."""
     parts = re.split(r",(?![^{]*\})", spec) if isinstance(spec, str) else [str(part) for part in spec]
     return [part.strip() for part in parts if part.strip()]
 
@@ -90,8 +89,7 @@ class FileSource:
 
 
 def folder_source(folder: str) -> FileSource:
-    """All videos below a folder, each with the .txt of its name as caption. Raises ValueError when there is
-    none."""
+    """All videos below a folder, each with the .txt of its name as caption. Raises ValueError for none."""
     paths, unread, seen = [], Counter(), set()
     for base, subfolders, names in os.walk(folder, followlinks=True, onerror=raise_error):
         real = os.path.realpath(base)
@@ -171,8 +169,7 @@ def csv_rows(path: str) -> list[Row]:
 
 
 def check_quotes(path: str, first: int, last: int, fields: list[str]) -> None:
-    """Raises ValueError where the fields of lines `first` to `last` hold whole rows, or could not be told
-    apart."""
+    """Raises ValueError where what was read from lines `first` to `last` holds whole rows, or is no row."""
     suffixes = "|".join(suffix[1:] for suffix in READABLE)
     swallowed = any(re.search(rf'\n[^,"\n]+\.({suffixes}),', field, re.IGNORECASE) for field in fields)
     if last > first and (swallowed or not fields):

@@ -84,8 +84,7 @@ def write_index(place: Path, table: np.ndarray) -> bool:
 
 
 def is_index_of(path: str, rows: np.ndarray) -> bool:
-    """Whether the first and the last clip still lie where the index says. The others are checked when they
-    are read."""
+    """Whether the first and the last clip lie where the index says. The others are checked when read."""
     try:
         with open(path, "rb") as file:
             for row in rows[[0, -1]] if len(rows) else []:
@@ -99,8 +98,7 @@ def is_index_of(path: str, rows: np.ndarray) -> bool:
 
 
 def read_clip(path: str, row: np.ndarray) -> tuple[bytes, bytes | None, bytes | None]:
-    """The video, the .txt and the .json of one clip. Raises ValueError where there is no video, or the shard
-    changed."""
+    """The video, the .txt and the .json of one clip. Raises ValueError for no video, or another shard."""
     video, text, more = row[MEMBERS::2].tolist()
     if video < 0 and text < 0 and more < 0:
         raise ValueError(f"damaged tar from byte {row[WHERE]} on")
@@ -144,8 +142,7 @@ def clip_name(path: str, row: np.ndarray) -> str:
 
 
 def scan(path: str) -> np.ndarray:
-    """Headers of a tar, or of several behind one another -> the index. What follows a damaged header is one
-    row."""
+    """Headers of a tar, or of several behind one another -> the index. What is damaged is one row."""
     members, damaged = [], []
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -167,8 +164,7 @@ def scan(path: str) -> np.ndarray:
 
 
 def read_archive(file: BinaryIO, start: int, size: int) -> tuple[list[tarfile.TarInfo], int]:
-    """Members of the tar that begins at byte `start`, up to its end or to what is damaged -> (members,
-    end)."""
+    """Members of the tar that begins at byte `start`, up to its end or its damage -> (members, end)."""
     members, end = [], start
     file.seek(start)
     try:
@@ -185,8 +181,7 @@ def read_archive(file: BinaryIO, start: int, size: int) -> tuple[list[tarfile.Ta
 
 
 def next_block(file: BinaryIO, start: int) -> int | None:
-    """Offset of the first block from `start` on that is not all zeros: a header, or damage. None: only
-    zeros."""
+    """Offset of the next block that is not all zeros: a header, or damage. None: only zeros."""
     file.seek(start)
     while chunk := file.read(2048 * BLOCK):
         rest = chunk.lstrip(b"\0")

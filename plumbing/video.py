@@ -64,12 +64,12 @@ def read_video(source: str | Path | bytes, frames: int, fps: float, height: int,
 
 def pick(times: np.ndarray, end: float, frames: int, fps: float,
          generator: torch.Generator | None = None) -> tuple[np.ndarray, float]:
-    """Frames on screen at `frames` instants 1/fps apart, from a random frame on (or the first) -> (indices,
-    fps).
+    """Which frames are on screen at `frames` instants that are 1/fps apart -> (their indices, fps).
 
-    times: of the video's frames, ascending; the last frame is on screen until `end`. A video too short for
-    that is taken whole: the instants spread evenly over it, and the fps handed back is the higher one of
-    those instants. """
+    The first instant is that of a random frame, or of the first without a generator. times: of the video's
+    frames, ascending; the last one is on screen until `end`. A video too short for that is taken whole: the
+    instants spread evenly over it, and the fps handed back is the higher one of those instants.
+    """
     need = (frames - 1) / fps
     starts = int((times + need < end - SLACK).sum())
     if starts:
@@ -105,8 +105,7 @@ def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputC
 
 
 def decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """Decoded frames. A damaged one is an error: those predicted from it are wrong too, which ffmpeg does not
-    say."""
+    """Decoded frames. Raises ValueError at a damaged one: others are predicted from it, and not marked."""
     for frame in container.decode(stream):
         if frame.is_corrupt:
             raise ValueError("damaged: a frame cannot be decoded")
@@ -115,8 +114,7 @@ def decode(container: av.container.InputContainer, stream: av.VideoStream) -> It
 
 def timeline(container: av.container.InputContainer,
              stream: av.VideoStream) -> tuple[np.ndarray, int, list[int]]:
-    """Read the packets, decode nothing -> ascending ticks of the frames, tick of the end, ticks of the key
-    frames.
+    """Read the packets, decode nothing -> ascending ticks of the frames, the end's tick, ticks of key frames.
 
     These are the timestamps that the frames really have, so a variable frame rate needs no special case."""
     import av
@@ -161,8 +159,7 @@ def pixels(frame: av.VideoFrame) -> Tensor:
 
 
 def resize_crop(x: Tensor, height: int, width: int) -> Tensor:
-    """uint8 (3, H, W) -> (3, height, width): the smallest antialiased resize that covers it, then its
-    centre."""
+    """uint8 (3, H, W) -> (3, height, width): the smallest antialiased resize that covers it, cropped."""
     _, H, W = x.shape
     scale = max(height / H, width / W)
     H, W = max(height, round(H * scale)), max(width, round(W * scale))
@@ -190,10 +187,10 @@ def check_output(path: str | Path, fps: float) -> None:
 
 
 def write_video(path: str | Path, clip: Tensor, fps: float) -> None:
-    """Write uint8 (3, T, H, W) as .mp4, .gif, .safetensors (lossless) or png frames (FOLDER, or NAME.png for
-    NAME/).
+    """Write uint8 (3, T, H, W) as .mp4, .gif, .safetensors (lossless) or png frames.
 
-    The same clip always becomes the same file. Raises ValueError (see `check_output`)."""
+    FOLDER, or FOLDER.png, holds the frames as 0000.png and so on. The same clip always becomes the same file.
+    Raises ValueError (see `check_output`)."""
     if clip.dtype != torch.uint8 or clip.dim() != 4 or clip.shape[0] != 3 or not clip.numel():
         raise ValueError(f"{path}: expected uint8 (3, T, H, W); this one is {clip.dtype} {tuple(clip.shape)}")
     check_output(path, fps)
@@ -216,11 +213,10 @@ def write_tensor(path: str, clip: Tensor, fps: Fraction) -> None:
 
 
 def write_mp4(path: str, clip: Tensor, fps: Fraction) -> None:
-    """h264 in yuv420p halves the colour planes, so an odd size is made even by repeating the last row or
-    column.
+    """h264 in yuv420p, whose colour planes have half the size: an odd size repeats its last row or column.
 
-    x264's macroblock tree rounds differently from run to run, and its threads split a frame differently by
-    their number: without both, a clip has one file."""
+    x264's macroblock tree rounds differently from run to run, and its threads split a frame by their number:
+    without both, a clip has one file."""
     import av
 
     _, _, H, W = clip.shape
@@ -237,8 +233,7 @@ def write_mp4(path: str, clip: Tensor, fps: Fraction) -> None:
 
 
 def write_gif(path: str, clip: Tensor, fps: Fraction) -> None:
-    """One palette of 256 colours made for this clip. A gif counts hundredths of a second: frame times are
-    rounded.
+    """One palette of 256 colours made for this clip; frame times rounded to the gif's hundredths of a second.
 
     Pillow chooses the palette (median cut, no dithering) and PyAV writes the file: Pillow and imageio would
     merge frames that look alike, and a clip of 16 frames would be read back with 10."""

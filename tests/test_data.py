@@ -6,6 +6,7 @@ import os
 import re
 import tarfile
 import time
+import warnings
 from io import BytesIO
 from multiprocessing import Process
 from pathlib import Path
@@ -241,8 +242,7 @@ def test_sources_that_cannot_be_read_say_why(here, monkeypatch):
 
 
 def test_keys_of_shard_members(here, mp4):
-    """The last dot where a pair is named so; else the first, as WebDataset has it; a key that stands
-    twice."""
+    """The last dot where a pair is named so; else the first, as in WebDataset; a key that stands twice."""
     tar_of(
         here / "a.tar",
         [
@@ -376,8 +376,7 @@ def test_a_damaged_index_is_made_again(here, mp4):
 
 
 class Numbers:
-    """A dataset from a function: the clip tells its index and what its generator drew; some indices are
-    bad."""
+    """A dataset from a function: the clip tells its index and what its generator drew; some are bad."""
 
     def __init__(self, n: int, bad=()):
         self.n, self.bad = n, set(bad)
@@ -412,8 +411,7 @@ def test_epochs_are_permutations_and_differ():
 
 @pytest.mark.parametrize("bad", [(), (2, 9)])
 def test_the_global_batch_is_the_same_on_1_2_3_ranks(bad):
-    """7 steps of 12 clips over 11: across epochs, with substitutes of bad clips, for any number of
-    workers."""
+    """7 steps of 12 clips over 11: across epochs, substitutes for bad clips, any number of workers."""
     def run(world, workers=0):
         ranks = [
             take(Numbers(11, bad), 7, 12 // world, rank=r, world=world, workers=workers) for r in range(world)
@@ -468,13 +466,17 @@ def test_epochs_start_clips_at_different_frames(sources):
 
 
 def test_a_short_clip_says_at_what_rate_it_is_played(mp4, here):
-    """60 frames at 30 fps: 1.97 s from the first to the last. 16 frames at 4 fps span 3.75 s, so they are
-    faster."""
+    """60 frames at 30 fps: 1.97 s from the first to the last. 16 frames at 4 fps span 3.75 s."""
     for name in "abcd":
         (here / f"{name}.txt").write_text(name)
     for fps, want in ((16, 16), (4, 15 / (59 / 30))):
-        out, = take(open_dataset(str(here), frames=16, fps=fps, height=16, width=24), 1, 4)
+        dataset = open_dataset(str(here), frames=16, fps=fps, height=16, width=24)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            (out,) = take(dataset, 1, 4)
         assert out["fps"].tolist() == pytest.approx([want] * 4, rel=1e-3)
+        assert len(said) == (fps == 4)
+        assert all("is shorter than 16 frames at 4 fps" in str(each.message) for each in said)
 
 
 # ---- bad clips ---------------------------------------------------------------------------------------------
@@ -584,8 +586,7 @@ def test_a_missing_file_of_a_manifest(mp4, tmp_path):
 
 
 def test_damage_between_the_key_frame_and_the_clip(mp4):
-    """Frames predicted from a damaged one are wrong without being marked; nothing of that may pass as
-    good."""
+    """Frames predicted from a damaged one are wrong without a mark; nothing of that may pass as good."""
     good, passed = read_clip_bytes(mp4), 0
     for seed in range(12):
         noise, rng = bytearray(mp4), np.random.default_rng(seed)

@@ -47,8 +47,7 @@ def test_pick_consecutive_frames_at_the_native_rate():
 
 
 def test_pick_shows_what_a_viewer_sees():
-    """Variable frame rate: at each instant the frame that is on screen then, found by walking through the
-    frames."""
+    """Variable frame rate: at each instant the frame that is on screen then, found by a walk through them."""
     times = np.array([0, 0.1, 0.15, 0.9, 1.0, 1.75, 1.8, 2.4])
     for seed in range(20):
         got = pick(times, 2.5, 6, 4, generator=torch.Generator().manual_seed(seed))
@@ -72,8 +71,7 @@ def test_pick_short_clips():
 
 @pytest.mark.parametrize("kind", ["mp4", "bframes", "open-gop", "webm", "vfr"])
 def test_read_video_returns_the_frames_of_those_instants(kind, tmp_path):
-    """From every start, across key frames: what is decoded after seeking is what decoding everything would
-    give."""
+    """From every start, across key frames: what decoding everything would give."""
     ms = [round(t * 1000 / 30) for t in range(40)]
     if kind == "vfr":
         ms = np.cumsum(np.random.default_rng(0).integers(1, 6, 40) * 20).tolist()
