@@ -122,12 +122,11 @@ def solve_clips(plan: Plan, models: Models, items: list[dict]) -> Iterator[dict]
         schedule_here = Schedule(plan.grid, device)
         solved = Solved.by(models.unet, schedule_here, z0, eps.to(device), t.to(device), z_ref, c, null,
                            plan.motion_share, fps=plan.fps)
-        active = motion_strength(t, 1.0, plan.motion_share).bool()
         for i, item in enumerate(items):
             yield dict(
                 index=item["index"], draw=number, n=int(place[i]), t=int(t[i]), z_t=solved.z_t[i],
-                eps_c=solved.eps_c[i], eps_0=solved.eps_u[i], c=c[i],
-                motion=solved.gradient[i] if active[i] else None, caption=item["caption"],
+                eps_c=solved.eps_c[i], eps_u=solved.eps_u[i], gradient=solved.gradient[i], c=c[i],
+                caption=item["caption"],
                 reward_caption=item["reward_caption"], rewards=item["rewards"],
                 source=item["source"], source_index=item["source_index"])
 

@@ -507,7 +507,7 @@ class CachedTrainer(Trainer):
              ) -> tuple[Solved, Tensor, Tensor, Tensor | None]:
         """What the cache says, on the device in float32; ω drawn anew; and λ' of each sample, or None."""
         config, device = self.config, self.group.device
-        names = ("z_t", "eps_c", "eps_0", "motion")
+        names = ("z_t", "eps_c", "eps_u", "gradient")
         t = samples["t"].to(device)
         solved = Solved(t, *(samples[name].to(device).float() for name in names))
 
