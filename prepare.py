@@ -116,26 +116,24 @@ def solve_clips(plan: Plan, models: Models, items: list[dict]) -> Iterator[dict]
 
     # all draws of (t, ε); one inversion serves those in which motion guidance is active
     draws = [draw(schedule, z0, generators) for _ in range(plan.draws)]
-    references = invert(plan, models, z0, c, [t.to(device) for _, t, _ in draws])
+    references = invert(plan, models, z0, c, [t.to(device) for t, _ in draws])
 
-    for number, ((place, t, eps), z_ref) in enumerate(zip(draws, references, strict=True)):
+    for number, ((t, eps), z_ref) in enumerate(zip(draws, references, strict=True)):
         schedule_here = Schedule(plan.grid, device)
         solved = Solved.by(models.unet, schedule_here, z0, eps.to(device), t.to(device), z_ref, c, null,
                            plan.motion_share, fps=plan.fps)
         for i, item in enumerate(items):
-            yield dict(
-                index=item["index"], draw=number, n=int(place[i]), t=int(t[i]), z_t=solved.z_t[i],
-                eps_c=solved.eps_c[i], eps_u=solved.eps_u[i], gradient=solved.gradient[i], c=c[i],
-                caption=item["caption"],
-                reward_caption=item["reward_caption"], rewards=item["rewards"],
-                source=item["source"], source_index=item["source_index"])
+            told = ("index", "caption", "reward_caption", "rewards", "source", "source_index")
+            yield {name: item[name] for name in told} | dict(
+                draw=number, t=int(t[i]), z_t=solved.z_t[i], eps_c=solved.eps_c[i], eps_u=solved.eps_u[i],
+                gradient=solved.gradient[i], c=c[i])
 
 
-def draw(schedule: Schedule, z0: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
-    """Place on the grid n (B,), timestep t (B,), noise like z0: on the CPU, one generator per clip."""
+def draw(schedule: Schedule, z0: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
+    """Timestep t (B,) of the grid and noise like z0, on the CPU, from one generator per clip."""
     place = torch.cat([torch.randint(len(schedule.grid), (1,), generator=g) for g in generators])
     eps = torch.stack([torch.randn(z0.shape[1:], generator=g) for g in generators])
-    return place, schedule.grid[place], eps
+    return schedule.grid[place], eps
 
 
 def invert(plan: Plan, models: Models, z0: Tensor, c: Tensor, times: list[Tensor]) -> list[Tensor]:

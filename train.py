@@ -536,12 +536,10 @@ def check_resume(config: Config, state: dict, path: Path) -> None:
         if said[name] != now:
             raise ValueError(f"this run began with {cli.flag_of(name)} {said[name]}, not {now}; "
                              "go on with that, or choose another --out")
-    if "record" in state:                   # the first version's toy did not look at --reward
-        before = reward_weights(dataclasses.replace(config, reward=tuple(said["reward"])))
-        now = reward_weights(config)
-        if before != now:
-            raise ValueError(f"this run began with the rewards {before}, not {now}; "
-                             "go on with those, or choose another --out")
+    before, now = reward_weights(dataclasses.replace(config, reward=said["reward"])), reward_weights(config)
+    if before != now:
+        raise ValueError(f"this run began with the rewards {before}, not {now}; "
+                         "go on with those, or choose another --out")
     if state["step"] > config.steps:
         raise ValueError(f"{path} is at step {state['step']}, past --steps {config.steps}; "
                          "resume an earlier checkpoint, or raise --steps")
@@ -645,8 +643,8 @@ def toy_reward(name: str, path: str | None, frames: int | None, device: torch.de
 # ---- the same with random weights, for --dry-run -----------------------------------------------------------
 
 
-def random_world(config: Config, group: Group) -> tuple[Models, None, list[RewardTerm]]:
-    """What `load_world` returns for a published model, but random, and without clips: no file is read."""
+def random_world(config: Config, group: Group) -> tuple[Models, "NoiseClips", list[RewardTerm]]:
+    """What `load_world` returns for a published model, but random: no file is read."""
     family, dtype, device = family_of(config), getattr(torch, config.dtype), group.device
     with dryrun.build(device, dtype if config.lora else torch.float32):
         unet = UNet3D(dataclasses.replace(family.unet, guidance=True, motion=told_motion(config)))
@@ -654,7 +652,7 @@ def random_world(config: Config, group: Group) -> tuple[Models, None, list[Rewar
         vae, text = VAE(family.vae).requires_grad_(False), TextEncoder(family.text).requires_grad_(False)
     models = Models(model_name(config), unet, vae, text, family)
     terms = reward_terms(config, partial(random_reward, device=device, dtype=dtype))
-    return models, None, terms
+    return models, NoiseClips(config), terms
 
 
 def random_reward(name: str, path: str | None, frames: int | None, device: torch.device,
@@ -662,6 +660,17 @@ def random_reward(name: str, path: str | None, frames: int | None, device: torch
     """A public reward without its weights; its path is not read."""
     with dryrun.build(device, dtype):
         return rewards.untrained(name, device, dtype, frames)
+
+
+class NoiseClips:
+    """Noise of the size that training asks for, with one caption."""
+
+    def __init__(self, config: Config):
+        self.shape = 3, config.frames, config.height, config.width
+
+    def get(self, index: int, generator=None) -> dict:
+        clip = torch.randint(0, 256, self.shape, dtype=torch.uint8)
+        return dict(clip=clip, caption="noise", reward_caption=None, index=index)
 
 
 # ---- what a run leaves -------------------------------------------------------------------------------------

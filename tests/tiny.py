@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+import data
 import model
 import train
 from plumbing.folder import checkpoints
@@ -74,7 +75,8 @@ def networks(seed=0, unet=UNET):
 def load_world(config, group):
     terms = [train.RewardTerm(Bright(reward.kind), reward.weight, reward.frames, reward.kind == "video", reward.kind)
              for reward in train.planned_rewards(config)]
-    return networks(), Clips(), terms
+    clips = data.Cache(config.data, train.expected(config)) if train.is_v2(config) else Clips()
+    return networks(), clips, terms
 
 
 def configure(*argv):

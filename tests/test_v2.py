@@ -1,0 +1,253 @@
+"""T2V-Turbo-v2 in the tiny world: any number of processes makes the same cache; training from it is exact."""
+import json
+from functools import partial
+
+import pytest
+import torch
+from tiny import Clips, configure, last, log, networks, run, same
+
+import data
+import prepare
+import train
+from plumbing.run import Group
+
+PLAN = prepare.Plan(grid=50, draws=2, inversion_steps=10, motion_share=0.5, fps=8, seed=0, micro=4)
+V2 = ("--preset", "shapes-v2")
+
+
+def make(folder, plan=PLAN, rank=0, world=1, clips=24, networks=networks):
+    """Algorithm 1 on tiny networks, by one of `world` processes."""
+    models = networks()
+    models.unet.requires_grad_(False)
+    chosen = prepare.Chosen([Clips(), Clips()], clips, plan.seed)
+    config = configure(*V2)
+    header = train.expected(config) | {
+        "teacher": prepare.teacher_identity(models), "teacher_file": "tiny", "clips": clips,
+        "draws": plan.draws, "motion_share": plan.motion_share}
+    writer = data.CacheWriter(folder, header, rank, world)
+    return prepare.prepare(plan, models, chosen, writer, Group())
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("v2") / "cache"
+    make(folder)
+    return folder
+
+
+# ---- Algorithm 1 -------------------------------------------------------------------------------------------
+
+
+def test_a_sample_is_what_the_teacher_says(cache):
+    models, schedule = networks(), train.Schedule(50)
+    for index in (0, 7, 40):
+        sample = data.Cache(cache).get(index)
+        z_t, t = sample["z_t"].float()[None], torch.tensor([sample["t"]])
+        c = models.text([sample["caption"]])
+        with torch.no_grad():
+            eps_c, eps_u = models.unet(z_t, t, c, fps=8), models.unet(z_t, t, models.text([""]), fps=8)
+        assert torch.allclose(sample["eps_c"].float(), eps_c[0], atol=5e-3)          # float16
+        assert torch.allclose(sample["eps_u"].float(), eps_u[0], atol=5e-3)
+        assert sample["t"] in schedule.grid
+        assert (sample["t"] >= 500) == bool(sample["gradient"].any())
+
+
+def test_half_of_the_clips_carry_rewards(cache):
+    whole = data.Cache(cache)
+    assert len(whole) == 48 and whole.rewards.sum() == 24
+    assert {whole.get(i)["source"] for i in range(len(whole)) if whole.rewards[i]} == {"reward_data"}
+    sources = [(row["source"], row["source_index"]) for row in map(whole.get, range(0, 48, 2))]
+    assert len(set(sources)) == 24, "no clip twice"
+
+
+def test_two_processes_make_the_same_cache(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.CacheWriter, "finish", lambda self: None)
+    make(tmp_path, rank=1, world=2)
+    monkeypatch.undo()
+    make(tmp_path, rank=0, world=2)
+    assert content(tmp_path) == content(cache)
+
+
+def test_killed_and_resumed_it_is_the_same_cache(cache, tmp_path, monkeypatch):
+    added, add = [], data.CacheWriter.add
+
+    def until_killed(self, sample):
+        added.append(sample)
+        if len(added) == 37:
+            raise KeyboardInterrupt
+        add(self, sample)
+
+    monkeypatch.setattr(data.CacheWriter, "add", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path)
+    with pytest.raises(ValueError, match="not whole: go on with --prepare"):
+        data.Cache(tmp_path)
+    monkeypatch.undo()
+    make(tmp_path)
+    assert content(tmp_path) == content(cache)
+
+
+def test_all_draws_of_a_clip_share_one_inversion(tmp_path, monkeypatch):
+    calls, invert = [], prepare.ddim_invert
+
+    def counted(schedule, eps_model, z0, wanted):
+        calls.append(len(wanted))
+        return invert(schedule, eps_model, z0, wanted)
+
+    monkeypatch.setattr(prepare, "ddim_invert", counted)
+    make(tmp_path, train.dataclasses.replace(PLAN, draws=3), clips=8)
+    assert len(calls) == 2 and max(calls) <= 3, "one per four clips"
+
+
+def test_a_clip_does_not_depend_on_those_beside_it(cache, tmp_path):
+    make(tmp_path, train.dataclasses.replace(PLAN, micro=1))
+    one, four = data.Cache(tmp_path), data.Cache(cache)
+    for index in range(len(one)):
+        a, b = one.get(index), four.get(index)
+        assert a["t"] == b["t"] and torch.equal(a["z_t"], b["z_t"])
+        assert torch.allclose(a["gradient"].float(), b["gradient"].float(), rtol=2e-2, atol=1e-3)
+
+
+# ---- Algorithm 2 -------------------------------------------------------------------------------------------
+
+
+def test_killed_and_resumed_is_the_same_run(cache, tmp_path):
+    options = (*V2, "--data", cache, "--save-every", 1)
+    assert run(tmp_path / "whole", *options)[0] == 0
+    assert run(tmp_path / "two", *options, "--steps", 2)[0] == 0
+    assert run(tmp_path / "two", *options, "--resume", "auto")[0] == 0
+    assert same(last(tmp_path / "whole"), last(tmp_path / "two"))
+    assert log(tmp_path / "whole") == log(tmp_path / "two")
+
+
+@pytest.mark.parametrize("lora", [4, 0])
+def test_two_processes_train_the_same_student(cache, tmp_path, lora):
+    options = (*V2, "--data", cache, "--lora", lora, "--micro", 1)
+    assert run(tmp_path / "one", *options)[0] == 0
+    assert run(tmp_path / "two", *options, world=2)[0] == 0
+    assert same(last(tmp_path / "one")["params"], last(tmp_path / "two")["params"], near=2e-3)
+
+
+def trainer(cache, *argv):
+    config = configure(*V2, "--data", cache, *argv)
+    models, clips, terms = train.load_world(config, Group())
+    return train.CachedTrainer(config, models, terms, Group()), clips
+
+
+@pytest.fixture(autouse=True)
+def tiny_world(monkeypatch):
+    import tiny
+    monkeypatch.setattr(train, "load_world", tiny.load_world)
+
+
+def first_batch(trainer, clips):
+    return next(train.batches_of(trainer, clips, None))
+
+
+def test_no_second_copy_of_the_weights(cache):
+    made, _ = trainer(cache, "--lora", "0")
+    assert made.teacher is made.student and made.ema is None
+
+
+def test_the_student_is_told_the_strength_of_guidance(cache, monkeypatch):
+    made, clips = trainer(cache, "--motion", "0.05")
+    told = []
+    forward = made.student.forward
+
+    def listening(z, t, c, w=None, fps=None, motion=None):
+        told.extend(zip(t.tolist(), motion.tolist()))
+        return forward(z, t, c, w=w, fps=fps, motion=motion)
+
+    made.student.forward = listening
+    made.step(first_batch(made, clips))
+    assert all(motion == (pytest.approx(0.05) if t >= 500 else 0) for t, motion in told)
+    assert {t >= 500 for t, _ in told} == {True, False}
+
+    header = train.header(made)
+    assert (header["method"], header["motion"], header["motion_share"]) == ("turbo-v2", 0.05, 0.5)
+
+
+def test_without_motion_guidance_from_the_same_cache(cache):
+    made, clips = trainer(cache, "--motion", "0")
+    assert not hasattr(made.student, "motion_cond_proj") and train.header(made)["motion"] is None
+    record = made.step(first_batch(made, clips))
+    assert record["loss_cd"] > 0 and record["image"] > 0
+
+
+def test_the_gradient_is_that_of_both_streams(cache):
+    """A step's gradient: L_CD of the first stream less β times the rewards of the second, nothing else."""
+    both, clips = trainer(cache)
+    batch = first_batch(both, clips)
+    both.gradient.zero_()
+    both.gradients(batch)
+    whole = both.gradient.clone()
+
+    alone = []
+    for other in ("distill", "rewards"):
+        both.gradient.zero_()
+        for samples, positions in both.micro_batches(batch[other], 6 if other == "distill" else 2):
+            (both.distill if other == "distill" else both.reward)(samples, positions)
+        alone.append(both.gradient.clone())
+    assert all(part.any() for part in alone)
+    assert torch.allclose(whole, sum(alone), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("on, distilled, rewarded", [
+    ("short", {True, False}, {True}), ("all", {True, False}, {True, False}), ("disjoint", {False}, {True})])
+def test_which_clips_the_rewards_see(cache, on, distilled, rewarded):
+    made, clips = trainer(cache, "--rewards-on", on)
+    batches = train.batches_of(made, clips, None)
+    seen = {"distill": set(), "rewards": set()}
+    for _ in range(8):
+        batch = next(batches)
+        for stream, values in seen.items():
+            values |= set(map(bool, batch[stream]["rewards"]))
+    assert seen == {"distill": distilled, "rewards": rewarded}
+
+
+@pytest.mark.parametrize("argv, message", [
+    (("--grid", "40"), "was made with grid = 50, not 40"),
+    (("--motion-share", "0.2"), "was made with motion_share = 0.5, not 0.2"),
+])
+def test_a_cache_of_other_options_is_refused(cache, argv, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(cache, *argv)
+
+
+def test_a_cache_of_another_teacher_is_refused(cache, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "load_models", lambda config, device: networks(seed=1))
+    monkeypatch.setattr(train, "reward_terms", lambda config, load: [])
+    with pytest.raises(ValueError, match="was made by another teacher"):
+        train.load_world(configure(*V2, "--data", cache), Group())
+
+
+def test_the_teacher_is_the_same_in_either_dtype():
+    models = networks()
+    before = prepare.teacher_identity(models)
+    models.unet.to(torch.bfloat16)
+    assert prepare.teacher_identity(models) == before
+
+
+def test_options_of_v2_belong_to_v2():
+    refused = partial(pytest.raises, ValueError)
+    with refused(match="--draws has no effect here: it belongs to --prepare"):
+        configure(*V2, "--data", "x", "--draws", "2")
+    with refused(match="--motion has no effect here: it belongs to --preset turbo-v2"):
+        configure("--preset", "shapes", "--motion", "0.1")
+    with refused(match="v2 trains from a cache"):
+        train.check_files(configure(*V2))
+
+
+def test_preparing_by_its_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "load_models", lambda config, device: networks())
+    monkeypatch.setattr(train.shapes, "Clips", lambda **size: Clips())
+    train.main([*V2, *"--prepare-clips 6 --frames 4 --height 16 --width 16 --inversion-steps 5".split(),
+                "--prepare", str(tmp_path / "c"), *"--video-frames 2 --image-frames 2".split()])
+    assert "24 samples of 6 clips, 12 of them with rewards" in capsys.readouterr().out
+    header = json.loads((tmp_path / "c" / "header.json").read_text())
+    assert header["grid"] == 8 and header["inversion_steps"] == 5
