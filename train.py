@@ -71,11 +71,13 @@ from turbo import (
 )
 
 
+Preset = Literal["shapes", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms", "turbo-v2", "shapes-v2"]
+
+
 @dataclass(frozen=True)
 class Config:
     """Defaults are T2V-Turbo (VC2)."""
-    preset: Literal["shapes", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms",
-                    "turbo-v2", "shapes-v2"] = "shapes"     # of defaults
+    preset: Preset = "shapes"       # of defaults
     teacher: str = ""               # VC2's model.ckpt, MS's folder [downloaded; shapes: embedded]
     data: str = ""                  # folder, .csv, .jsonl, .tar pattern of captioned clips; v2: the cache
     reward: tuple[str, ...] = ("hpsv2", "internvideo2")  # NAME[=FILE][:WEIGHT], repeatable; overrides β
@@ -83,7 +85,7 @@ class Config:
     resume: str = ""                # auto (the last checkpoint in OUT, if any) or a checkpoint's path
     seed: Seed = 0                  # of LoRA's start, the order of clips, and all that Algorithm 1 draws
     device: str = ""                # cpu, cuda [cuda if there, a GPU per process]
-    dry_run: Size | None = None     # N steps with random weights, then time and memory ; 0: simulated
+    dry_run: Size | None = None     # N steps with random weights, then its time and memory; 0: simulated
     # the clips
     frames: Count = 16              # paper, Sec. 4: 16 frames
     height: Count = 320             # paper, Sec. 4: 512x320 (VC2), 256x256 (MS)
@@ -286,10 +288,12 @@ class Trainer:
     def __init__(self, config: Config, models: Models, terms: list[RewardTerm], group: Group,
                  parts: Parts | None = None, to_host: Callable[[Tensor], list[float]] = Tensor.tolist):
         """to_host: brings a step's sums to the CPU; a simulation has its own, as its tensors are empty."""
-        if config.batch % group.world:
-            up = math.ceil(config.batch / group.world) * group.world
-            raise ValueError(f"a batch of {config.batch} clips cannot be split over {group.world} processes; "
-                             f"try --batch {up}")
+        for option in ["batch", "reward_batch"] if is_v2(config) else ["batch"]:
+            clips = getattr(config, option)
+            if clips % group.world:
+                up = math.ceil(clips / group.world) * group.world
+                raise ValueError(f"a batch of {clips} clips cannot be split over {group.world} processes; "
+                                 f"try {cli.flag_of(option)} {up}")
         self.config, self.models, self.terms, self.group = config, models, terms, group
         self.parts, self.to_host = parts or Parts(group.device), to_host
         self.schedule = Schedule(config.grid, group.device)
