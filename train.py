@@ -70,7 +70,6 @@ from turbo import (
     total_loss,
 )
 
-
 Preset = Literal["shapes", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms", "turbo-v2", "shapes-v2"]
 
 
