@@ -1,28 +1,31 @@
 """Text to video in a few steps.
 
-    python sample.py "a red circle moving right and a blue square moving up"                     # the embedded toy, no download
-    python sample.py "An astronaut riding a horse." --model vc2 --teacher model.ckpt --turbo unet_lora.pt
-    python sample.py --prompts prompts.txt --num 5 --model ms --out clips/                        # VBench's PROMPT-i.mp4
+    python sample.py "a red circle moving right and a blue square moving up"         # the embedded toy, no download
+    python sample.py "An astronaut riding a horse." --model vc2                      # T2V-Turbo, downloaded once
+    python sample.py --prompts VBench_full_info.json --model vc2 --out clips/        # VBench's PROMPT-i.mp4
+    python sample.py --prompts - --model vc2                                         # a clip per line that is typed
 """
-import json
+from __future__ import annotations
+
+import os
+import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
-
-import imageio.v3
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import shapes
-import turbo
-from model import FAMILIES, Models, check_size, load, to_clip
-from plumbing import cli, video, weights
+from plumbing import cli, prompts
+from plumbing.cli import Count, NotNegative, Seed, Share, Within
+from plumbing.files import read_header
 from shapes import grammar
-from solver import Sampling
+
+if TYPE_CHECKING:                       # imported by the functions that need them: --help and mistakes answer at once
+    from torch import Tensor
+
+    from model import Models
+    from solver import Sampling
 
 SUFFIXES = (".mp4", ".gif", ".png", ".safetensors")
 
@@ -31,146 +34,276 @@ SUFFIXES = (".mp4", ".gif", ".png", ".safetensors")
 class Config:
     """The options of the command line."""
     prompt: str = ""                    # what the clip shows
-    model: Literal["shapes", "vc2", "ms"] | None = None    # toy, VideoCrafter2, ModelScopeT2V [what --turbo's header says, or shapes]
-    method: Literal["turbo", "vcm", "teacher"] = "turbo"    # the student, the one distilled without rewards (shapes), or the teacher's DDIM
-    steps: int | None = None            # network evaluations [turbo, vcm: 4, v2: 16; teacher: 50]
-    guidance: float | None = None       # ω, 0 = none [shapes: 2; vc2, ms students: 7.5; teachers: 11 and 8, their authors' 12 and 9 less 1]
-    motion: float | None = None         # λ', motion strength told to a T2V-Turbo-v2 student trained with motion guidance
-    eta: float | None = None            # teacher only: fresh noise per step, 0 = none [vc2: 1, else 0]
-    seed: int = 0                       # of the first clip; clip i has seed + i
-    num: int = 1                        # clips per prompt
-    frames: int | None = None           # [shapes: 8, else 16]
-    height: int | None = None           # pixels [64, 320, 256]
-    width: int | None = None            # pixels [64, 512, 256]
-    fps: int | None = None              # frames per second of the file, and told to VideoCrafter2's UNet [8; vc2: 16, its teacher: 28]
+    model: Literal["shapes", "vc2", "ms"] | None = None  # toy, VideoCrafter2, ModelScopeT2V [--turbo's, or shapes]
+    method: Literal["turbo", "vcm", "teacher"] = "turbo"  # a student, one without rewards, the teacher's DDIM
+    steps: Annotated[int, Within(1, 1000)] | None = None  # network evaluations [turbo, vcm: 4; v2: 16; teacher: 50]
+    guidance: NotNegative | None = None  # ω, 0 = none [students: 7.5; teachers: vc2 11, ms 8; shapes: 2]
+    motion: NotNegative | None = None   # λ', told to a student of T2V-Turbo-v2 with motion guidance [as trained: 0.05]
+    motion_share: Share | None = None   # τ: λ' is told at t >= 1000 (1 - τ), and 0 below [as trained: 0.5]
+    lora_scale: NotNegative | None = None  # strength of a student's LoRA, 0: its teacher [1, as trained]
+    eta: Share | None = None            # teacher: share of fresh noise in each step, 0 = none [vc2: 1, else 0]
+    seed: Seed = 0                      # of the first clip of each prompt; clip i has seed + i
+    num: Annotated[int, Within(1, 10_000)] | None = None  # clips per prompt [1; VBench: 5, temporal_flickering 25]
+    frames: Annotated[int, Within(1, 256)] | None = None  # [as trained: shapes 8, else 16]
+    height: Annotated[int, Within(1, 4096)] | None = None  # pixels [as trained: shapes 64, vc2 320, ms 256]
+    width: Annotated[int, Within(1, 4096)] | None = None  # pixels [as trained: shapes 64, vc2 512, ms 256]
+    fps: Annotated[int, Within(1, 240)] | None = None  # of the file; vc2 is told [8; vc2: 16, v2: 8, teacher: 28]
     teacher: str | None = None          # model.ckpt (vc2), a folder (ms, shapes) [downloaded; shapes: embedded]
-    turbo: str | None = None            # unet_lora.pt, unet_mg.pt, unet_no_mg.pt or our turbo.safetensors [downloaded; shapes: embedded]
-    prompts: str | None = None          # file of prompts, one per line (.txt), or VBench's list (.json); skips clips that are there
-    out: str | None = None              # .mp4, .gif, .png (frames), or a folder for PROMPT-i.mp4 [out.mp4]
-    sheet: str | None = None            # .png with all clips of a prompt, a row each, frames from left to right
+    turbo: str | None = None            # a student: turbo.safetensors, t2v_turbo_vc2.pt, unet_lora.pt, unet_mg.pt [same]
+    prompts: str | None = None          # one per line (.txt, or - for typed ones), VBench's .json; skips clips that are there
+    out: str | None = None              # .mp4, .gif, .png (frames), .safetensors, or a folder for PROMPT-i.mp4 [out.mp4]
+    sheet: str | None = None            # .png with a row per clip, its frames from left to right
     latents: str | None = None          # .safetensors with the final latents, key `latents`, (B, 4, T, H/8, W/8) float32
-    batch: int | None = None            # clips at once [shapes: 16, else 1]
-    chunk: int | None = None            # frames the VAE decodes at once [shapes: all, else 4]
-    device: str = ""                    # cuda, cpu, mps [cuda if there]
+    batch: Count | None = None          # clips at once [shapes: 16, else 1]
+    chunk: Count | None = None          # frames that the VAE decodes at once [shapes: all, else 4]
+    device: str = ""                    # cuda, cuda:1, cpu, mps [cuda if there]
     dtype: Literal["float32", "bfloat16", "float16"] | None = None    # of the networks [cuda: bfloat16, else float32]
     compile: bool = False               # torch.compile the UNet: slow first step, faster ones after it
 
 
+# ---- checks that need no network -----------------------------------------------------------------------------
+
+
+def check(config: Config, typed: set[str]) -> None:
+    """Raises ValueError for what cannot be made or cannot take effect, before anything is loaded."""
+    if bool(config.prompt.strip()) == bool(config.prompts):
+        raise ValueError("give one prompt, or --prompts FILE; e.g. sample.py \"a red circle moving right\"")
+    if config.model == "shapes" and config.turbo and not config.turbo.endswith(".safetensors"):
+        raise ValueError(f"{config.turbo} is no file of the toy; say what it belongs to: --model vc2 or --model ms")
+    if config.model != "shapes" and config.method == "vcm" and not config.turbo:
+        raise ValueError(f"there are no public VCM weights for {config.model}; give your own: --turbo FILE")
+    check_effects(config, typed)
+    check_suffixes(config)
+
+
+def check_effects(config: Config, typed: set[str]) -> None:
+    """An option that cannot take effect is a mistake."""
+    teacher = config.method == "teacher"
+    of_v2 = "a student of T2V-Turbo-v2; name its file with --turbo"
+    without_effect = [                  # (where, options, what they belong to)
+        (not teacher, ["eta"], "--method teacher"),
+        (teacher, ["turbo", "lora_scale", "motion", "motion_share"], "students, and this is --method teacher"),
+        (not config.turbo, ["motion", "motion_share"], of_v2),
+        (config.prompts == "-", ["sheet", "latents", "batch"], "a known number of clips, not to --prompts -"),
+        (config.model != "vc2" and suffix_of(config.out) == ".png", ["fps"], "clips that play; --out is a folder of pictures"),
+    ]
+    for holds, options, owner in without_effect:
+        for option in options if holds else []:
+            if option in typed:
+                raise ValueError(f"{cli.flag_of(option)} belongs to {owner}")
+
+
+def suffix_of(path: str | None) -> str:
+    """.mp4 of x.MP4, nothing of a folder."""
+    return Path(path or "").suffix.lower()
+
+
+def check_suffixes(config: Config) -> None:
+    """Files to write say by their names what they are. Raises ValueError."""
+    out = suffix_of(config.out)
+    if out and config.prompts:
+        raise ValueError(f"--prompts writes many files; --out {config.out} should be a folder, a name without suffix")
+    if out and out not in SUFFIXES:
+        raise ValueError(f"--out {config.out}: choose {', '.join(SUFFIXES)}, or a folder, a name without suffix")
+    for option, suffix in (("sheet", ".png"), ("latents", ".safetensors")):
+        path = getattr(config, option)
+        if path and suffix_of(path) != suffix:
+            raise ValueError(f"--{option} {path}: its name must end in {suffix}")
+
+
+def model_of(config: Config) -> str:
+    """The family: as typed, else what our own student's file says, else the toy."""
+    said = read_header(config.turbo).get("model") if suffix_of(config.turbo) == ".safetensors" else None
+    if said and config.model and said != config.model:
+        raise ValueError(f"{config.turbo} is a student of {said}, not of {config.model}; use --model {said}")
+    return config.model or said or "shapes"
+
+
+def plan_clips(config: Config) -> list[prompts.Job]:
+    """All clips of a command line; of torchrun's processes, each makes its share. Raises ValueError (see `prompts`)."""
+    known = prompts.read_prompts(config.prompts) if config.prompts else {config.prompt: 1}
+    if config.model == "shapes":
+        for prompt in known:
+            grammar.understand(prompt)
+    counts = {prompt: config.num or usual for prompt, usual in known.items()}
+    out = Path(config.out or ("clips" if config.prompts else "out.mp4"))
+    jobs = prompts.plan(counts, out, config.seed)
+    if max(job.seed for job in jobs) >= 2 ** 32:
+        raise ValueError(f"--seed {config.seed}: the last clip's would be beyond 2**32, where torch starts over at 0")
+
+    # where they go
+    others = {f"--{name}": Path(path) for name in ("sheet", "latents") if (path := getattr(config, name))}
+    prompts.check_names(jobs)
+    prompts.check_places(jobs, others)
+    if config.prompts:
+        prompts.check_folder(out, others)
+
+    # what is left to do, and whose it is
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and others:
+        raise ValueError(f"{next(iter(others))} holds the clips of one process; leave it out, or run without torchrun")
+    resume = config.prompts and not others          # a sheet, or latents, are of all clips
+    return [job for job in jobs[rank::world] if not (resume and job.path.exists())]
+
+
+# ---- making clips --------------------------------------------------------------------------------------------
+
+
+def check_clips(config: Config, jobs: list[prompts.Job]) -> None:
+    """Raises ValueError for sizes that the networks cannot make, or files that cannot hold the clips."""
+    from model import FAMILIES, check_size
+    from plumbing import video
+    family = FAMILIES.get(config.model) or shapes.FAMILY
+    check_size(family, height=config.height, width=config.width)
+    for job in jobs[:1]:
+        video.check_output(job.path, config.fps or family.fps)
+
+
 def load_models(config: Config) -> Models:
     """The networks that a command line asks for, on its device."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no usable GPU; try --device cpu")
-    dtype = getattr(torch, config.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
-    if config.model not in FAMILIES:
-        student = None if config.method == "teacher" else config.turbo or config.method
-        models = shapes.load(student, config.teacher, device, dtype)
+    import torch
+
+    import model
+    from plumbing.run import pick_device
+    device = pick_device(config.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    scale = 1.0 if config.lora_scale is None else config.lora_scale
+
+    student = None if config.method == "teacher" else config.turbo or config.method
+    if config.model == "shapes":
+        models = shapes.load(student, config.teacher, device, dtype, scale)
     else:
-        if config.method == "vcm" and not config.turbo:
-            raise ValueError(f"there are no public VCM weights for {config.model}; give your own: --turbo FILE")
-        student = None if config.method == "teacher" else config.turbo or f"{config.model}-turbo"
-        models = load(config.model, config.teacher, student, device, dtype)
+        student = f"{config.model}-{student}" if student == "turbo" else student      # the released one, by its name
+        models = model.load(config.model, config.teacher, student, device, dtype, scale)
     if config.compile:
         models.unet = torch.compile(models.unet)
     return models
 
 
-def sampling_of(models: Models, config: Config) -> Sampling:
-    """The defaults of the networks, and over them what was typed."""
-    typed = {name: getattr(config, name) for name in ("steps", "guidance", "eta", "fps", "motion")}
-    if not models.unet.config.fps:
-        typed["fps"] = None
-    return replace(models.sampling, **{name: value for name, value in typed.items() if value is not None})
+def sampling_of(models: Models, config: Config, typed: set[str]) -> Sampling:
+    """The defaults of the networks, and over them what was typed. Raises ValueError for what the networks cannot be told."""
+    takes = models.unet.config
+    if not takes.motion and typed & {"motion", "motion_share"}:
+        raise ValueError(f"--motion belongs to a student of T2V-Turbo-v2 with motion guidance, which {config.turbo} is not")
+    names = {"steps", "guidance", "eta", "motion", "motion_share"} | ({"fps"} if takes.fps else set())
+    sampling = replace(models.sampling, **{name: getattr(config, name) for name in names & typed})
+
+    w_min, w_max = models.header.get("w_min", 0), models.header.get("w_max", float("inf"))
+    if not w_min <= sampling.guidance <= w_max:
+        print(f"--guidance {sampling.guidance:g}: this student was trained with {w_min:g} to {w_max:g}", file=sys.stderr)
+    return sampling
 
 
-def generate(models: Models, captions: list[str], seeds: list[int], config: Config, progress=iter) -> Tensor:
-    """Captions -> final latents (B, C, T, h, w), float32. Clip i depends on captions[i] and seeds[i] alone."""
+def size_of(models: Models, config: Config) -> tuple[int, int, int]:
+    """Frames, height and width of the clips."""
     T, H, W = models.size
-    size = config.frames or T, config.height or H, config.width or W
-    return turbo.generate(models, captions, seeds, size, sampling_of(models, config), progress)
+    return config.frames or T, config.height or H, config.width or W
 
 
-def decode(models: Models, z: Tensor, chunk: int | None = None) -> Tensor:
-    """Latents -> clips uint8 (B, 3, T, H, W)."""
-    return to_clip(models.vae, z, chunk or (None if models.name == "shapes" else 4)).cpu()
+def make(models: Models, sampling: Sampling, jobs: list[prompts.Job], config: Config) -> tuple[Tensor, Tensor]:
+    """Samples, decodes and writes some clips at once -> latents (B, C, T, h, w) and clips uint8 (B, 3, T, H, W)."""
+    from tqdm import tqdm
+
+    import turbo
+    from model import to_clip
+    from plumbing import video
+    captions, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
+    steps = partial(tqdm, desc="steps", leave=False)
+    z = turbo.generate(models, captions, seeds, size_of(models, config), sampling, steps)
+
+    frames_at_once = config.chunk or (None if models.name == "shapes" else 4)
+    clips = to_clip(models.vae, z, frames_at_once).cpu()
+    for job, clip in zip(jobs, clips):
+        video.write_video(job.path, clip, config.fps or models.fps)
+    return z.cpu(), clips
 
 
-def read_prompts(path: str) -> list[str]:
-    """Lines of a text file, or the prompts of VBench's json (a list of strings or of objects with "prompt_en")."""
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        rows = json.loads(text) if path.endswith(".json") else text.splitlines()
-        prompts = [row if isinstance(row, str) else row["prompt_en"] for row in rows]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a list of prompts or of objects with \"prompt_en\": {error}") from error
-    prompts = list(dict.fromkeys(p.strip() for p in prompts if p.strip()))
-    if not prompts:
-        raise ValueError(f"{path}: no prompts in it")
-    return prompts
+def make_all(models: Models, sampling: Sampling, jobs: list[prompts.Job], config: Config) -> None:
+    """All clips in batches; then the sheet and the latents, where they are asked for."""
+    from tqdm import tqdm
+    batch = config.batch or (16 if models.name == "shapes" else 1)
+    latents, clips, began = [], [], time.perf_counter()
+    for start in tqdm(range(0, len(jobs), batch), "clips", unit_scale=batch, disable=len(jobs) <= batch):
+        z, some = make(models, sampling, jobs[start:start + batch], config)
+        latents += [z] if config.latents else []
+        clips += [*some] if config.sheet else []
+    seconds = time.perf_counter() - began
+
+    if config.sheet:
+        write_sheet(Path(config.sheet), clips)
+    if config.latents:
+        write_latents(Path(config.latents), latents)
+    names = ", ".join(str(job.path) for job in jobs[:3]) + (f" and {len(jobs) - 3} more" if jobs[3:] else "")
+    print(f"{names}: {len(jobs)} clips in {seconds:.2f} s")
 
 
-def check(config: Config) -> None:
-    """Raises ValueError for what cannot be made, before anything is loaded."""
-    if bool(config.prompt) == bool(config.prompts):
-        raise ValueError("give one prompt, or --prompts FILE; e.g. sample.py \"a red circle moving right\"")
-    if config.model not in FAMILIES and Path(config.turbo or "").suffix == ".pt":
-        raise ValueError(f"{config.turbo} is no file of the toy; say what it belongs to: --model vc2 or --model ms")
-    check_size(FAMILIES.get(config.model, shapes.FAMILY), height=config.height, width=config.width)
-    for name in ("frames", "num", "steps", "batch", "chunk", "fps"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} {value}: it takes at least 1")
-    if config.out and config.prompts and Path(config.out).suffix in SUFFIXES:
-        raise ValueError(f"--prompts writes many files; --out {config.out} should be a folder")
+def make_typed(models: Models, sampling: Sampling, config: Config) -> int:
+    """A clip, or --num of them, per line of standard input, at once -> how many lines were wrong."""
+    out, known, wrong = Path(config.out or "clips"), [], 0
+    for line in sys.stdin:
+        prompt = line.strip()
+        try:
+            jobs = prompts.plan({prompt: config.num or 1}, out, config.seed) if prompt else []
+            if config.model == "shapes" and prompt:
+                grammar.understand(prompt)
+            prompts.check_names(known + jobs)
+            for job in jobs:
+                make(models, sampling, [job], config)
+                print(job.path, flush=True)
+            known += jobs
+        except ValueError as error:
+            print(f"sample.py: {error}", file=sys.stderr, flush=True)
+            wrong += 1
+    return wrong
 
 
-def outputs(config: Config, prompt: str) -> list[Path]:
-    """The files that the clips of a prompt go to."""
-    out = Path(config.out or ("clips" if config.prompts else "out.mp4"))
-    if config.prompts or out.suffix not in SUFFIXES:
-        return [out / f"{prompt.replace('/', ' ')[:180]}-{i}.mp4" for i in range(config.num)]
-    return [out] if config.num == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(config.num)]
+def write_sheet(path: Path, clips: list[Tensor]) -> None:
+    """One picture: a row per clip, its frames from left to right, small ones enlarged."""
+    import torch
+    from PIL import Image
 
-
-def write_sheet(path: str, clips: list[Tensor], zoom: int) -> None:
-    """One picture: a row per clip, its frames from left to right."""
-    picture = torch.cat([torch.cat([*clip.unbind(1)], 2) for clip in clips], 1)               # (3, B*H, T*W)
+    from plumbing.files import atomic
+    rows = [torch.cat([*clip.unbind(1)], 2) for clip in clips]                      # each (3, H, T*W)
+    picture = torch.cat(rows, 1)                                                    # (3, B*H, T*W)
+    zoom = max(1, 64 // clips[0].shape[2])
     picture = picture.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-    imageio.v3.imwrite(path, picture.permute(1, 2, 0).numpy())
+    with atomic(path) as temporary:
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary, format="png")
+
+
+def write_latents(path: Path, latents: list[Tensor]) -> None:
+    """Key `latents`, (B, C, T, h, w) float32."""
+    import torch
+    from safetensors.torch import save_file
+
+    from plumbing.files import atomic
+    with atomic(path) as temporary:
+        save_file({"latents": torch.cat(latents)}, temporary)
+
+
+# ---- the command ---------------------------------------------------------------------------------------------
 
 
 @cli.main
 def main(argv=None):
-    """Prompts → clips in files; and, if asked for, a sheet of them and their latents."""
-    config = cli.parse(Config, argv, __doc__, positional="prompt")
-    if not config.model and config.turbo and config.turbo.endswith(".safetensors") and Path(config.turbo).exists():
-        config = replace(config, model=weights.read_header(config.turbo).get("model"))
-    check(config)
-    prompts = read_prompts(config.prompts) if config.prompts else [config.prompt]
-    if config.model not in FAMILIES:
-        for prompt in prompts:
-            grammar.understand(prompt)
-    jobs = [(prompt, i, path) for prompt in prompts for i, path in enumerate(outputs(config, prompt))
-            if not (config.prompts and path.exists())]
+    """Prompts -> clips in files; and, if asked for, a sheet of them and their latents."""
+    config, typed = cli.parse(Config, argv, __doc__, positional="prompt"), cli.given(Config, argv, "prompt")
+    config = replace(config, model=model_of(config))
+    check(config, typed)
+    interactive = config.prompts == "-"
+    jobs = [] if interactive else plan_clips(config)
+    if not jobs and not interactive:
+        return print("nothing to do: all clips are there")
+
+    check_clips(config, jobs)
     models = load_models(config)
-    size = config.batch or (16 if models.name == "shapes" else 1)
-    latents, clips, began = [], [], time.perf_counter()
-    for start in tqdm(range(0, len(jobs), size), "clips", unit_scale=size, disable=len(jobs) <= size):
-        batch = jobs[start:start + size]
-        captions, seeds = [prompt for prompt, _, _ in batch], [config.seed + i for _, i, _ in batch]
-        z = generate(models, captions, seeds, config, partial(tqdm, desc="steps", leave=False))
-        for clip, (_, _, path) in zip(decode(models, z, config.chunk), batch, strict=True):
-            video.write_video(path, clip, config.fps or models.fps)
-            clips += [clip] if config.sheet else []
-        latents += [z.cpu()] if config.latents else []
-    seconds = time.perf_counter() - began
-    if config.sheet:
-        write_sheet(config.sheet, clips, zoom=max(1, 64 // models.size[1]))
-    if config.latents:
-        save_file({"latents": torch.cat(latents)}, config.latents)
-    files = [str(path) for _, _, path in jobs]
-    print(f"{', '.join(files[:3])}{f' and {len(files) - 3} more' if files[3:] else ''}: {len(files)} clips in {seconds:.2f} s" if files
-          else "nothing to do: all clips are there")
+    sampling = sampling_of(models, config, typed)
+    if not interactive:
+        make_all(models, sampling, jobs, config)
+    elif make_typed(models, sampling, config):
+        sys.exit(2)
 
 
 if __name__ == "__main__":

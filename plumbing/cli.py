@@ -36,7 +36,7 @@ Size = typing.Annotated[int, Within(0)]                     # 0, 1, 2, ...
 Positive = typing.Annotated[float, Within(0, above=True)]
 NotNegative = typing.Annotated[float, Within(0)]
 Share = typing.Annotated[float, Within(0, 1)]
-Seed = typing.Annotated[int, Within(0, 2 ** 63 - 1)]
+Seed = typing.Annotated[int, Within(0, 2 ** 32 - 1)]        # torch reads 32 bits of a CPU generator's seed
 
 
 def field_help(cls) -> dict[str, str]:

@@ -1,15 +1,17 @@
 """One way to write a file: under its name a file is whole, or it is the one that was there before."""
 import errno
 import itertools
+import json
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 COUNT = itertools.count()               # tells apart the files that one process writes at the same time
 HOUR = 3600.0
@@ -83,3 +85,30 @@ def last_write(folder: Path) -> float:
         return max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
     except OSError:
         return time.time()
+
+
+def check_writable(folder: str | Path) -> None:
+    """Makes a folder, if it is not there, and raises ValueError where no file can be made in it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder}: nothing can be written there: {error.strerror}") from error
+
+
+def read_header(path: str | Path) -> dict:
+    """The JSON header of a .safetensors file of ours; {} where someone else wrote the file. Needs no torch.
+
+    Raises ValueError for other files.
+    """
+    try:
+        with safe_open(path, "np") as file:
+            header = json.loads((file.metadata() or {}).get("config", "{}"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a weight file, or a truncated one ({error})") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: its header is not a JSON object; the file is damaged")
+    return header

@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from plumbing.files import atomic
+from plumbing.files import atomic, read_header
 
 State = dict[str, Tensor]
 Pairs = dict[str, tuple[Tensor, Tensor]]                    # LoRA: {layer: (up (out, r, 1, ...), down (r, in, kernel))}
@@ -131,7 +131,7 @@ def huggingface_text(state: State) -> State:
     return state
 
 
-def to_videocrafter(state: State) -> State:
+def to_public_names(state: State) -> State:
     """Our UNet's tensors under VideoCrafter2's names, the first transformer's projections as its Conv1d."""
     state = rename(state, TO_VIDEOCRAFTER)
     for key in ("init_attn.0.proj_in.weight", "init_attn.0.proj_out.weight"):
@@ -217,21 +217,18 @@ def save_checkpoint(path: str | Path, tensors: State, header: dict) -> None:
         safetensors.torch.save_file(tensors, temporary, {"config": json.dumps(header)})
 
 
-def read_header(path: str | Path) -> dict:
-    """The JSON header of a .safetensors file of ours; {} where someone else wrote the file."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("config", "{}"))
-    except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise ValueError(f"{path}: not a weight file, or a truncated one ({error})") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: its header is not a JSON object")
-    return header
-
-
 def read_checkpoint(path: str | Path) -> tuple[State, dict]:
     """What save_checkpoint wrote: (tensors, header)."""
     return read_tensors(path), read_header(path)
+
+
+def save_merged(path: str | Path, teacher: str | Path, unet: State) -> None:
+    """Writes t2v_turbo_vc2.pt's layout: all of VideoCrafter2's model.ckpt, with a student's UNet (our names) in its place."""
+    prefix = "model.diffusion_model."
+    rest = {key: x for key, x in read_named(teacher).items() if not key.startswith(prefix)}
+    student = {prefix + key: x.detach().cpu().contiguous() for key, x in to_public_names(unet).items()}
+    with atomic(path) as temporary:
+        torch.save({"state_dict": student | rest}, temporary)
 
 
 def one_of(folder: Path, stems: list[str]) -> Path:
