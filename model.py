@@ -860,7 +860,7 @@ def read_teacher(path: str | Path, text_layers: int) -> list[tuple[weights.State
 
 def lora_shapes(config: UNetConfig) -> weights.Shapes:
     """{layer: shape of its weight} of all layers that take LoRA, in the order in which the UNet registers them."""
-    with torch.device("meta"):
+    with weights.without_memory():
         unet = getattr(config, "network", UNet3D)(config)               # the toy's is its own
     return {name: m.weight.shape for name, m in unet.named_modules() if type(m) in (nn.Linear, nn.Conv2d, nn.Conv3d)}
 
@@ -933,7 +933,7 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
     if turbo is not None:
         turbo = fetch(turbo) if turbo in PUBLIC else turbo
         config, state, lora, header = read_turbo(turbo, config, name)
-        lora = weights.scaled(lora, lora_scale)
+        lora = weights.scaled(lora, lora_scale, turbo)
     if teacher is None and header.get("whole"):
         teacher = turbo
 
@@ -947,7 +947,7 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
         state, turbo = new | unet_state, unet_file
 
     # networks without memory, and then the tensors
-    with torch.device("meta"):
+    with weights.without_memory():
         unet, vae, text = UNet3D(config), VAE(family.vae), TextEncoder(family.text)
     weights.fill(unet, state, turbo, device, dtype, lora).out.float()                   # see UNet3D.last
     weights.fill(vae, *vae_part, device, dtype).requires_grad_(False)

@@ -29,7 +29,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from plumbing.weights import download, fill, huggingface_text, read_header, read_named, rename
+from plumbing.weights import (
+    download,
+    fill,
+    huggingface_text,
+    read_header,
+    read_named,
+    rename,
+    without_memory,
+)
 from plumbing.wordpiece import WordPiece
 
 Generators = Sequence[torch.Generator] | None           # on the CPU, one per clip: they draw its crop window
@@ -814,7 +822,7 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
         config = replace(config, frames=frames)
 
     # its weights: no time or memory is spent on an initialisation
-    with torch.device("meta"):
+    with without_memory():
         model = recipe.model(config)
     state = recipe.convert(flat(state), config)
     fill(model, state, path, device, allow_unused=not recipe.whole)

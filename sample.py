@@ -64,7 +64,7 @@ class Config:
 # ---- checks that need no network -----------------------------------------------------------------------------
 
 
-def check(config: Config, typed: set[str]) -> None:
+def check(config: Config) -> None:
     """Raises ValueError for what cannot be made or cannot take effect, before anything is loaded."""
     if bool(config.prompt.strip()) == bool(config.prompts):
         raise ValueError("give one prompt, or --prompts FILE; e.g. sample.py \"a red circle moving right\"")
@@ -72,11 +72,11 @@ def check(config: Config, typed: set[str]) -> None:
         raise ValueError(f"{config.turbo} is no file of the toy; say what it belongs to: --model vc2 or --model ms")
     if config.model != "shapes" and config.method == "vcm" and not config.turbo:
         raise ValueError(f"there are no public VCM weights for {config.model}; give your own: --turbo FILE")
-    check_effects(config, typed)
+    check_effects(config)
     check_suffixes(config)
 
 
-def check_effects(config: Config, typed: set[str]) -> None:
+def check_effects(config: Config) -> None:
     """An option that cannot take effect is a mistake."""
     teacher = config.method == "teacher"
     of_v2 = "a student of T2V-Turbo-v2; name its file with --turbo"
@@ -89,7 +89,7 @@ def check_effects(config: Config, typed: set[str]) -> None:
     ]
     for holds, options, owner in without_effect:
         for option in options if holds else []:
-            if option in typed:
+            if getattr(config, option) is not None:
                 raise ValueError(f"{cli.flag_of(option)} belongs to {owner}")
 
 
@@ -139,7 +139,8 @@ def plan_clips(config: Config) -> list[prompts.Job]:
         prompts.check_folder(out, others)
 
     # what is left to do, and whose it is
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0)) % world
     if world > 1 and others:
         raise ValueError(f"{next(iter(others))} holds the clips of one process; leave it out, or run without torchrun")
     resume = config.prompts and not others          # a sheet, or latents, are of all clips
@@ -171,24 +172,25 @@ def load_models(config: Config) -> Models:
     dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     scale = 1.0 if config.lora_scale is None else config.lora_scale
 
-    student = None if config.method == "teacher" else config.turbo or config.method
-    if config.model == "shapes":
+    name, student = model_of(config), None if config.method == "teacher" else config.turbo or config.method
+    if name == "shapes":
         models = shapes.load(student, config.teacher, device, dtype, scale)
     else:
-        student = f"{config.model}-{student}" if student == "turbo" else student      # the released one, by its name
-        models = model.load(config.model, config.teacher, student, device, dtype, scale)
+        student = f"{name}-turbo" if student == "turbo" else student                  # the released one
+        models = model.load(name, config.teacher, student, device, dtype, scale)
     if config.compile:
         models.unet = torch.compile(models.unet)
     return models
 
 
-def sampling_of(models: Models, config: Config, typed: set[str]) -> Sampling:
-    """The defaults of the networks, and over them what was typed. Raises ValueError for what the networks cannot be told."""
+def sampling_of(models: Models, config: Config) -> Sampling:
+    """The networks' own way of sampling, and over it what was typed. Raises ValueError for what they cannot be told."""
     takes = models.unet.config
-    if not takes.motion and typed & {"motion", "motion_share"}:
-        raise ValueError(f"--motion belongs to a student of T2V-Turbo-v2 with motion guidance, which {config.turbo} is not")
-    names = {"steps", "guidance", "eta", "motion", "motion_share"} | ({"fps"} if takes.fps else set())
-    sampling = replace(models.sampling, **{name: getattr(config, name) for name in names & typed})
+    if not takes.motion and (config.motion, config.motion_share) != (None, None):
+        raise ValueError(f"--motion belongs to a student with motion guidance (T2V-Turbo-v2), which {config.turbo} is not")
+    names = ["steps", "guidance", "eta", "motion", "motion_share"] + (["fps"] if takes.fps else [])
+    typed = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    sampling = replace(models.sampling, **typed)
 
     w_min, w_max = models.header.get("w_min", 0), models.header.get("w_max", float("inf"))
     if not w_min <= sampling.guidance <= w_max:
@@ -289,9 +291,9 @@ def write_latents(path: Path, latents: list[Tensor]) -> None:
 @cli.main
 def main(argv=None):
     """Prompts -> clips in files; and, if asked for, a sheet of them and their latents."""
-    config, typed = cli.parse(Config, argv, __doc__, positional="prompt"), cli.given(Config, argv, "prompt")
+    config = cli.parse(Config, argv, __doc__, positional="prompt")
     config = replace(config, model=model_of(config))
-    check(config, typed)
+    check(config)
     interactive = config.prompts == "-"
     jobs = [] if interactive else plan_clips(config)
     if not jobs and not interactive:
@@ -299,7 +301,7 @@ def main(argv=None):
 
     check_clips(config, jobs)
     models = load_models(config)
-    sampling = sampling_of(models, config, typed)
+    sampling = sampling_of(models, config)
     if not interactive:
         make_all(models, sampling, jobs, config)
     elif make_typed(models, sampling, config):

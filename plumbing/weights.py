@@ -17,13 +17,15 @@ import json
 import re
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from plumbing.files import atomic, read_header
 
@@ -253,6 +255,25 @@ def download(repository: str, file: str) -> Path:
 
 # ---- filling a network ---------------------------------------------------------------------------------------
 
+class NoInit(TorchFunctionMode):
+    """Leaves out all that torch.nn.init does, and drawing normal values."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init" or function is torch.Tensor.normal_:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Networks made in this block have shapes, but no memory and no values, until `fill` gives them theirs.
+
+    On the meta device alone, the initialisation of an embedding would import torch's compiler, which takes two seconds.
+    """
+    with torch.device("meta"), NoInit():
+        yield
+
+
 @torch.no_grad()
 def fill(module: nn.Module, state: State, source, device="cpu", dtype: torch.dtype | None = None,
          lora: Pairs | None = None, allow_unused: bool = False) -> nn.Module:
@@ -384,8 +405,10 @@ def check_lora(lora: Pairs, layers: Shapes, layout: str, source) -> Pairs:
 
 
 @torch.no_grad()
-def scaled(lora: Pairs | None, scale: float) -> Pairs | None:
-    """LoRA of another strength: 1 as trained, 0 the teacher."""
+def scaled(lora: Pairs | None, scale: float, source) -> Pairs | None:
+    """LoRA of another strength: 1 as trained, 0 the teacher. Raises ValueError for a file of whole weights."""
+    if lora is None and scale != 1:
+        raise ValueError(f"--lora-scale {scale:g}: {source} holds whole weights, no LoRA that could be scaled")
     return lora and {name: (scale * up, down) for name, (up, down) in lora.items()}
 
 

@@ -203,12 +203,12 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     if turbo is not None:
         turbo = student(turbo, folder) if str(turbo) in STUDENTS else turbo
         config, whole, lora, header = model.read_turbo(turbo, config, "shapes")
-        state, lora = whole or state, weights.scaled(lora, lora_scale)
+        state, lora = whole or state, weights.scaled(lora, lora_scale, turbo)
         header = model.complete(header, FAMILY)
     for name, layer in model.condition_layers(config).items():                  # what LoRA adds to
         state.setdefault(f"{name}.weight", layer.weight.data)
 
-    with torch.device("meta"):
+    with weights.without_memory():
         unet = UNet(config)
     weights.fill(unet, state, turbo or folder, device, dtype, lora).out.float()          # see UNet3D.last
     vae, text = load_vae(folder).to(device, dtype), load_text(folder).to(device)    # text stays in float32

@@ -1,7 +1,13 @@
 """sample.py with the embedded toy: files, seeds, prompts, messages."""
+import io
 import json
+import os
+import resource
+import subprocess
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import imageio.v3 as iio
 import pytest
@@ -9,16 +15,22 @@ import torch
 from safetensors.torch import load_file
 
 import sample
-from model import UNet3D, UNetConfig
-from plumbing import cli, video
+import turbo
+from model import UNet3D, UNetConfig, to_clip
+from plumbing import cli, prompts, video
 from plumbing.weights import save_checkpoint
 from shapes import grammar, world
 
+HOUSE = Path(sample.__file__).parent
 PROMPT = "a red circle moving right and a blue square moving up"
 
 
 def run(*args):
     sample.main([str(a) for a in args])
+
+
+def generate(models, captions, seeds, config):
+    return turbo.generate(models, captions, seeds, sample.size_of(models, config), sample.sampling_of(models, config))
 
 
 def fails(capsys, *args, command=sample.main):
@@ -49,8 +61,32 @@ def test_loading_and_four_steps_take_less_than_five_seconds():
     began = time.perf_counter()
     config = sample.Config(PROMPT)
     models = sample.load_models(config)
-    sample.decode(models, sample.generate(models, [PROMPT], [0], config))
+    to_clip(models.vae, generate(models, [PROMPT], [0], config))
     assert time.perf_counter() - began < 5
+
+
+def seconds(*argv):
+    """Of processor time that a command takes, the start of Python included: what a wall clock shows on an idle machine."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, sample.__file__, *map(str, argv)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert "Traceback" not in done.stderr, done.stderr
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def test_answers_come_at_once(tmp_path):
+    """Help and mistakes before torch is imported, the toy's clip without the compiler and without open_clip."""
+    for argv in (["--help"], [PROMPT, "--frame", "3"], ["a dog running"], [PROMPT, "--eta", "1"]):
+        code = f"import sys, sample\ntry:\n sample.main({argv})\nexcept SystemExit:\n print('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HOUSE)
+        assert done.stdout.splitlines()[-1] == "False", done.stderr
+    code = f"import sys, sample\nsample.main([{PROMPT!r}, '--out', {str(tmp_path / 'x.mp4')!r}])\n" \
+        "print([name in sys.modules for name in ('torch', 'torch._dynamo', 'open_clip', 'imageio')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HOUSE)
+    assert done.stdout.splitlines()[-1] == "[True, False, False, False]", done.stderr
+    assert seconds("--help") < 0.5 and seconds("a dog running") < 1
+    assert seconds(PROMPT, "--out", tmp_path / "out.mp4") < 5                   # 3 where two processes do not share a core
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".safetensors", ".png", ""])
@@ -59,7 +95,7 @@ def test_files_are_read_back_as_they_were_made(tmp_path, suffix):
     path = tmp_path / f"clip{suffix}" if suffix else tmp_path / "clip" / "a green triangle growing-0.mp4"
     clip, z = video.read_clip(path), load_file(tmp_path / "z.safetensors")["latents"]
     models = sample.load_models(sample.Config())
-    exact = sample.decode(models, z)[0]
+    exact = to_clip(models.vae, z)[0]
     assert z.dtype == torch.float32 and z.shape == (1, 8, 8, 8, 8)
     assert (clip.float() - exact.float()).abs().mean() < (0.1 if suffix in (".safetensors", ".png") else 6)     # mp4 halves colour
 
@@ -69,10 +105,10 @@ def test_a_clip_depends_on_its_seed_and_not_on_its_batch(method):
     config = sample.Config(method=method, steps=3)
     models = sample.load_models(config)
     captions = [PROMPT, "a green square at rest on white", PROMPT]
-    together = sample.generate(models, captions, [5, 6, 7], config)
-    assert torch.equal(together, sample.generate(models, captions, [5, 6, 7], config))                         # bit for bit
+    together = generate(models, captions, [5, 6, 7], config)
+    assert torch.equal(together, generate(models, captions, [5, 6, 7], config))                         # bit for bit
     for i in range(3):
-        alone = sample.generate(models, captions[i:i + 1], [5 + i], config)
+        alone = generate(models, captions[i:i + 1], [5 + i], config)
         torch.testing.assert_close(together[i:i + 1], alone, rtol=1e-3, atol=1e-3)
     assert (together[0] - together[2]).abs().max() > 0.1
 
@@ -119,6 +155,78 @@ def test_several_clips_and_a_file_of_prompts(tmp_path, capsys):
     assert sorted(p.name for p in folder.iterdir()) == names and (folder / names[0]).stat().st_mtime_ns == kept
     run("--prompts", tmp_path / "prompts.json", "--num", 2, "--out", folder)
     assert "nothing to do" in capsys.readouterr().out
+
+
+# ---- VBench's folders, standard input, several processes --------------------------------------------------------
+
+LISTS = {                               # entries of a prompts file -> clips that are made of each
+    '["a red ring"]': {"a red ring": 1},
+    '[{"prompt_en": "a red ring"}]': {"a red ring": 1},
+    '[{"prompt_en": "a red ring", "dimension": ["scene"]}]': {"a red ring": 5},
+    '[{"prompt_en": "a red ring", "dimension": ["scene"]}, {"prompt_en": "a red ring", '
+    '"dimension": ["temporal_flickering", "color"]}]': {"a red ring": 25},
+}
+
+
+@pytest.mark.parametrize("text", LISTS)
+def test_vbenchs_list_says_how_many_clips(tmp_path, text):
+    (tmp_path / "list.json").write_text("\ufeff" + text, encoding="utf-8")
+    assert prompts.read_prompts(str(tmp_path / "list.json")) == LISTS[text]
+
+
+def test_prompts_are_whole_in_names_and_differ_in_capitals(tmp_path):
+    """As VBench looks for them: 13 of its prompts have more than 180 characters, two differ in one capital letter."""
+    long = "a red circle " + "and a blue square " * 10
+    known = {long: 2, "A blue box falling": 1, "a blue box falling": 1}
+    jobs = prompts.plan(known, tmp_path, seed=7)
+    assert [(job.prompt, job.seed, job.path.name) for job in jobs] == [
+        (long, 7, f"{long}-0.mp4"), (long, 8, f"{long}-1.mp4"),
+        ("A blue box falling", 7, "A blue box falling-0.mp4"), ("a blue box falling", 7, "a blue box falling-0.mp4")]
+    prompts.check_names(jobs)
+
+
+def test_a_file_system_that_ignores_case_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "ignores_case", lambda folder: True)
+    with pytest.raises(ValueError, match="'A box' and 'a box' differ in capital letters only"):
+        prompts.check_names(prompts.plan({"A box": 1, "a box": 1}, tmp_path, 0))
+
+
+def test_a_sheet_is_of_all_clips_though_they_are_there(tmp_path):
+    (tmp_path / "p.txt").write_text("a red ring\na blue box\n")
+    argv = ["--prompts", tmp_path / "p.txt", "--out", tmp_path / "clips", "--sheet", tmp_path / "sheet.png"]
+    for _ in range(2):
+        run(*argv, "--latents", tmp_path / "z.safetensors")
+        assert load_file(tmp_path / "z.safetensors")["latents"].shape[0] == 2
+        assert iio.imread(tmp_path / "sheet.png").shape == (128, 512, 3)
+
+
+def test_typed_prompts_become_clips_at_once(tmp_path, monkeypatch, capsys):
+    """A wrong line is complained about, and the next one is made; the models are loaded once."""
+    loaded, load = [], sample.load_models
+    monkeypatch.setattr(sample, "load_models", lambda config: loaded.append(1) or load(config))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"a red ring\n\na dog\n{'x' * 300}\na/red ring\na blue box\na red ring\n"))
+    with pytest.raises(SystemExit) as stop:
+        run("--prompts", "-", "--out", tmp_path)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and len(loaded) == 1
+    assert said.out.splitlines() == [str(tmp_path / f"a {name}-0.mp4") for name in ("red ring", "blue box", "red ring")]
+    complaints = [line.rpartition("\r")[2] for line in said.err.splitlines() if "sample.py: " in line]
+    assert [next(word for word in ("dog", "unknown", "both") if word in line) for line in complaints] == ["dog", "unknown", "both"]
+
+
+def test_processes_share_the_clips(tmp_path, monkeypatch):
+    """Each of torchrun's processes makes its part, without talking to the others; together all, each as one process would."""
+    (tmp_path / "p.txt").write_text("a red ring\na blue box\na green triangle\n")
+    config = sample.Config(prompts=str(tmp_path / "p.txt"), num=3, out=str(tmp_path / "clips"), model="shapes")
+    alone, shares = sample.plan_clips(config), []
+    for rank in (0, 1):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", str(rank))
+        shares.append(sample.plan_clips(config))
+    assert len(alone) == 9 and {*shares[0]} | {*shares[1]} == {*alone} and not {*shares[0]} & {*shares[1]}
+    run("--prompts", tmp_path / "p.txt", "--num", 3, "--out", tmp_path / "clips")
+    monkeypatch.delenv("WORLD_SIZE"), monkeypatch.delenv("RANK")
+    assert sample.plan_clips(config) == shares[0]                       # the second one's are there
 
 
 @pytest.mark.parametrize("args, complaint", [
