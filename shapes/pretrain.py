@@ -480,13 +480,13 @@ def check_out(config: Config) -> None:
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     config = cli.parse(Config, argv, __doc__)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and config.stage != "teacher":
+        raise ValueError(f"--stage {config.stage} is for one process; torchrun is for --stage teacher")
     check_out(config)
     if config.all:
         return every_stage(config, argv, pick_device(config.device).type == "cuda")
 
-    group = Group()                                         # first: it chooses this process's GPU
-    if config.device:
-        group.device = pick_device(config.device)
+    group = Group(config.device)                            # first: it chooses this process's GPU
     torch.manual_seed(config.seed)
     {"vae": vae, "clip": clip, "viclip": viclip, "teacher": teacher}[config.stage](config, group)
     group.leave()
