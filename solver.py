@@ -112,17 +112,18 @@ def z0_scale() -> Tensor:
 @torch.no_grad()
 def ddim_sample(schedule: Schedule, eps_model: EpsModel, z: Tensor, timesteps: list[int],
                 noise: Callable | None = None, eta: float = 0.0, scale: Tensor | None = None,
-                progress=iter) -> Tensor:
+                push: Callable | None = None, progress=iter) -> Tensor:
     """Teacher sampling from noise z to clean latents: a DDIM step per timestep, noisiest first, the last to
     0.
 
     eta > 0 is stochastic DDIM (VideoCrafter2: 1) and takes `noise()`, shaped like z, in each step.
-    scale: `z0_scale()` for VideoCrafter2. progress wraps the list of timesteps (tqdm).
+    scale: `z0_scale()` for VideoCrafter2. push(z, t): what motion guidance takes from ε, None where it is
+    off. progress wraps the list of timesteps (tqdm).
     """
     for t, s in zip(progress(timesteps), [*timesteps[1:], 0]):
         times = torch.full((len(z),), t, device=z.device)
         at_t, (alpha_s, sigma_s) = schedule.at(times), schedule.at(torch.full_like(times, s))
-        eps = eps_model(z, times)
+        eps, taken = eps_model(z, times), push and push(z, times)
 
         # η: fresh noise takes the place of a part of the predicted noise; the variance stays sigma_s²
         alpha_t, sigma_t = at_t
@@ -135,6 +136,8 @@ def ddim_sample(schedule: Schedule, eps_model: EpsModel, z: Tensor, timesteps: l
         else:
             z0 = predict_z0(z, eps, *at_t) / scale[t].item()
             z = alpha_s * scale[s].item() * z0 + kept * eps
+        if taken is not None:
+            z = z - kept * taken                            # v2 Eq. 8: from the noise of s, not from ẑ0
         if noise is not None:
             z = z + fresh * noise()                         # drawn in every step: the same stream for any η
     return z
@@ -155,7 +158,7 @@ def ddim_invert(schedule: Schedule, eps_model: EpsModel, z0: Tensor, wanted: lis
         return ddim_step(z, eps_model(z, t), schedule.at(s), schedule.at(t))
 
     # along the grid
-    latest = max(int(t.max()) for t in wanted)
+    latest = max((int(t.max()) for t in wanted), default=0)
     times, path = [start], [z0]
     for t in grid[:sum(t < latest for t in grid)]:
         times.append(torch.full_like(start, t))

@@ -15,7 +15,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from solver import Sampling, Schedule, cfg, ddim_sample, ddim_step, ddim_timesteps, predict_z0, z0_scale
+from solver import (
+    Sampling,
+    Schedule,
+    cfg,
+    ddim_invert,
+    ddim_sample,
+    ddim_step,
+    ddim_timesteps,
+    predict_z0,
+    z0_scale,
+)
 
 # ---- the consistency function ------------------------------------------------------------------------------
 
@@ -323,13 +333,22 @@ def sample(f, schedule: Schedule, noise: Noise, n: int, progress=iter) -> Tensor
     return z0_hat
 
 
+@dataclass
+class Reference:
+    """A clip whose motion others are to have, by motion guidance without training."""
+    z0: Tensor      # (1, C, T, h, w)
+    c: Tensor       # (1, L, D), of its own caption
+
+
 @torch.no_grad()
 def generate(models, captions: list[str], seeds: list[int], size: tuple[int, int, int], sampling: Sampling,
-             progress=iter) -> Tensor:
+             progress=iter, reference: Reference | None = None) -> Tensor:
     """Captions -> final latents (B, C, T, h, w), float32. Clip i depends on captions[i] and seeds[i] alone.
 
-    models: has `unet`, `vae` and `text`. size: (T, H, W) of the clips, in frames and pixels.
+    models: has `unet`, `vae` and `text`. size: (T, H, W) of the clips, in frames and pixels. reference, with
+    the method "ddim": a clip of that size whose motion guides at t >= 1000 (1 - τ) with strength λ'.
     """
+    assert reference is None or sampling.method == "ddim", "motion guidance is for the teacher's ODE"
     T, H, W = size
     vae, device = models.vae.config, next(models.unet.parameters()).device
     noise = Noise(seeds, (vae.latent, T, H // vae.factor, W // vae.factor), device)
@@ -350,8 +369,10 @@ def generate(models, captions: list[str], seeds: list[int], size: tuple[int, int
 
     # the teacher's ODE
     timesteps = schedule.few_steps(sampling.steps) if sampling.on_grid else ddim_timesteps(sampling.steps)
-    scale = z0_scale() if sampling.scale_z0 else None
-    return ddim_sample(schedule, eps_model, noise(), timesteps, noise, sampling.eta, scale, progress)
+    scale, push = z0_scale() if sampling.scale_z0 else None, None
+    if reference is not None:
+        push = motion_transfer(models.unet, schedule, c, reference, timesteps, sampling)
+    return ddim_sample(schedule, eps_model, noise(), timesteps, noise, sampling.eta, scale, push, progress)
 
 
 def student_f(unet, schedule: Schedule, c: Tensor, sampling: Sampling) -> Callable[[Tensor, Tensor], Tensor]:
@@ -376,6 +397,29 @@ def guided_eps(unet, c: Tensor, null: Tensor, sampling: Sampling) -> Callable[[T
         return cfg(eps_c, eps_u, sampling.guidance)                         # Eq. C
 
     return eps_model
+
+
+def motion_transfer(unet, schedule: Schedule, c: Tensor, reference: Reference, timesteps: list[int],
+                    sampling: Sampling) -> Callable[[Tensor, Tensor], Tensor | None]:
+    """push(z, t) for `ddim_sample`: towards the temporal attention of the reference, which is inverted
+    once."""
+    guided = [t for t in timesteps if t >= 1000 * (1 - sampling.motion_share)]
+
+    def eps_model(z, t):
+        return unet(z, t, reference.c, fps=sampling.fps).float()
+
+    wanted = [torch.full((1,), t, device=c.device) for t in guided]
+    inverted = dict(zip(guided, ddim_invert(schedule, eps_model, reference.z0, wanted), strict=True))
+
+    def push(z, t):
+        z_ref = inverted.get(t[0].item())
+        if z_ref is None:
+            return None
+        c_ref, motion = reference.c.expand_as(c), torch.full((len(z),), sampling.motion, device=z.device)
+        gradient, _ = motion_gradient(unet, z, z_ref.expand_as(z), t, c, c_ref, fps=sampling.fps)
+        return motion_push(schedule, t, gradient, motion)
+
+    return push
 
 
 # ---- LoRA: the student as a low-rank difference to its teacher ---------------------------------------------

@@ -531,6 +531,37 @@ def test_the_teacher_is_sampled_as_its_parts_say(method, eta, scaled, guidance):
     torch.testing.assert_close(z0[1:], z, rtol=1e-4, atol=1e-4)
 
 
+def test_motion_transfer_is_guidance_towards_another_clip():
+    """The first of two DDIM steps is guided, in plain lines; where no step is, nothing changes."""
+    network, schedule = unet(), Schedule(50)
+    (clip, c, null), c_ref = batch(1), torch.randn(1, 5, 24)
+    reference = turbo.Reference(clip, c_ref)
+
+    def text(captions):
+        return c if captions == ["a"] else null
+
+    def transferred(share, reference):
+        how = Sampling("ddim", 2, 2.0, on_grid=True, motion=1e4, motion_share=share, fps=8)
+        return turbo.generate(made, ["a"], [3], (3, 4, 4), how, reference=reference)
+
+    vae = SimpleNamespace(config=SimpleNamespace(latent=4, factor=1))
+    made = SimpleNamespace(unet=network, vae=vae, text=text)
+    plain, guided = transferred(0.4, None), transferred(0.4, reference)
+    assert torch.equal(plain, transferred(0.0, reference))
+
+    z, t = Noise([3], (4, 3, 4, 4))(), torch.tensor([999])
+    z_ref, = solver.ddim_invert(schedule, lambda z, t: network(z, t, c_ref, fps=8), clip, [t])
+    gradient = turbo.motion_gradient(network, z, z_ref, t, c, c_ref, fps=8)[0]
+    for t, s, motion in ((999, 499, 1e4), (499, 0, 0.0)):
+        t, s = torch.tensor([t]), torch.tensor([s])
+        with torch.no_grad():
+            eps_c, eps_u = teacher_eps(network, z, t, c, null, fps=8)
+        push = turbo.motion_push(schedule, t, gradient, torch.tensor([motion]))
+        z = solve(schedule, z, t, s, torch.tensor([2.0]), eps_c, eps_u, push)
+    torch.testing.assert_close(guided, z, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(guided, plain, rtol=1e-3, atol=1e-3)
+
+
 def test_crop_windows_do_not_depend_on_the_micro_batch():
     """Each clip's windows come from its own generator, after its frames."""
     def window(clips, captions, generators):
