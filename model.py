@@ -498,7 +498,8 @@ class VAEConfig:
     patch: int = 1                          # patch x patch pixels enter and leave as channels; KL-F8: 1
 
     @property
-    def factor(self):
+    def factor(self) -> int:
+        """Pixels per latent, in height and in width."""
         return self.patch * 2 ** (len(self.mult) - 1)
 
 
@@ -508,7 +509,7 @@ KL_F8 = VAEConfig()
 class VAEResBlock(nn.Module):
     """Two convolutions around which x passes unchanged. (N, Cin, H, W) -> (N, Cout, H, W)"""
 
-    def __init__(self, cin, cout, groups):
+    def __init__(self, cin: int, cout: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, cin, eps=1e-6)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
@@ -524,7 +525,7 @@ class VAEResBlock(nn.Module):
 class VAEAttention(nn.Module):
     """One head over all pixels of a frame."""
 
-    def __init__(self, width, groups):
+    def __init__(self, width: int, groups: int):
         super().__init__()
         self.norm = nn.GroupNorm(groups, width, eps=1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
@@ -564,16 +565,18 @@ def vae_middle(width, groups):
 class Encoder(nn.Module):
     """Frames (N, 3, H, W) -> mean and log-variance of their latents before quant_conv, (N, 2 C, H/8, W/8)."""
 
-    def __init__(self, c):
+    def __init__(self, config: VAEConfig):
         super().__init__()
-        widths = [c.channels * m for m in c.mult]
-        self.conv_in = nn.Conv2d(3 * c.patch ** 2, c.channels, 3, padding=1)
-        self.down = nn.ModuleList(
-            vae_level(cin, cout, c.res_blocks, c.groups, vae_down(cout) if i < len(widths) - 1 else {})
-            for i, (cin, cout) in enumerate(zip([c.channels] + widths[:-1], widths, strict=True)))
-        self.mid = vae_middle(widths[-1], c.groups)
-        self.norm_out = nn.GroupNorm(c.groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent, 3, padding=1)
+        widths, groups = [config.channels * m for m in config.mult], config.groups
+        self.conv_in = nn.Conv2d(3 * config.patch ** 2, config.channels, 3, padding=1)
+        self.down, finer = nn.ModuleList(), config.channels
+        for level, width in enumerate(widths):
+            resample = vae_down(width) if level < len(widths) - 1 else {}
+            self.down.append(vae_level(finer, width, config.res_blocks, groups, resample))
+            finer = width
+        self.mid = vae_middle(width, groups)
+        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
+        self.conv_out = nn.Conv2d(width, 2 * config.latent, 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(x)
@@ -585,16 +588,19 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents (N, C, h, w) -> frames (N, 3, 8h, 8w)."""
 
-    def __init__(self, c):
+    def __init__(self, config: VAEConfig):
         super().__init__()
-        widths = [c.channels * m for m in c.mult]
-        self.conv_in = nn.Conv2d(c.latent, widths[-1], 3, padding=1)
-        self.mid = vae_middle(widths[-1], c.groups)
-        self.up = nn.ModuleList(                            # up.0 is the finest level and runs last
-            vae_level(cin, cout, c.res_blocks + 1, c.groups, vae_up(cout) if i > 0 else {})
-            for i, (cin, cout) in enumerate(zip(widths[1:] + widths[-1:], widths, strict=True)))
-        self.norm_out = nn.GroupNorm(c.groups, widths[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[0], 3 * c.patch ** 2, 3, padding=1)
+        widths, groups = [config.channels * m for m in config.mult], config.groups
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.latent, widths[last], 3, padding=1)
+        self.mid = vae_middle(widths[last], groups)
+        self.up = nn.ModuleList()                           # up.0 is the finest level and runs last
+        for level, width in enumerate(widths):
+            coarser = widths[min(level + 1, last)]
+            resample = vae_up(width) if level > 0 else {}
+            self.up.append(vae_level(coarser, width, config.res_blocks + 1, groups, resample))
+        self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3 * config.patch ** 2, 3, padding=1)
 
     def forward(self, z):
         h = self.conv_in(z)
@@ -609,33 +615,34 @@ class VAE(nn.Module):
     The names of its parts are those of Stable Diffusion's first_stage_model.
     """
 
-    def __init__(self, config=KL_F8):
+    def __init__(self, config: VAEConfig = KL_F8):
         super().__init__()
-        c = self.config = config
+        self.config, latent = config, config.latent
         self.checkpointing = False          # recompute each chunk of decoded frames in the backward pass
-        self.encoder, self.decoder = Encoder(c), Decoder(c)
-        self.quant_conv = nn.Conv2d(2 * c.latent, 2 * c.latent, 1)
-        self.post_quant_conv = nn.Conv2d(c.latent, c.latent, 1)
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1)
         channels_last(self)
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.quant_conv.weight.dtype
 
-    def posterior(self, x):
+    def posterior(self, x: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
         """x (B, 3, T, H, W) -> mean and log-variance of q(z | x), (B, 4, T, H/8, W/8) each, unscaled"""
         frames = frames_to_batch(x.to(self.dtype, memory_format=torch.channels_last_3d))
-        h = self.quant_conv(self.encoder(F.pixel_unshuffle(frames, self.config.patch)))
+        frames = F.pixel_unshuffle(frames, self.config.patch)
+        h = torch.cat([self.quant_conv(self.encoder(part)) for part in frames.split(chunk or len(frames))])
         mean, logvar = batch_to_frames(h, x.shape[0]).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
-    def encode(self, x, noise=None):
-        """The posterior's mean, or its sample with that noise; scaled."""
-        mean, logvar = self.posterior(x)
+    def encode(self, x: Tensor, noise: Tensor | None = None, chunk: int | None = None) -> Tensor:
+        """The posterior's mean, or its sample with that noise; scaled. `chunk` frames at a time."""
+        mean, logvar = self.posterior(x, chunk)
         z = mean if noise is None else mean + (0.5 * logvar).exp() * noise.to(mean)
         return z * self.config.scale
 
-    def decode(self, z, chunk=None):
+    def decode(self, z: Tensor, chunk: int | None = None) -> Tensor:
         """Scaled latents -> pixels, `chunk` frames at a time; not clamped, as rewards need the gradient."""
         frames = frames_to_batch((z / self.config.scale).to(self.dtype, memory_format=torch.channels_last_3d))
         pixels = [self.run(part) for part in frames.split(chunk or len(frames))]
@@ -668,38 +675,38 @@ VIT_H = TextConfig()
 class TextEncoder(nn.Module):
     """Captions -> states of all L tokens before CLIP's last layer, (B, L, D).
 
-    The tower is open_clip's, and so are its names. Unlike the pooled embedding, these states keep every
-    word's place.
+    The tower is open_clip's, and so are its names. Unlike the pooled embedding, these states keep every word
+    in its place.
     """
 
-    def __init__(self, config=VIT_H, tokenizer=None):
+    def __init__(self, config: TextConfig = VIT_H, tokenizer=None):
         super().__init__()
-        import open_clip  # here, for it takes seconds, and the rest of this file needs nothing but torch
-        c = self.config = config
+        import open_clip  # here, as it takes seconds, which the toy saves
+
+        self.config, width = config, config.width
         self.tokenizer = tokenizer or open_clip.get_tokenizer("ViT-H-14")
-        self.token_embedding = nn.Embedding(c.vocab_size, c.width)
-        self.positional_embedding = nn.Parameter(torch.randn(c.context_length, c.width) * 0.01)
-        self.transformer = open_clip.transformer.Transformer(c.width, c.layers - 1, c.heads)
-        self.ln_final = nn.LayerNorm(c.width)
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.randn(config.context_length, width) * 0.01)
+        self.transformer = open_clip.transformer.Transformer(width, config.layers - 1, config.heads)
+        self.ln_final = nn.LayerNorm(width)
         self.warned = False
 
     @property
-    def width(self):
+    def width(self) -> int:
         return self.config.width
 
-    def tokenize(self, captions):
-        """list of B captions -> (B, L) token ids; the first time that one is too long, says so and cuts
-        it."""
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """B captions -> (B, L) token ids. The first time that one is too long, says that it is cut."""
         limit = self.config.context_length - 2              # start and end take a place each
-        for caption in captions if hasattr(self.tokenizer, "encode") and not self.warned else ():
-            if len(self.tokenizer.encode(caption)) > limit:
-                print(f"caption is cut at {limit} tokens, the text encoder's limit: {caption[:60]}...",
+        if not self.warned and hasattr(self.tokenizer, "encode"):
+            long = [caption for caption in captions if len(self.tokenizer.encode(caption)) > limit]
+            if long:
+                print(f"caption is cut at {limit} tokens, the text encoder's limit: {long[0][:60]}...",
                       file=sys.stderr)
                 self.warned = True
-                break
         return self.tokenizer(captions)
 
-    def forward(self, captions):
+    def forward(self, captions: list[str]) -> Tensor:
         ids = self.tokenize(captions).to(self.positional_embedding.device)
         x = self.token_embedding(ids) + self.positional_embedding
         L = ids.shape[1]
