@@ -1,6 +1,7 @@
 """Blind comparison by people: two folders of clips -> a page that asks; files of answers -> win rates.
 
-The page is compare.html with the clips put into it. Its answers ("votes") are JSON:
+The page is compare.html with the clips put into it. It does not show who made a clip; its source does.
+Its answers ("votes") are JSON:
     {"page": id, "names": [A, B], "judge": name, "pairs": how many, "questions": [...],
      "votes": [{"pair": file name, "prompt": ..., "left": "A" or "B", "answers": ["A", "B" or "same", ...]}]}
 """
@@ -106,6 +107,11 @@ class Vote:
     judge: str
     answers: tuple[str, ...]
 
+    def swapped(self) -> "Vote":
+        """The same vote with the models in the other order."""
+        other = {"A": "B", "B": "A", "same": "same"}
+        return Vote(self.names[::-1], self.pair, self.judge, tuple(other[answer] for answer in self.answers))
+
 
 def read_votes(paths: Iterable[str | Path]) -> list[Vote]:
     """The votes of several files. Of a judge who voted twice on a pair the last file counts."""
@@ -145,9 +151,11 @@ class Result:
 
 
 def tally(votes: list[Vote]) -> dict[tuple[str, str], list[Result]]:
-    """{(A, B): a result per question}. Judges of one pair are averaged: they do not make it several pairs."""
+    """{(A, B): a result per question}. Judges of a pair are averaged: they do not make it several pairs."""
     comparisons: dict[tuple[str, str], list[Vote]] = {}
     for vote in votes:
+        if vote.names[::-1] in comparisons:                 # a page of these models the other way round
+            vote = vote.swapped()
         comparisons.setdefault(vote.names, []).append(vote)
     return {names: [of_question(index, group) for index in range(len(QUESTIONS))]
             for names, group in comparisons.items()}

@@ -264,6 +264,10 @@ def test_tally_counts(tmp_path, capsys):
     labels = [text.text for text in ET.parse(picture).iter("{http://www.w3.org/2000/svg}text")]
     assert {"vcm", "turbo", "no difference", "62", "38", *judging.QUESTIONS} <= set(labels)
 
+    swapped = votes_file(tmp_path / "4.json", "ben", {"p": "AAB", "q": "B=B", "r": "BAB"}, ("turbo", "vcm"))
+    evaluate.main(["tally", one, swapped])
+    assert capsys.readouterr().out == table.rpartition("\n\n")[0] + "\n"
+
     answers = {"p": "ABA", "q": "A=A", "r": "BBA"}
     three = votes_file(tmp_path / "3.json", "eve", answers, names=("vcm", "teacher"))
     evaluate.main(["tally", one, three])
