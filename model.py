@@ -1,7 +1,7 @@
 """The networks: UNet3D (the denoiser ε), VAE (pixels <-> latents) and TextEncoder (caption -> c).
 
-One UNet3D serves VideoCrafter2 and ModelScopeT2V: an image diffusion UNet whose every block is followed by
-its temporal twin. ResBlock = image convolutions, then convolutions along T; Transformer over space, then over
+One UNet3D serves VideoCrafter2 and ModelScopeT2V: an image diffusion UNet whose every layer has a temporal
+twin behind it. ResBlock = image convolutions, then convolutions along T; Transformer over space, then over
 time.
 
 Axes: B batch, C channels, T frames, H W space, L tokens, D width. Latents and clips are (B, C, T, H, W).
@@ -195,8 +195,8 @@ def attention_map(q: Tensor, k: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention over a frame's pixels ("space"), over a pixel's frames ("time"), or from all
-    tokens of a clip to all of its caption ("all")."""
+    """Multi-head attention among a frame's pixels ("space"), a pixel's frames ("time"), or all tokens of a
+    clip, or from these to a caption ("all")."""
 
     def __init__(self, width: int, heads: int, head_dim: int, over: str, source_dim: int | None = None):
         super().__init__()
@@ -283,8 +283,7 @@ class Block(nn.Sequential):
 
 
 def layout(config: UNetConfig) -> tuple[list, list, list]:
-    """The layers of every block, (kind, width in, width out) each: on the way down, in the middle, on the way
-    up.
+    """The layers (kind, width in, width out) of all blocks: on the way down, in the middle, on the way up.
 
     The published UNets, each block of the way up beside the one whose output it takes as its skip:
 
@@ -314,14 +313,16 @@ def layout(config: UNetConfig) -> tuple[list, list, list]:
         attention = attend(width) if level in config.attention_levels else []
         coarser = widths[min(level + 1, last)]
 
+        # down: enter the level, then n ResBlocks
         enter = ("halve", finer, finer) if level else ("conv", config.in_channels, finer)
-        falling = [finer] + [width] * (n - 1)
-        down += [[enter]] + [[("res", cin, width), *attention] for cin in falling]
+        inputs = [finer] + [width] * (n - 1)
+        down += [[enter]] + [[("res", cin, width), *attention] for cin in inputs]
 
-        leave = [("double", width, width)] if level else []
-        rising = [coarser + width] + [width + width] * (n - 1) + [width + finer]        # from below + skip
-        blocks = [[("res", cin, width), *attention] for cin in rising]
-        up = [*blocks[:-1], blocks[-1] + leave] + up
+        # up: n + 1 ResBlocks, each of what comes up beside its skip, then leave the level
+        inputs = [coarser + width] + [width + width] * (n - 1) + [width + finer]
+        blocks = [[("res", cin, width), *attention] for cin in inputs]
+        blocks[-1] += [("double", width, width)] if level else []
+        up = blocks + up
         finer = width
 
     middle = [[("res", width, width), *attend(width), ("res", width, width)]]
@@ -370,7 +371,7 @@ class UNet3D(nn.Module):
         channels_last(self)
 
     def conditions(self) -> dict[str, nn.Module]:
-        """Layers that the timestep embedding is not enough for."""
+        """Layers for what the UNet is told besides timestep, caption and frame rate."""
         return condition_layers(self.config)
 
     def block(self, layers) -> Block:
@@ -395,8 +396,7 @@ class UNet3D(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, c: Tensor, w: Tensor | None = None, fps=None,
                 motion: Tensor | None = None) -> Tensor:
-        """z (B, C, T, H, W), t (B,), c (B, L, D), w and motion (B,) or None, fps a number, (B,) or None -> ε
-        like z"""
+        """z (B, C, T, H, W), t (B,), c (B, L, D), w and motion (B,), fps (B,) or a number -> ε like z"""
         c = c.to(self.dtype)
         emb = F.silu(self.embed(z, t, c, w, fps, motion))
         h = self.first(z.to(self.dtype, memory_format=torch.channels_last_3d), emb, c)
@@ -411,7 +411,7 @@ class UNet3D(nn.Module):
         return per_frame(self.last, h).to(z.dtype)
 
     def embed(self, z, t, c, w, fps, motion):
-        """Conditioning embedding of the whole clip, (B, 1, 4 channels): timestep; ω, λ' and frame rate where
+        """Conditioning embedding of a clip, (B, 1, 4 channels): timestep, and ω, λ' and frame rate where
         known."""
         config, B = self.config, z.shape[0]
         h = timestep_embedding(t, config.channels).to(self.dtype)
@@ -452,8 +452,7 @@ class UNet3D(nn.Module):
         return block(*args)
 
     def motion_attentions(self) -> list[Attention]:
-        """Where T2V-Turbo-v2 reads the motion of a clip: the first attention of every temporal transformer on
-        the way up."""
+        """Where v2 reads a clip's motion: the first attention of every temporal transformer on the way up."""
         transformers = [m for m in self.output_blocks.modules() if isinstance(m, Transformer)]
         return [m.attn1 for m in transformers if m.over != "space"]
 
@@ -463,6 +462,7 @@ class UNet3D(nn.Module):
         Both are differentiable, also with checkpointing: only q and k are kept, and the maps are made of them
         afterwards. A compiled network runs eagerly here, as its graph would not listen.
         """
+        # one pass, in which q and k are kept
         heard, attentions = {}, self.motion_attentions()
 
         def listen(layer, inputs, output):
@@ -475,8 +475,9 @@ class UNet3D(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-        T, precise = eps.shape[2], torch.promote_types(eps.dtype, torch.float32)
-        maps = []
+
+        # the maps, in float32
+        T, maps, precise = eps.shape[2], [], torch.promote_types(eps.dtype, torch.float32)
         for attn in attentions:
             q, k = (attn.fold(heard[layer].to(precise), T) for layer in (attn.q, attn.k))
             maps.append(attention_map(q, k))
@@ -718,7 +719,8 @@ class TextEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class Family:
-    """A teacher: its networks, the clips it was trained for, and how it and its students are sampled by default."""
+    """A teacher: its networks, the clips it was trained for, and how it and its students are sampled by
+    default."""
     unet: UNetConfig
     height: int
     width: int
@@ -767,7 +769,8 @@ UNUSED_TEXT = r"visual\.|text_projection|logit_scale|attn_mask|embeddings\.posit
 
 
 def check_size(family: Family, **sides: int | None) -> None:
-    """Heights and widths in pixels must be multiples of 64 (the toy's of 16), which VAE and UNet halve evenly.
+    """Heights and widths in pixels must be multiples of 64 (the toy's of 16), which VAE and UNet halve
+    evenly.
 
     Raises ValueError for others.
     """
@@ -795,7 +798,8 @@ class Models:
 
     @property
     def sampling(self) -> Sampling:
-        """How the student, or without one the teacher, is sampled by default: under the conditions it was trained with."""
+        """How the student, or without one the teacher, is sampled by default: under the conditions it was
+        trained with."""
         if not self.header:
             return self.family.sampling["teacher"]
         default, config = default_sampling(self.family, self.header["method"]), self.unet.config
@@ -819,7 +823,8 @@ def default_sampling(family: Family, method: str) -> Sampling:
 def complete(header: dict, family: Family) -> dict:
     """A student's header with what files of version 1 say elsewhere, and released files nowhere.
 
-    method, steps (N of its grid), w_min, w_max (range of ω), fps, frames, height, width, motion (λ'), motion_share (τ).
+    method, steps (N of its grid), w_min, w_max (range of ω), fps, frames, height, width, motion (λ'),
+    motion_share (τ).
     """
     default = default_sampling(family, header.get("method", "turbo"))
     usual = dict(method="turbo", steps=default.grid, w_min=5.0, w_max=15.0, fps=default.fps or family.fps,
@@ -837,7 +842,8 @@ def fetch(name: str) -> Path:
 
 
 def read_teacher(path: str | Path, text_layers: int) -> list[tuple[weights.State, Path]]:
-    """A teacher's file or folder -> for UNet, VAE and text encoder: tensors under our names, and their file."""
+    """A teacher's file or folder -> for UNet, VAE and text encoder: tensors under our names, and their
+    file."""
     path = Path(path)
     path = path / "model.ckpt" if (path / "model.ckpt").is_file() else path
 
@@ -866,7 +872,8 @@ def read_teacher(path: str | Path, text_layers: int) -> list[tuple[weights.State
 
 
 def lora_shapes(config: UNetConfig) -> weights.Shapes:
-    """{layer: shape of its weight} of all layers that take LoRA, in the order in which the UNet registers them."""
+    """{layer: shape of its weight} of all layers that take LoRA, in the order in which the UNet registers
+    them."""
     with weights.without_memory():
         unet = getattr(config, "network", UNet3D)(config)               # the toy's is its own
     return {name: m.weight.shape for name, m in unet.named_modules() if type(m) in (nn.Linear, nn.Conv2d, nn.Conv3d)}
@@ -878,7 +885,8 @@ def layout_of(config: UNetConfig) -> str:
 
 
 def read_turbo(path: str | Path, config: UNetConfig, name: str | None = None):
-    """A student's file -> (config of its UNet, the UNet's whole state or None, LoRA or None, header as it stands).
+    """A student's file -> (config of its UNet, the UNet's whole state or None, LoRA or None, header as it
+    stands).
 
     name: the model that the student must belong to, where its header names one.
     """
@@ -926,10 +934,11 @@ def check_header(header: dict, path: str | Path, name: str | None) -> dict:
 
 def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None = None, device="cpu",
          dtype: torch.dtype | None = torch.float32, lora_scale: float = 1.0, **conditions) -> Models:
-    """The networks of "vc2" or "ms": the teacher's, or with a student's file the student's (LoRA merged). In eval mode.
+    """The networks of "vc2" or "ms": the teacher's, or with a student's file the student's (LoRA merged). In
+    eval mode.
 
-    teacher: file or folder; None = download. turbo: file, or a key of PUBLIC to download; None = the teacher alone.
-    conditions: guidance=True and motion=True add the layers that a student needs, as it starts.
+    teacher: file or folder; None = download. turbo: file, or a key of PUBLIC to download; None = the teacher
+    alone. conditions: guidance=True and motion=True add the layers that a student needs, as it starts.
     """
     if name not in FAMILIES:
         raise ValueError(f"no model {name!r}; there are {', '.join(FAMILIES)}")
@@ -964,6 +973,7 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
 
 @torch.no_grad()
 def to_clip(vae: nn.Module, z: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
-    """Latents (B, C, T, h, w) -> clips uint8 (B, 3, T, H, W), `chunk` frames at a time; cut to whole numbers, as released."""
+    """Latents (B, C, T, h, w) -> clips uint8 (B, 3, T, H, W), `chunk` frames at a time; cut to whole numbers,
+    as released."""
     x = vae.decode(z, chunk).float()
     return ((x.clamp(-1, 1) + 1) / 2 * 255).byte()
