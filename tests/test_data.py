@@ -642,6 +642,45 @@ def test_bad_shards(mp4, tmp_path):
     assert len(open_dataset(str(no_end), **SHAPE)) == 5
 
 
+def damaged(content: bytes, rng: np.random.Generator) -> bytes:
+    """Bits flipped, bytes replaced, cut out or put in, or the end cut off."""
+    content, at, length = bytearray(content), rng.integers(len(content)), rng.integers(1, 40)
+    kind = rng.integers(5)
+    if kind == 0:
+        content[at] ^= 1 << rng.integers(8)
+    elif kind == 1:
+        content[at : at + length] = rng.bytes(length)
+    elif kind == 2:
+        del content[at : at + 20 * length]
+    elif kind == 3:
+        content[at:at] = rng.bytes(length)
+    else:
+        del content[at:]
+    return bytes(content)
+
+
+def test_random_damage_is_a_bad_clip_or_one_line(here, mp4):
+    """Each clip is read or is a BadClip, or its source is refused: nothing else, and on one line."""
+    (here / "a.csv").write_text('path,caption\na.mp4,"a, dog"\nb.mp4,two\n')
+    (here / "a.jsonl").write_text('{"path": "a.mp4", "caption": "a"}\n{"path": "b.mp4", "caption": "b"}\n')
+    long = "y" * 150
+    tar_of(here / "a.tar", [("x.mp4", mp4), ("x.txt", b"x"), (f"{long}.mp4", mp4), (f"{long}.txt", b"y")])
+    good = {name: (here / name).read_bytes() for name in ("a.csv", "a.jsonl", "a.tar", "c.mp4")}
+    (here / "c.txt").write_text("a caption")
+    rng = np.random.default_rng(0)
+    for k in range(120):
+        name = sorted(good)[k % len(good)]
+        (here / name).write_bytes(damaged(good[name], rng))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                      # of the folder: what it does not read
+                dataset = open_dataset("." if name == "c.mp4" else name, **SHAPE)
+        except ValueError as error:
+            assert "\n" not in str(error) and name in str(error)
+            continue
+        assert all("\n" not in text for text in texts(dataset) if isinstance(text, str))
+
+
 def test_four_percent_go_on_and_six_percent_do_not(tmp_path):
     take(Numbers(1000, range(0, 1000, 30)), 300, 10)
     with pytest.raises(ValueError, match=r"too many bad clips: .* x it is bad; the last one is clip"):
