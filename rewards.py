@@ -309,6 +309,16 @@ class CLIPConfig:
     vocab_size: int = 49408
     tubelet: int = 1              # toy only: frames that a patch spans (ViViT, Arnab et al., 2021)
 
+    def __post_init__(self):
+        """Raises ValueError for what is no network: the toy's sizes come from a file."""
+        for name, size in vars(self).items():
+            if (type(size) is not int or size < 1) and (name, size) != ("frames", None):
+                raise ValueError(f"{name} is {size!r}")
+        if self.width % self.heads or self.text_width % self.text_heads:
+            raise ValueError(f"widths {self.width} and {self.text_width} for {self.heads} and {self.text_heads} heads")
+        if self.layers + self.text_layers > 1000:
+            raise ValueError(f"{self.layers} and {self.text_layers} layers")
+
 
 @dataclass(frozen=True)
 class ViCLIPConfig(CLIPConfig):
@@ -690,6 +700,7 @@ def from_internvideo2(state: State, config: InternVideo2Config) -> State:
 CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # mean, std
 IMAGENET_PIXELS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TOY_PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+BERT_WORDS = 30522                                              # of the uncased models
 
 
 def bpe(path: Path, length: int) -> Tokenizer:
@@ -701,7 +712,12 @@ def bpe(path: Path, length: int) -> Tokenizer:
 def wordpiece(path: Path, length: int, repository: str, **options) -> Tokenizer:
     """BERT's, from the `vocab.txt` beside the weights, else from `repository`."""
     beside = path.parent / "vocab.txt"
-    return WordPiece(beside if beside.exists() else download(repository, "vocab.txt"), length, **options)
+    vocabulary = beside if beside.exists() else download(repository, "vocab.txt")
+    tokenizer = WordPiece(vocabulary, length, **options)
+    words = len(tokenizer.ids) - len(options.get("extra", ()))
+    if words != BERT_WORDS:
+        raise ValueError(f"{vocabulary} holds {words} words, not {BERT_WORDS}; take vocab.txt of {repository}")
+    return tokenizer
 
 
 def toy_clip(header: dict) -> CLIPConfig:
@@ -766,10 +782,13 @@ RECIPES = {
 }
 
 
+PUBLIC = [name for name, recipe in RECIPES.items() if recipe.source]
+
+
 def recipe_of(name: str) -> Recipe:
     if name not in RECIPES:
         near = get_close_matches(name, RECIPES, 1)
-        remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(RECIPES)}"
+        remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(PUBLIC)}"
         raise ValueError(f"no reward {name!r}; {remedy}")
     return RECIPES[name]
 
@@ -777,23 +796,40 @@ def recipe_of(name: str) -> Recipe:
 def check_frames(name: str, frames: int | None) -> None:
     """Raises ValueError unless the reward can take this number of frames; None is the usual one."""
     allowed = recipe_of(name).frames
-    if frames and frames not in allowed:
+    if frames is not None and frames not in allowed:
         raise ValueError(f"{name} takes {' or '.join(map(str, allowed)) or 'single'} frames, not {frames}")
 
 
 # ---- loading -----------------------------------------------------------------------------------------------
 def parse_spec(spec: str) -> tuple[str, str | None, float | None]:
     """What follows --reward: NAME, NAME=FILE, NAME:WEIGHT or NAME=FILE:WEIGHT -> (name, path, weight)."""
-    head, _, tail = spec.rpartition(":")
-    try:
-        spec, weight = (head, float(tail)) if head else (spec, None)
-    except ValueError:                                              # the colon belongs to the file's name
-        weight = None
-    if weight is not None and not math.isfinite(weight):
-        raise ValueError(f"the weight {tail} of reward {spec!r} is not a finite number")
-    name, _, path = spec.partition("=")
+    name, equals, path = spec.partition("=")
+    if equals:
+        file, colon, tail = path.rpartition(":")
+        if colon and is_number(tail):                       # else the colon belongs to the file's name
+            path, weight = file, float(tail)
+        else:
+            weight = None
+        if not path:
+            raise ValueError(f"--reward {spec} names no file; without one, --reward {name} downloads it")
+    else:
+        name, colon, tail = spec.partition(":")
+        if colon and not is_number(tail):
+            raise ValueError(f"--reward {spec}: the weight {tail!r} is not a number; e.g. {name}:0.5")
+        weight = float(tail) if colon else None
+
     recipe_of(name)
+    if weight is not None and not math.isfinite(weight):
+        raise ValueError(f"--reward {spec}: the weight {tail} is not a finite number")
     return name, path or None, weight
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def load(name: str, path: str | Path | None = None, device: str | torch.device = "cpu",
@@ -808,7 +844,7 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
     recipe, device = recipe_of(name), torch.device(device)
     check_frames(name, frames)
     if not (tokenizer or recipe.tokenizer):
-        raise ValueError(f"{name} needs the toy's tokenizer")
+        raise ValueError(f"{name} reads the toy's captions; real clips take {', '.join(PUBLIC)}")
     path = find(recipe, path)
     tokenizer = tokenizer or recipe.tokenizer(path, recipe.text_length)
 
@@ -816,8 +852,8 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
     state, header = read_named(path), read_header(path) if path.suffix == ".safetensors" else {}
     try:
         config = config or recipe.config(header)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a file of {name}: its header says {header}") from error
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} is not a file of {name}: its header says {header!s:.120} ({error})") from error
     if frames:
         config = replace(config, frames=frames)
 

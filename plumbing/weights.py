@@ -255,6 +255,9 @@ def download(repository: str, file: str) -> Path:
 
 # ---- filling a network ---------------------------------------------------------------------------------------
 
+FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
 class NoInit(TorchFunctionMode):
     """Leaves out all that torch.nn.init does, and drawing normal values."""
 
@@ -289,6 +292,9 @@ def fill(module: nn.Module, state: State, source, device="cpu", dtype: torch.dty
         tensor = state[key]
         if trim(tensor.shape) != trim(like.shape):
             raise ValueError(f"{source}: {key} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
+        if tensor.dtype not in FLOATS or tensor.layout != torch.strided:
+            raise ValueError(f"{source}: {key} holds {tensor.layout} {tensor.dtype} numbers; "
+                             "take the file as it was published, in float32, float16 or bfloat16")
         if not is_finite(tensor):
             raise ValueError(f"{source}: {key} holds NaN or infinity; the file is damaged")
         tensor = tensor.reshape(like.shape)

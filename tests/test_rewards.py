@@ -351,6 +351,12 @@ def vocabulary():
     return list(dict.fromkeys(out))
 
 
+def whole_vocabulary():
+    """The same, and placeholders, as many as BERT's."""
+    words = vocabulary()
+    return [*words, *(f"[unused{i}]" for i in range(5, 5 + rewards.BERT_WORDS - len(words)))]
+
+
 def strings():
     fixed = [
         "", " ", "\t", "a", "A red circle.", "Naïve café über", "don't stop-running!", "x" * 100, "x" * 101,
@@ -541,7 +547,7 @@ def test_toy_files(tmp_path):
             frames = clip.encode_image(pixels.flatten(0, 1)).view(2, 8, -1)
             close(image(x, CAPTIONS), F.cosine_similarity(frames, clip.encode_text(ids)[:, None], dim=-1).mean(1))
             close(video(x, CAPTIONS), F.cosine_similarity(viclip.encode_video(pixels), viclip.encode_text(ids)))
-    with pytest.raises(ValueError, match="tokenizer"):
+    with pytest.raises(ValueError, match="reads the toy's captions"):
         rewards.load("shapes-clip", tmp_path / "clip.safetensors")
     for name, other in (("shapes-clip", "viclip"), ("shapes-viclip", "clip")):
         with pytest.raises(ValueError, match="is not a file of"):
@@ -629,7 +635,7 @@ def test_missing_downloads_end_in_one_line(tmp_path, monkeypatch):
         rewards.load("hpsv2")
     with pytest.raises(ValueError, match="vocab.txt of .*huggingface.co/google-bert/bert-large-uncased"):
         rewards.RECIPES["internvideo2"].tokenizer(tmp_path / "weights.pt", 40)
-    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary()), encoding="utf-8")
+    (tmp_path / "vocab.txt").write_text("\n".join(whole_vocabulary()), encoding="utf-8")
     for name, length in (("internvideo2", 40), ("imagereward", 35)):
         assert rewards.RECIPES[name].text_length == length
         assert rewards.RECIPES[name].tokenizer(tmp_path / "weights.pt", length)(["red"]).shape == (1, length)
@@ -692,8 +698,7 @@ def full_size(name, folder):
     else:
         torch.save(wrap(w), path)
     del w
-    unused = [f"[unused{i}]" for i in range(100)]
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", *unused, *vocabulary()[6:]]), encoding="utf-8")
+    (folder / "vocab.txt").write_text("\n".join(whole_vocabulary()), encoding="utf-8")
     start = time.time()
     reward = rewards.load(name, path, grad_checkpointing=True, frames=frames if frames > 1 else None)
     loaded = time.time()
