@@ -312,7 +312,7 @@ class CLIPConfig:
     def __post_init__(self):
         """Raises ValueError for what is no network: the toy's sizes come from a file."""
         for name, size in vars(self).items():
-            if (type(size) is not int or size < 1) and (name, size) != ("frames", None):
+            if (type(size) is not int or not 0 < size < 100_000) and (name, size) != ("frames", None):
                 raise ValueError(f"{name} is {size!r}")
         if self.width % self.heads or self.text_width % self.text_heads:
             raise ValueError(f"widths {self.width} and {self.text_width} for {self.heads} and {self.text_heads} heads")
@@ -820,7 +820,7 @@ def parse_spec(spec: str) -> tuple[str, str | None, float | None]:
 
     recipe_of(name)
     if weight is not None and not math.isfinite(weight):
-        raise ValueError(f"--reward {spec}: the weight {tail} is not a finite number")
+        raise ValueError(f"the weight {tail} of reward {name!r} is not a finite number")
     return name, path or None, weight
 
 

@@ -326,3 +326,141 @@ def test_train(typed, tmp_path, monkeypatch, capsys):
         train.main(typed.split())
     message, = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and TRAIN[typed] in message
+
+
+# ---- rewards -----------------------------------------------------------------------------------------------
+
+REWARDS = [                             # what follows --reward -> what the message says
+    ("", "no reward ''; there are hpsv2, pickscore"),
+    ("=FILE", "no reward ''"),
+    ("hpsv3=FILE", "no reward 'hpsv3'; did you mean hpsv2?"),
+    ("hpsv2=", "--reward hpsv2= names no file"),
+    ("hpsv2=:2", "--reward hpsv2=:2 names no file"),
+    ("hpsv2:", "--reward hpsv2:: the weight '' is not a number; e.g. hpsv2:0.5"),
+    ("hpsv2:half", "the weight 'half' is not a number"),
+    ("hpsv2:nan", "the weight nan of reward 'hpsv2' is not a finite number"),
+    ("viclip=FILE:-inf", "the weight -inf of reward 'viclip' is not a finite"),
+]
+
+
+@pytest.mark.parametrize("typed, message", REWARDS)
+def test_a_wrong_reward_is_named(typed, message):
+    with pytest.raises(ValueError) as error:
+        rewards.parse_spec(typed)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+VIT = rewards.ViTConfig(image_size=4, patch=2, width=8, layers=1, heads=2, hidden=8)
+SMALL = {
+    "hpsv2": rewards.CLIPConfig(4, 2, None, 8, 1, 2, 4, 8, 1, 2, 5, 9),
+    "viclip": rewards.ViCLIPConfig(4, 2, 8, 8, 1, 2, 4, 8, 1, 2, 5, 9),
+    "imagereward": rewards.ImageRewardConfig(VIT, rewards.BERTConfig(9, 8, 1, 2, 8, image_width=8)),
+    "internvideo2": rewards.InternVideo2Config(VIT, rewards.BERTConfig(9, 8, 1, 2, 8, token_types=2), 8, 4),
+}
+
+
+def state_of(name):
+    torch.manual_seed(0)
+    return rewards.RECIPES[name].model(SMALL[name]).state_dict()
+
+
+def one(state, change):
+    """The state with its last matrix changed."""
+    key = [key for key, w in state.items() if w.ndim == 2][-1]
+    return {**state, key: change(state[key])}
+
+
+REWARD_FILES = [                        # what is in the file -> what the message says behind its name
+    (lambda state: state["w"], "not a weight file"),
+    (lambda state: 3, "holds no named tensors"),
+    (lambda state: None, "holds no named tensors"),
+    (lambda state: tuple(state.values()), "holds no named tensors"),
+    (lambda state: list(state.values()), "a list of LoRA matrices"),
+    (lambda state: {}, "holds no named tensors"),
+    (lambda state: {"model": None}, "holds no named tensors"),
+    (lambda state: {"state_dict": {}}, "holds no named tensors"),
+    (lambda state: dict(enumerate(state.values())), "holds no named tensors"),
+    (lambda state: {key: w.tolist() for key, w in state.items()}, "holds no named tensors"),
+    (lambda state: {"weights": state}, "holds no named tensors"),
+    (lambda state: {f"x.{key}": w for key, w in state.items()}, "tensors missing"),
+    (lambda state: dict(list(state.items())[1:]), "tensors missing"),
+    (lambda state: one(state, lambda w: w[:, :1]), "has shape"),
+    (lambda state: one(state, lambda w: w * float("nan")), "holds NaN or infinity"),
+    (lambda state: one(state, lambda w: w - float("inf")), "holds NaN or infinity"),
+    (lambda state: one(state, lambda w: w.long()), "torch.int64 numbers; take the file as it was published"),
+    (lambda state: one(state, lambda w: w.to(torch.float8_e4m3fn)), "torch.float8_e4m3fn numbers"),
+    (lambda state: one(state, lambda w: w.to_sparse()), "torch.sparse_coo"),
+    (lambda state: one(state, lambda w: w.cfloat()), "torch.complex64 numbers"),
+]
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("content, message", REWARD_FILES)
+def test_a_wrong_reward_file_is_named(name, content, message, tmp_path):
+    path, state = tmp_path / "file.pt", state_of(name)
+    try:
+        torch.save(content(state), path)
+    except KeyError:
+        path.write_text("<html>")
+    with pytest.raises(ValueError) as error:
+        rewards.load(name, path, config=SMALL[name], tokenizer=len)
+    assert str(error.value).startswith(f"{path}: ") and message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_another_rewards_file_is_refused(name, tmp_path):
+    for other in SMALL.keys() - {name}:
+        torch.save(state_of(other), tmp_path / "file.pt")
+        with pytest.raises(ValueError, match="file.pt: not the weights of this"):
+            rewards.load(name, tmp_path / "file.pt", config=SMALL[name], tokenizer=len)
+
+
+HEADERS = [None, 0, -1, 1.5, "4", True, [], {}, 10 ** 9]
+
+
+@pytest.mark.parametrize("kind", ["clip", "viclip"])
+def test_a_wrong_header_of_a_toy_reward_is_named(kind, tmp_path):
+    """Every size missing, or of the wrong kind, or impossible; other files of the toy; a file without a header."""
+    good, path = shapes.WEIGHTS / f"{kind}.safetensors", tmp_path / "file.safetensors"
+    state, header = load_file(good), weights.read_header(good)
+    parts = [header] + [part for part in header.values() if isinstance(part, dict)]
+    wrong = ["[]", "3", '"x"', "{", "{}"]
+    for part in parts:
+        for key, value in list(part.items()):
+            if key == "image_size" and part is header and kind == "clip":
+                continue                                                # in the file, but not read
+            for other in HEADERS:
+                part[key] = other
+                wrong.append(json.dumps(header))
+            part[key] = value
+
+    small = {key: w[:1] for key, w in state.items() if w.ndim == 1}     # found out before tensors are looked at
+    save_file(small, path, {"config": json.dumps(header)})
+    for text in wrong:
+        if json.loads(text if text != "{" else "0") != header:
+            save_file(small, path, {"config": text})
+            with pytest.raises(ValueError) as error:
+                rewards.load(f"shapes-{kind}", path, tokenizer=len)
+            assert str(path) in str(error.value) and "\n" not in str(error.value), text
+    for other in ("vae", "teacher", "turbo", "viclip" if kind == "clip" else "clip"):
+        with pytest.raises(ValueError, match="is not a file of"):
+            rewards.load(f"shapes-{kind}", shapes.WEIGHTS / f"{other}.safetensors", tokenizer=len)
+
+
+def test_a_wrong_vocabulary_is_named(tmp_path):
+    torch.save(state_of("imagereward"), tmp_path / "ImageReward.pt")
+    vocabulary = tmp_path / "vocab.txt"
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    for content, message in [(b"a\nb", "it lacks [PAD] [UNK]"), (b"", "it lacks [PAD]"), (b"\xff\xfe", "cannot be read"),
+                             ("\n".join(special).encode(), "holds 5 words, not 30522; take vocab.txt of google-bert")]:
+        vocabulary.write_bytes(content)
+        with pytest.raises(ValueError) as error:
+            rewards.load("imagereward", tmp_path, config=SMALL["imagereward"])
+        assert str(vocabulary) in str(error.value) and message in str(error.value)
+
+
+@pytest.mark.parametrize("name, frames", [("viclip", 0), ("viclip", 4), ("internvideo2", 3), ("internvideo2", -1),
+                                          ("hpsv2", 6), ("shapes-viclip", 8)])
+def test_wrong_frames_are_known_before_any_file(name, frames):
+    with pytest.raises(ValueError, match=f"{name} takes .* frames, not {frames}"):
+        rewards.load(name, "nowhere", frames=frames)

@@ -21,8 +21,10 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as tv
 import transformers
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rewards
+import turbo
 
 BICUBIC = tv.InterpolationMode.BICUBIC
 
@@ -439,6 +441,23 @@ def test_one_window_per_clip():
     assert (rewards.window(place, 28)[:, 0, 1, 0, 0] == 6).all()
 
 
+@pytest.mark.parametrize("name", ["viclip", "internvideo2"])
+def test_the_gradient_of_a_clip_does_not_depend_on_its_batch(load, name):
+    """A clip's own generator draws its frames and its window: --micro changes nothing."""
+    reward = load(name)
+    terms = [turbo.RewardTerm(reward, 2.0, 8, video=True, name=name)]
+    z0_hat = torch.randn(2, 3, 9, 40, 64, generator=torch.Generator().manual_seed(0))
+
+    def gradient(*clips):
+        generators = [torch.Generator().manual_seed((3, 11)[clip]) for clip in clips]
+        captions = [CAPTIONS[clip] for clip in clips]
+        return turbo.reward_gradient(z0_hat[list(clips)], captions, torch.tanh, terms, generators)[0]
+
+    both, first, second = gradient(0, 1), gradient(0), gradient(1)
+    close(2 * both, torch.cat([first, second]))                     # of the mean over the batch
+    assert not torch.equal(first.abs().sum((0, 1, 2)) > 0, second.abs().sum((0, 1, 2)) > 0)     # another window
+
+
 # ------------------------------------------------------------------ what every reward promises
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_each_clip_meets_its_own_caption(load, name):
@@ -467,6 +486,31 @@ def test_the_gradient_is_the_gradient(load, name):
     assert abs(difference - gradient[at]) < 0.02 * abs(gradient[at])
     climbed = reward(x + 0.02 * gradient / gradient.abs().max(), CAPTIONS)
     assert (climbed > score).all()
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_features_are_what_the_caption_is_compared_with(load, name):
+    reward, x = load(name), clips()
+    if reward.kind == "image":
+        with pytest.raises(ValueError, match=f"{name} reads single frames.*viclip or internvideo2"):
+            reward.features(x)
+    else:
+        features, text = reward.features(x), F.normalize(reward.text(CAPTIONS).float(), dim=1)
+        close(features.norm(dim=1), torch.ones(2))
+        close((features * text).sum(1), reward(x, CAPTIONS))
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_a_recipe_is_enough_for_a_dry_run(name, monkeypatch):
+    """Kind, frames and length of captions stand in the table; nothing else knows the names."""
+    recipe = replace(rewards.RECIPES[name], config=lambda header: CONTAINERS[name][0], text_length=9)
+    monkeypatch.setitem(rewards.RECIPES, name, recipe)
+    with FakeTensorMode():
+        reward = rewards.untrained(name, "cpu", torch.bfloat16, recipe.frames[-1] if recipe.frames else None)
+        x = torch.rand(2, reward.frames or 3, 3, 64, 96, requires_grad=True)
+        scores = reward(x, ["a", "b"], [torch.Generator()] * 2)
+        assert torch.autograd.grad(scores.sum(), x)[0].shape == x.shape
+    assert reward.kind == recipe.kind and scores.shape == (2,) and (reward.frames is None) == (recipe.kind == "image")
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
