@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import shapes
 from plumbing import cli, judging, plots, stats, vbench
 from plumbing.cli import Count, NotNegative, Seed, Size
+from plumbing.files import read_header
 from shapes import grammar
 
 if TYPE_CHECKING:                       # imported where they are needed: --help and mistakes answer at once
@@ -62,7 +63,7 @@ class ScoreConfig:
     clips: tuple[str, ...] = ()         # .mp4, .gif, .safetensors, folders of png frames, folders of clips
     prompt: str | None = None           # of all clips [each clip's file name without its -NUMBER]
     reward: tuple[str, ...] = ()        # NAME, NAME=FILE or NAME=FILE:WEIGHT (for --best), repeatable
-    student: str | None = None          # turbo.safetensors that made the clips: marks what it was trained on
+    student: str | None = None          # turbo.safetensors that made the clips: marks its rewards
     best: str | None = None             # folder for a copy of each prompt's best clip by the weighted rewards
     diversity: bool = False             # distance of a prompt's clips in a video reward's features
     batch: Count | None = None          # clips at once [cuda: 8, else 1]
@@ -81,12 +82,12 @@ def score(config: ScoreConfig) -> dict:
     for row in rows:
         groups.setdefault(row["prompt"], []).append(row)
     check_score(config, files, groups)
+    trained = trained_on(config.student)
 
     # One reward model in memory at a time.
     from plumbing.run import pick_device
     device = pick_device(config.device)
     specs = read_rewards(config.reward, config.diversity)
-    trained = trained_on(config.student)
     distances = {}
     for name, path, _ in specs:
         reward = load_reward(name, path, device)
@@ -150,8 +151,7 @@ def trained_on(student: str | None) -> set[str]:
     """Names of the rewards in a student's header: their scores say less, because training raised them."""
     if not student:
         return set()
-    from plumbing import weights
-    header = weights.read_header(student)
+    header = read_header(shapes.student(student) if student in shapes.STUDENTS else student)
     if not isinstance(header.get("rewards"), list):
         raise ValueError(f"--student {student}: its header does not say which rewards it was trained on")
     return set(header["rewards"])
