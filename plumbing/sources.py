@@ -131,8 +131,7 @@ def hint(folder: str) -> str:
 def manifest_source(path: str) -> FileSource:
     """The rows of a CSV or JSON-lines file: path (relative to the file), caption, perhaps reward_caption.
 
-    Raises ValueError where the file cannot be split into rows; a row that cannot be used becomes a bad
-    clip."""
+    Raises ValueError where the file cannot be split into rows. A row that cannot be used is a bad clip."""
     if path.endswith(".csv"):
         rows, example = csv_rows(path), "path,caption"
     else:
@@ -170,9 +169,11 @@ def csv_rows(path: str) -> list[Row]:
 
 def check_quotes(path: str, first: int, last: int, fields: list[str]) -> None:
     """Raises ValueError where what was read from lines `first` to `last` holds whole rows, or is no row."""
+    if first == last:
+        return
     suffixes = "|".join(suffix[1:] for suffix in READABLE)
-    swallowed = any(re.search(rf'\n[^,"\n]+\.({suffixes}),', field, re.IGNORECASE) for field in fields)
-    if last > first and (swallowed or not fields):
+    row = rf'\n[^,"\n]+\.({suffixes}),'              # a line that begins as a row does
+    if not fields or any(re.search(row, field, re.IGNORECASE) for field in fields):
         raise ValueError(f"{path}, line {first}: a quote that is not closed in its row swallows the rows "
                          "behind it; close it, or double a quote within a caption")
 
