@@ -25,6 +25,8 @@ BEAT, WATCH = 5.0, 60.0     # seconds: a run renews its lock; without renewal fo
 CONTENT = {                 # of a checkpoint
     "config": dict, "step": int, "steps_skipped": int, "clips_skipped": int, "params": dict, "ema": list,
     "optimizer": dict}
+BROKEN = (                  # what torch.load raises for files that are cut off, changed or no files of torch
+    OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError)
 
 
 # ---- the lock ----------------------------------------------------------------------------------------------
@@ -197,13 +199,31 @@ def read_checkpoint(path: Path) -> dict:
         raise ValueError(f"{path} is not there; all nodes must share that folder") from error
     except PermissionError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except BROKEN as error:
         raise ValueError(f"{path} is no checkpoint, or a cut-off one ({path.stat().st_size:,} bytes); "
                          "go on from an earlier one with --resume FILE") from error
-    for key, kind in CONTENT.items():
-        if not isinstance(state, dict) or not isinstance(state.get(key), kind):
-            raise ValueError(f"{path} is no checkpoint of train.py; --resume takes OUT/checkpoint-STEP.pt")
+    if not is_checkpoint(state):
+        raise ValueError(f"{path} is no checkpoint of train.py, or a damaged one; "
+                         "--resume takes OUT/checkpoint-STEP.pt")
     return state
+
+
+def is_checkpoint(state: object) -> bool:
+    """Is all there that CONTENT says, with averages and moments of the weights' shapes (or none)?"""
+    if not isinstance(state, dict):
+        return False
+    if not all(isinstance(state.get(key), kind) for key, kind in CONTENT.items()):
+        return False
+
+    moments = state["optimizer"].get("state")
+    if not isinstance(moments, dict) or not all(isinstance(entry, dict) for entry in moments.values()):
+        return False
+    shapes = [getattr(p, "shape", None) for p in state["params"].values()]
+    averages = [getattr(x, "shape", None) for x in state["ema"]]
+    alike = None not in shapes and averages in ([], shapes) and list(moments) in ([], [*range(len(shapes))])
+    return alike and all(
+        isinstance(entry.get("step"), torch.Tensor) and getattr(entry.get(name), "shape", None) == shape
+        for entry, shape in zip(moments.values(), shapes) for name in ("exp_avg", "exp_avg_sq"))
 
 
 # ---- the log -----------------------------------------------------------------------------------------------
