@@ -301,7 +301,7 @@ def test_a_broken_checkpoint_ends_in_one_line(tmp_path, name):
 
 def test_checkpoints_are_mapped_not_read(tmp_path):
     """22 GB of a full fine-tuning, times the processes of a machine, need not fit its memory."""
-    torch.save(dict(config={}, step=1, steps_skipped=0, clips_skipped=0, ema=[], optimizer={},
+    torch.save(dict(config={}, step=1, steps_skipped=0, clips_skipped=0, ema=[], optimizer={"state": {}},
                     params={"w": torch.ones(2 ** 25)}), tmp_path / "x.pt")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     state = folder.read_checkpoint(tmp_path / "x.pt")
