@@ -76,7 +76,7 @@ def score(config: ScoreConfig) -> dict:
     if not config.clips or not config.reward:
         raise ValueError("score takes clips and at least one --reward NAME=FILE, "
                          "e.g. score out.mp4 --prompt \"a dog\" --reward hpsv2=FILE")
-    files = [file for path in config.clips for file in clips_at(Path(path))]
+    files = list(dict.fromkeys(file for path in config.clips for file in clips_at(Path(path))))
     rows = [dict(clip=str(file), prompt=config.prompt or judging.prompt_of(file)) for file in files]
     groups: dict[str, list[dict]] = {}                                  # prompt -> its clips' rows
     for row in rows:

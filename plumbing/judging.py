@@ -66,7 +66,10 @@ def chosen(names: list[str], seed: int, first: int, count: int) -> list[str]:
 
 def data_uri(clip: Path) -> str:
     """An mp4 as text that a page can hold."""
-    return "data:video/mp4;base64," + base64.b64encode(clip.read_bytes()).decode()
+    content = clip.read_bytes()
+    if content[4:8] != b"ftyp":                             # where every mp4 begins
+        raise ValueError(f"{clip}: not an mp4, or a damaged one")
+    return "data:video/mp4;base64," + base64.b64encode(content).decode()
 
 
 def page(a: tuple[str, Path], b: tuple[str, Path], clips: list[str], seed: int) -> str:

@@ -198,6 +198,7 @@ EVALUATE = [                            # what is typed behind evaluate.py -> wh
     ("compare {clips} {clips}", "both folders are called clips; tell the models apart with NAME=FOLDER"),
     ("compare {clips} {empty}", "{empty}: no .mp4 clips in this folder"),
     ("compare {clips} {other}", "have no clip of one name"),
+    ("compare {clips} {damaged}", "{damaged}/a-0.mp4: not an mp4, or a damaged one"),
     ("compare a={clips} b={clips} --first 2", "--first 2: there are 2 pairs"),
     ("compare a={clips} b={clips} --out page.pdf", "--out page.pdf: a page ends in .html"),
     ("compare a={clips} b={clips} --out {file}/page.html", "{file}/page.html cannot be written"),
@@ -228,8 +229,10 @@ def places(tmp_path_factory):
         video.write_video(root / name, torch.zeros(3, 8, 64, 64, dtype=torch.uint8), fps=8)
     video.write_video(root / "short.safetensors", torch.zeros(3, 3, 64, 64, dtype=torch.uint8), fps=8)
     weights.save_checkpoint(root / "student.safetensors", {"x": torch.zeros(1)}, {"version": 1})
-    (root / "empty").mkdir()
+    for name in ("empty", "damaged"):
+        (root / name).mkdir()
     (root / "file").write_text("")
+    (root / "damaged" / "a-0.mp4").write_bytes(bytes(100))
     votes = dict(names=["A", "B"], judge="ann", votes=[])
     contents = {"list": [], "rows": dict(options={}, rows=[]), "i2v": {"i2v_subject": [0.5, []]},
                 "percent": {"color": [93.5, []]}, "nothing": {"color": [math.nan, []]},

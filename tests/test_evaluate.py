@@ -324,6 +324,9 @@ def test_the_page_in_a_browser(folders, tmp_path):
         page.tap("#save")
         page.wait("saved === state.log.length")
         files = wait_for(lambda: list(tmp_path.glob("votes-*-ann.json")))
+
+        page.run("videos[1].src = 'data:video/mp4;base64,AAAA'")
+        page.wait("document.querySelectorAll('figcaption')[1].textContent === 'this browser cannot play it'")
     votes = judging.read_votes(files)
     assert [vote.pair for vote in votes] == [pair["pair"] for pair in pairs[:2]]
     other = {"A": "B", "B": "A"}
