@@ -51,7 +51,7 @@ def test_two_steps_a_kill_and_two_more_are_four_steps(tmp_path, world, options):
     code, text = tiny.run(two, *options, "--resume", "auto", world=world)
     assert code == 0, text
     assert tiny.last(one)["step"] == tiny.last(two)["step"] == 4
-    assert tiny.same(tiny.last(one), tiny.last(two))                                 # weights, EMA, optimizer, counters
+    assert tiny.same(tiny.last(one), tiny.last(two))  # weights, EMA, optimizer, counters
     assert tiny.log(one) == tiny.log(two) and len(tiny.log(one)) == 4
     assert tiny.same(load_file(one / "turbo.safetensors"), load_file(two / "turbo.safetensors"))
 
@@ -197,7 +197,8 @@ def test_a_checkpoint_in_another_folder(tmp_path):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
 
     assert tiny.run(fresh, *argv[2:], "--steps", 7, before=second_attempt)[0] == 0
-    assert [line["step"] for line in tiny.log(fresh)] == [4, 5, 6, 7]       # from its own last one, not from --resume
+    # from its own last one, not from --resume
+    assert [line["step"] for line in tiny.log(fresh)] == [4, 5, 6, 7]
 
 
 def test_what_a_kill_leaves_is_cleaned_up(tmp_path):
@@ -305,7 +306,7 @@ def test_checkpoints_are_mapped_not_read(tmp_path):
                     params={"w": torch.ones(2 ** 25)}), tmp_path / "x.pt")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     state = folder.read_checkpoint(tmp_path / "x.pt")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 ** 16          # KiB; the file has 2 ** 17
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2 ** 16  # KiB; the file has 2 ** 17
     assert state["params"]["w"][-1] == 1
 
 
@@ -415,7 +416,7 @@ def test_torchrun_passes_a_signal_on_and_all_is_saved(tmp_path, number):
     while not (run / "log.jsonl").exists() or not (run / "log.jsonl").read_text():
         time.sleep(0.1)
         assert process.poll() is None
-    os.killpg(process.pid, number)                                      # Ctrl-C reaches the whole group of the terminal
+    os.killpg(process.pid, number)  # Ctrl-C reaches the whole group of the terminal
     _, text = process.communicate(timeout=120)
     assert "stopped by a signal, and saved" in text
     assert tiny.last(run)["step"] == len(tiny.log(run)) >= 1

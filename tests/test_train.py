@@ -141,7 +141,7 @@ def test_a_step_is_algorithm_1(lora):
     made, clips = trainer("--lora", lora), batch()
     teacher, target = copy.deepcopy(made.teacher), copy.deepcopy(made.student)
     for network in (teacher, target):
-        network.forward = type(network).forward.__get__(network)                # a deep copy keeps the original's forward
+        network.forward = type(network).forward.__get__(network)  # a deep copy keeps the original's forward
     for layer in turbo.lora_layers(teacher).values():
         layer.on = False
     for p, average in zip((p for p in target.parameters() if p.requires_grad), made.ema.average, strict=True):
@@ -211,7 +211,7 @@ def test_any_split_of_the_batch_trains_the_same(tmp_path):
         assert code == 0, text
         runs[world, micro] = tiny.log(out), tiny.last(out)
     lines, state = runs.pop((1, 6))
-    moments = [s["exp_avg"] for s in state["optimizer"]["state"].values()]              # after clipping: of the gradients
+    moments = [s["exp_avg"] for s in state["optimizer"]["state"].values()]  # after clipping: of the gradients
     for split, (other_lines, other) in runs.items():
         assert tiny.same(lines, other_lines, near=2e-4), split
         theirs = [s["exp_avg"] for s in other["optimizer"]["state"].values()]
@@ -237,7 +237,7 @@ def test_full_fine_tuning_shares_the_optimizer_state(tmp_path):
     assert sum(h for h, _ in held) == held[0][1] and max(h for h, _ in held) < 0.6 * held[0][1]
     assert tiny.run(tmp_path / "one", "--lora", 0, "--steps", 2)[0] == 0
     a, b = (torch.cat([p.flatten() for p in tiny.last(tmp_path / name)["params"].values()]) for name in ("one", "two"))
-    assert (a - b).abs().max() < 2.1e-4                                                 # AdamW: 1e-4 per step and sign
+    assert (a - b).abs().max() < 2.1e-4  # AdamW: 1e-4 per step and sign
     assert ((a - b).abs() > 1e-6).float().mean() < 1e-3
     code, text = tiny.run(tmp_path / "two", "--lora", 0, "--steps", 3, "--resume", "auto")
     assert code == 0, text
@@ -250,7 +250,8 @@ def test_a_step_without_a_finite_gradient_is_skipped_by_all(tmp_path):
     """One clip of one process has a reward of nan in step 2; ten such steps in a row end the run."""
     def before(rank):
         score, count = tiny.Bright.__call__, iter(range(10 ** 6))
-        bad = {2} if not (tmp_path / "ten").exists() else set(range(2, 10 ** 6))        # calls: two rewards per step
+        # calls: two rewards per step
+        bad = {2} if not (tmp_path / "ten").exists() else set(range(2, 10 ** 6))
 
         def reward(self, clips, captions, generators=None):
             value = score(self, clips, captions)
@@ -268,7 +269,8 @@ def test_a_step_without_a_finite_gradient_is_skipped_by_all(tmp_path):
     (tmp_path / "ten").mkdir()
     code, text = tiny.run(tmp_path / "run", "--steps", 30, "--resume", "auto", world=2, before=before)
     assert code == 2 and "10 steps in a row without a finite gradient" in text
-    assert [line["steps_skipped"] for line in tiny.log(tmp_path / "run")[3:]] == list(range(10))    # the tenth is the end
+    # the tenth is the end
+    assert [line["steps_skipped"] for line in tiny.log(tmp_path / "run")[3:]] == list(range(10))
 
 
 def test_bfloat16_networks_and_float32_weights():
@@ -371,7 +373,8 @@ def test_live_bytes_counts_storages_once():
 def test_the_reward_gradient_lowers_the_peak():
     """Rewards in the same graph as the UNet, and through ẑ0: the second peak is that of the larger half, not of the sum."""
     made, clips = trainer("--batch", 1, "--micro", 1, "--checkpointing", "--chunk", 1), batch(1)
-    clips["clip"], peaks = clips["clip"].repeat(1, 1, 1, 4, 4), {}              # 64x64, and latents of 8x8, as real ones are
+    # 64x64, and latents of 8x8, as real ones are
+    clips["clip"], peaks = clips["clip"].repeat(1, 1, 1, 4, 4), {}
     made.models.vae = model.VAE(model.VAEConfig(channels=32, mult=(1, 1, 1, 1), res_blocks=1)).requires_grad_(False)
     for way in ("joint", "staged"):
         made.gradient.zero_()
@@ -421,12 +424,14 @@ def test_results_load_where_they_are_needed(tmp_path):
     """turbo.safetensors through model.read_turbo, the released code's list, and the merged UNet: all the same student."""
     unet = dataclasses.replace(tiny.UNET, fps=True)
     made = trainer("--merge", "--export-lora", "--w-min", 5, "--w-max", 15, unet=unet)
-    assert "init_attn.0.proj_in.down.weight" not in made.named              # Conv1d in VideoCrafter2, not in the public list
+    # Conv1d in VideoCrafter2, not in the public list
+    assert "init_attn.0.proj_in.down.weight" not in made.named
     z, t, c, w = torch.randn(1, 4, 4, 4, 4), torch.tensor([519]), made.models.text(["a"]), torch.tensor([7.5])
     with torch.no_grad():
         expected = made.student(z, t, c, w=w, fps=8)
     train.export(made, tmp_path)
-    for name, near in (("turbo.safetensors", 2e-3), ("unet_lora.pt", 1e-4), ("merged.safetensors", 1e-4)):  # the toy's: float16
+    # the toy's: float16
+    for name, near in (("turbo.safetensors", 2e-3), ("unet_lora.pt", 1e-4), ("merged.safetensors", 1e-4)):
         config, state, lora, header = model.read_turbo(tmp_path / name, unet)
         start = tiny.networks(0, unet).unet.state_dict() | {"time_cond_proj.weight": torch.zeros(32, 256)}
         student = weights.fill(model.UNet3D(config), state or start, name, lora=lora)

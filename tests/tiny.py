@@ -19,8 +19,10 @@ import model
 import train
 from plumbing.folder import checkpoints
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""     # runs are forked here, which neither CUDA nor the threads of autograd survive;
-torch.ones(1, requires_grad=True).backward()    # after a first backward pass on the CPU (not a fake one) there are none
+# runs are forked here, which neither CUDA nor the threads of autograd survive;
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# after a first backward pass on the CPU (not a fake one) there are none
+torch.ones(1, requires_grad=True).backward()
 
 T, H, W = 4, 16, 16
 SETTINGS = (f"--frames {T} --height {H} --width {W} --image-frames 2 --video-frames 2 --batch 6 --micro 3 --lora 4 --steps 4 "
@@ -170,5 +172,5 @@ if __name__ == "__main__":
         seen = []
         Clips.on_get = staticmethod(lambda index: seen.append(index) or (len(seen) > int(os.environ["CRASH"]) and die()))
     if not first and rank == "0":
-        time.sleep(1)                       # late: the other one comes upon the first attempt's address in torchrun's store
+        time.sleep(1)  # late: the other one comes upon the first attempt's address in torchrun's store
     main(sys.argv[1:])
