@@ -244,10 +244,12 @@ def check_resume(config: Config, state: dict, path: Path) -> None:
         if said[name] != now:
             raise ValueError(f"this run began with {cli.flag_of(name)} {said[name]}, not {now}; "
                              "go on with that, or choose another --out")
-    before, now = reward_weights(dataclasses.replace(config, reward=said["reward"])), reward_weights(config)
-    if before != now:
-        raise ValueError(f"this run began with the rewards {before}, not {now}; "
-                         "go on with those, or choose another --out")
+    if "record" in state:                   # the first version's toy did not look at --reward
+        before = reward_weights(dataclasses.replace(config, reward=tuple(said["reward"])))
+        now = reward_weights(config)
+        if before != now:
+            raise ValueError(f"this run began with the rewards {before}, not {now}; "
+                             "go on with those, or choose another --out")
     if state["step"] > config.steps:
         raise ValueError(f"{path} is at step {state['step']}, past --steps {config.steps}; "
                          "resume an earlier checkpoint, or raise --steps")

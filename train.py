@@ -408,8 +408,8 @@ def toy_reward(name: str, path: str | None, frames: int | None, device: torch.de
 # ---- the same with random weights, for --dry-run -----------------------------------------------------------
 
 
-def random_world(config: Config, group: Group) -> tuple[Models, "NoiseClips", list[RewardTerm]]:
-    """What `load_world` returns for a published model, but random: no file is read."""
+def random_world(config: Config, group: Group) -> tuple[Models, None, list[RewardTerm]]:
+    """What `load_world` returns for a published model, but random, and without clips: no file is read."""
     family, dtype, device = family_of(config), getattr(torch, config.dtype), group.device
     with dryrun.build(device, dtype if config.lora else torch.float32):
         unet = UNet3D(dataclasses.replace(family.unet, guidance=True, motion=told_motion(config)))
@@ -417,7 +417,7 @@ def random_world(config: Config, group: Group) -> tuple[Models, "NoiseClips", li
         vae, text = VAE(family.vae).requires_grad_(False), TextEncoder(family.text).requires_grad_(False)
     models = Models(model_name(config), unet, vae, text, family)
     terms = reward_terms(config, partial(random_reward, device=device, dtype=dtype))
-    return models, NoiseClips(config), terms
+    return models, None, terms
 
 
 def random_reward(name: str, path: str | None, frames: int | None, device: torch.device,
@@ -425,17 +425,6 @@ def random_reward(name: str, path: str | None, frames: int | None, device: torch
     """A public reward without its weights; its path is not read."""
     with dryrun.build(device, dtype):
         return rewards.untrained(name, device, dtype, frames)
-
-
-class NoiseClips:
-    """Noise of the size that training asks for, with one caption."""
-
-    def __init__(self, config: Config):
-        self.shape = 3, config.frames, config.height, config.width
-
-    def get(self, index: int, generator=None) -> dict:
-        clip = torch.randint(0, 256, self.shape, dtype=torch.uint8)
-        return dict(clip=clip, caption="noise", reward_caption=None, index=index)
 
 
 # ---- what a run leaves -------------------------------------------------------------------------------------
