@@ -1,5 +1,6 @@
 """A run that is killed, and then resumed, is the run that was not killed; and what was saved stays whole, whatever happens."""
 import json
+import multiprocessing
 import os
 import pty
 import random
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 
 import train
 from plumbing import folder
+from plumbing.files import atomic
 from plumbing.folder import checkpoints
 from plumbing.run import attempt
 
@@ -32,6 +34,14 @@ def wait_for_a_step(out, processes):
     while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
         time.sleep(0.05)
         assert all(process.is_alive() for process in processes)
+
+
+def half_a_file(path):
+    """Dies while it writes."""
+    path.parent.mkdir(exist_ok=True)
+    with atomic(path) as temporary:
+        temporary.write_text("hal")
+        tiny.die()
 
 
 def killed_at(position):
@@ -207,12 +217,13 @@ def test_what_a_kill_leaves_is_cleaned_up(tmp_path):
     assert tiny.run(one)[0] == tiny.run(two, "--steps", 2)[0] == 0
     with open(two / "log.jsonl", "a") as file:
         file.write('{"step": 2, "lo')
-    leftovers = [two / ".turbo.safetensors.999999999.part", two / "samples" / ".step-000002-0.gif.999999999.part"]
-    leftovers[1].parent.mkdir()
-    for leftover in leftovers:
-        leftover.touch()
+    for name in ("turbo.safetensors", "samples/step-000002-0.gif"):
+        process = multiprocessing.get_context("fork").Process(target=half_a_file, args=(two / name,))
+        process.start()
+        process.join()
+    assert len(list(two.rglob(".*.part"))) == 2
     assert tiny.run(two, "--resume", "auto")[0] == 0
-    assert tiny.log(one) == tiny.log(two) and not any(leftover.exists() for leftover in leftovers)
+    assert tiny.log(one) == tiny.log(two) and not list(two.rglob(".*.part"))
 
 
 def test_samples_come_after_the_checkpoint(tmp_path):
