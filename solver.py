@@ -113,7 +113,7 @@ def z0_scale() -> Tensor:
 def ddim_sample(schedule: Schedule, eps_model: EpsModel, z: Tensor, timesteps: list[int],
                 noise: Callable | None = None, eta: float = 0.0, scale: Tensor | None = None,
                 push: Callable | None = None, progress=iter) -> Tensor:
-    """Teacher sampling from noise z to clean latents: a DDIM step per timestep, noisiest first, the last to
+    """Teacher sampling, noise z -> clean latents: a DDIM step per timestep, noisiest first, and the last to
     0.
 
     eta > 0 is stochastic DDIM (VideoCrafter2: 1) and takes `noise()`, shaped like z, in each step.
@@ -123,7 +123,8 @@ def ddim_sample(schedule: Schedule, eps_model: EpsModel, z: Tensor, timesteps: l
     for t, s in zip(progress(timesteps), [*timesteps[1:], 0]):
         times = torch.full((len(z),), t, device=z.device)
         at_t, (alpha_s, sigma_s) = schedule.at(times), schedule.at(torch.full_like(times, s))
-        eps, taken = eps_model(z, times), push and push(z, times)
+        eps = eps_model(z, times)
+        taken = push(z, times) if push else None
 
         # η: fresh noise takes the place of a part of the predicted noise; the variance stays sigma_s²
         alpha_t, sigma_t = at_t

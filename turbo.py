@@ -369,7 +369,8 @@ def generate(models, captions: list[str], seeds: list[int], size: tuple[int, int
 
     # the teacher's ODE
     timesteps = schedule.few_steps(sampling.steps) if sampling.on_grid else ddim_timesteps(sampling.steps)
-    scale, push = z0_scale() if sampling.scale_z0 else None, None
+    scale = z0_scale() if sampling.scale_z0 else None
+    push = None
     if reference is not None:
         push = motion_transfer(models.unet, schedule, c, reference, timesteps, sampling)
     return ddim_sample(schedule, eps_model, noise(), timesteps, noise, sampling.eta, scale, push, progress)
@@ -401,13 +402,13 @@ def guided_eps(unet, c: Tensor, null: Tensor, sampling: Sampling) -> Callable[[T
 
 def motion_transfer(unet, schedule: Schedule, c: Tensor, reference: Reference, timesteps: list[int],
                     sampling: Sampling) -> Callable[[Tensor, Tensor], Tensor | None]:
-    """push(z, t) for `ddim_sample`: towards the temporal attention of the reference, which is inverted
-    once."""
+    """push(z, t) for `ddim_sample`, towards the temporal attention of the reference."""
     guided = [t for t in timesteps if t >= 1000 * (1 - sampling.motion_share)]
 
     def eps_model(z, t):
         return unet(z, t, reference.c, fps=sampling.fps).float()
 
+    # the reference at every guided timestep, by one inversion
     wanted = [torch.full((1,), t, device=c.device) for t in guided]
     inverted = dict(zip(guided, ddim_invert(schedule, eps_model, reference.z0, wanted), strict=True))
 
@@ -417,7 +418,7 @@ def motion_transfer(unet, schedule: Schedule, c: Tensor, reference: Reference, t
             return None
         c_ref, motion = reference.c.expand_as(c), torch.full((len(z),), sampling.motion, device=z.device)
         gradient, _ = motion_gradient(unet, z, z_ref.expand_as(z), t, c, c_ref, fps=sampling.fps)
-        return motion_push(schedule, t, gradient, motion)
+        return motion_push(schedule, t, gradient, motion)                   # v2 Eq. 8
 
     return push
 

@@ -291,6 +291,21 @@ def test_the_end_of_the_unet_is_float32_under_autocast(unet_pair):
     assert seen == [torch.bfloat16, torch.float32]
 
 
+def test_a_pass_copies_nothing_to_its_device(monkeypatch):
+    """Each copy of a scalar would make the host wait for the GPU: sinusoids and rates are made where they are
+    used."""
+    unet, (z, t, c) = original(replace(SMALL, mult=(1,), fps=True, guidance=True, motion=True)), INPUTS
+    w = torch.tensor([7.5, 14.2])
+
+    def copied(*args, **options):
+        raise AssertionError("a tensor made of Python numbers")
+
+    for name in ("tensor", "as_tensor", "scalar_tensor"):
+        monkeypatch.setattr(torch, name, copied)
+    with torch.no_grad():
+        unet(z, t, c, w=w, fps=8, motion=0 * w)
+
+
 def test_embeddings():
     e = guidance_embedding(torch.tensor([7.5]))
     assert close(e[0, [0, 1, 128, 255]], torch.tensor([-.8512359, .8421312, -.5247833, .7316889]))
