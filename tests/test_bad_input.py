@@ -407,7 +407,8 @@ def test_a_wrong_reward_file_is_named(name, content, message, tmp_path):
         path.write_text("<html>")
     with pytest.raises(ValueError) as error:
         rewards.load(name, path, config=SMALL[name], tokenizer=len)
-    assert str(error.value).startswith(f"{path}: ") and message in str(error.value) and "\n" not in str(error.value)
+    said = str(error.value)
+    assert said.startswith(f"{path}: ") and message in said and "\n" not in said
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -423,7 +424,7 @@ HEADERS = [None, 0, -1, 1.5, "4", True, [], {}, 10 ** 9]
 
 @pytest.mark.parametrize("kind", ["clip", "viclip"])
 def test_a_wrong_header_of_a_toy_reward_is_named(kind, tmp_path):
-    """Every size missing, or of the wrong kind, or impossible; other files of the toy; a file without a header."""
+    """Every size missing, of the wrong kind or impossible; other files of the toy; a file without a header."""
     good, path = shapes.WEIGHTS / f"{kind}.safetensors", tmp_path / "file.safetensors"
     state, header = load_file(good), weights.read_header(good)
     parts = [header] + [part for part in header.values() if isinstance(part, dict)]
@@ -437,7 +438,7 @@ def test_a_wrong_header_of_a_toy_reward_is_named(kind, tmp_path):
                 wrong.append(json.dumps(header))
             part[key] = value
 
-    small = {key: w[:1] for key, w in state.items() if w.ndim == 1}     # found out before tensors are looked at
+    small = {key: w[:1] for key, w in state.items() if w.ndim == 1}     # known before tensors are looked at
     save_file(small, path, {"config": json.dumps(header)})
     for text in wrong:
         if json.loads(text if text != "{" else "0") != header:
@@ -454,16 +455,17 @@ def test_a_wrong_vocabulary_is_named(tmp_path):
     torch.save(state_of("imagereward"), tmp_path / "ImageReward.pt")
     vocabulary = tmp_path / "vocab.txt"
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    for content, message in [(b"a\nb", "it lacks [PAD] [UNK]"), (b"", "it lacks [PAD]"), (b"\xff\xfe", "cannot be read"),
-                             ("\n".join(special).encode(), "holds 5 words, not 30522; take vocab.txt of google-bert")]:
+    wrong = [(b"a\nb", "it lacks [PAD] [UNK]"), (b"", "it lacks [PAD]"), (b"\xff\xfe", "cannot be read"),
+             ("\n".join(special).encode(), "holds 5 words, not 30522; take vocab.txt of google-bert")]
+    for content, message in wrong:
         vocabulary.write_bytes(content)
         with pytest.raises(ValueError) as error:
             rewards.load("imagereward", tmp_path, config=SMALL["imagereward"])
         assert str(vocabulary) in str(error.value) and message in str(error.value)
 
 
-@pytest.mark.parametrize("name, frames", [("viclip", 0), ("viclip", 4), ("internvideo2", 3), ("internvideo2", -1),
-                                          ("hpsv2", 6), ("shapes-viclip", 8)])
+@pytest.mark.parametrize("name, frames", [
+    ("viclip", 0), ("viclip", 4), ("internvideo2", 3), ("internvideo2", -1), ("hpsv2", 6), ("shapes-viclip", 8)])
 def test_wrong_frames_are_known_before_any_file(name, frames):
     with pytest.raises(ValueError, match=f"{name} takes .* frames, not {frames}"):
         rewards.load(name, "nowhere", frames=frames)

@@ -1,7 +1,7 @@
 """Rewards against transformers, against numbers of the original code, and against what gradients have to be.
 
-The reference numbers come from the original models (T2V-Turbo's ViCLIP and InternVideo2, ImageReward's BLIP), run in
-float64 on `weights(shapes)`, which anyone can draw again: no weight file is needed.
+The reference numbers come from the original models (T2V-Turbo's ViCLIP and InternVideo2, ImageReward's BLIP),
+run in float64 on `weights(shapes)`, which anyone can draw again: no weight file is needed.
 """
 import argparse
 import json
@@ -29,7 +29,7 @@ import turbo
 BICUBIC = tv.InterpolationMode.BICUBIC
 
 
-# ------------------------------------------------------------------ public names and shapes, written down independently
+# ---- public names and shapes, written down independently ---------------------------------------------------
 def linear(name, i, o, bias=True):
     return {f"{name}.weight": (o, i), **({f"{name}.bias": (o,)} if bias else {})}
 
@@ -57,7 +57,8 @@ def text_tower(prefix, D, layers, length, vocab, E):
 
 def clip_shapes(c):
     p, D, N, E = "visual.", c.width, (c.image_size // c.patch) ** 2, c.embed_dim
-    return merge(text_tower("", c.text_width, c.text_layers, c.context_length, c.vocab_size, E), {"logit_scale": ()},
+    return merge({"logit_scale": ()},
+                 text_tower("", c.text_width, c.text_layers, c.context_length, c.vocab_size, E),
                  {p + "class_embedding": (D,), p + "positional_embedding": (1 + N, D), p + "proj": (D, E),
                   p + "conv1.weight": (D, 3, c.patch, c.patch)},
                  norm(p + "ln_pre", D), norm(p + "ln_post", D), clip_blocks(p, D, c.layers, 4 * D))
@@ -69,12 +70,14 @@ def viclip_shapes(c):
                   p + "temporal_positional_embedding": (1, c.frames, D), p + "proj": (D, c.embed_dim),
                   p + "conv1.weight": (D, 3, 1, c.patch, c.patch)},
                  norm(p + "ln_pre", D), norm(p + "ln_post", D), clip_blocks(p, D, c.layers, 4 * D),
-                 text_tower("text_encoder.", c.text_width, c.text_layers, c.context_length, c.vocab_size, c.embed_dim))
+                 text_tower("text_encoder.", c.text_width, c.text_layers, c.context_length, c.vocab_size,
+                            c.embed_dim))
 
 
 def bert_attention(p, D, source):
-    return merge(linear(p + "self.query", D, D), linear(p + "self.key", source, D), linear(p + "self.value", source, D),
-                 linear(p + "output.dense", D, D), norm(p + "output.LayerNorm", D))
+    return merge(linear(p + "self.query", D, D), linear(p + "self.key", source, D),
+                 linear(p + "self.value", source, D), linear(p + "output.dense", D, D),
+                 norm(p + "output.LayerNorm", D))
 
 
 def bert_shapes(p, c, layers=None, fusion=0):
@@ -85,7 +88,8 @@ def bert_shapes(p, c, layers=None, fusion=0):
                    {e + "token_type_embeddings.weight": (2, D)} if c.token_types else {})
     for i in range(layers or c.layers):
         r = f"{p}encoder.layer.{i}."
-        cross = bert_attention(r + "crossattention.", D, c.image_width) if i >= fusion and c.image_width else {}
+        fused = i >= fusion and c.image_width
+        cross = bert_attention(r + "crossattention.", D, c.image_width) if fused else {}
         shapes |= merge(bert_attention(r + "attention.", D, D), linear(r + "intermediate.dense", D, c.hidden),
                         linear(r + "output.dense", c.hidden, D), norm(r + "output.LayerNorm", D), cross)
     return shapes
@@ -94,7 +98,8 @@ def bert_shapes(p, c, layers=None, fusion=0):
 def imagereward_shapes(c):
     v, p = c.vit, "blip.visual_encoder."
     D, N = v.width, (v.image_size // v.patch) ** 2
-    shapes = merge({p + "cls_token": (1, 1, D), p + "pos_embed": (1, 1 + N, D), p + "patch_embed.proj.bias": (D,),
+    shapes = merge({p + "cls_token": (1, 1, D), p + "pos_embed": (1, 1 + N, D),
+                    p + "patch_embed.proj.bias": (D,),
                     p + "patch_embed.proj.weight": (D, 3, v.patch, v.patch)}, norm(p + "norm", D),
                    bert_shapes("blip.text_encoder.", c.bert),
                    linear("blip.vision_proj", D, 256), linear("blip.text_proj", c.bert.width, 256))
@@ -104,14 +109,16 @@ def imagereward_shapes(c):
                         linear(r + "attn.proj", D, D),
                         linear(r + "mlp.fc1", D, v.hidden), linear(r + "mlp.fc2", v.hidden, D))
     sizes = [c.bert.width, 1024, 128, 64, 16, 1]
-    return merge(shapes, *(linear(f"mlp.layers.{j}", sizes[i], sizes[i + 1]) for i, j in enumerate((0, 2, 4, 6, 7))))
+    layers = zip((0, 2, 4, 6, 7), sizes, sizes[1:])
+    return merge(shapes, *(linear(f"mlp.layers.{number}", i, o) for number, i, o in layers))
 
 
 def internvideo2_shapes(c, frames=4, extra_layers=1):
     """What is used, and of what is not: BERT's last layers and one other."""
     v, p = c.vit, "vision_encoder."
     D, N, q = v.width, (v.image_size // v.patch) ** 2, p + "clip_projector."
-    shapes = {p + "cls_token": (1, 1, D), p + "pos_embed": (1, 1 + frames * N, D), p + "img_pos_embed": (1, 1 + N, D),
+    shapes = {p + "cls_token": (1, 1, D), p + "pos_embed": (1, 1 + frames * N, D),
+              p + "img_pos_embed": (1, 1 + N, D),
               p + "patch_embed.proj.weight": (D, 3, 1, v.patch, v.patch), p + "patch_embed.proj.bias": (D,)}
     for i in range(v.layers):
         r = f"{p}blocks.{i}."
@@ -119,18 +126,20 @@ def internvideo2_shapes(c, frames=4, extra_layers=1):
                                                      "attn.k_norm.weight", "ls1.gamma", "ls2.gamma")},
                         linear(r + "attn.qkv", D, 3 * D, bias=False), linear(r + "attn.proj", D, D),
                         linear(r + "mlp.fc1", D, v.hidden), linear(r + "mlp.fc2", v.hidden, D))
-    shapes |= merge(*(norm(f"{q}norm1_{x}", D) for x in "qkv"), {f"{q}cross_attn.{x}_bias": (D,) for x in "qkv"},
+    shapes |= merge(*(norm(f"{q}norm1_{x}", D) for x in "qkv"),
+                    {f"{q}cross_attn.{x}_bias": (D,) for x in "qkv"},
                     *(linear(f"{q}cross_attn.{x}", D, D, bias=False) for x in "qkv"),
                     linear(q + "cross_attn.proj", D, c.pool_dim))
     bert = replace(c.bert, image_width=D)
-    return merge(shapes, bert_shapes("text_encoder.bert.", bert, c.bert.layers + extra_layers, fusion=c.bert.layers),
-                 linear("vision_proj", c.pool_dim, c.embed_dim), linear("text_proj", c.bert.width, c.embed_dim),
-                 {"temp": ()})
+    layers = c.bert.layers + extra_layers
+    return merge(shapes, bert_shapes("text_encoder.bert.", bert, layers, fusion=c.bert.layers),
+                 linear("vision_proj", c.pool_dim, c.embed_dim),
+                 linear("text_proj", c.bert.width, c.embed_dim), {"temp": ()})
 
 
 def weights(shapes, seed=0):
-    """Random weights at which every part of a model matters, in order of the names: norms near one, the rest of
-    variance 1 / fan-in."""
+    """Random weights at which every part of a model matters, in order of the names: norms near one, the rest
+    of variance 1 / fan-in."""
     generator, out = np.random.default_rng(seed), {}
     for key in sorted(shapes):
         w = generator.standard_normal(shapes[key])
@@ -143,13 +152,14 @@ def weights(shapes, seed=0):
     return out
 
 
-# ------------------------------------------------------------------ small models
+# ---- small models ------------------------------------------------------------------------------------------
 VICLIP = rewards.ViCLIPConfig(image_size=28, patch=14, frames=8, width=64, layers=2, heads=4, embed_dim=24,
                               text_width=32, text_layers=2, text_heads=2, context_length=12, vocab_size=50)
 CLIP = rewards.CLIPConfig(image_size=28, patch=14, width=64, layers=2, heads=4, embed_dim=24,
                           text_width=32, text_layers=2, text_heads=2, context_length=12, vocab_size=50)
-OPEN_CLIP = {"embed_dim": 24, "vision_cfg": dict(image_size=28, patch_size=14, width=64, layers=2, head_width=16),
-             "text_cfg": dict(context_length=12, vocab_size=50, width=32, heads=2, layers=2)}    # the same, there
+OPEN_CLIP = {                                                                   # the same for open_clip
+    "embed_dim": 24, "vision_cfg": dict(image_size=28, patch_size=14, width=64, layers=2, head_width=16),
+    "text_cfg": dict(context_length=12, vocab_size=50, width=32, heads=2, layers=2)}
 VIT = rewards.ViTConfig(image_size=28, patch=14, width=64, layers=2, heads=4, hidden=160)
 IMAGEREWARD = rewards.ImageRewardConfig(VIT, rewards.BERTConfig(60, 32, 2, 4, 80, image_width=64))
 INTERNVIDEO2 = rewards.InternVideo2Config(VIT, rewards.BERTConfig(60, 32, 3, 4, 80, token_types=2), 48, 24)
@@ -173,7 +183,7 @@ def bert_ids(captions):
     return ids[[CAPTIONS.index(caption) for caption in captions]]
 
 
-# ------------------------------------------------------------------ their files
+# ---- their files -------------------------------------------------------------------------------------------
 CONTAINERS = {      # name: (configuration, shapes, what the public file wraps its tensors in, tokenizer)
     "hpsv2": (CLIP, clip_shapes,
               lambda w: {"epoch": 1, "state_dict": {f"module.{k}": p for k, p in w.items()}}, clip_ids),
@@ -210,8 +220,8 @@ def close(ours, theirs, rtol=1e-5):
     torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=rtol * float(theirs.abs().max()))
 
 
-# ------------------------------------------------------------------ the original code's numbers
-REFERENCE = {       # (name, frames): scores of two clips; their sum's gradient at [:, ::3, 1, 20, 30]; its norm
+# ---- the original code's numbers ---------------------------------------------------------------------------
+REFERENCE = {   # (name, frames): scores of two clips; their sum's gradient at [:, ::3, 1, 20, 30]; its norm
     ("viclip", 8): ([-0.06269718313, -0.1390922172], [0.0003793927818, 0.0002436946477, -2.632559925e-05,
                     0.0001404695454, -1.971720097e-05, 0.000278374092], 0.09804530193),
     ("imagereward", 8): ([-1.156924749, -0.6765835377], [-0.001204208423, -0.001287735312, -0.0007726507715,
@@ -228,19 +238,20 @@ def test_the_original_code(load, name, frames):
     reward = load(name, frames=frames if name == "internvideo2" else None)
     score, gradient = score_and_gradient(reward, clips(frames))
     close(score, scores)
-    torch.testing.assert_close(gradient[:, ::3, 1, 20, 30].flatten().double(), torch.tensor(gradients).double(),
+    some = gradient[:, ::3, 1, 20, 30].flatten().double()
+    torch.testing.assert_close(some, torch.tensor(gradients).double(),
                                rtol=0, atol=1e-5 * gradient.abs().max().item())
     close(gradient.norm(), size)
 
 
-# ------------------------------------------------------------------ transformers
+# ---- transformers ------------------------------------------------------------------------------------------
 def small_hf_clip():
     common = dict(num_hidden_layers=2, hidden_act="gelu", projection_dim=24)
     config = transformers.CLIPConfig(
         text_config=dict(common, hidden_size=32, intermediate_size=128, num_attention_heads=2, vocab_size=50,
                          max_position_embeddings=12, eos_token_id=49, bos_token_id=1, pad_token_id=0),
-        vision_config=dict(common, hidden_size=64, intermediate_size=256, num_attention_heads=4, image_size=28,
-                           patch_size=14), projection_dim=24)
+        vision_config=dict(common, hidden_size=64, intermediate_size=256, num_attention_heads=4,
+                           image_size=28, patch_size=14), projection_dim=24)
     hf = transformers.CLIPModel(config).eval()
     shapes = {key: tuple(p.shape) for key, p in hf.state_dict().items()}
     hf.load_state_dict({**hf.state_dict(), **weights(shapes)})
@@ -248,7 +259,7 @@ def small_hf_clip():
 
 
 def test_clip_is_transformers_clip(tmp_path):
-    """The folder of a CLIPModel, as PickScore's: names, projections, pairing of frames and captions, gradient."""
+    """The folder of a CLIPModel, as PickScore's: names, projections, pairs of frame and caption, gradient."""
     hf = small_hf_clip()
     hf.save_pretrained(tmp_path)
     reward = rewards.load("pickscore", tmp_path, config=CLIP, tokenizer=clip_ids)
@@ -259,14 +270,14 @@ def test_clip_is_transformers_clip(tmp_path):
     mean, std = (torch.tensor(v)[:, None, None] for v in rewards.CLIP_PIXELS)
     ids = clip_ids(CAPTIONS)
     out = hf(input_ids=ids, pixel_values=(pixels - mean) / std)
-    pairs = (out.image_embeds.view(2, 3, -1) * out.text_embeds[:, None]).sum(-1)             # both of unit length
+    pairs = (out.image_embeds.view(2, 3, -1) * out.text_embeds[:, None]).sum(-1)        # both of unit length
     close(score, pairs.mean(1).detach())
     close(gradient, torch.autograd.grad(pairs.mean(1).sum(), x)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_clip_is_open_clips(load, dtype):
-    """Both towers, the states before the last block, the gradient; in bf16 with norms in float32 as open_clip's."""
+    """Both towers, the states before the last block, the gradient; in bf16, too, norms are in float32."""
     reward, x, ids = load("clip", dtype=dtype), clips(T=3, H=28, W=28), clip_ids(CAPTIONS)
     cast = dtype if dtype == torch.bfloat16 else None
     theirs = open_clip.CLIP(**OPEN_CLIP, cast_dtype=cast).eval()
@@ -287,10 +298,10 @@ def test_clip_is_open_clips(load, dtype):
     close(gradient, torch.autograd.grad(expected.sum(), pixels)[0], rtol)
     close(reward.text(CAPTIONS), texts.detach(), rtol)
 
-    tower, inputs = reward.model.text_encoder, theirs.token_embedding(ids).to(dtype) + theirs.positional_embedding.to(dtype)
+    x = theirs.token_embedding(ids).to(dtype) + theirs.positional_embedding.to(dtype)
     for block in theirs.transformer.resblocks[:-1]:
-        inputs = block(inputs, attn_mask=theirs.attn_mask)
-    close(tower.penultimate(ids).detach(), theirs.ln_final(inputs).detach(), rtol)
+        x = block(x, attn_mask=theirs.attn_mask)
+    close(reward.model.text_encoder.penultimate(ids).detach(), theirs.ln_final(x).detach(), rtol)
 
 
 def test_the_public_clip_is_vit_h_14():
@@ -298,7 +309,8 @@ def test_the_public_clip_is_vit_h_14():
     assert rewards.toy_clip(theirs) == rewards.CLIPConfig()
     with torch.device("meta"):
         model = open_clip.CLIP(**theirs)
-    assert clip_shapes(rewards.CLIPConfig()) == {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    assert clip_shapes(rewards.CLIPConfig()) == expected
 
 
 @pytest.mark.parametrize("cross", [False, True])
@@ -314,9 +326,10 @@ def test_bert_is_transformers_bert(cross):
     ours = rewards.BERT(config)
     ours.load_state_dict({key.removeprefix("bert."): p for key, p in renamed.items()})
     ids = bert_ids(CAPTIONS)
-    image = torch.tensor(np.random.default_rng(3).standard_normal((2, 5, 32)), dtype=torch.float32) if cross else None
+    noise = np.random.default_rng(3).standard_normal((2, 5, 32))
+    image = torch.tensor(noise, dtype=torch.float32) if cross else None
     mask = (ids != 0).long()
-    if cross:       # transformers' cross-attention needs a decoder, and that a causal mask; undo it with a 3-D mask
+    if cross:   # transformers' cross-attention needs a decoder, and that a causal mask; a 3-D mask undoes it
         mask = (1 - mask)[:, None, None].float().expand(-1, 1, ids.shape[1], -1) * -1e9
     theirs = hf(input_ids=ids, attention_mask=mask, encoder_hidden_states=image).last_hidden_state[:, 0]
     close(ours(ids, image).detach(), theirs.detach())
@@ -325,25 +338,28 @@ def test_bert_is_transformers_bert(cross):
 def test_blip_is_transformers_blip():
     """The ViT of ImageReward against BLIP's vision model."""
     hf = transformers.BlipVisionModel(transformers.BlipVisionConfig(
-        hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14,
-        hidden_act="gelu", layer_norm_eps=1e-6)).eval()
+        hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, image_size=28,
+        patch_size=14, hidden_act="gelu", layer_norm_eps=1e-6)).eval()
     w = weights({key: tuple(p.shape) for key, p in hf.state_dict().items()})
     hf.load_state_dict(w)
     table = [(r"^embeddings\.class_embedding", "vision.cls_token"), (r"^encoder\.layers", "vision.blocks"),
              (r"^embeddings\.position_embedding", "vision.pos_embed"),
              (r"^embeddings\.patch_embedding", "vision.patch_embed"),
-             (r"self_attn\.qkv", "attn.qkv"), (r"self_attn\.projection", "attn.proj"), (r"layer_norm", "norm"),
+             (r"self_attn\.qkv", "attn.qkv"), (r"self_attn\.projection", "attn.proj"),
+             (r"layer_norm", "norm"),
              (r"^post_layernorm", "norm")]
     model = rewards.ImageReward(IMAGEREWARD)
     missing = model.load_state_dict(rewards.rename(w, table), strict=False)
-    assert not missing.unexpected_keys and not any(k.startswith(("vision", "norm")) for k in missing.missing_keys)
+    assert not missing.unexpected_keys
+    assert not any(key.startswith(("vision", "norm")) for key in missing.missing_keys)
     x = clips(T=1, H=28, W=28)
     close(model.norm(model.vision(x)).detach(), hf(pixel_values=x[:, 0]).last_hidden_state.detach())
 
 
 def vocabulary():
-    """A vocabulary with words, beginnings, continuations, marks, and letters that are not everywhere known."""
-    words = "the a an red green blue circle square move run play jump cat dog on in of over sky naive cafe uber running"
+    """Words, beginnings, continuations, marks, and letters that are not known in every place."""
+    words = ("the a an red green blue circle square move run play jump cat dog on in of over sky naive cafe "
+             "uber running")
     parts = "ing ed er s es ly un re # able ness ful 1 2 3 10 20 2024 th"
     letters = "abcdefghijklmnopqrstuvwxyz0123456789αβγδабвгдеあいうかアイ中文字국한ßøłæđ"
     marks = "!\"#$%&'()*+,-./:;<=>?@[]^_`{|}~。、「」–—…“”‘’«»¿¡€£°·§"
@@ -362,11 +378,14 @@ def whole_vocabulary():
 def strings():
     fixed = [
         "", " ", "\t", "a", "A red circle.", "Naïve café über", "don't stop-running!", "x" * 100, "x" * 101,
-        "word " * 60, "the " * 200, "café" * 30, "unrunningly", "RE-PLAYable", "``code``", "a|b~c^d", "#hash @at",
-        "中文字 and 中", "한국", "あいうアイ", "\U00020000 \uf900", "\ud7a3", "İstanbul ŁØß Æ", "ẞ ǆ ŉ", "ﬁne ligature",
+        "word " * 60, "the " * 200, "café" * 30, "unrunningly", "RE-PLAYable", "``code``", "a|b~c^d",
+        "#hash @at", "中文字 and 中", "한국", "あいうアイ", "\U00020000 \uf900", "\ud7a3",
+        "İstanbul ŁØß Æ", "ẞ ǆ ŉ",
+        "ﬁne ligature",
         "e\u0301 u\u0308ber", "a\u0300\u0301\u0302", "naïve-café/über", "ΑΒΓ Σας", "Дети", "𝒜 math",
-        "tab\tnew\nline\r", "zero\u200bwidth", "bell\x07bell", "nul\x00nul", "\ufffdreplacement", "soft\u00adhyphen",
-        "no\u00a0break\u2003space", "\u2028separator", "\u0085next", "100% $5 + 3 = ~8", "1st 2nd 2024", "__init__",
+        "tab\tnew\nline\r", "zero\u200bwidth", "bell\x07bell", "nul\x00nul", "\ufffdreplacement",
+        "soft\u00adhyphen", "no\u00a0break\u2003space", "\u2028separator", "\u0085next", "100% $5 + 3 = ~8",
+        "1st 2nd 2024", "__init__",
         "[SEP] and [MASK] in a text", "[unused1] [cls]", "👍🏽 emoji 😀", "«quotes» “curly” ‘single’ … – —",
         "ａｂｃ ｆｕｌｌ", "¿qué? ¡sí!", "।॥ ؟،", "नमस्ते", "สวัสดี", "ﷺ"]
     rng = np.random.default_rng(4)
@@ -405,7 +424,7 @@ def test_clip_tokens_of_viclip_are_cut_to_32():
     assert ids.shape == (2, 32) and ids[0, -1] == 49407 and ids[1, :4].tolist() == [49406, 320, 49407, 0]
 
 
-# ------------------------------------------------------------------ pixels
+# ---- pixels ------------------------------------------------------------------------------------------------
 def torchvision_views(x, S):
     """What the original code does to frames (N, 3, H, W), with torchvision."""
     H, W = x.shape[-2:]
@@ -427,7 +446,7 @@ def test_views_are_torchvisions(H, W):
 
 
 def test_one_window_per_clip():
-    """All frames of a clip share a window; clips differ; every place can come up; a seed repeats it, in any batch."""
+    """All frames of a clip share it; clips differ; every place comes up; a seed repeats it, in any batch."""
     y, x = torch.meshgrid(torch.arange(28.), torch.arange(40.), indexing="ij")
     place = torch.stack([y, x, x]).expand(64, 3, 3, 28, 40)
 
@@ -455,14 +474,16 @@ def test_the_gradient_of_a_clip_does_not_depend_on_its_batch(load, name):
 
     both, first, second = gradient(0, 1), gradient(0), gradient(1)
     close(2 * both, torch.cat([first, second]))                     # of the mean over the batch
-    assert not torch.equal(first.abs().sum((0, 1, 2)) > 0, second.abs().sum((0, 1, 2)) > 0)     # another window
+    seen = [g.abs().sum((0, 1, 2)) > 0 for g in (first, second)]
+    assert not torch.equal(*seen)                                   # another window
 
 
-# ------------------------------------------------------------------ what every reward promises
+# ---- what every reward promises ----------------------------------------------------------------------------
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_each_clip_meets_its_own_caption(load, name):
     reward, x = load(name), clips()
-    assert (reward.kind, reward.frames) == (("video", 8) if name in ("viclip", "internvideo2") else ("image", None))
+    video = name in ("viclip", "internvideo2")
+    assert (reward.kind, reward.frames) == (("video", 8) if video else ("image", None))
     both = reward(x, CAPTIONS)
     reward.tokenizer = None                                         # cached: no caption is read twice
     alone = torch.cat([reward(x[b:b + 1], CAPTIONS[b:b + 1]) for b in (0, 1)])
@@ -510,7 +531,8 @@ def test_a_recipe_is_enough_for_a_dry_run(name, monkeypatch):
         x = torch.rand(2, reward.frames or 3, 3, 64, 96, requires_grad=True)
         scores = reward(x, ["a", "b"], [torch.Generator()] * 2)
         assert torch.autograd.grad(scores.sum(), x)[0].shape == x.shape
-    assert reward.kind == recipe.kind and scores.shape == (2,) and (reward.frames is None) == (recipe.kind == "image")
+    assert reward.kind == recipe.kind and scores.shape == (2,)
+    assert (reward.frames is None) == (recipe.kind == "image")
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
@@ -575,7 +597,7 @@ def test_cache_forgets_before_it_fills_the_memory(load):
     assert reward.text(["new"]).shape == (1, 24) and list(reward.cache) == ["new"]
 
 
-# ------------------------------------------------------------------ the toy's pair
+# ---- the toy's pair ----------------------------------------------------------------------------------------
 def test_toy_files(tmp_path):
     """Their configuration stands in the header; pixels are squashed where they must be."""
     clip, viclip = open_clip.CLIP(**OPEN_CLIP).eval(), rewards.ViCLIP(VICLIP)
@@ -589,13 +611,29 @@ def test_toy_files(tmp_path):
         for x in (clips(H=28, W=28), clips(H=40, W=64)):
             pixels = 2 * rewards.squash(x, 28) - 1
             frames = clip.encode_image(pixels.flatten(0, 1)).view(2, 8, -1)
-            close(image(x, CAPTIONS), F.cosine_similarity(frames, clip.encode_text(ids)[:, None], dim=-1).mean(1))
-            close(video(x, CAPTIONS), F.cosine_similarity(viclip.encode_video(pixels), viclip.encode_text(ids)))
+            texts = clip.encode_text(ids)[:, None]
+            close(image(x, CAPTIONS), F.cosine_similarity(frames, texts, dim=-1).mean(1))
+            close(video(x, CAPTIONS),
+                  F.cosine_similarity(viclip.encode_video(pixels), viclip.encode_text(ids)))
     with pytest.raises(ValueError, match="reads the toy's captions"):
         rewards.load("shapes-clip", tmp_path / "clip.safetensors")
     for name, other in (("shapes-clip", "viclip"), ("shapes-viclip", "clip")):
         with pytest.raises(ValueError, match="is not a file of"):
             rewards.load(name, tmp_path / f"{other}.safetensors", tokenizer=clip_ids)
+
+
+def test_a_tubelet_is_a_convolution_over_frames():
+    torch.manual_seed(0)
+    config = rewards.ViCLIPConfig(image_size=16, patch=8, frames=4, tubelet=2, width=24, layers=1, heads=2,
+                                  embed_dim=8)
+    tower = rewards.VisionTower(config, torch.nn.GELU)
+    heard = []
+    tower.conv1.register_forward_hook(lambda module, args, out: heard.append(out))
+    frames = torch.randn(2, 4, 3, 16, 16)
+    tower(frames)
+    weight = tower.conv1.weight.unflatten(1, (2, 3)).transpose(1, 2)                    # (D, 3, 2, 8, 8)
+    expected = F.conv3d(frames.transpose(1, 2), weight, stride=(2, 8, 8))               # (B, D, 2, 2, 2)
+    torch.testing.assert_close(heard[0].unflatten(0, (2, 2)).transpose(1, 2), expected)
 
 
 def test_viclip_learns_from_scratch():
@@ -612,7 +650,7 @@ def test_viclip_learns_from_scratch():
     assert loss < 0.05
 
 
-# ------------------------------------------------------------------ files and their errors
+# ---- files and their errors --------------------------------------------------------------------------------
 def test_clip_containers(tmp_path, load, capsys):
     """HPS with and without the data-parallel prefix, a .safetensors, a folder: the same weights."""
     config, w = CLIP, weights(clip_shapes(CLIP))
@@ -626,13 +664,14 @@ def test_clip_containers(tmp_path, load, capsys):
         assert torch.equal(reward(clips(), CAPTIONS), expected)
     assert not capsys.readouterr().err                              # all of it was used
     x = clips(H=28, W=28)
-    close(load("hpsv2")(x, CAPTIONS), load("clip")(x, CAPTIONS))    # prefixed; and equal where nothing is fitted
+    close(load("hpsv2")(x, CAPTIONS), load("clip")(x, CAPTIONS))    # prefixed; equal where nothing is fitted
 
 
 def test_unused_tensors_are_named_once(load, capsys):
     load("internvideo2")
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "temp" in line and "bert.layers" in line and "vision.img_pos_embed" in line
+    assert line.count("\n") == 1
+    assert all(part in line for part in ("temp", "bert.layers", "vision.img_pos_embed"))
 
 
 def test_frames_of_internvideo2_are_interpolated_in_time():
@@ -653,7 +692,8 @@ def test_wrong_files_end_in_one_line(tmp_path, load):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "1 of 61 tensors missing (vision_encoder.proj)" in message({k: p for k, p in w.items() if k != "visual.proj"})
+    without = {key: p for key, p in w.items() if key != "visual.proj"}
+    assert "1 of 61 tensors missing (vision_encoder.proj)" in message(without)
     assert "(24, 64), expected (64, 24)" in message({**w, "visual.proj": w["visual.proj"].T.contiguous()})
     assert "1 not expected (vision_encoder.temporal_positional" in message(weights(viclip_shapes(VICLIP)))
     assert "a list of LoRA matrices" in message([w["visual.proj"]])
@@ -675,7 +715,7 @@ def test_missing_downloads_end_in_one_line(tmp_path, monkeypatch):
     def offline(*args):
         raise OSError("no route")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
-    with pytest.raises(ValueError, match="cannot download HPS_v2.1_compressed.pt of .*huggingface.co/xswu/HPSv2"):
+    with pytest.raises(ValueError, match="cannot download HPS_v2.1_compressed.pt of .*/xswu/HPSv2"):
         rewards.load("hpsv2")
     with pytest.raises(ValueError, match="vocab.txt of .*huggingface.co/google-bert/bert-large-uncased"):
         rewards.RECIPES["internvideo2"].tokenizer(tmp_path / "weights.pt", 40)
@@ -701,12 +741,13 @@ def test_parse_spec():
     assert rewards.parse_spec("viclip=/a/b.pth") == ("viclip", "/a/b.pth", None)
     assert rewards.parse_spec("viclip=C:/a=b.pth:2") == ("viclip", "C:/a=b.pth", 2.0)
     assert rewards.parse_spec("viclip=C:/a.pth") == ("viclip", "C:/a.pth", None)
-    for wrong, words in [("hpsv3=FILE", "did you mean hpsv2"), ("x", "no reward 'x'; there are hpsv2, "), ("clip:nan", "finite")]:
+    for wrong, words in [("hpsv3=FILE", "did you mean hpsv2"), ("x", "no reward 'x'; there are hpsv2, "),
+                         ("clip:nan", "finite")]:
         with pytest.raises(ValueError, match=words):
             rewards.parse_spec(wrong)
 
 
-# ------------------------------------------------------------------ full size, one process each
+# ---- full size, one process each ---------------------------------------------------------------------------
 FULL = {"hpsv2": (lambda: clip_shapes(rewards.CLIPConfig()), CONTAINERS["hpsv2"][2], 1),
         "pickscore": (lambda: hf_clip_shapes(), lambda w: w, 1),
         "clip": (lambda: clip_shapes(rewards.CLIPConfig()), lambda w: w, 1),
@@ -718,7 +759,8 @@ FULL = {"hpsv2": (lambda: clip_shapes(rewards.CLIPConfig()), CONTAINERS["hpsv2"]
 
 def hf_clip_shapes():
     text = dict(num_hidden_layers=24, hidden_size=1024, intermediate_size=4096, num_attention_heads=16)
-    image = dict(num_hidden_layers=32, hidden_size=1280, intermediate_size=5120, num_attention_heads=16, patch_size=14)
+    image = dict(num_hidden_layers=32, hidden_size=1280, intermediate_size=5120, num_attention_heads=16,
+                 patch_size=14)
     config = transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=1024)
     with torch.device("meta"):
         return {key: tuple(p.shape) for key, p in transformers.CLIPModel(config).state_dict().items()}
@@ -753,7 +795,8 @@ def full_size(name, folder):
     assert x.grad.isfinite().all() and x.grad.norm() > 0
     path.unlink()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    print(f"{name}: load {loaded - start:.1f} s, score and gradient of two clips {time.time() - loaded:.1f} s, "
+    print(f"{name}: load {loaded - start:.1f} s, "
+          f"score and gradient of two clips {time.time() - loaded:.1f} s, "
           f"peak {peak:.1f} GiB, scores {score.tolist()}")
 
 
@@ -769,16 +812,3 @@ def test_full_size(name, tmp_path, capfd):
 
 if __name__ == "__main__":
     full_size(sys.argv[1], Path(sys.argv[2]))
-
-
-def test_a_tubelet_is_a_convolution_over_frames():
-    torch.manual_seed(0)
-    config = rewards.ViCLIPConfig(image_size=16, patch=8, frames=4, tubelet=2, width=24, layers=1, heads=2, embed_dim=8)
-    tower = rewards.VisionTower(config, torch.nn.GELU)
-    heard = []
-    tower.conv1.register_forward_hook(lambda module, args, out: heard.append(out))
-    frames = torch.randn(2, 4, 3, 16, 16)
-    tower(frames)
-    weight = tower.conv1.weight.unflatten(1, (2, 3)).transpose(1, 2)                            # (D, 3, 2, 8, 8)
-    expected = torch.nn.functional.conv3d(frames.transpose(1, 2), weight, stride=(2, 8, 8))     # (B, D, 2, 2, 2)
-    torch.testing.assert_close(heard[0].unflatten(0, (2, 2)).transpose(1, 2), expected)
