@@ -136,6 +136,7 @@ class Trainer:
                 self.teacher = copy.deepcopy(unet).requires_grad_(False)
                 for p in self.teacher.parameters():
                     p.data = p.data.to(getattr(torch, config.dtype))
+                self.teacher.out.float()    # see UNet3D.last
             unet.requires_grad_(True)
         unet.checkpointing = config.checkpointing
 
