@@ -96,14 +96,9 @@ def score(config: ScoreConfig) -> dict:
         if features is not None:
             distances[name] = diversity(features, rows)
 
-    # Clips of one prompt are alike: the interval is that of prompts where there are several.
-    means = {}
-    for name, _, _ in specs:
-        per_prompt = [[row[name] for row in group] for group in groups.values()]
-        values = per_prompt[0] if len(groups) == 1 else [sum(group) / len(group) for group in per_prompt]
-        means[name] = stats.mean_interval(values)
-    found = dict(clips=rows, prompts=len(groups), means=means, trained_on=sorted(trained & means.keys()))
-    found["diversity"] = distances
+    means = {name: mean_reward(name, groups) for name, _, _ in specs}
+    found = dict(clips=rows, prompts=len(groups), means=means, diversity=distances)
+    found["trained_on"] = sorted(trained & means.keys())
     if config.best:
         found["best"] = copy_best(groups, {name: weight for name, _, weight in specs}, Path(config.best))
     print(json.dumps(found, indent=1) if config.json else score_tables(found))
@@ -202,7 +197,21 @@ def score_clips(reward: Reward, rows: list[dict], batch: int, features: bool) ->
     return torch.cat(found) if found else None
 
 
-def diversity(features: Tensor, rows: list[dict]) -> tuple[float, float]:
+def mean_reward(name: str, groups: dict[str, list[dict]]) -> dict[str, float | None]:
+    """Mean of a reward with its interval: over prompts, or over the clips of a single one."""
+    per_prompt = [[row[name] for row in group] for group in groups.values()]
+    if len(groups) == 1:
+        return mean_of(per_prompt[0])
+    return mean_of([sum(values) / len(values) for values in per_prompt])
+
+
+def mean_of(values: list[float]) -> dict[str, float | None]:
+    """Mean and half-width of its 95 % interval, None for a single value, which JSON can hold."""
+    mean, half = stats.mean_interval(values)
+    return dict(mean=mean, half=None if math.isnan(half) else half)
+
+
+def diversity(features: Tensor, rows: list[dict]) -> dict[str, float | None]:
     """Mean distance 1 - cosine of two clips of one prompt, over prompts, with its interval.
 
     features (N, E), of unit length, one for each row.
@@ -215,7 +224,7 @@ def diversity(features: Tensor, rows: list[dict]) -> tuple[float, float]:
         if n > 1:
             cosines = theirs @ theirs.T                                 # (n, n), 1 on the diagonal
             distances.append(1 - ((cosines.sum() - cosines.trace()) / (n * (n - 1))).item())
-    return stats.mean_interval(distances)
+    return mean_of(distances)
 
 
 def copy_best(groups: dict[str, list[dict]], weights: dict[str, float], folder: Path) -> list[str]:
@@ -240,19 +249,19 @@ def score_tables(found: dict) -> str:
 
     if len(found["clips"]) > 1:
         unit = f"{found['prompts']} prompts" if found["prompts"] > 1 else "one prompt"
-        cells = [with_interval(*mean) for mean in found["means"].values()]
+        cells = [with_interval(**mean) for mean in found["means"].values()]
         lines.append(f"| mean of {len(found['clips'])} clips (95 %) | {unit} | " + " | ".join(cells) + " |")
     for name, mean in found["diversity"].items():
         text = f"diversity by {name}, 1 - cosine of two clips of a prompt (95 %)"
-        lines.append(f"\n{text}: {with_interval(*mean)}")
+        lines.append(f"\n{text}: {with_interval(**mean)}")
     if "best" in found:
         lines.append(f"\nbest of each prompt: {len(found['best'])} clips in {Path(found['best'][0]).parent}")
     return "\n".join(lines)
 
 
-def with_interval(mean: float, half: float) -> str:
-    """A mean and the half-width of its interval, which a single value does not have."""
-    return f"{mean:.4f}" if math.isnan(half) else f"{mean:.4f} ± {half:.4f}"
+def with_interval(mean: float, half: float | None) -> str:
+    """A mean and the half-width of its interval, if it has one."""
+    return f"{mean:.4f}" if half is None else f"{mean:.4f} ± {half:.4f}"
 
 
 # ---- python evaluate.py vbench -----------------------------------------------------------------------------

@@ -66,4 +66,4 @@ if __name__ == "__main__":
         votes = [vote(pair, judge) for pair in content["pairs"]]
         saved = dict(page=content["page"], names=content["names"], judge=f"simulated: {name}",
                      pairs=len(votes), questions=judging.QUESTIONS, votes=votes)
-        (folder / f"votes-{name}.json").write_text(json.dumps(saved, indent=1) + "\n")
+        (folder / f"votes-simulated-{name}.json").write_text(json.dumps(saved, indent=1) + "\n")

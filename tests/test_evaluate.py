@@ -385,7 +385,7 @@ def test_score(clips, capsys, tmp_path):
         assert (row["shapes-viclip"] > 0.6) == ("-1." not in row["clip"])
     for name in ("shapes-clip", "shapes-viclip"):
         means = [sum(row[name] for row in found["clips"] if row["prompt"] == p) / 3 for p in CAPTIONS]
-        assert found["means"][name] == pytest.approx(stats.mean_interval(means))
+        assert tuple(found["means"][name].values()) == pytest.approx(stats.mean_interval(means))
 
     for caption in CAPTIONS:
         rows = [row for row in found["clips"] if row["prompt"] == caption]
@@ -402,6 +402,7 @@ def test_score(clips, capsys, tmp_path):
 def test_score_reads_folders_and_a_given_prompt(clips, capsys):
     one = clips / f"{CAPTIONS[0]}-0.safetensors"
     found = score(capsys, one, "--prompt", CAPTIONS[1], "--reward", "shapes-clip")
+    assert found["means"]["shapes-clip"] == dict(mean=found["clips"][0]["shapes-clip"], half=None)
     right = score(capsys, clips, "--reward", f"shapes-clip={shapes.WEIGHTS / 'clip.safetensors'}")
     assert len(right["clips"]) == 4, "clips in files; png frames are folders and are named one by one"
     assert found["clips"][0]["shapes-clip"] < right["clips"][0]["shapes-clip"]
@@ -427,14 +428,14 @@ def test_diversity(capsys, tmp_path):
         for i, clip in enumerate(shown):
             video.write_video(tmp_path / name / f"{CAPTIONS[0]}-{i}.safetensors", clip, fps=8)
         scored = score(capsys, tmp_path / name, "--reward", "shapes-viclip", "--diversity")
-        found[name] = scored["diversity"]["shapes-viclip"][0]
+        found[name] = scored["diversity"]["shapes-viclip"]["mean"]
     assert abs(found["same"]) < 1e-5 < 1e-3 < found["seeds"] < found["mixed"]
 
 
 def test_mean_distance_by_hand():
     features = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0.6, 0.8]])
     rows = [dict(prompt=p) for p in "aaab"]
-    assert evaluate.diversity(features, rows)[0] == pytest.approx((1 + 2 + 1) / 3)
+    assert evaluate.diversity(features, rows)["mean"] == pytest.approx((1 + 2 + 1) / 3)
 
 
 # ---- the toy's table ---------------------------------------------------------------------------------------
