@@ -9,6 +9,7 @@ then needs no teacher: guidance is linear in ε(c) and ε(∅), so that ω stays
 """
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -74,18 +75,27 @@ def prepare(plan: Plan, models: Models, clips, writer: data.CacheWriter, group: 
     heard = listen()
     missing = writer.missing()
     with tqdm(total=len(missing), desc="clips prepared", disable=group.rank > 0) as bar:
-        for start in range(0, len(missing), plan.micro):
+        for indices in micro_batches(missing, plan.micro):
             if heard:
                 return heard[0]
-            items = usable(clips, missing[start:start + plan.micro], writer, plan.seed)
+            items = usable(clips, indices, writer, plan.seed)
             for sample in solve_clips(plan, models, items) if items else ():
                 writer.add(sample)
-            bar.update(min(plan.micro, len(missing) - start))
+            bar.update(len(indices))
 
     group.any(False)                                        # all processes are through
     if group.rank == 0:
         writer.finish()
     return None
+
+
+def micro_batches(indices: list[int], size: int) -> Iterator[list[int]]:
+    """A few clips at a time, all of one shard: which clips share a pass, and so the last bits of sums, does
+    not depend on the number of processes."""
+    for _, shard in groupby(indices, key=lambda index: index // data.PER_SHARD):
+        members = list(shard)
+        for start in range(0, len(members), size):
+            yield members[start:start + size]
 
 
 def usable(clips, indices: list[int], writer: data.CacheWriter, seed: int) -> list[dict]:
