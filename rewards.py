@@ -315,7 +315,8 @@ class CLIPConfig:
             if (type(size) is not int or not 0 < size < 100_000) and (name, size) != ("frames", None):
                 raise ValueError(f"{name} is {size!r}")
         if self.width % self.heads or self.text_width % self.text_heads:
-            raise ValueError(f"widths {self.width} and {self.text_width} for {self.heads} and {self.text_heads} heads")
+            raise ValueError(f"{self.heads} and {self.text_heads} heads for widths {self.width} and "
+                             f"{self.text_width}")
         if self.layers + self.text_layers > 1000:
             raise ValueError(f"{self.layers} and {self.text_layers} layers")
 
@@ -691,7 +692,7 @@ def from_imagereward(state: State, config: ImageRewardConfig) -> State:
 def from_internvideo2(state: State, config: InternVideo2Config) -> State:
     state, key = rename(state, INTERNVIDEO2), "vision.pos_embed"
     N = (config.vit.image_size // config.vit.patch) ** 2
-    if key in state and state[key].shape[1] != 1 + config.frames * N:
+    if key in state and state[key].shape[1:2] != (1 + config.frames * N,):
         state[key] = stretch(state[key], config.frames, N)
     return state
 
@@ -711,12 +712,17 @@ def bpe(path: Path, length: int) -> Tokenizer:
 
 def wordpiece(path: Path, length: int, repository: str, **options) -> Tokenizer:
     """BERT's, from the `vocab.txt` beside the weights, else from `repository`."""
-    beside = path.parent / "vocab.txt"
-    vocabulary = beside if beside.exists() else download(repository, "vocab.txt")
+    vocabulary = path.parent / "vocab.txt"
+    if not vocabulary.exists():
+        try:
+            vocabulary = download(repository, "vocab.txt")
+        except ValueError as error:
+            raise ValueError(f"there is no {vocabulary} beside the weights, and: {error}") from error
     tokenizer = WordPiece(vocabulary, length, **options)
     words = len(tokenizer.ids) - len(options.get("extra", ()))
     if words != BERT_WORDS:
-        raise ValueError(f"{vocabulary} holds {words} words, not {BERT_WORDS}; take vocab.txt of {repository}")
+        raise ValueError(f"{vocabulary} holds {words} words, not {BERT_WORDS}; "
+                         f"take vocab.txt of {repository}")
     return tokenizer
 
 
@@ -780,8 +786,6 @@ RECIPES = {
         kind="video", model=ViCLIP, config=lambda header: ViCLIPConfig(**header), convert=from_viclip,
         view=squash, pixels=TOY_PIXELS, text_length=24, frames=(4,)),
 }
-
-
 PUBLIC = [name for name, recipe in RECIPES.items() if recipe.source]
 
 
@@ -853,14 +857,19 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
     try:
         config = config or recipe.config(header)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} is not a file of {name}: its header says {header!s:.120} ({error})") from error
+        raise ValueError(f"{path} is not a file of {name}: its header says {header!s:.120} "
+                         f"({error})") from error
     if frames:
         config = replace(config, frames=frames)
 
     # its weights: no time or memory is spent on an initialisation
     with without_memory():
         model = recipe.model(config)
-    state = recipe.convert(flat(state), config)
+    try:
+        state = recipe.convert(flat(state), config)
+    except (KeyError, RuntimeError, IndexError) as error:   # names or shapes that no such model has
+        raise ValueError(f"{path}: not the weights of this {recipe.model.__name__}, or not all: "
+                         f"{str(error).splitlines()[0]}") from error
     fill(model, state, path, device, allow_unused=not recipe.whole)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     reward = Reward(name, freeze(model, device, dtype), tokenizer)

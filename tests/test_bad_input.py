@@ -411,6 +411,20 @@ def test_a_wrong_reward_file_is_named(name, content, message, tmp_path):
     assert said.startswith(f"{path}: ") and message in said and "\n" not in said
 
 
+def test_parts_that_cannot_be_converted_are_named(tmp_path):
+    """Tables of positions that cannot be stretched, and a transformers' CLIPModel of which a part is missing."""
+    path, state = tmp_path / "file.pt", state_of("internvideo2")
+    for wrong in (torch.zeros(()), torch.zeros(9), torch.zeros(1, 8, 8), torch.zeros(1, 33)):
+        torch.save({**state, "vision.pos_embed": wrong}, path)
+        with pytest.raises(ValueError, match="file.pt: ") as error:
+            rewards.load("internvideo2", path, config=SMALL["internvideo2"], tokenizer=len)
+        assert "\n" not in str(error.value)
+    q = "text_model.encoder.layers.0.self_attn.q_proj.weight"
+    torch.save({"vision_model.post_layernorm.weight": torch.zeros(8), q: torch.zeros(8, 8)}, path)
+    with pytest.raises(ValueError, match="file.pt: not the weights of this CLIP, or not all: "):
+        rewards.load("pickscore", path, config=SMALL["hpsv2"], tokenizer=len)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_another_rewards_file_is_refused(name, tmp_path):
     for other in SMALL.keys() - {name}:

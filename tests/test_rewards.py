@@ -719,6 +719,8 @@ def test_missing_downloads_end_in_one_line(tmp_path, monkeypatch):
         rewards.load("hpsv2")
     with pytest.raises(ValueError, match="vocab.txt of .*huggingface.co/google-bert/bert-large-uncased"):
         rewards.RECIPES["internvideo2"].tokenizer(tmp_path / "weights.pt", 40)
+    with pytest.raises(ValueError, match=f"there is no {tmp_path}/vocab.txt beside the weights"):
+        rewards.RECIPES["imagereward"].tokenizer(tmp_path / "weights.pt", 35)
     (tmp_path / "vocab.txt").write_text("\n".join(whole_vocabulary()), encoding="utf-8")
     for name, length in (("internvideo2", 40), ("imagereward", 35)):
         assert rewards.RECIPES[name].text_length == length
