@@ -38,7 +38,7 @@ class ShapesConfig:
     clips: Count = 500                  # per row, of as many captions; half ask for held-out combinations
     diversity: Size = 16                # captions, with 8 seeds each, for the column `spread`; 0 = no column
     folder: str | None = None           # weights made by shapes/pretrain.py and train.py [the embedded ones]
-    rows: str = ""                      # only rows whose name and steps contain this, e.g. "turbo 4"
+    rows: str = ""                      # only rows whose name and steps contain this, e.g. "vcm 4,turbo 4"
     teacher_guidance: NotNegative = 2.0    # ω of the teacher's rows
     guidance: NotNegative = 2.0         # ω of the students' rows
     batch: Count = 50                   # clips at once

@@ -148,9 +148,9 @@ class Result:
     b: float
     interval: tuple[float, float]   # of b + same / 2
     judges: int
-    shared: int = 0                 # pairs that all judges answered, and on these:
+    shared: int = 0                 # pairs that several judges answered, and on these:
     agreement: float = math.nan     # how often two judges say the same
-    kappa: float = math.nan
+    kappa: float = math.nan         # Cohen's of two judges, Fleiss' of more
 
 
 def tally(votes: list[Vote]) -> dict[tuple[str, str], list[Result]]:
@@ -177,10 +177,12 @@ def of_question(index: int, votes: list[Vote]) -> Result:
     a, same, b = share("A"), share("same"), share("B")
     interval = stats.wilson(b + same / 2, len(by_pair))
     judges = sorted({vote.judge for vote in votes})
-    shared = [[said[judge] for judge in judges] for said in by_pair.values() if len(said) == len(judges)]
+    shared = [tuple(said[judge] for judge in judges if judge in said)
+              for said in by_pair.values() if len(said) > 1]
     agreed = {}
-    if len(judges) > 1 and shared:
-        agreed = dict(shared=len(shared), agreement=stats.raw_agreement(shared), kappa=stats.kappa(shared))
+    if shared:
+        kappa = stats.cohens_kappa if len(judges) == 2 else stats.fleiss_kappa
+        agreed = dict(shared=len(shared), agreement=stats.raw_agreement(shared), kappa=kappa(shared))
     return Result(QUESTIONS[index], len(by_pair), a, same, b, interval, len(judges), **agreed)
 
 

@@ -25,26 +25,30 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def raw_agreement(ratings: Sequence[Sequence[str]]) -> float:
-    """Share of pairs of judges who say the same, mean over the items. ratings[item][judge]."""
+    """Share of pairs of judges who say the same, mean over items. ratings[item]: of two judges or more."""
     def of_item(row):
         agreeing = sum(count * (count - 1) for count in Counter(row).values())
         return agreeing / (len(row) * (len(row) - 1))
     return sum(map(of_item, ratings)) / len(ratings)
 
 
-def kappa(ratings: Sequence[Sequence[str]]) -> float:
-    """Agreement beyond chance, 1 = perfect, 0 = chance: Cohen's kappa of two judges, Fleiss' kappa of more.
+def cohens_kappa(ratings: Sequence[tuple[str, str]]) -> float:
+    """Agreement of two judges beyond chance: 1 perfect, 0 as by chance, NaN where chance agrees always.
 
-    ratings[item][judge], every judge on every item. NaN where all ratings are the same, as by chance.
+    ratings[item]: what the first says and what the second says; each has habits of his own.
     """
-    judges, categories = len(ratings[0]), sorted({rating for row in ratings for rating in row})
+    first, second = (Counter(column) for column in zip(*ratings))
+    chance = sum(first[answer] * second[answer] for answer in first) / len(ratings) ** 2
+    return beyond(chance, raw_agreement(ratings))
 
-    # Cohen: each judge has habits of his own. Fleiss: all judges have the same.
-    habits = [Counter(column) for column in zip(*ratings)]
-    share = [{c: habit[c] / len(ratings) for c in categories} for habit in habits]
-    if judges == 2:
-        chance = sum(share[0][c] * share[1][c] for c in categories)
-    else:
-        chance = sum((sum(s[c] for s in share) / judges) ** 2 for c in categories)
 
-    return math.nan if chance == 1 else (raw_agreement(ratings) - chance) / (1 - chance)
+def fleiss_kappa(ratings: Sequence[Sequence[str]]) -> float:
+    """The same for any number of judges of one common habit, also where not all of them judged every item."""
+    counts = Counter(answer for row in ratings for answer in row)
+    chance = sum(count ** 2 for count in counts.values()) / counts.total() ** 2
+    return beyond(chance, raw_agreement(ratings))
+
+
+def beyond(chance: float, observed: float) -> float:
+    """How far an agreement lies between that of chance (0) and a perfect one (1)."""
+    return math.nan if chance == 1 else (observed - chance) / (1 - chance)

@@ -101,14 +101,20 @@ def make(config) -> list[dict]:
 
 
 def chosen(text: str, folder: str | None) -> list[Row]:
-    """The rows whose name and steps contain the text, in any case; none of a student without a file."""
+    """The rows whose name and steps contain one of the texts between commas, in any case.
+
+    A student that was not trained has no row.
+    """
     there = [row for row in ROWS if not row.student or shapes.student(row.student, folder).exists()]
-    found = [row for row in there if text.lower() in f"{row.name} {row.steps}".lower()]
-    if not found:
-        names = ", ".join(dict.fromkeys(row.name for row in there))
-        raise ValueError(f"--rows {text!r}: no row's name and steps contain this; there are {names}, "
-                         "each with its steps behind it, e.g. \"VCM 4\"")
-    return found
+    found = set()
+    for part in text.split(","):
+        matching = {row for row in there if part.lower() in f"{row.name} {row.steps}".lower()}
+        if not matching:
+            names = ", ".join(dict.fromkeys(row.name for row in there))
+            raise ValueError(f"--rows {part!r}: no row's name and steps contain this; there are {names}, "
+                             "each with its steps behind it, e.g. \"VCM 4\"")
+        found |= matching
+    return [row for row in there if row in found]
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------

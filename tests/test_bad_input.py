@@ -156,6 +156,7 @@ def test_data_that_is_none(spec, message, bad_data):
 EVALUATE = [                            # what is typed behind evaluate.py -> what the message says
     ("shape", "no command 'shape'; there are shapes, score, vbench"),
     ("shapes --rows nothing", "--rows 'nothing': no row's name and steps contain this; there are teacher"),
+    ("shapes --rows vcm,foo", "--rows 'foo': no row's name"),
     ("shapes --clips 0", "--clips: 0 must be at least 1"),
     ("shapes --batch -1", "--batch: -1 must be at least 1"),
     ("shapes --dtype foo", "invalid choice: 'foo'"),

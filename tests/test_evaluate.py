@@ -179,13 +179,20 @@ def test_mean_interval_covers():
 def test_kappas():
     """Cohen: 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no is 0.4. Fleiss: 10 subjects by 14 raters is 0.210."""
     two = ["yy"] * 20 + ["yn"] * 5 + ["ny"] * 10 + ["nn"] * 15
-    assert stats.raw_agreement(two) == pytest.approx(0.7) and stats.kappa(two) == pytest.approx(0.4)
+    assert stats.raw_agreement(two) == pytest.approx(0.7) and stats.cohens_kappa(two) == pytest.approx(0.4)
     counts = ["0 0 0 0 14", "0 2 6 4 2", "0 0 3 5 6", "0 3 9 2 0", "2 2 8 1 1",
               "7 7 0 0 0", "3 2 6 3 0", "2 5 3 2 2", "6 5 2 1 0", "0 2 2 3 7"]
     rows = ["".join(c * int(n) for c, n in zip("abcde", row.split())) for row in counts]
     shuffled = [random.Random(i).sample(row, 14) for i, row in enumerate(rows)]
-    assert stats.kappa(shuffled) == pytest.approx(0.210, abs=5e-4)
-    assert stats.kappa(["aa", "bb", "aa"]) == 1 and math.isnan(stats.kappa(["aa", "aa"]))
+    assert stats.fleiss_kappa(shuffled) == pytest.approx(0.210, abs=5e-4)
+    assert stats.fleiss_kappa(["aa", "bbb"]) == stats.cohens_kappa(["aa", "bb", "aa"]) == 1
+    assert math.isnan(stats.fleiss_kappa(["aa", "aa"])) and math.isnan(stats.cohens_kappa(["aa"]))
+
+    # Judges who guess agree by chance, whatever their habits and however many of them saw an item.
+    draw = random.Random(0)
+    guesses = ["".join(draw.choices("ab", (3, 1), k=draw.randint(2, 5))) for _ in range(4000)]
+    assert abs(stats.fleiss_kappa(guesses)) < 0.03
+    assert abs(stats.cohens_kappa([draw.choice("ab") + draw.choice("aab") for _ in range(4000)])) < 0.03
 
 
 # ---- compare and tally -------------------------------------------------------------------------------------
@@ -267,6 +274,12 @@ def test_tally_counts(tmp_path, capsys):
     swapped = votes_file(tmp_path / "4.json", "ben", {"p": "AAB", "q": "B=B", "r": "BAB"}, ("turbo", "vcm"))
     evaluate.main(["tally", one, swapped])
     assert capsys.readouterr().out == table.rpartition("\n\n")[0] + "\n"
+
+    few = votes_file(tmp_path / "5.json", "eve", {"s": "BBA"})
+    evaluate.main(["tally", one, two, few])                 # three judges, none of whom share all pairs
+    said = capsys.readouterr().out
+    assert "| 4 pairs, judges: 3 |" in said and "of 3 judges on 4 pairs | raw | Fleiss' kappa" in said
+    assert "| 75.0 % |" in said
 
     answers = {"p": "ABA", "q": "A=A", "r": "BBA"}
     three = votes_file(tmp_path / "3.json", "eve", answers, names=("vcm", "teacher"))
@@ -471,7 +484,7 @@ def test_the_table_counts_right(world_for_samples, capsys, tmp_path):
         caption = shapes.Clips("train").scene(grammar.TABLE + i)[1]
         world_for_samples[caption] = torch.zeros(3, 8, 64, 64, dtype=torch.uint8)
     capsys.readouterr()
-    rows = evaluate.shapes_table(replace(config, rows=" 4"))
+    rows = evaluate.shapes_table(replace(config, rows="VCM 4,turbo 4"))
     printed = capsys.readouterr().out
     by_name = {row["name"]: row for row in rows}
     assert by_name["T2V-Turbo"]["all"] == 1, "from the file, not measured again"
