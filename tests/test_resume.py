@@ -1,4 +1,4 @@
-"""A run that is killed, and then resumed, is the run that was not killed; and what was saved stays whole, whatever happens."""
+"""A run that is killed and resumed is the run that was not killed; and what was saved stays whole."""
 import json
 import multiprocessing
 import os
@@ -28,6 +28,12 @@ from plumbing.folder import checkpoints
 from plumbing.run import attempt
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def torchrun(*words):
+    """The command line of torchrun."""
+    return [sys.executable, "-m", "torch.distributed.run", *map(str, words)]
 
 
 def wait_for_a_step(out, processes):
@@ -52,7 +58,8 @@ def killed_at(position):
     return before
 
 
-@pytest.mark.parametrize("world, options", [(1, []), (2, []), (1, ["--lora", 0, "--ema", 0]), (2, ["--lora", 0])])
+@pytest.mark.parametrize("world, options", [
+    (1, []), (2, []), (1, ["--lora", 0, "--ema", 0]), (2, ["--lora", 0])])
 def test_two_steps_a_kill_and_two_more_are_four_steps(tmp_path, world, options):
     one, two = tmp_path / "one", tmp_path / "two"
     assert tiny.run(one, *options, world=world)[0] == 0
@@ -132,7 +139,7 @@ def test_what_can_be_said_before_training_is_said_before(tmp_path):
 
 
 def test_a_restart_goes_on_with_its_own_run_only(tmp_path):
-    """torchrun counts its attempts, but the first of them may have been refused a folder that holds an older run."""
+    """torchrun counts its attempts; the first may have been refused a folder that holds an older run."""
     def second_attempt(rank):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
 
@@ -151,7 +158,8 @@ def test_an_older_checkpoint_begins_another_future(tmp_path):
     run = tmp_path / "run"
     assert tiny.run(run, "--steps", 6, "--keep", 3)[0] == 0
     assert [path.name[-4:-3] for path in checkpoints(run)] == ["2", "4", "6"]
-    assert tiny.run(run, "--steps", 4, "--resume", run / "checkpoint-0000002.pt", "--lr", 1, "--keep", 1)[0] == 0
+    options = ["--steps", 4, "--resume", run / "checkpoint-0000002.pt", "--lr", 1, "--keep", 1]
+    assert tiny.run(run, *options)[0] == 0
     assert [path.name[-4:-3] for path in checkpoints(run)] == ["4"]
     assert [line["lr"] for line in tiny.log(run)] == [1e-4, 1e-4, 1.0, 1.0]
     assert tiny.last(run)["optimizer"]["param_groups"][0]["lr"] == 1
@@ -183,7 +191,7 @@ def test_options_of_the_whole_run_do_not_change(tmp_path):
         ("--dtype", "bfloat16"): "this run began with --dtype float32, not bfloat16",
         ("--fps", 9): "this run began with --fps 8, not 9",
         ("--reward", "shapes-clip:3", "--reward", "shapes-viclip"):
-            "this run began with the rewards shapes-clip (1), shapes-viclip (2), not shapes-clip (3), shapes-viclip (2)",
+            "the rewards shapes-clip (1), shapes-viclip (2), not shapes-clip (3), shapes-viclip (2)",
     }.items():
         code, text = tiny.run(tmp_path / "run", "--steps", 5, *options, "--resume", "auto")
         assert code == 2 and told in text.splitlines()[-1] and "Traceback" not in text
@@ -198,7 +206,8 @@ def test_a_checkpoint_in_another_folder(tmp_path):
     (fresh / "log.jsonl").write_text('{"step": 1, "loss": 0}\n')       # of a run that left no checkpoint
     argv = ["--steps", 6, "--resume", first / "checkpoint-0000004.pt"]
     assert tiny.run(fresh, *argv)[0] == 0
-    assert [line["step"] for line in tiny.log(fresh)] == [4, 5, 6] and tiny.log(fresh)[0] == tiny.log(first)[-1]
+    assert [line["step"] for line in tiny.log(fresh)] == [4, 5, 6]
+    assert tiny.log(fresh)[0] == tiny.log(first)[-1]
     code, text = tiny.run(other, *argv)
     assert code == 2 and "holds checkpoint-0000002.pt of another run" in text.splitlines()[-1]
     assert [path.name for path in checkpoints(other)] == ["checkpoint-0000002.pt"]
@@ -227,7 +236,7 @@ def test_what_a_kill_leaves_is_cleaned_up(tmp_path):
 
 
 def test_samples_come_after_the_checkpoint(tmp_path):
-    """A failure, or a kill, in what is optional costs no step; the next start makes up for the samples and the line."""
+    """A failure in what is optional costs no step; the next start makes the samples and the log's line."""
     one, two = tmp_path / "one", tmp_path / "two"
 
     def fails(rank):
@@ -241,7 +250,8 @@ def test_samples_come_after_the_checkpoint(tmp_path):
     assert code == 2 and text.splitlines()[-1] == "train.py: no room for samples"
     assert tiny.last(two)["step"] == 2 and len(tiny.log(two)) == 1
     assert tiny.run(two, *options, "--resume", "auto")[0] == 0
-    assert tiny.log(one) == tiny.log(two) and [line.get("oracle") for line in tiny.log(two)] == [None, 0.5, None, 0.5]
+    assert tiny.log(one) == tiny.log(two)
+    assert [line.get("oracle") for line in tiny.log(two)] == [None, 0.5, None, 0.5]
     assert len(list((two / "samples").iterdir())) == 4
 
 
@@ -251,8 +261,9 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     first, = tiny.start(run, *options)
     wait_for_a_step(run, [first])
     code, text = tiny.run(tmp_path / "second", "--out", run, "--resume", "auto")
-    assert code == 2 and text.strip() == (f"train.py: {run} is in use by process {first.pid} on {socket.gethostname()}; "
-                                          "wait until it ends, or choose another --out")
+    holder = f"process {first.pid} on {socket.gethostname()}"
+    told = f"train.py: {run} is in use by {holder}; wait until it ends, or choose another --out"
+    assert code == 2 and text.strip() == told
     assert first.is_alive()
     first.kill()
     first.join()
@@ -363,7 +374,7 @@ def test_a_closed_terminal_saves_and_ends(tmp_path):
 
 
 def test_processes_meet_their_own_attempt_only():
-    """The store outlives the attempts: one whose second process alone came, and died; one; one with a late second."""
+    """The store outlives attempts: one of a second process alone; one; one with a late second."""
     store, names = dist.HashStore(), []
     store.set("here 1", "dead")
 
@@ -381,12 +392,11 @@ def test_processes_meet_their_own_attempt_only():
 
 
 def test_torchrun_restarts_from_the_last_checkpoint_by_itself(tmp_path):
-    """One of two processes dies in step 4 of the first attempt; torchrun ends the other and starts again, once."""
-    environment = os.environ | {"CRASH": str(3 * 3 + 1), "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-                                "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
-               "--monitor-interval=0.1", ROOT / "tests" / "tiny.py", "--out", tmp_path / "two"]
-    done = subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, timeout=600)
+    """One of two processes dies in step 4 of the first attempt; torchrun ends the other and starts again."""
+    command = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=1", "--monitor-interval=0.1",
+                       ROOT / "tests" / "tiny.py", "--out", tmp_path / "two")
+    environment = ENVIRONMENT | {"CRASH": str(3 * 3 + 1)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert tiny.run(tmp_path / "one", world=2)[0] == 0
     assert tiny.same(tiny.last(tmp_path / "one"), tiny.last(tmp_path / "two"))
@@ -419,10 +429,10 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_torchrun_passes_a_signal_on_and_all_is_saved(tmp_path, number):
     """Also with workers that decode, to whom torchrun sends the signal as well."""
-    run, environment = tmp_path / "run", os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "tests" / "tiny.py",
-               "--out", run, "--steps", 10 ** 6, "--save-every", 10 ** 6, "--workers", 2]
-    process = subprocess.Popen([str(word) for word in command], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    run = tmp_path / "run"
+    command = torchrun("--standalone", "--nproc_per_node=2", ROOT / "tests" / "tiny.py", "--out", run,
+                       "--steps", 10 ** 6, "--save-every", 10 ** 6, "--workers", 2)
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                text=True, start_new_session=True)
     while not (run / "log.jsonl").exists() or not (run / "log.jsonl").read_text():
         time.sleep(0.1)
@@ -436,11 +446,10 @@ def test_torchrun_passes_a_signal_on_and_all_is_saved(tmp_path, number):
 @pytest.mark.slow
 def test_two_nodes(tmp_path):
     """Two torchruns of one process each, which meet by torchrun's own arguments, are two processes of one."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    nodes = [subprocess.Popen([str(word) for word in (
-        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1",
-        "--master_addr=127.0.0.1", "--master_port=29437", ROOT / "tests" / "tiny.py", "--out", tmp_path / "nodes")],
-        env=environment, stderr=subprocess.PIPE, text=True) for node in range(2)]
+    meeting = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", "--master_port=29437"]
+    program = [ROOT / "tests" / "tiny.py", "--out", tmp_path / "nodes"]
+    nodes = [subprocess.Popen(torchrun(*meeting, f"--node_rank={node}", *program), env=ENVIRONMENT,
+                              stderr=subprocess.PIPE, text=True) for node in range(2)]
     texts = [node.communicate()[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], texts
     assert tiny.run(tmp_path / "one", world=2)[0] == 0

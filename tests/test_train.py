@@ -43,8 +43,8 @@ def shake(made):
 def batch(n=6, start=0):
     clips = tiny.Clips()
     items = [clips.get(i, torch.Generator().manual_seed(i)) for i in range(start, start + n)]
-    return dict(clip=torch.stack([item["clip"] for item in items]), caption=[item["caption"] for item in items],
-                reward_caption=[None] * n, bad=0)
+    return dict(clip=torch.stack([item["clip"] for item in items]), reward_caption=[None] * n, bad=0,
+                caption=[item["caption"] for item in items])
 
 
 # ---- configuration -----------------------------------------------------------------------------------------
@@ -60,7 +60,8 @@ def test_presets_are_the_papers():
     }
     for preset, (size, fps, lora, beta_img, beta_vid, names) in table.items():
         c = train.configure(["--preset", preset])
-        assert ((c.width, c.height), c.fps, c.lora, c.image_weight, c.video_weight) == (size, fps, lora, beta_img, beta_vid)
+        assert ((c.width, c.height), c.fps, c.lora) == (size, fps, lora)
+        assert (c.image_weight, c.video_weight) == (beta_img, beta_vid)
         assert names is None or c.reward == names
         assert (c.frames, c.grid, c.w_min, c.w_max, c.image_frames, c.video_frames) == (16, 50, 5, 15, 6, 8)
         assert (c.steps, c.batch, c.lr, c.ema, c.clip, c.dtype) == (10000, 8, 1e-5, 0.95, 1.0, "bfloat16")
@@ -84,7 +85,7 @@ def test_mistakes_get_a_remedy():
     with pytest.raises(ValueError, match="no clips to train on; name them with --data"):
         train.check_files(train.configure(["--preset", "turbo-vc2"]))
     group.world = 4
-    with pytest.raises(ValueError, match="a batch of 6 clips cannot be split over 4 processes; try --batch 8"):
+    with pytest.raises(ValueError, match="of 6 clips cannot be split over 4 processes; try --batch 8"):
         train.Trainer(tiny.configure(), tiny.networks(), [], group)
 
 
@@ -108,7 +109,7 @@ def test_a_reward_of_weight_zero_is_not_loaded():
 
 
 def by_hand(made, teacher, target, clips, positions):
-    """L and its gradient, written out clip by clip in one joint graph, with separate networks for teacher and target."""
+    """L and its gradient, clip by clip in one joint graph, with separate networks for teacher and target."""
     c, vae, schedule, total, losses = made.config, made.models.vae, Schedule(50), 0, []
     for i, position in enumerate(positions):
         g = train.generator(c.seed, position)
@@ -183,10 +184,12 @@ def test_there_is_one_copy_of_the_big_weights():
     big = sum(p.numel() for p in alone.unet.parameters())
     assert made.teacher is made.student
     assert sum(p.numel() for p in made.student.parameters()) < 1.05 * (big + len(made.gradient))
-    assert sum(a.numel() for a in made.ema.average) == len(made.gradient) == sum(p.numel() for p in made.params)
-    before = {name: p.clone() for name, p in made.student.named_parameters() if not p.requires_grad}
+    trained = sum(p.numel() for p in made.params)
+    assert trained == len(made.gradient) == sum(average.numel() for average in made.ema.average)
+    frozen = {name: p for name, p in made.student.named_parameters() if not p.requires_grad}
+    before = {name: p.clone() for name, p in frozen.items()}
     made.step(batch())
-    assert all(torch.equal(before[name], p) for name, p in made.student.named_parameters() if not p.requires_grad)
+    assert all(torch.equal(before[name], p) for name, p in frozen.items())
 
 
 def test_the_student_starts_as_its_teacher():
@@ -203,7 +206,7 @@ def test_the_student_starts_as_its_teacher():
 
 
 def test_any_split_of_the_batch_trains_the_same(tmp_path):
-    """Six clips on 1, 2 and 3 processes, in passes of 1, 2 and 3 clips: losses, gradients, moments, weights to rounding."""
+    """Six clips on 1, 2 and 3 processes, in passes of 1 to 6: the same losses, moments and weights."""
     runs = {}
     for world, micro in ((1, 6), (2, 3), (3, 1), (1, 4)):
         out = tmp_path / f"{world}-{micro}"
@@ -221,7 +224,7 @@ def test_any_split_of_the_batch_trains_the_same(tmp_path):
 
 
 def test_full_fine_tuning_shares_the_optimizer_state(tmp_path):
-    """Two processes hold half of the moments each; the checkpoint has all of them and fits one process, too."""
+    """Two processes hold half of the moments each; the checkpoint has all, and fits one process, too."""
     def before(rank):
         ended = train.save
 
@@ -236,7 +239,8 @@ def test_full_fine_tuning_shares_the_optimizer_state(tmp_path):
     held = [json.loads((tmp_path / f"held-{rank}").read_text()) for rank in range(2)]
     assert sum(h for h, _ in held) == held[0][1] and max(h for h, _ in held) < 0.6 * held[0][1]
     assert tiny.run(tmp_path / "one", "--lora", 0, "--steps", 2)[0] == 0
-    a, b = (torch.cat([p.flatten() for p in tiny.last(tmp_path / name)["params"].values()]) for name in ("one", "two"))
+    params = [tiny.last(tmp_path / name)["params"].values() for name in ("one", "two")]
+    a, b = (torch.cat([p.flatten() for p in tensors]) for tensors in params)
     assert (a - b).abs().max() < 2.1e-4  # AdamW: 1e-4 per step and sign
     assert ((a - b).abs() > 1e-6).float().mean() < 1e-3
     code, text = tiny.run(tmp_path / "two", "--lora", 0, "--steps", 3, "--resume", "auto")
@@ -258,7 +262,8 @@ def test_a_step_without_a_finite_gradient_is_skipped_by_all(tmp_path):
             return value * float("nan") if rank == 1 and next(count) in bad else value
         tiny.Bright.__call__ = reward
 
-    code, text = tiny.run(tmp_path / "run", "--steps", 3, "--save-every", 1, "--keep", 3, world=2, before=before)
+    options = ["--steps", 3, "--save-every", 1, "--keep", 3]
+    code, text = tiny.run(tmp_path / "run", *options, world=2, before=before)
     assert code == 0, text
     lines = tiny.log(tmp_path / "run")
     assert [line["steps_skipped"] for line in lines] == [0, 1, 0] and math.isnan(lines[1]["loss"])
@@ -282,11 +287,12 @@ def test_bfloat16_networks_and_float32_weights():
     made.null = made.models.text([""])
     seen = []
     made.student.register_forward_hook(lambda m, args, out: seen.append(args[0].dtype))
-    hook = turbo.lora_layers(made.student)["time_embed.0"].up.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    up = turbo.lora_layers(made.student)["time_embed.0"].up
+    hook = up.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     record = made.step(batch())
     hook.remove()
     assert set(seen) == {torch.float32, torch.bfloat16}                     # latents in, LoRA's own product
-    assert {p.dtype for p in made.params} | {a.dtype for a in made.ema.average} | {made.gradient.dtype} == {torch.float32}
+    assert {x.dtype for x in [*made.params, *made.ema.average, made.gradient]} == {torch.float32}
     exact = trainer().step(batch())
     assert record["loss_cd"] == pytest.approx(exact["loss_cd"], rel=0.1) and math.isfinite(record["loss"])
 
@@ -295,12 +301,13 @@ def test_bfloat16_networks_and_float32_weights():
 
 
 def test_a_share_of_the_moments_is_all_of_them(monkeypatch):
-    """FlatAdamW as processes 0, 1 and 2 of three together hold the state that torch's AdamW has, in any memory format."""
+    """FlatAdamW's processes 0, 1 and 2 together hold the state of torch's AdamW, in any memory format."""
     def params():
         torch.manual_seed(0)
         shapes = (4, 3, 2, 2), (5,), (2, 3, 2, 2, 2)
         formats = torch.channels_last, torch.contiguous_format, torch.channels_last_3d
-        return [nn.Parameter(torch.randn(shape).to(memory_format=form)) for shape, form in zip(shapes, formats, strict=True)]
+        pairs = zip(shapes, formats, strict=True)
+        return [nn.Parameter(torch.randn(shape).to(memory_format=form)) for shape, form in pairs]
 
     torch_params, group = params(), Group()
     theirs = torch.optim.AdamW(torch_params, lr=1e-2, weight_decay=0, fused=True)
@@ -334,7 +341,7 @@ def test_a_share_of_the_moments_is_all_of_them(monkeypatch):
 
 
 def test_resumed_state_lies_where_the_weights_are():
-    """Fused AdamW refuses a `step` on another device than its weights, which is where a checkpoint's lies (pytorch #124133)."""
+    """Fused AdamW refuses a `step` on another device than its weights; a checkpoint's lies on the CPU."""
     cpu = [nn.Parameter(torch.ones(3, 2))]
     made = FlatAdamW(cpu, Group(), lr=1e-2)
     made.gradient.fill_(1)
@@ -342,13 +349,18 @@ def test_resumed_state_lies_where_the_weights_are():
     elsewhere = FlatAdamW([nn.Parameter(torch.empty(3, 2, device="meta"))], Group(), lr=1e-2)
     elsewhere.load_state_dict(made.state_dict())
     state = elsewhere.adam.state[elsewhere.mine]
-    assert {name: x.device.type for name, x in state.items()} == dict.fromkeys(("step", "exp_avg", "exp_avg_sq"), "meta")
+    assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert {x.device.type for x in state.values()} == {"meta"}
 
 
 def test_lora_starts_alike_on_all_devices(monkeypatch):
     """Its draws are the CPU's, wherever the network is."""
+    def watched(x, **options):
+        drawn.append(x.device.type)
+        return normal(x, **options)
+
     drawn, normal = [], nn.init.normal_
-    monkeypatch.setattr(nn.init, "normal_", lambda x, **options: drawn.append(x.device.type) or normal(x, **options))
+    monkeypatch.setattr(nn.init, "normal_", watched)
     layers = turbo.inject(tiny.networks().unet.to("meta"), 4)
     assert {p.device.type for p in layers} == {"meta"} and set(drawn[-len(layers) // 2:]) == {"cpu"}
 
@@ -371,11 +383,12 @@ def test_live_bytes_counts_storages_once():
 
 
 def test_the_reward_gradient_lowers_the_peak():
-    """Rewards in the same graph as the UNet, and through ẑ0: the second peak is that of the larger half, not of the sum."""
+    """Rewards in the UNet's graph, and through ẑ0: the second peak is the larger half's, not the sum's."""
     made, clips = trainer("--batch", 1, "--micro", 1, "--checkpointing", "--chunk", 1), batch(1)
     # 64x64, and latents of 8x8, as real ones are
     clips["clip"], peaks = clips["clip"].repeat(1, 1, 1, 4, 4), {}
-    made.models.vae = model.VAE(model.VAEConfig(channels=32, mult=(1, 1, 1, 1), res_blocks=1)).requires_grad_(False)
+    vae = model.VAE(model.VAEConfig(channels=32, mult=(1, 1, 1, 1), res_blocks=1))
+    made.models.vae = vae.requires_grad_(False)
     for way in ("joint", "staged"):
         made.gradient.zero_()
         with dryrun.LiveBytes() as memory:
@@ -392,23 +405,26 @@ def test_the_reward_gradient_lowers_the_peak():
 def tiny_family(monkeypatch):
     vae = model.VAEConfig(channels=32, mult=(1, 1), res_blocks=1, patch=2)
     text = model.TextConfig(width=16, layers=2, heads=2)
-    family = dataclasses.replace(model.FAMILIES["vc2"], unet=dataclasses.replace(tiny.UNET, fps=True), vae=vae, text=text)
+    unet = dataclasses.replace(tiny.UNET, fps=True)
+    family = dataclasses.replace(model.FAMILIES["vc2"], unet=unet, vae=vae, text=text)
     monkeypatch.setitem(model.FAMILIES, "vc2", family)
-    return ["--preset", "vcm-vc2", "--height", "16", "--width", "16", "--frames", "4", "--batch", "2", "--lora", "4"]
+    return "--preset vcm-vc2 --height 16 --width 16 --frames 4 --batch 2 --lora 4".split()
 
 
 def test_the_simulation_agrees_with_the_steps_it_simulates(tiny_family, capsys):
     """Live bytes of fake tensors against those of real ones, float32 on the CPU, part by part."""
-    fake, real = [train.main([*tiny_family, "--dry-run", n, "--dtype", "float32", "--batch", "1"]) for n in ("0", "1")]
+    options = [*tiny_family, "--dtype", "float32", "--batch", "1", "--dry-run"]
+    fake, real = [train.main([*options, n]) for n in ("0", "1")]
     assert fake.peak.keys() == real.peak.keys() == {"encode", "distill", "backward", "update"}
-    assert fake.peak == pytest.approx(real.peak, rel=0.01) and fake.kept == pytest.approx(real.kept, rel=0.01, abs=1e5)
+    assert fake.peak == pytest.approx(real.peak, rel=0.01)
+    assert fake.kept == pytest.approx(real.kept, rel=0.01, abs=1e5)
     simulated, made = capsys.readouterr().out.split("together")[1:]
     assert "a step takes " in made and "a step takes" not in simulated and "most: " in simulated
 
 
 @pytest.mark.slow
 def test_the_whole_step_fits_24_gb(capsys):
-    """T2V-Turbo (VC2) at full size, simulated: 512x320, 16 frames, HPSv2.1 and InternVideo2, bfloat16, one clip at a time."""
+    """T2V-Turbo (VC2) at full size, simulated: 512x320, 16 frames, both rewards, bfloat16."""
     train.main(["--preset", "turbo-vc2", "--dry-run", "0"])
     text = capsys.readouterr().out
     most = float(text.split("most: ")[1].split()[0])
@@ -421,7 +437,7 @@ def test_the_whole_step_fits_24_gb(capsys):
 
 
 def test_results_load_where_they_are_needed(tmp_path):
-    """turbo.safetensors through model.read_turbo, the released code's list, and the merged UNet: all the same student."""
+    """turbo.safetensors, the released code's list, and the merged UNet: all the same student."""
     unet = dataclasses.replace(tiny.UNET, fps=True)
     made = trainer("--merge", "--export-lora", "--w-min", 5, "--w-max", 15, unet=unet)
     # Conv1d in VideoCrafter2, not in the public list
@@ -437,12 +453,13 @@ def test_results_load_where_they_are_needed(tmp_path):
         student = weights.fill(model.UNet3D(config), state or start, name, lora=lora)
         with torch.no_grad():
             torch.testing.assert_close(student(z, t, c, w=w, fps=8), expected, rtol=near, atol=near)
-        assert header["steps"] == 50 and (header["w_min"], header["w_max"], header["method"]) == (5, 15, "turbo")
+        assert [header[key] for key in ("steps", "w_min", "w_max", "method")] == [50, 5, 15, "turbo"]
         if name.endswith(".safetensors"):
-            assert [header[key] for key in ("version", "model", "rank", "fps", "frames", "height", "width")] == [
-                2, "shapes", 4, 8, 4, 16, 16]
-            assert (header["rewards"], header["motion"], header["motion_share"]) == (["image", "video"], None, None)
-    assert json.loads(json.dumps(model.read_turbo(tmp_path / "turbo.safetensors", unet)[3]["train"]))["lora"] == 4
+            assert [header[key] for key in ("version", "model", "rank")] == [2, "shapes", 4]
+            assert [header[key] for key in ("fps", "frames", "height", "width")] == [8, 4, 16, 16]
+            assert header["rewards"] == ["image", "video"]
+            assert header["motion"] is header["motion_share"] is None
+            assert header["train"]["lora"] == 4
 
 
 def test_a_student_that_is_not_finite_is_not_exported(tmp_path):
@@ -474,13 +491,14 @@ def test_a_run_leaves_log_samples_and_weights(tmp_path):
     assert code == 0, text
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert lines[0].keys() == {"step", "loss", "loss_cd", "image", "video", "clips_skipped", "grad_norm", "lr", "steps_skipped",
-                               "memory_gib", "seconds"} and "oracle" in lines[1]
+    assert lines[0].keys() == {"step", "loss", "loss_cd", "image", "video", "clips_skipped", "grad_norm",
+                               "lr", "steps_skipped", "memory_gib", "seconds"} and "oracle" in lines[1]
     assert lines[0]["seconds"].keys() == {"data", "encode", "distill", "rewards", "backward", "update"}
     assert {path.name for path in (tmp_path / "run" / "samples").iterdir()} == {
         f"step-00000{step}-{i}.gif" for step in (2, 4) for i in (0, 1)}
     assert "loss_cd" in text and "4/4" in text
-    assert {name.rpartition(".")[2] for name in load_file(tmp_path / "run" / "turbo.safetensors")} == {"down", "up"}
+    names = load_file(tmp_path / "run" / "turbo.safetensors")
+    assert {name.rpartition(".")[2] for name in names} == {"down", "up"}
     assert json.loads((tmp_path / "run" / "config.json").read_text())["lora"] == 4
 
 
@@ -501,7 +519,7 @@ def test_bad_clips_are_counted_over_all_processes(tmp_path):
 
 
 def test_the_whole_command_on_files(tmp_path, tiny_family):
-    """The documented command with its own data path: a folder of videos, decoded by workers, rewards named by --reward."""
+    """The documented command on a folder of videos, decoded by workers, with rewards named by --reward."""
     (tmp_path / "clips").mkdir()
     for i in range(8):
         clip = tiny.Clips().get(i, torch.Generator().manual_seed(i))["clip"]
@@ -510,19 +528,24 @@ def test_the_whole_command_on_files(tmp_path, tiny_family):
 
     def before(rank):
         def load(model, teacher, **options):
-            assert (model, teacher, options["guidance"], options["dtype"]) == ("vc2", "model.ckpt", True, torch.bfloat16)
+            assert (model, teacher) == ("vc2", str(tmp_path / "model.ckpt"))
+            assert options["guidance"] and options["dtype"] == torch.bfloat16
             made = tiny.networks(0, dataclasses.replace(tiny.UNET, fps=True, guidance=True))
             for p in made.unet.parameters():
                 p.data = p.data.bfloat16()
             return made
         tiny.load_world, model.load = LOAD_WORLD, load
-        rewards.load = lambda name, path, device, dtype, frames: loaded.append((name, path, frames)) or tiny.Bright(name)
-        loaded = []
+        rewards.load = lambda name, path, device, dtype, frames: tiny.Bright(name)
 
-    argv = ["--preset", "turbo-vc2", "--teacher", "model.ckpt", "--data", tmp_path / "clips", "--reward", "hpsv2=a.pt",
-            "--reward", "internvideo2=b.pt", "--dtype", "bfloat16", "--fps", 8, "--workers", 1, "--batch", 2, "--steps", 3]
+    for name in ("model.ckpt", "a.pt", "b.pt"):
+        (tmp_path / name).touch()
+    argv = ["--preset", "turbo-vc2", "--teacher", tmp_path / "model.ckpt", "--data", tmp_path / "clips",
+            "--reward", f"hpsv2={tmp_path / 'a.pt'}", "--reward", f"internvideo2={tmp_path / 'b.pt'}",
+            "--video-frames", 4, "--dtype", "bfloat16", "--fps", 8, "--workers", 1, "--batch", 2,
+            "--steps", 3]
     code, text = tiny.run(tmp_path / "run", *argv, world=2, before=before)
     assert code == 0, text
     lines = tiny.log(tmp_path / "run")
-    assert len(lines) == 3 and {"hpsv2", "internvideo2"} < lines[0].keys() and all(math.isfinite(line["loss"]) for line in lines)
+    assert len(lines) == 3 and {"hpsv2", "internvideo2"} < lines[0].keys()
+    assert all(math.isfinite(line["loss"]) for line in lines)
     assert (tmp_path / "run" / "turbo.safetensors").exists()

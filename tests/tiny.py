@@ -25,18 +25,19 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.ones(1, requires_grad=True).backward()
 
 T, H, W = 4, 16, 16
-SETTINGS = (f"--frames {T} --height {H} --width {W} --image-frames 2 --video-frames 2 --batch 6 --micro 3 --lora 4 --steps 4 "
-            "--save-every 2 --sample-every 0 --dtype float32 --lr 1e-4 --grid 50 --w-min 5 --w-max 15 "
-            "--image-weight 1 --video-weight 2").split()
-UNET = model.UNetConfig(channels=32, mult=(1, 2), res_blocks=1, attention_levels=(0,), head_dim=16, context_dim=16, init_heads=2,
-                        groups=8)
+SETTINGS = (f"--frames {T} --height {H} --width {W} --image-frames 2 --video-frames 2 --batch 6 --micro 3 "
+            "--lora 4 --steps 4 --save-every 2 --sample-every 0 --dtype float32 --lr 1e-4 --grid 50 "
+            "--w-min 5 --w-max 15 --image-weight 1 --video-weight 2").split()
+UNET = model.UNetConfig(channels=32, mult=(1, 2), res_blocks=1, attention_levels=(0,), head_dim=16,
+                        context_dim=16, init_heads=2, groups=8)
 
 
 class Text(nn.Module):
     """Caption -> three random tokens, from a seed of its own."""
 
     def forward(self, captions):
-        return torch.stack([torch.randn(3, 16, generator=torch.Generator().manual_seed(sum(map(ord, text)))) for text in captions])
+        generators = [torch.Generator().manual_seed(sum(map(ord, text))) for text in captions]
+        return torch.stack([torch.randn(3, 16, generator=g) for g in generators])
 
 
 class Clips:
@@ -75,8 +76,12 @@ def networks(seed=0, unet=UNET):
 
 
 def load_world(config, group):
-    terms = [train.RewardTerm(Bright(reward.kind), reward.weight, reward.frames, reward.kind == "video", reward.kind)
-             for reward in train.planned_rewards(config)]
+    def load(name, path, frames):
+        return Bright("image" if frames is None else "video")
+
+    terms = train.reward_terms(config, load)
+    for term in terms:
+        term.name = term.reward.name
     clips = data.Cache(config.data, train.expected(config)) if train.is_v2(config) else Clips()
     return networks(), clips, terms
 
@@ -111,7 +116,8 @@ def start(out, *argv, world=1, before=None):
         port = free.getsockname()[1]
     fork = multiprocessing.get_context("fork")
     argv = ["--out", out, *argv]
-    processes = [fork.Process(target=_process, args=(rank, world, port, argv, before, f"{out}.txt")) for rank in range(world)]
+    processes = [fork.Process(target=_process, args=(rank, world, port, argv, before, f"{out}.txt"))
+                 for rank in range(world)]
     for process in processes:
         process.start()
     return processes
@@ -151,7 +157,9 @@ def last(out):
 def log(out):
     """Its log, without what differs from run to run."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "memory_gib")} for line in lines]
+    for line in lines:
+        del line["seconds"], line["memory_gib"]
+    return lines
 
 
 def same(a, b, near=None):
@@ -162,7 +170,9 @@ def same(a, b, near=None):
     if isinstance(a, list):
         return len(a) == len(b) and all(same(x, y, near) for x, y in zip(a, b, strict=True))
     if isinstance(a, torch.Tensor):
-        return torch.equal(a, b) if near is None else torch.allclose(a, b, rtol=near, atol=near * a.abs().max().item())
+        if near is None:
+            return torch.equal(a, b)
+        return torch.allclose(a, b, rtol=near, atol=near * a.abs().max().item())
     return a == b if near is None or not isinstance(a, float) else abs(a - b) <= near * abs(a)
 
 
@@ -170,7 +180,8 @@ if __name__ == "__main__":
     first, rank = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", os.environ["RANK"]
     if first and rank == "1" and "CRASH" in os.environ:
         seen = []
-        Clips.on_get = staticmethod(lambda index: seen.append(index) or (len(seen) > int(os.environ["CRASH"]) and die()))
+        limit = int(os.environ["CRASH"])
+        Clips.on_get = staticmethod(lambda index: seen.append(index) or (len(seen) > limit and die()))
     if not first and rank == "0":
         time.sleep(1)  # late: the other one comes upon the first attempt's address in torchrun's store
     main(sys.argv[1:])
