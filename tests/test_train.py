@@ -487,7 +487,7 @@ def test_samples_leave_the_gpu_before_the_oracle_sees_them(tmp_path, monkeypatch
 
 
 def test_a_run_leaves_log_samples_and_weights(tmp_path):
-    code, text = tiny.run(tmp_path / "run", "--sample-every", 2, "--prompt", "a", "--prompt", "b", world=2)
+    code, text = tiny.run(tmp_path / "run", "--sample-every", 2, "--prompt", "red", "--prompt", "blue", world=2)
     assert code == 0, text
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
