@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
-STUDENTS = ("vcm", "vcm-img", "vcm-vid", "turbo")
+STUDENTS = ("vcm", "vcm-img", "vcm-vid", "turbo", "v2-no-mg", "v2")
 NEEDS_TORCH = {"Clips": "world", "accuracy": "world", "FAMILY": "models", "SAMPLING": "models",
                "load": "models", "load_text": "models", "load_vae": "models", "read": "models",
                "rewards": "models"}

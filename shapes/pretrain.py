@@ -298,7 +298,8 @@ def contrast(seen: Tensor, said: Tensor, scenes: list[grammar.Scene], namer: Nam
 
 def clip(config: Config, group: Group) -> None:
     """Image-text contrast on single frames: colours, shapes, who has which, background."""
-    import open_clip  # takes four seconds; rewards.CLIP rounds otherwise, and would not train to the shipped bytes
+    import open_clip  # late, as it takes four seconds; rewards.CLIP would train to other bytes
+
     network = open_clip.CLIP(CLIP["embed_dim"], CLIP["vision_cfg"], CLIP["text_cfg"]).to(group.device)
     network.namer = Namer(CLIP["embed_dim"], {"shape": grammar.SHAPES}).to(group.device)
 

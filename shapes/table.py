@@ -46,7 +46,8 @@ class Row:
         student = SAMPLING["turbo"]
         teacher = replace(SAMPLING["teacher"], steps=self.steps, guidance=teacher_guidance)
         if self.student:
-            return replace(student, steps=self.steps, guidance=guidance, grid=header["steps"])
+            return replace(student, steps=self.steps, guidance=guidance, grid=header["steps"],
+                           motion=header.get("motion"), motion_share=header.get("motion_share"))
         if self.method == "jumps":                          # at the students' timesteps
             return replace(teacher, method="jumps", grid=student.grid)
         return teacher
@@ -55,7 +56,8 @@ class Row:
 ROWS = [Row("teacher DDIM", None, "ddim", steps) for steps in (50, 8, 4)]
 ROWS += [Row("teacher, few-step sampler", None, "jumps", steps) for steps in (1, 2, 4, 8)]
 ROWS += [Row(name, student, "student", steps) for name, student in
-         (("VCM", "vcm"), ("VCM + R_img", "vcm-img"), ("VCM + R_vid", "vcm-vid"), ("T2V-Turbo", "turbo"))
+         (("VCM", "vcm"), ("VCM + R_img", "vcm-img"), ("VCM + R_vid", "vcm-vid"), ("T2V-Turbo", "turbo"),
+          ("v2 without motion guidance", "v2-no-mg"), ("T2V-Turbo-v2", "v2"))
          for steps in (1, 2, 4, 8)]
 
 DIFFERENCES = [                         # compared clip by clip: (name, steps) minus (name, steps)
@@ -63,10 +65,12 @@ DIFFERENCES = [                         # compared clip by clip: (name, steps) m
     (("T2V-Turbo", 4), ("teacher DDIM", 50)),
     (("T2V-Turbo", 1), ("VCM", 1)),
     (("T2V-Turbo", 8), ("teacher DDIM", 50)),
+    (("T2V-Turbo-v2", 4), ("v2 without motion guidance", 4)),
 ]
 
 PERCENT = {                             # a clip's verdicts, or a share of right clips: heading
-    "colour": "colour", "shape": "shape", "motion": "motion", "background": "background", "all": "all",
+    "colour": "colour", "shape": "shape", "motion": "motion", "motion one": "motion, one thing",
+    "motion two": "motion, two things", "background": "background", "all": "all",
     "train": "all, seen", "held-out": "all, held-out", "one": "all, one thing",
     "two train": "all, two things, seen", "two held-out": "all, two things, held-out",
 }
@@ -83,7 +87,7 @@ def make(config) -> list[dict]:
     scorers = shapes.rewards(device, config.folder)
     spread = Spread(config.diversity) if config.diversity else None
 
-    titles = [*PERCENT.values(), *SCORES.values()] + ["spread"] * bool(spread)
+    titles = [*PERCENT.values(), *SCORES.values(), "travel"] + ["spread"] * bool(spread)
     print("| | steps | passes | clips | " + " | ".join(titles) + " | s/clip |")
     print("|---" * (len(titles) + 5) + "|")
     means = []
@@ -159,8 +163,21 @@ def judge(captions: list[str], clips: Tensor, scorers: dict) -> list[dict]:
         asked = grammar.understand(caption)
         verdict = world.judge(asked, clips[i])
         rewarded = {kind: values[i] for kind, values in scores.items()}
-        records.append(dict(caption=caption, things=len(asked.things), **verdict, **rewarded))
+        records.append(dict(caption=caption, things=len(asked.things), travel=travel(asked, clips[i]),
+                            **verdict, **rewarded))
     return records
+
+
+def travel(asked: grammar.Scene, clip: Tensor) -> float | None:
+    """How far the things go that are to move, in pixels: the toy's Dynamic Degree. None where none is to.
+
+    The world's own things go 14 to 24. A thing that is not there goes nowhere.
+    """
+    movers = [thing for thing in asked.things if world.DIRECTION.get(thing.motion, (0, 0)) != (0, 0)]
+    shown = {thing.colour: math.hypot(thing.dx, thing.dy) for thing in world.measure(clip)[0]}
+    if not movers:
+        return None
+    return clip.shape[-1] * sum(shown.get(thing.colour, 0.0) for thing in movers) / len(movers)
 
 
 # ---- what the caption leaves open --------------------------------------------------------------------------
@@ -244,6 +261,9 @@ def average(row: Row, measured: dict) -> dict:
         return [clip["all"] for clip in clips if all(clip[name] == value for name, value in wanted.items())]
 
     groups = {"train": right(split="train"), "held-out": right(split="held-out"), "one": right(things=1)}
+    for things, name in ((1, "one"), (2, "two")):
+        groups[f"motion {name}"] = [clip["motion"] for clip in clips if clip["things"] == things]
+    groups["travel"] = [clip["travel"] for clip in clips if clip["travel"] is not None]
     for split in ("train", "held-out"):
         groups[f"two {split}"] = right(things=2, split=split)
     for key in ("colour", "shape", "motion", "background", "all", *SCORES, "seconds"):
@@ -260,6 +280,7 @@ def line(mean: dict, spread: bool) -> str:
     cells = [f"{100 * mean[key]:.1f}" if key in mean else "-" for key in PERCENT]
     cells[list(PERCENT).index("all")] += f" ± {100 * mean['half']:.1f}"
     cells += [f"{mean[key]:.3f}" for key in SCORES]
+    cells.append(f"{mean['travel']:.1f}" if "travel" in mean else "-")
     if spread:
         cells.append("-" if mean["spread"] is None else f"{100 * mean['spread']:.0f}")
     first = [mean["name"], str(mean["steps"]), str(mean["passes"]), str(mean["clips"])]
