@@ -3,10 +3,12 @@ import copy
 import dataclasses
 import json
 import math
+import time
 
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
@@ -17,7 +19,7 @@ import turbo
 from data import BadClip
 from plumbing import cli, dryrun, video, weights
 from plumbing.folder import checkpoints
-from plumbing.run import FlatAdamW, Group
+from plumbing.run import FlatAdamW, Group, own_gpu, pick_device
 from solver import Schedule
 from turbo import consistency, pseudo_huber, solve, teacher_eps
 
@@ -221,6 +223,48 @@ def test_any_split_of_the_batch_trains_the_same(tmp_path):
         a, b = (torch.cat([m.flatten() for m in side]) for side in (moments, theirs))
         assert (a - b).norm() < 1e-4 * a.norm(), split
         assert [s["step"] for s in other["optimizer"]["state"].values()] == [2] * len(moments)
+
+
+def test_the_first_process_indexes_while_the_others_wait(tmp_path):
+    """For longer than the ten minutes that process groups wait by default."""
+    def before(rank):
+        load, init = tiny.load_world, dist.init_process_group
+
+        def load_world(config, group):
+            with group.first(), open(tmp_path / "order", "a") as file:
+                file.write(f"{rank} begins\n")
+                file.flush()
+                time.sleep(0.5)
+                file.write(f"{rank} ends\n")
+            return load(config, group)
+
+        def init_process_group(*args, timeout, **options):
+            assert timeout.total_seconds() >= 3600
+            init(*args, timeout=timeout, **options)
+        tiny.load_world, dist.init_process_group = load_world, init_process_group
+
+    code, text = tiny.run(tmp_path / "run", "--steps", 1, world=2, before=before)
+    assert code == 0, text
+    assert (tmp_path / "order").read_text().split("\n")[:-1] == ["0 begins", "0 ends", "1 begins", "1 ends"]
+
+
+def test_devices(monkeypatch):
+    """What --device means on a machine with two GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    one, any_gpu = torch.device("cuda:1"), torch.device("cuda")
+    assert [str(pick_device(text)) for text in ("", "cpu", "cuda:1")] == ["cuda", "cpu", "cuda:1"]
+    assert own_gpu(any_gpu, 1, 2) == own_gpu(one, 0, 1) == one
+    for told, mistake in {
+        "--device cuda:9: the last GPU of this machine is cuda:1": lambda: pick_device("cuda:9"),
+        "--device cuda:x: no such device here": lambda: pick_device("cuda:x"),
+        "--device mps: this machine has no usable Apple GPU": lambda: pick_device("mps"),
+        "--device cuda:1: every process takes a GPU of its own": lambda: own_gpu(one, 0, 2),
+        "no GPU for process 2 of this machine; use torchrun --nproc_per_node=2":
+            lambda: own_gpu(any_gpu, 2, 3),
+    }.items():
+        with pytest.raises(ValueError, match=told):
+            mistake()
 
 
 def test_full_fine_tuning_shares_the_optimizer_state(tmp_path):
@@ -487,7 +531,8 @@ def test_samples_leave_the_gpu_before_the_oracle_sees_them(tmp_path, monkeypatch
 
 
 def test_a_run_leaves_log_samples_and_weights(tmp_path):
-    code, text = tiny.run(tmp_path / "run", "--sample-every", 2, "--prompt", "red", "--prompt", "blue", world=2)
+    options = ["--sample-every", 2, "--prompt", "red", "--prompt", "blue"]
+    code, text = tiny.run(tmp_path / "run", *options, world=2)
     assert code == 0, text
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
