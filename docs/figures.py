@@ -217,12 +217,13 @@ def main(argv=None):
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     for name in config.names or (*FIGURES, "loop"):
+        path = out / f"{name}.{'gif' if name == 'loop' else 'png'}"
         if name == "loop":
-            loop(out / "loop.gif", LOOP, config.seed)
+            loop(path, LOOP, config.seed)
         else:
             with torch.no_grad():
-                FIGURES[name](config.seed).savefig(out / f"{name}.png", facecolor="white")
-        print(out / name)
+                FIGURES[name](config.seed).savefig(path, facecolor="white")
+        print(path)
 
 
 if __name__ == "__main__":
