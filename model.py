@@ -715,12 +715,11 @@ class TextEncoder(nn.Module):
         return self.ln_final(self.transformer(x, attn_mask=causal))
 
 
-# ---- families and loading ------------------------------------------------------------------------------------
+# ---- families and loading ----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Family:
-    """A teacher: its networks, the clips it was trained for, and how it and its students are sampled by
-    default."""
+    """A teacher: its networks, the clips it was trained for, how it and its students are sampled."""
     unet: UNetConfig
     height: int
     width: int
@@ -734,12 +733,13 @@ class Family:
 FAMILIES = {
     "vc2": Family(VC2, 320, 512, fps=16, sampling={
         "turbo": Sampling("student", steps=4, guidance=7.5, grid=50, fps=16),
-        "turbo-v2": Sampling("student", steps=16, guidance=7.5, grid=200, fps=8, motion=0.05, motion_share=0.5),
-        "teacher": Sampling("ddim", steps=50, guidance=11.0, fps=28, eta=1.0, scale_z0=True),   # its authors' 12
+        "turbo-v2": Sampling("student", steps=16, guidance=7.5, grid=200, fps=8,
+                             motion=0.05, motion_share=0.5),
+        "teacher": Sampling("ddim", steps=50, guidance=11.0, fps=28, eta=1.0, scale_z0=True),  # authors' 12
     }),
     "ms": Family(MODELSCOPE, 256, 256, fps=8, sampling={
         "turbo": Sampling("student", steps=4, guidance=7.5, grid=50),
-        "teacher": Sampling("ddim", steps=50, guidance=8.0),                                    # its authors' 9
+        "teacher": Sampling("ddim", steps=50, guidance=8.0),                                   # authors' 9
     }),
 }
 
@@ -757,7 +757,7 @@ PUBLIC = {                                  # name: hub repository, files
 
 V1 = {"method": "turbo", "steps": 50, "w_min": 5.0, "w_max": 15.0}
 V2 = {"method": "turbo-v2", "steps": 200, "w_min": 5.0, "w_max": 15.0}
-RELEASED = {                                # layout: what a released file, which has no header, was trained with
+RELEASED = {                                # layout: what a released file, without a header, was trained with
     "LoRA list": V1,                                        # unet_lora.pt
     "whole model": V1 | {"whole": True},                    # t2v_turbo_vc2.pt: with VAE and text encoder
     "UNet with motion": V2,                                 # unet_mg.pt
@@ -769,16 +769,16 @@ UNUSED_TEXT = r"visual\.|text_projection|logit_scale|attn_mask|embeddings\.posit
 
 
 def check_size(family: Family, **sides: int | None) -> None:
-    """Heights and widths in pixels must be multiples of 64 (the toy's of 16), which VAE and UNet halve
-    evenly.
+    """Raises ValueError for heights and widths in pixels that VAE and UNet cannot halve evenly.
 
-    Raises ValueError for others.
+    They must be multiples of 64, the toy's of 16.
     """
     multiple = family.vae.factor * 2 ** (len(family.unet.mult) - 1)
     for name, pixels in sides.items():
         if pixels is not None and (pixels < multiple or pixels % multiple):
             low = max(pixels // multiple, 1) * multiple
-            raise ValueError(f"{name} {pixels} is not a multiple of {multiple}; try {low} or {low + multiple}")
+            raise ValueError(f"{name} {pixels} is not a multiple of {multiple}; "
+                             f"try {low} or {low + multiple}")
 
 
 @dataclass
@@ -789,17 +789,17 @@ class Models:
     vae: nn.Module
     text: nn.Module
     family: Family
-    header: dict = field(default_factory=dict)      # what the student was trained with, see `complete`; {}: a teacher
+    header: dict = field(default_factory=dict)  # how the student was trained (`complete`); {}: a teacher
 
     @property
     def size(self) -> tuple[int, int, int]:
         """Frames, height and width of the clips that the networks were trained on."""
-        return tuple(self.header.get(name, getattr(self.family, name)) for name in ("frames", "height", "width"))
+        family, header = self.family, self.header
+        return tuple(header.get(name, getattr(family, name)) for name in ("frames", "height", "width"))
 
     @property
     def sampling(self) -> Sampling:
-        """How the student, or without one the teacher, is sampled by default: under the conditions it was
-        trained with."""
+        """How the student, or without one the teacher, is sampled by default: as it was trained."""
         if not self.header:
             return self.family.sampling["teacher"]
         default, config = default_sampling(self.family, self.header["method"]), self.unet.config
@@ -842,8 +842,7 @@ def fetch(name: str) -> Path:
 
 
 def read_teacher(path: str | Path, text_layers: int) -> list[tuple[weights.State, Path]]:
-    """A teacher's file or folder -> for UNet, VAE and text encoder: tensors under our names, and their
-    file."""
+    """A teacher's file or folder -> for UNet, VAE and text encoder: tensors under our names, their file."""
     path = Path(path)
     path = path / "model.ckpt" if (path / "model.ckpt").is_file() else path
 
@@ -872,11 +871,11 @@ def read_teacher(path: str | Path, text_layers: int) -> list[tuple[weights.State
 
 
 def lora_shapes(config: UNetConfig) -> weights.Shapes:
-    """{layer: shape of its weight} of all layers that take LoRA, in the order in which the UNet registers
-    them."""
+    """{layer: shape of its weight} of all layers that take LoRA, in the UNet's order."""
     with weights.without_memory():
         unet = getattr(config, "network", UNet3D)(config)               # the toy's is its own
-    return {name: m.weight.shape for name, m in unet.named_modules() if type(m) in (nn.Linear, nn.Conv2d, nn.Conv3d)}
+    takes_lora = (nn.Linear, nn.Conv2d, nn.Conv3d)
+    return {name: m.weight.shape for name, m in unet.named_modules() if type(m) in takes_lora}
 
 
 def layout_of(config: UNetConfig) -> str:
@@ -885,8 +884,7 @@ def layout_of(config: UNetConfig) -> str:
 
 
 def read_turbo(path: str | Path, config: UNetConfig, name: str | None = None):
-    """A student's file -> (config of its UNet, the UNet's whole state or None, LoRA or None, header as it
-    stands).
+    """A student's file -> (config of its UNet, the UNet's whole state or None, LoRA or None, its header).
 
     name: the model that the student must belong to, where its header names one.
     """
@@ -920,25 +918,26 @@ def check_header(header: dict, path: str | Path, name: str | None) -> dict:
     """Raises ValueError where a student's header holds values of the wrong kind, or names another model."""
     for key in ("model", "method"):
         if not isinstance(header.get(key, ""), str):
-            raise ValueError(f"{path}: its header says {key} {header[key]!r}, which is no name; the file is damaged")
+            raise ValueError(f"{path}: its header says {key} {header[key]!r}, no name; the file is damaged")
     for key in ("steps", "w_min", "w_max", "fps", "frames", "height", "width", "motion", "motion_share"):
         value = header.get(key)
         if value is not None and not (type(value) in (int, float) and 0 <= value < math.inf):
-            raise ValueError(f"{path}: its header says {key} {value!r}, which is no number; the file is damaged")
+            raise ValueError(f"{path}: its header says {key} {value!r}, no number; the file is damaged")
     if not isinstance(header.get("train", {}), dict):
         raise ValueError(f"{path}: its header's training options are no JSON object; the file is damaged")
     if name and header.get("model", name) != name:
-        raise ValueError(f"{path} is a student of {header['model']}, not of {name}; use --model {header['model']}")
+        raise ValueError(f"{path} is a student of {header['model']}, not of {name}; "
+                         f"use --model {header['model']}")
     return header
 
 
 def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None = None, device="cpu",
          dtype: torch.dtype | None = torch.float32, lora_scale: float = 1.0, **conditions) -> Models:
-    """The networks of "vc2" or "ms": the teacher's, or with a student's file the student's (LoRA merged). In
-    eval mode.
+    """The networks of "vc2" or "ms", the teacher's or, LoRA merged, the student's. In eval mode.
 
-    teacher: file or folder; None = download. turbo: file, or a key of PUBLIC to download; None = the teacher
-    alone. conditions: guidance=True and motion=True add the layers that a student needs, as it starts.
+    teacher: file or folder; None = download. turbo: a student's file, or a key of PUBLIC to download; None:
+    the teacher alone. lora_scale: strength of the student's LoRA, 1 as trained. dtype: None = the files'.
+    conditions: guidance=True and motion=True add the layers that a student needs, as it starts.
     """
     if name not in FAMILIES:
         raise ValueError(f"no model {name!r}; there are {', '.join(FAMILIES)}")
@@ -973,7 +972,9 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
 
 @torch.no_grad()
 def to_clip(vae: nn.Module, z: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
-    """Latents (B, C, T, h, w) -> clips uint8 (B, 3, T, H, W), `chunk` frames at a time; cut to whole numbers,
-    as released."""
+    """Latents (B, C, T, h, w) -> clips uint8 (B, 3, T, H, W), cut to whole numbers as in the released code.
+
+    chunk: frames decoded at a time; None = all.
+    """
     x = vae.decode(z, chunk).float()
     return ((x.clamp(-1, 1) + 1) / 2 * 255).byte()

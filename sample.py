@@ -1,9 +1,9 @@
 """Text to video in a few steps.
 
-    python sample.py "a red circle moving right and a blue square moving up"         # the embedded toy, no download
-    python sample.py "An astronaut riding a horse." --model vc2                      # T2V-Turbo, downloaded once
-    python sample.py --prompts VBench_full_info.json --model vc2 --out clips/        # VBench's PROMPT-i.mp4
-    python sample.py --prompts - --model vc2                                         # a clip per line that is typed
+    python sample.py "a red circle moving right and a blue square moving up"   # the embedded toy, no download
+    python sample.py "An astronaut riding a horse." --model vc2                # T2V-Turbo, downloaded once
+    python sample.py --prompts VBench_full_info.json --model vc2 --out clips/  # VBench's PROMPT-i.mp4
+    python sample.py --prompts - --model vc2                                   # a clip per line that is typed
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from plumbing.cli import Count, NotNegative, Seed, Share, Within
 from plumbing.files import read_header
 from shapes import grammar
 
-if TYPE_CHECKING:                       # imported by the functions that need them: --help and mistakes answer at once
+if TYPE_CHECKING:                       # imported where they are needed: --help and mistakes answer at once
     from torch import Tensor
 
     from model import Models
@@ -34,34 +34,34 @@ SUFFIXES = (".mp4", ".gif", ".png", ".safetensors")
 class Config:
     """The options of the command line."""
     prompt: str = ""                    # what the clip shows
-    model: Literal["shapes", "vc2", "ms"] | None = None  # toy, VideoCrafter2, ModelScopeT2V [--turbo's, or shapes]
+    model: Literal["shapes", "vc2", "ms"] | None = None  # toy, VideoCrafter2, ModelScope [--turbo's; shapes]
     method: Literal["turbo", "vcm", "teacher"] = "turbo"  # a student, one without rewards, the teacher's DDIM
-    steps: Annotated[int, Within(1, 1000)] | None = None  # network evaluations [turbo, vcm: 4; v2: 16; teacher: 50]
+    steps: Annotated[int, Within(1, 1000)] | None = None  # network passes [turbo: 4; v2: 16; teacher: 50]
     guidance: NotNegative | None = None  # ω, 0 = none [students: 7.5; teachers: vc2 11, ms 8; shapes: 2]
-    motion: NotNegative | None = None   # λ', told to a student of T2V-Turbo-v2 with motion guidance [as trained: 0.05]
+    motion: NotNegative | None = None   # λ', told to a T2V-Turbo-v2 with motion guidance [as trained: 0.05]
     motion_share: Share | None = None   # τ: λ' is told at t >= 1000 (1 - τ), and 0 below [as trained: 0.5]
     lora_scale: NotNegative | None = None  # strength of a student's LoRA, 0: its teacher [1, as trained]
-    eta: Share | None = None            # teacher: share of fresh noise in each step, 0 = none [vc2: 1, else 0]
+    eta: Share | None = None            # teacher: share of fresh noise per step, 0 = none [vc2: 1, else 0]
     seed: Seed = 0                      # of the first clip of each prompt; clip i has seed + i
-    num: Annotated[int, Within(1, 10_000)] | None = None  # clips per prompt [1; VBench: 5, temporal_flickering 25]
+    num: Annotated[int, Within(1, 10_000)] | None = None  # per prompt [1; VBench: 5, temporal_flickering: 25]
     frames: Annotated[int, Within(1, 256)] | None = None  # [as trained: shapes 8, else 16]
     height: Annotated[int, Within(1, 4096)] | None = None  # pixels [as trained: shapes 64, vc2 320, ms 256]
     width: Annotated[int, Within(1, 4096)] | None = None  # pixels [as trained: shapes 64, vc2 512, ms 256]
-    fps: Annotated[int, Within(1, 240)] | None = None  # of the file; vc2 is told [8; vc2: 16, v2: 8, teacher: 28]
-    teacher: str | None = None          # model.ckpt (vc2), a folder (ms, shapes) [downloaded; shapes: embedded]
-    turbo: str | None = None            # a student: turbo.safetensors, t2v_turbo_vc2.pt, unet_lora.pt, unet_mg.pt [same]
-    prompts: str | None = None          # one per line (.txt, or - for typed ones), VBench's .json; skips clips that are there
-    out: str | None = None              # .mp4, .gif, .png (frames), .safetensors, or a folder for PROMPT-i.mp4 [out.mp4]
+    fps: Annotated[int, Within(1, 240)] | None = None  # of the file; vc2 is told [8; vc2: 16, teacher: 28]
+    teacher: str | None = None          # model.ckpt (vc2), folder (ms, shapes) [downloaded; shapes: embedded]
+    turbo: str | None = None            # turbo.safetensors, t2v_turbo_vc2.pt, unet_lora.pt, unet_mg.pt [same]
+    prompts: str | None = None          # .txt, one per line; VBench's .json; -: typed; skips what is there
+    out: str | None = None              # .mp4, .gif, .png, .safetensors, or folder for PROMPT-i.mp4 [out.mp4]
     sheet: str | None = None            # .png with a row per clip, its frames from left to right
-    latents: str | None = None          # .safetensors with the final latents, key `latents`, (B, 4, T, H/8, W/8) float32
+    latents: str | None = None          # .safetensors, key latents: final ones, (B, 4, T, H/8, W/8) float32
     batch: Count | None = None          # clips at once [shapes: 16, else 1]
     chunk: Count | None = None          # frames that the VAE decodes at once [shapes: all, else 4]
     device: str = ""                    # cuda, cuda:1, cpu, mps [cuda if there]
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None    # of the networks [cuda: bfloat16, else float32]
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # networks' [cuda: bfloat16, else float32]
     compile: bool = False               # torch.compile the UNet: slow first step, faster ones after it
 
 
-# ---- checks that need no network -----------------------------------------------------------------------------
+# ---- checks that need no network ---------------------------------------------------------------------------
 
 
 def check(config: Config) -> None:
@@ -69,7 +69,7 @@ def check(config: Config) -> None:
     if bool(config.prompt.strip()) == bool(config.prompts):
         raise ValueError("give one prompt, or --prompts FILE; e.g. sample.py \"a red circle moving right\"")
     if config.model == "shapes" and config.turbo and not config.turbo.endswith(".safetensors"):
-        raise ValueError(f"{config.turbo} is no file of the toy; say what it belongs to: --model vc2 or --model ms")
+        raise ValueError(f"{config.turbo} is no file of the toy; say whose it is: --model vc2 or --model ms")
     if config.model != "shapes" and config.method == "vcm" and not config.turbo:
         raise ValueError(f"there are no public VCM weights for {config.model}; give your own: --turbo FILE")
     check_effects(config)
@@ -82,10 +82,10 @@ def check_effects(config: Config) -> None:
     of_v2 = "a student of T2V-Turbo-v2; name its file with --turbo"
     without_effect = [                  # (where, options, what they belong to)
         (not teacher, ["eta"], "--method teacher"),
-        (teacher, ["turbo", "lora_scale", "motion", "motion_share"], "students, and this is --method teacher"),
+        (teacher, ["turbo", "lora_scale", "motion", "motion_share"], "students, not to --method teacher"),
         (not config.turbo, ["motion", "motion_share"], of_v2),
         (config.prompts == "-", ["sheet", "latents", "batch"], "a known number of clips, not to --prompts -"),
-        (config.model != "vc2" and suffix_of(config.out) == ".png", ["fps"], "clips that play; --out is a folder of pictures"),
+        (config.model != "vc2" and suffix_of(config.out) == ".png", ["fps"], "clips that play, not pictures"),
     ]
     for holds, options, owner in without_effect:
         for option in options if holds else []:
@@ -102,9 +102,9 @@ def check_suffixes(config: Config) -> None:
     """Files to write say by their names what they are. Raises ValueError."""
     out = suffix_of(config.out)
     if out and config.prompts:
-        raise ValueError(f"--prompts writes many files; --out {config.out} should be a folder, a name without suffix")
+        raise ValueError(f"--prompts writes many files; --out {config.out} should be a folder, no suffix")
     if out and out not in SUFFIXES:
-        raise ValueError(f"--out {config.out}: choose {', '.join(SUFFIXES)}, or a folder, a name without suffix")
+        raise ValueError(f"--out {config.out}: choose {', '.join(SUFFIXES)}, or a folder, without a suffix")
     for option, suffix in (("sheet", ".png"), ("latents", ".safetensors")):
         path = getattr(config, option)
         if path and suffix_of(path) != suffix:
@@ -120,7 +120,7 @@ def model_of(config: Config) -> str:
 
 
 def plan_clips(config: Config) -> list[prompts.Job]:
-    """All clips of a command line; of torchrun's processes, each makes its share. Raises ValueError (see `prompts`)."""
+    """All clips of a command line; each of torchrun's processes gets its share. Raises ValueError."""
     known = prompts.read_prompts(config.prompts) if config.prompts else {config.prompt: 1}
     if config.model == "shapes":
         for prompt in known:
@@ -129,7 +129,7 @@ def plan_clips(config: Config) -> list[prompts.Job]:
     out = Path(config.out or ("clips" if config.prompts else "out.mp4"))
     jobs = prompts.plan(counts, out, config.seed)
     if max(job.seed for job in jobs) >= 2 ** 32:
-        raise ValueError(f"--seed {config.seed}: the last clip's would be beyond 2**32, where torch starts over at 0")
+        raise ValueError(f"--seed {config.seed}: the last clip's is beyond 2**32 - 1, torch's last")
 
     # where they go
     others = {f"--{name}": Path(path) for name in ("sheet", "latents") if (path := getattr(config, name))}
@@ -142,12 +142,12 @@ def plan_clips(config: Config) -> list[prompts.Job]:
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0)) % world
     if world > 1 and others:
-        raise ValueError(f"{next(iter(others))} holds the clips of one process; leave it out, or run without torchrun")
+        raise ValueError(f"{next(iter(others))} holds the clips of one process; run without torchrun")
     resume = config.prompts and not others          # a sheet, or latents, are of all clips
     return [job for job in jobs[rank::world] if not (resume and job.path.exists())]
 
 
-# ---- making clips --------------------------------------------------------------------------------------------
+# ---- making clips ------------------------------------------------------------------------------------------
 
 
 def check_clips(config: Config, jobs: list[prompts.Job]) -> None:
@@ -184,17 +184,18 @@ def load_models(config: Config) -> Models:
 
 
 def sampling_of(models: Models, config: Config) -> Sampling:
-    """The networks' own way of sampling, and over it what was typed. Raises ValueError for what they cannot be told."""
+    """The networks' own way of sampling, and over it what was typed. Raises ValueError."""
     takes = models.unet.config
     if not takes.motion and (config.motion, config.motion_share) != (None, None):
-        raise ValueError(f"--motion belongs to a student with motion guidance (T2V-Turbo-v2), which {config.turbo} is not")
+        raise ValueError(f"--motion belongs to T2V-Turbo-v2 with motion guidance; {config.turbo} has none")
     names = ["steps", "guidance", "eta", "motion", "motion_share"] + (["fps"] if takes.fps else [])
     typed = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     sampling = replace(models.sampling, **typed)
 
     w_min, w_max = models.header.get("w_min", 0), models.header.get("w_max", float("inf"))
     if not w_min <= sampling.guidance <= w_max:
-        print(f"--guidance {sampling.guidance:g}: this student was trained with {w_min:g} to {w_max:g}", file=sys.stderr)
+        print(f"--guidance {sampling.guidance:g}: this student was trained with {w_min:g} to {w_max:g}",
+              file=sys.stderr)
     return sampling
 
 
@@ -204,8 +205,9 @@ def size_of(models: Models, config: Config) -> tuple[int, int, int]:
     return config.frames or T, config.height or H, config.width or W
 
 
-def make(models: Models, sampling: Sampling, jobs: list[prompts.Job], config: Config) -> tuple[Tensor, Tensor]:
-    """Samples, decodes and writes some clips at once -> latents (B, C, T, h, w) and clips uint8 (B, 3, T, H, W)."""
+def make(models: Models, sampling: Sampling, jobs: list[prompts.Job], config: Config
+         ) -> tuple[Tensor, Tensor]:
+    """Makes and writes some clips at once -> latents (B, C, T, h, w), clips uint8 (B, 3, T, H, W)."""
     from tqdm import tqdm
 
     import turbo
@@ -285,7 +287,7 @@ def write_latents(path: Path, latents: list[Tensor]) -> None:
         save_file({"latents": torch.cat(latents)}, temporary)
 
 
-# ---- the command ---------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 
 @cli.main

@@ -1,4 +1,4 @@
-"""One way to make a command line: a frozen dataclass whose fields are the options and whose comments are the help."""
+"""Command lines: a frozen dataclass whose fields are the options, and whose comments are the help."""
 import argparse
 import dataclasses
 import difflib
@@ -22,7 +22,7 @@ class Within:
 
     def error(self, value: float) -> str | None:
         """What is wrong with a number, in words that follow it, or None."""
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             return "is not a finite number"
         if value < self.low or (self.above and value == self.low):
             return f"must be {'above' if self.above else 'at least'} {self.low:g}"
@@ -83,7 +83,7 @@ class Option:
 
     @classmethod
     def of(cls, annotation) -> "Option":
-        """Reads `int`, `bool`, `float | None`, `tuple[str, ...]`, `Literal[...]`, `Annotated[int, Within(1)]` and unions with None."""
+        """Reads int, bool, float, str, tuple[str, ...], Literal, Annotated, and unions with None."""
         origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
         if origin is typing.Annotated:
             return dataclasses.replace(cls.of(arguments[0]), within=arguments[1])
@@ -114,7 +114,7 @@ def flag_of(field: str) -> str:
 
 
 def parser_for(cls, description: str = "", positional: str | None = None, prog: str | None = None) -> Parser:
-    """A parser with one `--option` per field: tuples become repeatable options, booleans take an optional value."""
+    """A parser with one --option per field: tuples can be repeated, booleans take an optional value."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     comments, annotations = field_help(cls), typing.get_type_hints(cls, include_extras=True)
@@ -126,11 +126,14 @@ def parser_for(cls, description: str = "", positional: str | None = None, prog: 
         flag, metavar = flag_of(field.name), option.kind.__name__.upper()
 
         if field.name == positional:
-            parser.add_argument(field.name, nargs="*" if option.repeatable else "?", default=default, help=text)
+            nargs = "*" if option.repeatable else "?"
+            parser.add_argument(field.name, nargs=nargs, default=default, help=text)
         elif option.repeatable:
-            parser.add_argument(flag, action="append", type=option.convert, default=None, help=text, metavar=metavar)
+            parser.add_argument(flag, action="append", type=option.convert, default=None, help=text,
+                                metavar=metavar)
         elif option.kind is bool:
-            parser.add_argument(flag, nargs="?", const=True, type=boolean, default=default, help=text, metavar="BOOL")
+            parser.add_argument(flag, nargs="?", const=True, type=boolean, default=default, help=text,
+                                metavar="BOOL")
         elif option.choices:
             parser.add_argument(flag, choices=option.choices, default=default, help=text)
         else:
@@ -139,7 +142,10 @@ def parser_for(cls, description: str = "", positional: str | None = None, prog: 
 
 
 def parse(cls, argv=None, description="", positional=None, defaults=None, prog=None):
-    """Command line -> instance of the dataclass. `defaults` (a preset) replaces field defaults; what is typed wins over both."""
+    """Command line -> instance of the dataclass.
+
+    defaults: a preset, which replaces the fields' own; what is typed wins over both.
+    """
     parser = parser_for(cls, description, positional, prog)
     defaults = defaults or {}
     parser.set_defaults(**{name: value for name, value in defaults.items() if not isinstance(value, tuple)})
@@ -170,16 +176,42 @@ def given(cls, argv=None, positional=None) -> set[str]:
 
 
 def main(command):
-    """Decorator for a program's `main`: a user's mistake ends in one clear line and exit status 2, Ctrl-C in 130."""
+    """Decorator for a program's `main`: a user's mistake ends in one line and status 2, Ctrl-C in 130."""
     def run(argv=None):
         program = sys.argv[0].rsplit("/", 1)[-1]
         try:
             return command(argv)
-        except (ValueError, OSError) as error:
-            print(f"{program}: {error}", file=sys.stderr)
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            complaint = complaint_of(error)
+            if complaint is None:                           # a defect of ours: with its traceback
+                raise
+            close_bars()
+            print(f"{program}: {complaint}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print(f"\n{program}: interrupted", file=sys.stderr)
+            close_bars()
+            print(f"{program}: interrupted", file=sys.stderr)
             sys.exit(130)
     run.__doc__ = command.__doc__
     return run
+
+
+def complaint_of(error: Exception) -> str | None:
+    """What to tell the user about an error, in one line; None if it is not the user's."""
+    text = " ".join(str(error).split())
+    full = isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    if full or isinstance(error, MemoryError):
+        return "out of memory; try smaller or fewer clips (--batch, --frames, --height, --width, --chunk)"
+    if isinstance(error, UnicodeDecodeError):
+        return f"text that is not utf-8: {text}"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return text if isinstance(error, (ValueError, OSError)) else None
+
+
+def close_bars() -> None:
+    """Ends the lines of progress bars, so that a message begins on a line of its own."""
+    tqdm = sys.modules.get("tqdm")
+    for bar in list(getattr(tqdm and tqdm.tqdm, "_instances", [])):
+        bar.leave = True
+        bar.close()

@@ -1,4 +1,4 @@
-"""Prompts and the files that their clips go to: lists of prompts, VBench's names, and what may lie in a folder of clips."""
+"""Prompts and the files of their clips: lists of prompts, VBench's names, what may lie in a folder."""
 import json
 import os
 import shutil
@@ -18,11 +18,11 @@ class Job:
     path: Path
 
 
-# ---- lists of prompts ----------------------------------------------------------------------------------------
+# ---- lists of prompts --------------------------------------------------------------------------------------
 
 
 def read_prompts(path: str) -> dict[str, int]:
-    """{prompt: how many clips are usual} of a text file (1) or of VBench's json (5; 25 for temporal_flickering)."""
+    """{prompt: usual number of clips} of a text file (1) or of VBench's json (5; temporal_flickering: 25)."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         rows = json.loads(text) if path.lower().endswith(".json") else text.splitlines()
@@ -55,11 +55,11 @@ def read_row(row) -> tuple[str | None, int]:
     return row["prompt_en"], 25 if "temporal_flickering" in dimensions else 5
 
 
-# ---- files ---------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def clip_paths(out: Path, prompt: str, count: int) -> list[Path]:
-    """OUT, or OUT-0, OUT-1, ...; in a folder (a name without suffix) PROMPT-0.mp4, ..., as VBench wants them."""
+    """OUT, or OUT-0, OUT-1, ...; in a folder (a name without suffix) VBench's names, PROMPT-0.mp4, ..."""
     if not out.suffix:
         return [out / f"{prompt.replace('/', ' ')}-{i}.mp4" for i in range(count)]
     if count == 1:
@@ -74,18 +74,18 @@ def plan(prompts: dict[str, int], out: Path, seed: int) -> list[Job]:
 
 
 def check_names(jobs: list[Job]) -> None:
-    """No two prompts may share a file, and no name may be longer than a file system takes. Raises ValueError."""
+    """Raises ValueError where two prompts would share a file, or a name is too long for a file system."""
     owner, folded = {}, {}
     for job in jobs:
         check_length(job.path)
         other = owner.setdefault(job.path, job)
         if other.prompt != job.prompt:
-            raise ValueError(f"the prompts {other.prompt!r} and {job.prompt!r} would both be written to {job.path}; "
-                             "reword one")
+            raise ValueError(f"the prompts {other.prompt!r} and {job.prompt!r} would both be written to "
+                             f"{job.path}; reword one")
         twin = folded.setdefault(str(job.path).casefold(), job)
         if twin.path != job.path and ignores_case(job.path.parent):
-            raise ValueError(f"the prompts {twin.prompt!r} and {job.prompt!r} differ in capital letters only, which the "
-                             f"file system of {job.path.parent} ignores; choose another --out")
+            raise ValueError(f"the prompts {twin.prompt!r} and {job.prompt!r} differ in capital letters "
+                             f"only, which {job.path.parent} does not tell apart; choose another --out")
 
 
 def check_length(path: Path) -> None:
@@ -108,7 +108,7 @@ def ignores_case(folder: Path) -> bool:
 
 
 def check_places(jobs: list[Job], others: dict[str, Path]) -> None:
-    """All clips and the other files, {option: path}, can be written, and each is one file. Raises ValueError."""
+    """Raises ValueError unless all clips and the other files, {option: path}, can be written."""
     taken = {job.path.resolve(): "--out" for job in jobs}
     for option, path in others.items():
         check_length(path)
@@ -124,7 +124,9 @@ def check_places(jobs: list[Job], others: dict[str, Path]) -> None:
 
 
 def check_folder(folder: Path, others: dict[str, Path]) -> None:
-    """VBench takes all files of a folder for clips of the first one's suffix: nothing else may lie in it, or come to."""
+    """Raises ValueError where something else than clips lies in a folder, or is to be written there.
+
+    VBench takes all files of a folder for clips with the suffix of the first one."""
     names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
     names += [path.name for path in others.values() if path.resolve().parent == folder.resolve()]
     foreign = sorted(name for name in names if not name.endswith(".mp4"))

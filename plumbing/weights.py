@@ -1,17 +1,17 @@
-"""Weight files: reading and writing them, the names that each public layout uses, and strict filling of networks.
+"""Weight files: reading and writing, the names of each public layout, and strict filling of networks.
 
     VideoCrafter2         model.ckpt
-    ModelScopeT2V         a diffusers folder (unet/ vae/ text_encoder/), or a folder with the three original files
+    ModelScopeT2V         a diffusers folder (unet/ vae/ text_encoder/), or one with its three first files
     T2V-Turbo             t2v_turbo_vc2.pt: VideoCrafter2's layout with a student's UNet in it;
                           unet_lora.pt: a list of LoRA matrices without names, in the order of the layers
     T2V-Turbo-v2          unet_mg.pt, unet_no_mg.pt: a whole UNet
     this project          *.safetensors: a LoRA or a whole UNet, and a JSON header that says what it is
 
-Filling is strict: no tensor may be missing, left over, misshaped or not finite, and a wrong file ends in a ValueError of
-one line. Networks are built without memory ("meta") and filled tensor by tensor from memory-mapped files, so that loading
-takes little more memory than the model. Files are data, never code: pickles are read with weights_only.
+Filling is strict: no tensor may be missing, left over, misshaped or not finite, and a wrong file ends in a
+ValueError of one line. Networks are made without memory and filled tensor by tensor from memory-mapped files:
+loading takes little more memory than the model. Files are data, never code (`weights_only`).
 
-This module knows no network: model.py hands in a network's layers as {name: shape of the weight}, in their order.
+This module knows no network: model.py hands in a network's layers as {name: shape of the weight}, in order.
 """
 import json
 import re
@@ -29,12 +29,12 @@ from torch.overrides import TorchFunctionMode
 
 from plumbing.files import atomic, read_header
 
-State = dict[str, Tensor]
-Pairs = dict[str, tuple[Tensor, Tensor]]                    # LoRA: {layer: (up (out, r, 1, ...), down (r, in, kernel))}
-Shapes = dict[str, torch.Size]                              # {layer: shape of its weight}, in the network's order
-Table = list[tuple[str, str | Callable]]                    # rows of (regular expression, replacement)
+State = dict[str, Tensor]                       # {name: tensor}
+Pairs = dict[str, tuple[Tensor, Tensor]]        # LoRA: {layer: (up (out, r, 1, ...), down (r, in, kernel))}
+Shapes = dict[str, torch.Size]                  # {layer: shape of its weight}, in the network's order
+Table = list[tuple[str, str | Callable]]        # rows of (regular expression, replacement)
 
-# ---- names of the public layouts -----------------------------------------------------------------------------
+# ---- names of the public layouts ---------------------------------------------------------------------------
 
 ATTENTION = [                                               # the same in VideoCrafter2 and diffusers
     (r"transformer_blocks\.0\.", ""), (r"\.to_([qkv])\.", r".\1."), (r"\.to_out\.0\.", ".out."),
@@ -55,21 +55,25 @@ TO_VIDEOCRAFTER = [                                         # the inverse of VID
     (RESBLOCK + r"temporal\.", r"\1.temopral_conv."),
     (r"\.(attn\d)\.([qkv])\.", r".transformer_blocks.0.\1.to_\2."),
     (r"\.(attn\d)\.out\.", r".transformer_blocks.0.\1.to_out.0."),
-    (r"\.ff\.proj\.", ".transformer_blocks.0.ff.net.0.proj."), (r"\.ff\.out\.", ".transformer_blocks.0.ff.net.2."),
+    (r"\.ff\.proj\.", ".transformer_blocks.0.ff.net.0.proj."),
+    (r"\.ff\.out\.", ".transformer_blocks.0.ff.net.2."),
     (r"\.(norm\d)\.", r".transformer_blocks.0.\1.")]
 
 MODELSCOPE_ORIGINAL = [                                     # VideoCrafter2's, but for two names
     (r"input_blocks\.0\.1\.", "init_attn.0."), (r"(input_blocks\.\d+)\.op\.", r"\1.0.op."), *VIDEOCRAFTER]
 
 
-def diffusers_level(name: str, blocks: list[str], attention: bool, *resampling: tuple[str, str]) -> list[tuple[str, str]]:
-    """A level of diffusers' UNet: all ResBlocks, all temporal convolutions, all transformers over space, all over time."""
+def diffusers_level(name: str, blocks: list[str], attention: bool, *resampling: tuple[str, str]
+                    ) -> list[tuple[str, str]]:
+    """A level of diffusers' UNet: ResBlocks, temporal convolutions, transformers over space, over time."""
     kinds = [("resnets", "0"), ("temp_convs", "0.temporal")]
     kinds += [("attentions", "1"), ("temp_attentions", "2")] if attention else []
-    return [(f"{name}.{kind}.{j}", f"{block}.{slot}") for kind, slot in kinds for j, block in enumerate(blocks)] + [*resampling]
+    rows = [(f"{name}.{kind}.{j}", f"{block}.{slot}")
+            for kind, slot in kinds for j, block in enumerate(blocks)]
+    return rows + [*resampling]
 
 
-DIFFUSERS_PARTS = [                                         # every part of diffusers' UNet in its order, and our name for it
+DIFFUSERS_PARTS = [                             # parts of diffusers' UNet in its order, and our names
     ("conv_in", "input_blocks.0.0.conv"),
     ("time_embedding.linear_1", "time_embed.0"),
     ("time_embedding.cond_proj", "time_cond_proj"),
@@ -90,23 +94,26 @@ DIFFUSERS_PARTS = [                                         # every part of diff
                      ("up_blocks.2.upsamplers.0", "output_blocks.8.3")),
     *diffusers_level("up_blocks.3", ["output_blocks.9", "output_blocks.10", "output_blocks.11"], True),
     ("mid_block.resnets.0", "middle_block.0"), ("mid_block.resnets.1", "middle_block.3"),
-    ("mid_block.temp_convs.0", "middle_block.0.temporal"), ("mid_block.temp_convs.1", "middle_block.3.temporal"),
+    ("mid_block.temp_convs.0", "middle_block.0.temporal"),
+    ("mid_block.temp_convs.1", "middle_block.3.temporal"),
     ("mid_block.attentions.0", "middle_block.1"), ("mid_block.temp_attentions.0", "middle_block.2"),
     ("conv_norm_out", "out.0"),
     ("conv_out", "out.2"),
 ]
-DIFFUSERS_TRANSFORMER = ["proj_in", "attn1", "attn2", "ff", "proj_out"]         # VideoCrafter2: ff before attn2
+DIFFUSERS_TRANSFORMER = ["proj_in", "attn1", "attn2", "ff", "proj_out"]     # VideoCrafter2: ff before attn2
 
 DIFFUSERS = [
     *((rf"^{re.escape(name)}\.", f"{ours}.") for name, ours in DIFFUSERS_PARTS),
     (r"time_emb_proj", "emb"), (r"conv_shortcut", "skip"), *ATTENTION]
 
 DIFFUSERS_VAE = [
-    (r"down_blocks\.(\d)\.resnets", r"down.\1.block"), (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+    (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
+    (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
     (r"up_blocks\.(\d)\.resnets", lambda m: f"up.{3 - int(m[1])}.block"),
     (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{3 - int(m[1])}.upsample"),
-    (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"), (r"mid_block\.attentions\.0", "mid.attn_1"),
-    (r"group_norm", "norm"), (r"to_out\.0|proj_attn", "proj_out"),                   # two generations of names
+    (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+    (r"mid_block\.attentions\.0", "mid.attn_1"),
+    (r"group_norm", "norm"), (r"to_out\.0|proj_attn", "proj_out"),              # two generations of names
     (r"attn_1\.(?:to_)?([qkv])(?:uery|ey|alue)?\.", r"attn_1.\1."),
     (r"conv_norm_out", "norm_out"), (r"conv_shortcut", "nin_shortcut")]
 
@@ -146,7 +153,7 @@ def part(state: State, prefix: str) -> State:
     return {key.split(prefix, 1)[1]: tensor for key, tensor in state.items() if prefix in key}
 
 
-# ---- files ---------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 class Inert:
     """Stands in for whatever a training framework pickled beside its tensors. Does nothing."""
@@ -159,7 +166,7 @@ class Inert:
 
 
 def can_be_mapped(path: Path) -> bool:
-    """Is it torch's zip format of 2020, stored without compression? Mapped, a compressed one would read as garbage."""
+    """Is it torch's zip format of 2020, uncompressed? Mapped, a compressed one would read as garbage."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -167,7 +174,9 @@ def can_be_mapped(path: Path) -> bool:
 
 
 def read_tensors(path: str | Path):
-    """Whatever a .safetensors or torch file holds, memory-mapped where possible. Raises ValueError for other files."""
+    """Whatever a .safetensors or torch file holds, memory-mapped where possible.
+
+    Raises ValueError for other files."""
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -181,11 +190,13 @@ def read_tensors(path: str | Path):
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
-        with torch.serialization.safe_globals([(Inert, name) for name in unsafe]):
+        zipped = zipfile.is_zipfile(path)
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped(path))
-    except Exception as error:                              # unpickling damaged bytes raises errors of any kind
-        raise ValueError(f"{path}: not a weight file, or a truncated one ({size:,} bytes; {type(error).__name__})") from error
+    except Exception as error:                          # unpickling damaged bytes raises errors of any kind
+        raise ValueError(f"{path}: not a weight file, or a truncated one ({size:,} bytes; "
+                         f"{type(error).__name__})") from error
 
 
 def unwrap(content):
@@ -213,7 +224,7 @@ def named_tensors(content, path: str | Path) -> State:
 
 
 def save_checkpoint(path: str | Path, tensors: State, header: dict) -> None:
-    """Writes tensors and a JSON-able header to one .safetensors file, atomically: a crash leaves the old one."""
+    """Writes tensors and a JSON-able header to one .safetensors file; a crash leaves the old one."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     with atomic(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, {"config": json.dumps(header)})
@@ -225,7 +236,7 @@ def read_checkpoint(path: str | Path) -> tuple[State, dict]:
 
 
 def save_merged(path: str | Path, teacher: str | Path, unet: State) -> None:
-    """Writes t2v_turbo_vc2.pt's layout: all of VideoCrafter2's model.ckpt, with a student's UNet (our names) in its place."""
+    """Writes t2v_turbo_vc2.pt's layout: model.ckpt of VideoCrafter2 with a student's UNet in it."""
     prefix = "model.diffusion_model."
     rest = {key: x for key, x in read_named(teacher).items() if not key.startswith(prefix)}
     student = {prefix + key: x.detach().cpu().contiguous() for key, x in to_public_names(unet).items()}
@@ -253,7 +264,7 @@ def download(repository: str, file: str) -> Path:
                          f"({type(error).__name__}); fetch it by hand and give its path") from error
 
 
-# ---- filling a network ---------------------------------------------------------------------------------------
+# ---- filling a network -------------------------------------------------------------------------------------
 
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -271,7 +282,7 @@ class NoInit(TorchFunctionMode):
 def without_memory() -> Iterator[None]:
     """Networks made in this block have shapes, but no memory and no values, until `fill` gives them theirs.
 
-    On the meta device alone, the initialisation of an embedding would import torch's compiler, which takes two seconds.
+    On the meta device alone, the initial values of an embedding would import torch's compiler: two seconds.
     """
     with torch.device("meta"), NoInit():
         yield
@@ -280,10 +291,11 @@ def without_memory() -> Iterator[None]:
 @torch.no_grad()
 def fill(module: nn.Module, state: State, source, device="cpu", dtype: torch.dtype | None = None,
          lora: Pairs | None = None, allow_unused: bool = False) -> nn.Module:
-    """Strictly fills a module built on the meta device, tensor by tensor, merging LoRA on the way. In eval mode.
+    """Strictly fills a module made `without_memory`, tensor by tensor, merging LoRA on the way. In eval mode.
 
-    state: {our name: tensor}; a 1x1 convolution may come as a linear layer and vice versa. lora: {layer: (up, down)}.
-    source: the file, for messages. dtype: None = the file's. allow_unused: tensors without a place are named, not refused.
+    state: {our name: tensor}; a 1x1 convolution may come as a linear layer and vice versa.
+    source: the file, for messages. dtype: None = the file's. lora: {layer: (up, down)}.
+    allow_unused: tensors without a place are named on stderr, not refused.
     """
     wanted, lora, filled = module.state_dict(), dict(lora or {}), {}
     check_names(type(module).__name__, wanted, state, source, allow_unused)
@@ -314,14 +326,20 @@ def fill(module: nn.Module, state: State, source, device="cpu", dtype: torch.dty
 def check_names(kind: str, wanted: State, state: State, source, allow_unused: bool) -> None:
     """Raises ValueError unless a file has exactly the tensors that a network takes."""
     missing, unused = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    complaints = [f"{len(missing)} of {len(wanted)} tensors missing ({missing[0]}{', ...' * (len(missing) > 1)})"] if missing else []
+    complaints = []
+    if missing:
+        complaints.append(f"{len(missing)} of {len(wanted)} tensors missing ({first_of(missing)})")
     if unused and not allow_unused:
-        complaints.append(f"{len(unused)} not expected ({unused[0]}{', ...' * (len(unused) > 1)})")
+        complaints.append(f"{len(unused)} not expected ({first_of(unused)})")
     if complaints:
         raise ValueError(f"{source}: not the weights of this {kind}, or not all: {'; '.join(complaints)}")
     if unused:
         groups = sorted({".".join(key.split(".")[:2]) for key in unused})
         print(f"{source}: {len(unused)} tensors not needed: {', '.join(groups)}", file=sys.stderr)
+
+
+def first_of(names: list[str]) -> str:
+    return names[0] + ", ..." * (len(names) > 1)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -339,22 +357,22 @@ def trim(shape) -> list[int]:
     return shape
 
 
-# ---- LoRA ----------------------------------------------------------------------------------------------------
+# ---- LoRA --------------------------------------------------------------------------------------------------
 
 def lora_required(layers: Shapes, layout: str) -> list[str]:
-    """The layers that a LoRA must have, in our order: all, but for VideoCrafter2 not the two that it has as Conv1d, a class
-    that the released code passes over."""
+    """The layers that a LoRA must have, in our order: all, but for VideoCrafter2 two that it has as Conv1d,
+    which the released code passes over."""
     return [name for name in layers if layout != "vc2" or not name.startswith("init_attn.0.proj_")]
 
 
 def lora_order(layers: Shapes, layout: str) -> list[str]:
-    """The layers behind a T2V-Turbo LoRA list, one per (up, down) pair. "vc2": our own order; "ms": diffusers' order."""
+    """The layers of a T2V-Turbo LoRA list, one per (up, down) pair. "vc2": our order; "ms": diffusers'."""
     required = lora_required(layers, layout)
     return required if layout == "vc2" else sorted(required, key=diffusers_rank)        # stable
 
 
 def diffusers_rank(layer: str) -> tuple[int, int]:
-    """Sorts layers as diffusers lists them: by part of the UNet, and within a transformer by its own order."""
+    """Sorts layers as diffusers lists them: by part of the UNet, and by its order inside a transformer."""
     parts = [ours for _, ours in DIFFUSERS_PARTS]
     inside = max((ours for ours in parts if f"{layer}.".startswith(f"{ours}.")), key=len)
     step = next((i for i, name in enumerate(DIFFUSERS_TRANSFORMER) if f".{name}" in layer), 0)
@@ -362,7 +380,7 @@ def diffusers_rank(layer: str) -> tuple[int, int]:
 
 
 def lora_from_list(tensors: list[Tensor], layers: Shapes, layout: str, source) -> Pairs:
-    """[up, down, up, down, ...] -> {layer: (up, down)}, every shape checked against the layer its place implies."""
+    """[up, down, up, down, ...] -> {layer: (up, down)}, each shape checked against the layer of its place."""
     order = lora_order(layers, layout)
     if len(tensors) != 2 * len(order):
         raise ValueError(f"{source}: {len(tensors)} LoRA tensors, this UNet takes {2 * len(order)}")
@@ -387,7 +405,7 @@ def split_lora(tensors: State) -> Pairs:
 
 
 def check_lora(lora: Pairs, layers: Shapes, layout: str, source) -> Pairs:
-    """Raises ValueError unless every layer that the layout names has LoRA, and all shapes are those of the layers.
+    """Raises ValueError unless every required layer has LoRA, and all shapes are those of the layers.
 
     up (out, r, 1, ...) after down (r, in, kernel): their product has the shape of the layer's weight.
     """
@@ -396,15 +414,15 @@ def check_lora(lora: Pairs, layers: Shapes, layout: str, source) -> Pairs:
         raise ValueError(f"{source}: LoRA for {foreign[0]}, a layer that this UNet does not have")
     missing = [name for name in lora_required(layers, layout) if name not in lora]
     if missing:
-        raise ValueError(f"{source}: not a LoRA of this UNet, or not all of it: {len(missing)} of {len(layers)} layers missing "
-                         f"({missing[0]}{', ...' * (len(missing) > 1)})")
+        raise ValueError(f"{source}: not a LoRA of this UNet, or not all of it: "
+                         f"{len(missing)} of {len(layers)} layers missing ({first_of(missing)})")
 
     for name, (up, down) in lora.items():
         shape, r = layers[name], down.shape[0] if down.dim() else 0
         expected = (shape[0], r, *[1] * len(shape[2:])), (r, *shape[1:])
         if (tuple(up.shape), tuple(down.shape)) != expected:
-            raise ValueError(f"{source}: LoRA of {name} has shapes {tuple(up.shape)} and {tuple(down.shape)}, "
-                             f"expected {expected[0]} and {expected[1]}")
+            raise ValueError(f"{source}: LoRA of {name} has shapes {tuple(up.shape)} and "
+                             f"{tuple(down.shape)}, expected {expected[0]} and {expected[1]}")
         if not (is_finite(up) and is_finite(down)):
             raise ValueError(f"{source}: LoRA of {name} holds NaN or infinity; the file is damaged")
     return lora
@@ -412,9 +430,9 @@ def check_lora(lora: Pairs, layers: Shapes, layout: str, source) -> Pairs:
 
 @torch.no_grad()
 def scaled(lora: Pairs | None, scale: float, source) -> Pairs | None:
-    """LoRA of another strength: 1 as trained, 0 the teacher. Raises ValueError for a file of whole weights."""
+    """LoRA of another strength: 1 as trained, 0 the teacher. Raises ValueError where there is no LoRA."""
     if lora is None and scale != 1:
-        raise ValueError(f"--lora-scale {scale:g}: {source} holds whole weights, no LoRA that could be scaled")
+        raise ValueError(f"--lora-scale {scale:g}: {source} holds whole weights, no LoRA to scale")
     return lora and {name: (scale * up, down) for name, (up, down) in lora.items()}
 
 
