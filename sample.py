@@ -113,7 +113,8 @@ def check_suffixes(config: Config) -> None:
 
 def model_of(config: Config) -> str:
     """The family: as typed, else what our own student's file says, else the toy."""
-    said = read_header(config.turbo).get("model") if suffix_of(config.turbo) == ".safetensors" else None
+    ours = suffix_of(config.turbo) == ".safetensors" and config.method != "teacher"
+    said = read_header(config.turbo).get("model") if ours else None
     if said and config.model and said != config.model:
         raise ValueError(f"{config.turbo} is a student of {said}, not of {config.model}; use --model {said}")
     return config.model or said or "shapes"

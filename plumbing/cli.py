@@ -25,9 +25,9 @@ class Within:
         if isinstance(value, float) and not math.isfinite(value):
             return "is not a finite number"
         if value < self.low or (self.above and value == self.low):
-            return f"must be {'above' if self.above else 'at least'} {self.low:g}"
+            return f"must be {'above' if self.above else 'at least'} {self.low:.15g}"
         if value > self.high:
-            return f"must be at most {self.high:g}"
+            return f"must be at most {self.high:.15g}"
         return None
 
 

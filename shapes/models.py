@@ -199,14 +199,13 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     config.pop("dropout", None)                             # in the headers of older files; it was 0
     config = replace(configure(Config, config, folder / "teacher.safetensors"), **conditions)
 
-    lora, header = None, {}
+    whole, lora, header = None, None, {}
     if turbo is not None:
         turbo = student(turbo, folder) if str(turbo) in STUDENTS else turbo
         config, whole, lora, header = model.read_turbo(turbo, config, "shapes")
-        state, lora = whole or state, weights.scaled(lora, lora_scale, turbo)
-        header = model.complete(header, FAMILY)
-    for name, layer in model.condition_layers(config).items():                  # what LoRA adds to
-        state.setdefault(f"{name}.weight", layer.weight.data)
+        lora, header = weights.scaled(lora, lora_scale, turbo), model.complete(header, FAMILY)
+    new = {f"{name}.weight": layer.weight.data for name, layer in model.condition_layers(config).items()}
+    state = whole or new | state                                                # `new`: what LoRA adds to
 
     with weights.without_memory():
         unet = UNet(config)

@@ -5,18 +5,25 @@ One table per area: what is typed -> what the message must say.
 import errno
 import json
 import math
+import random
+import shlex
 import tarfile
+import zipfile
 
 import pytest
 import torch
+import tqdm
 from safetensors.torch import load_file, save_file
 
 import evaluate
+import model
 import rewards
+import sample
 import shapes
+import shapes.models
 import train
 from data import open_dataset
-from plumbing import video, weights
+from plumbing import cli, video, weights
 from shapes import pretrain
 
 # ---- shapes/ -----------------------------------------------------------------------------------------------
@@ -484,3 +491,214 @@ def test_a_wrong_vocabulary_is_named(tmp_path):
 def test_wrong_frames_are_known_before_any_file(name, frames):
     with pytest.raises(ValueError, match=f"{name} takes .* frames, not {frames}"):
         rewards.load(name, "nowhere", frames=frames)
+
+
+# ---- sample.py ---------------------------------------------------------------------------------------------
+
+RED = "'a red circle'"
+SAMPLE = [                              # what is typed behind sample.py -> what the message says
+    ("", "give one prompt, or --prompts FILE"),
+    ("'  '", "give one prompt, or --prompts FILE"),
+    (f"{RED} --steps 0", "--steps: 0 must be at least 1"),
+    (f"{RED} --guidance nan", "--guidance: nan is not a finite number"),
+    (f"{RED} --guidance inf", "--guidance: inf is not a finite number"),
+    (f"{RED} --guidance=-1", "--guidance: -1 must be at least 0"),
+    (f"{RED} --method teacher --eta 2", "--eta: 2 must be at most 1"),
+    (f"{RED} --method teacher --eta nan", "--eta: nan is not a finite number"),
+    (f"{RED} --eta 0.5", "--eta belongs to --method teacher"),
+    (f"{RED} --motion 0.1", "--motion belongs to a student of T2V-Turbo-v2; name its file with --turbo"),
+    (f"{RED} --method teacher --lora-scale 0.5", "--lora-scale belongs to students, not to --method teacher"),
+    (f"{RED} --method teacher --turbo x.safetensors", "--turbo belongs to students, not to --method teacher"),
+    (f"{RED} --out x.png --fps 12", "--fps belongs to clips that play"),
+    ("--prompts - --sheet x.png", "--sheet belongs to a known number of clips, not to --prompts -"),
+    (f"{RED} --frames 0", "--frames: 0 must be at least 1"),
+    (f"{RED} --frames -1", "--frames: -1 must be at least 1"),
+    (f"{RED} --frames 100000", "--frames: 100000 must be at most 256"),
+    (f"{RED} --num 1000000000", "--num: 1000000000 must be at most 10000"),
+    (f"{RED} --batch -1", "--batch: -1 must be at least 1"),
+    (f"{RED} --chunk 0", "--chunk: 0 must be at least 1"),
+    (f"{RED} --seed 18446744073709551616", "--seed: 18446744073709551616 must be at most 4294967295"),
+    (f"{RED} --seed 1{'0' * 400}", "must be at most 4294967295"),
+    (f"{RED} --seed 4294967295 --num 2", "--seed 4294967295: the last clip's is beyond 2**32 - 1"),
+    (f"{RED} --fps 10000", "--fps: 10000 must be at most 240"),
+    (f"{RED} --height 70", "height 70 is not a multiple of 16; try 64 or 80"),
+    (f"{RED} --out x.webm", "--out x.webm: choose .mp4, .gif, .png, .safetensors"),
+    (f"{RED} --out x.jpg", "--out x.jpg: choose .mp4, .gif, .png, .safetensors"),
+    (f"{RED} --sheet x.jpg", "--sheet x.jpg: its name must end in .png"),
+    (f"{RED} --latents x.pt", "--latents x.pt: its name must end in .safetensors"),
+    (f"{RED} --out x.safetensors --latents x.safetensors", "--out and --latents both name x.safetensors"),
+    (f"{RED} --out x.png --sheet ./x.png", "--out and --sheet both name x.png"),
+    (f"{RED} --num 2 --out x.png --sheet x-1.png", "--out and --sheet both name x-1.png"),
+    (f"{RED} --out file/x.mp4", "file: nothing can be written there: "),
+    (f"{RED} --out folder.mp4", "folder.mp4 is a folder"),
+    (f"{RED} --out x.gif --fps 60", "a gif has 50 at most"),
+    (f"{RED} --device foo", "--device foo: no such device here"),
+    (f"{RED} --device meta", "--device meta: no such device here"),
+    (f"{RED} --device CPU", "--device CPU: no such device here"),
+    (f"{RED} --device 0", "--device 0: no such device here"),
+    (f"{RED} --dtype int8", "--dtype: invalid choice: 'int8'"),
+    (f"{RED} --gidance 3", "unknown option --gidance, did you mean --guidance?"),
+    ("a red circle", "unexpected argument 'red' (quote the prompt)"),
+    ("'a dog'", "unknown word 'dog'"),
+    ("--prompts none.txt", "none.txt: No such file or directory"),
+    ("--prompts empty.txt", "empty.txt: no prompts in it"),
+    ("--prompts latin.txt", "latin.txt: not a text file in utf-8 (byte 6)"),
+    ("--prompts null.json", 'null.json, entry 1: neither a prompt nor an object with "prompt_en"'),
+    ("--prompts object.json", 'object.json, entry 1: neither a prompt nor an object with "prompt_en"'),
+    ("--prompts broken.json", "broken.json: not JSON: "),
+    ("--prompts red.txt --out x.mp4", "--prompts writes many files; --out x.mp4 should be a folder"),
+    ("--prompts red.txt --out foreign", "foreign: VBench wants nothing but clips in it, and there is notes.txt"),
+    ("--prompts red.txt --out new --sheet new/x.png", "new: VBench wants nothing but clips in it, and there is x.png"),
+    ("--prompts slash.txt --out new", "'a red/ring' and 'a red ring' would both be written to new/a red ring-0.mp4"),
+    ("--prompts long.txt --out new", "a file's name takes 255 bytes, this one has 256; shorten the prompt"),
+    (f"{RED} --turbo none.safetensors", "none.safetensors: no such file"),
+    (f"{RED} --turbo vc2.safetensors --model shapes", "vc2.safetensors is a student of vc2, not of shapes; use --model vc2"),
+    (f"{RED} --turbo unet_lora.pt", "unet_lora.pt is no file of the toy; say whose it is: --model vc2 or --model ms"),
+    (f"{RED} --model ms --method vcm", "there are no public VCM weights for ms; give your own: --turbo FILE"),
+]
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    """A folder with the files that SAMPLE names, from which the commands run."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder.mp4", "foreign"):
+        (tmp_path / name).mkdir()
+    texts = {"file": "", "foreign/notes.txt": "", "empty.txt": "\n\n", "red.txt": "a red circle\n", "null.json": '[{"prompt_en": null}]',
+             "object.json": '{"prompt_en": "a red circle"}', "broken.json": "[", "slash.txt": "a red/ring\na red ring\n",
+             "long.txt": "a red circle" + " " * 229 + "moving up"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "latin.txt").write_bytes("ein grüner".encode("latin-1"))
+    weights.save_checkpoint(tmp_path / "vc2.safetensors", {"x": torch.ones(1)}, {"model": "vc2"})
+    return tmp_path
+
+
+@pytest.mark.parametrize("typed, message", SAMPLE)
+def test_sampling_complains_in_one_line(typed, message, inputs, monkeypatch, capsys):
+    """And before anything is loaded."""
+    monkeypatch.setattr(shapes.models, "load", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(SystemExit) as stop:
+        sample.main(shlex.split(typed))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and message in said, said
+
+
+def test_suffixes_in_any_case(inputs):
+    sample.main(["a red circle", "--steps", "1", "--out", "X.MP4"])
+    assert (inputs / "X.MP4").is_file()
+
+
+def test_a_message_stands_on_a_line_of_its_own(capsys):
+    """Not behind a progress bar."""
+    @cli.main
+    def main(argv):
+        for _ in tqdm.tqdm(range(3), leave=False):
+            raise ValueError("it is broken")
+
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().err.split("\n")[-2].endswith(": it is broken")
+    assert not capsys.readouterr().err
+
+
+def test_out_of_memory_is_said(capsys):
+    @cli.main
+    def main(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    with pytest.raises(SystemExit):
+        main([])
+    assert "out of memory; try smaller or fewer clips" in capsys.readouterr().err
+
+
+# ---- weight files ------------------------------------------------------------------------------------------
+
+STUDENT = shapes.WEIGHTS / "turbo.safetensors"
+
+
+def damaged(state: dict, key: str, value: float) -> dict:
+    tensor = state[key].clone()
+    tensor.view(-1)[-1] = value
+    return state | {key: tensor}
+
+
+WEIGHTS = {                             # what a student's file holds -> what the message says
+    "nothing": (lambda state, header: ({}, header), "holds no named tensors; it is not a weight file"),
+    "ten layers": (lambda state, header: (dict(list(state.items())[:20]), header), "layers missing"),
+    "one layer short": (lambda state, header: (dict(list(state.items())[2:]), header), "1 of 285 layers missing"),
+    "half a pair": (lambda state, header: (dict(list(state.items())[1:]), header), "its tensors are not pairs"),
+    "NaN": (lambda state, header: (damaged(state, "out.2.up", float("nan")), header), "out.2 holds NaN or infinity"),
+    "infinity": (lambda state, header: (damaged(state, "out.2.down", float("inf")), header), "out.2 holds NaN or infinity"),
+    "a teacher": (lambda state, header: (load_file(shapes.WEIGHTS / "teacher.safetensors"), {}), "1 of 733 tensors missing"),
+    "another model's": (lambda state, header: (state, header | {"model": "vc2"}), "is a student of vc2, not of shapes"),
+    "a grid that is a word": (lambda state, header: (state, header | {"steps": "8"}), "says steps '8', no number"),
+    "a negative range": (lambda state, header: (state, header | {"w_min": -1}), "says w_min -1, no number"),
+    "a model that is a number": (lambda state, header: (state, header | {"model": 3}), "says model 3, no name"),
+    "options that are a list": (lambda state, header: (state, header | {"train": []}), "training options are no JSON object"),
+    "a list for a header": (lambda state, header: (state, [1]), "its header is not a JSON object"),
+}
+
+
+@pytest.mark.parametrize("wrong", WEIGHTS)
+def test_wrong_students_end_in_one_line(wrong, tmp_path):
+    change, message = WEIGHTS[wrong]
+    tensors, header = change(*weights.read_checkpoint(STUDENT))
+    weights.save_checkpoint(tmp_path / "x.safetensors", tensors, header)
+    with pytest.raises(ValueError, match=message) as error:
+        shapes.load(tmp_path / "x.safetensors")
+    assert str(tmp_path / "x.safetensors") in str(error.value) and "\n" not in str(error.value)
+
+
+PICKLES = {                             # what a .pt file holds -> what the message says
+    "a tensor": torch.ones(3), "a number": 3, "nothing": None, "a tuple": (torch.ones(3),), "an empty dict": {},
+    "a dict of numbers": {"a": 1}, "numbers for names": {1: torch.ones(1)}, "text": "state_dict",
+}
+
+
+@pytest.mark.parametrize("content", PICKLES)
+def test_files_that_are_no_weights(content, tmp_path):
+    torch.save(PICKLES[content], tmp_path / "x.pt")
+    for read in (weights.read_named, lambda path: model.load("vc2", turbo=path), lambda path: model.load("vc2", path)):
+        with pytest.raises(ValueError, match="x.pt: holds no named tensors; it is not a weight file"):
+            read(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("content, message", [([], "0 LoRA tensors, this UNet takes 1150"), ([1] * 1150, "a list, but not of tensors")])
+def test_lists_that_are_no_lora(content, message, tmp_path):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=f"x.pt: {message}"):
+        model.load("vc2", turbo=tmp_path / "x.pt")
+
+
+def test_damaged_bytes_never_show_a_traceback(tmp_path):
+    """A weight file with any byte exchanged, or cut anywhere, is read or refused in one line."""
+    torch.save({"state_dict": {"a.weight": torch.ones(30), "b": torch.zeros(2, 2)}}, tmp_path / "x.pt")
+    good, rng = (tmp_path / "x.pt").read_bytes(), random.Random(0)
+    for trial in range(300):
+        wrong, place = bytearray(good), rng.randrange(len(good))
+        wrong[place] = rng.randrange(256)
+        (tmp_path / "y.pt").write_bytes(wrong if trial % 3 else good[:place])
+        try:
+            weights.read_named(tmp_path / "y.pt")
+        except ValueError as error:
+            assert "y.pt" in str(error) and "\n" not in str(error)
+
+
+def test_a_compressed_file_is_read_and_not_mapped(tmp_path):
+    """Repacked by an ordinary zip program: mapped, its tensors would be garbage."""
+    state = {"a": torch.arange(1000.0), "b": torch.ones(3, 4)}
+    torch.save(state, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as stored, \
+            zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in stored.infolist():
+            packed.writestr(entry.filename, stored.read(entry))
+    read = weights.read_named(tmp_path / "y.pt")
+    assert all(torch.equal(read[key], state[key]) for key in state)
+
+
+def test_an_unreadable_file_is_not_a_missing_one(tmp_path, monkeypatch):
+    (tmp_path / "x.pt").write_bytes(b"x")
+    monkeypatch.setattr("builtins.open", lambda *args: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied")))
+    with pytest.raises(ValueError, match="x.pt cannot be read: Permission denied"):
+        weights.read_named(tmp_path / "x.pt")

@@ -29,10 +29,13 @@ from test_model import (
 )
 from torch import nn
 
+import sample
+import turbo
 from model import (
     FAMILIES,
     VAE,
     VC2,
+    UNet3D,
     complete,
     fetch,
     guidance_embedding,
@@ -41,7 +44,7 @@ from model import (
     lora_shapes,
     read_turbo,
 )
-from plumbing import video
+from plumbing import video, weights
 from plumbing.weights import (
     fill,
     lora_from_list,
@@ -118,7 +121,7 @@ def same(a, b):
     return True
 
 
-# -------------------------------------------------------------------------------------------- teachers
+# ---- teachers ----------------------------------------------------------------------------------------------
 
 class Callback:
     """What a training framework pickles beside the weights."""
@@ -227,7 +230,7 @@ def test_new_student(tmp_path):
         assert torch.equal(student(*INPUTS), student(*INPUTS, w=w, motion=w))
 
 
-# ------------------------------------------------------------------------------------------------ LoRA
+# ---- LoRA --------------------------------------------------------------------------------------------------
 
 def lora_list(shapes, rank=4):
     """[up, down, ...] with the values that the published code was run with."""
@@ -322,7 +325,7 @@ def test_merge_equals_peft():
         assert torch.allclose(x, expected[key], atol=1e-6), key
 
 
-# --------------------------------------------------------------------------- v2, and our own checkpoints
+# ---- v2, and our own checkpoints ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("motion", [True, False])
 def test_second_version(tmp_path, motion):
@@ -386,7 +389,151 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
     assert torch.equal(read_checkpoint(path)[0]["a"], torch.ones(2, 3))
 
 
-# ---------------------------------------------------------------------------------------------- errors
+# ---- what students are told --------------------------------------------------------------------------------
+
+def student_file(path, header, motion=False):
+    """A whole UNet of ours."""
+    with torch.device("meta"):
+        unet = UNet3D(replace(FPS, guidance=True, motion=motion))
+    save_checkpoint(path, deterministic(shapes_of(unet)), header)
+
+
+@pytest.fixture
+def teacher_file(tmp_path):
+    torch.save(videocrafter(), tmp_path / "model.ckpt")
+    return tmp_path / "model.ckpt"
+
+
+def told(monkeypatch, models, **options):
+    """[(t, fps, motion)] of every pass that sample.py's options make through a UNet."""
+    heard = []
+
+    def unet(z, t, c, w=None, fps=None, motion=None):
+        heard.append((t[0].item(), fps, None if motion is None else motion[0].item()))
+        return torch.zeros_like(z)
+
+    monkeypatch.setattr(models.unet, "forward", unet)
+    config = sample.Config("a horse", frames=2, height=64, width=64, **options)
+    turbo.generate(models, ["a horse"], [0], sample.size_of(models, config), sample.sampling_of(models, config))
+    return heard
+
+
+def test_second_version_is_sampled_as_it_was_trained(tmp_path, teacher_file, monkeypatch):
+    """8 frames a second, 16 of 200 steps, and λ' = 0.05 at t >= 500 only: told 0.05 below, latents differ by 1e-3."""
+    torch.save(deterministic(original_shapes(replace(FPS, guidance=True, motion=True))), tmp_path / "unet_mg.pt")
+    models = load("vc2", teacher_file, tmp_path / "unet_mg.pt")
+    assert models.fps == 8 and models.sampling == FAMILIES["vc2"].sampling["turbo-v2"]
+    heard = told(monkeypatch, models)
+    assert len(heard) == 16 and {fps for _, fps, _ in heard} == {8}
+    assert all(motion == (pytest.approx(0.05) if t >= 500 else 0) for t, _, motion in heard)
+    assert [motion for *_, motion in told(monkeypatch, models, steps=4, motion=0.2, motion_share=0.2)] == \
+        [pytest.approx(0.2), 0, 0, 0]
+
+    torch.save(deterministic(original_shapes(replace(FPS, guidance=True))), tmp_path / "unet_no_mg.pt")
+    models = load("vc2", teacher_file, tmp_path / "unet_no_mg.pt")
+    assert models.sampling.motion is None and (models.sampling.grid, models.fps) == (200, 8)
+    with pytest.raises(ValueError, match="--motion belongs to T2V-Turbo-v2 with motion guidance"):
+        told(monkeypatch, models, motion=0.1)
+
+
+def test_a_students_header_says_how_it_is_sampled(tmp_path, teacher_file, monkeypatch):
+    header = dict(model="vc2", method="turbo", steps=100, w_min=1.0, w_max=4.0, fps=8, frames=24, height=128, width=64)
+    student_file(tmp_path / "x.safetensors", header)
+    models = load("vc2", teacher_file, tmp_path / "x.safetensors")
+    assert models.size == (24, 128, 64) and models.fps == 8
+    assert (models.sampling.grid, models.sampling.fps, models.sampling.guidance) == (100, 8, 4.0)
+    assert {fps for _, fps, _ in told(monkeypatch, models)} == {8}
+    assert {fps for _, fps, _ in told(monkeypatch, models, fps=12)} == {12}
+
+    old = dict(method="turbo", steps=50, w_min=5.0, w_max=15.0, train=dict(steps=10000, fps=8, frames=8))     # version 1
+    student_file(tmp_path / "old.safetensors", old)
+    models = load("vc2", teacher_file, tmp_path / "old.safetensors")
+    assert models.size == (8, 64, 64) and models.fps == 8 and models.sampling.grid == 50
+
+    v2 = header | dict(method="turbo-v2", steps=200, w_max=15.0, motion=0.1, motion_share=0.3)
+    student_file(tmp_path / "v2.safetensors", v2, motion=True)
+    sampling = load("vc2", teacher_file, tmp_path / "v2.safetensors").sampling
+    assert (sampling.steps, sampling.motion, sampling.motion_share) == (16, 0.1, 0.3)
+
+
+def test_the_teacher_is_told_28_frames_a_second_and_so_is_its_file(teacher_file):
+    models = load("vc2", teacher_file)
+    assert models.fps == models.sampling.fps == 28 and models.sampling.eta == 1 and models.sampling.scale_z0
+
+
+def test_guidance_beyond_the_trained_range_is_said(tmp_path, teacher_file, capsys):
+    torch.save(public_list(replace(FPS, guidance=True), "vc2"), tmp_path / "unet_lora.pt")
+    models = load("vc2", teacher_file, tmp_path / "unet_lora.pt")
+    for guidance, warns in ((5, False), (15, False), (20, True), (0, True)):
+        sample.sampling_of(models, sample.Config(guidance=guidance))
+        said = capsys.readouterr().err
+        assert (said == f"--guidance {guidance}: this student was trained with 5 to 15\n") == warns == bool(said)
+
+
+def test_strength_of_lora(tmp_path, teacher_file):
+    """0: the teacher, 1: as trained, and in between in proportion."""
+    torch.save(public_list(replace(FPS, guidance=True), "vc2"), tmp_path / "unet_lora.pt")
+    weight = {scale: load("vc2", teacher_file, tmp_path / "unet_lora.pt", lora_scale=scale).unet.out[2].weight
+              for scale in (0, 0.5, 1)}
+    assert torch.equal(weight[0], load("vc2", teacher_file).unet.out[2].weight)
+    torch.testing.assert_close(weight[0.5], (weight[0] + weight[1]) / 2)
+    student_file(tmp_path / "x.safetensors", {})
+    with pytest.raises(ValueError, match="--lora-scale 0.5: .* holds whole weights, no LoRA to scale"):
+        load("vc2", teacher_file, tmp_path / "x.safetensors", lora_scale=0.5)
+
+
+def test_merged_weights_are_written_as_released(tmp_path, teacher_file):
+    """All names and shapes of VideoCrafter2's file and one more; read back, the same student."""
+    torch.save(public_list(replace(FPS, guidance=True), "vc2"), tmp_path / "unet_lora.pt")
+    student = load("vc2", teacher_file, tmp_path / "unet_lora.pt")
+    weights.save_merged(tmp_path / "merged.pt", teacher_file, student.unet.state_dict())
+    written = torch.load(tmp_path / "merged.pt", weights_only=True)["state_dict"]
+    expected = merged_videocrafter()["state_dict"]
+    assert {key: x.shape for key, x in written.items()} == {key: x.shape for key, x in expected.items()}
+    again = load("vc2", turbo=tmp_path / "merged.pt")
+    assert same(again, student) and again.sampling == student.sampling
+
+
+def test_a_lora_of_another_model_is_refused(tmp_path, teacher_file, modelscope):
+    """All 575 layers of a ModelScope LoRA are layers of VideoCrafter2, too; so are any ten of its own."""
+    def write(config, layers, header):
+        pairs = dict(zip(layers, zip(*[iter(lora_list([lora_shapes(config)[name] for name in layers]))] * 2)))
+        flat = {f"{name}.{end}": x for name, pair in pairs.items() for end, x in zip(("up", "down"), pair, strict=True)}
+        save_checkpoint(tmp_path / "x.safetensors", flat, header)
+
+    vc2, ms = replace(FPS, guidance=True), replace(SMALL, guidance=True)
+    for config, layers in ((ms, list(lora_shapes(ms))), (vc2, list(lora_shapes(vc2))[:10])):
+        write(config, layers, HEADER)
+        with pytest.raises(ValueError, match="x.safetensors: not a LoRA of this UNet, or not all of it: [0-9]+ of 576 layers"):
+            load("vc2", teacher_file, tmp_path / "x.safetensors")
+    write(vc2, list(lora_shapes(vc2)), HEADER)
+    with pytest.raises(ValueError, match="LoRA for fps_embedding.0, a layer that this UNet does not have"):
+        load("ms", modelscope[0], tmp_path / "x.safetensors")
+    write(vc2, list(lora_shapes(vc2)), HEADER | {"model": "ms"})
+    with pytest.raises(ValueError, match="x.safetensors is a student of ms, not of vc2; use --model ms"):
+        load("vc2", teacher_file, tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("key", ["model.diffusion_model.out.2.weight", "first_stage_model.decoder.conv_in.bias",
+                                 "cond_stage_model.model.ln_final.weight"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, key):
+    state = videocrafter()
+    state[key].view(-1)[3] = float("nan")
+    torch.save(state, tmp_path / "model.ckpt")
+    with pytest.raises(ValueError, match=f"{key.split('model.')[-1][-8:]} holds NaN or infinity"):
+        load("vc2", tmp_path)
+
+
+def test_files_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_checkpoint(tmp_path / "x.safetensors", {"a": torch.ones(1)}, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+# ---- errors ------------------------------------------------------------------------------------------------
 
 def broken(tmp_path, how):
     """A wrong teacher file."""
@@ -487,7 +634,7 @@ def test_offline(monkeypatch):
         fetch("vc2")
 
 
-# -------------------------------------------------------------------------------------------- full size
+# ---- full size ---------------------------------------------------------------------------------------------
 
 def filler(shapes):
     """Half-precision noise of any shape, quickly: pieces of one sheet."""
@@ -572,7 +719,7 @@ def test_full_size(tmp_path, layout):
     done = subprocess.run(
         [sys.executable, "-c", SAMPLE, "a horse on the moon", *model, *turbo, "--teacher", teacher, "--steps", "4", "--dtype", dtype,
          "--height", "64", "--width", "128", "--frames", "4", "--latents", tmp_path / "z.safetensors", "--out", tmp_path / "out.gif"],
-        capture_output=True, text=True, cwd=os.path.dirname(model.__file__))
+        capture_output=True, text=True, cwd=os.path.dirname(sample.__file__))
     assert done.returncode == 0, done.stderr[-2000:]
     seconds, peak = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[")))
     print(f"\n{layout}, {dtype}: loaded in {seconds:.0f} s, sampled in {time.time() - start - seconds:.0f} s (start of Python included), "
