@@ -2,6 +2,7 @@
 
     python sample.py "a red circle moving right and a blue square moving up"   # the embedded toy, no download
     python sample.py "An astronaut riding a horse." --model vc2                # T2V-Turbo, downloaded once
+    python sample.py "An astronaut riding a horse." --model vc2 --turbo vc2-turbo-v2           # T2V-Turbo-v2
     python sample.py --prompts VBench_full_info.json --model vc2 --out clips/  # VBench's PROMPT-i.mp4
     python sample.py --prompts - --model vc2                                   # a clip per line that is typed
 """
@@ -159,6 +160,15 @@ def check_clips(config: Config, jobs: list[prompts.Job]) -> None:
     check_size(family, height=config.height, width=config.width)
     for job in jobs[:1]:
         video.check_output(job.path, config.fps or family.fps)
+
+    # room for what is not compressed, before it is computed
+    T, H, W = config.frames or family.frames, config.height or family.height, config.width or family.width
+    clips, vae = len(jobs), family.vae
+    if config.latents:
+        latent_pixels = T * (H // vae.factor) * (W // vae.factor)
+        prompts.check_space(Path(config.latents), clips * 4 * vae.latent * latent_pixels)       # float32
+    if suffix_of(config.out) == ".safetensors":
+        prompts.check_space(Path(config.out), clips * 3 * T * H * W)
 
 
 def load_models(config: Config) -> Models:

@@ -136,7 +136,7 @@ def check_folder(folder: Path, others: dict[str, Path]) -> None:
 
 
 def check_space(path: Path, size: int) -> None:
-    """Raises ValueError where a file of `size` bytes does not fit, before it is computed."""
+    """Raises ValueError where files of `size` bytes do not fit."""
     free = shutil.disk_usage(path.parent).free
     if size > free:
-        raise ValueError(f"{path} will have {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left")
+        raise ValueError(f"{path}: {size / 1e9:.1f} GB to write, and its disk has {free / 1e9:.1f} GB left")

@@ -7,8 +7,10 @@ import json
 import math
 import random
 import shlex
+import shutil
 import tarfile
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -582,6 +584,15 @@ def test_sampling_complains_in_one_line(typed, message, inputs, monkeypatch, cap
         sample.main(shlex.split(typed))
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1 and message in said, said
+
+
+def test_a_disk_without_room_is_noticed_first(inputs, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    monkeypatch.setattr(shapes.models, "load", lambda *args: pytest.fail("loaded"))
+    for option in ("--latents", "--out"):
+        with pytest.raises(SystemExit):
+            sample.main(["a red circle", option, "z.safetensors"])
+        assert "z.safetensors: 0.0 GB to write, and its disk has 0.0 GB left" in capsys.readouterr().err
 
 
 def test_suffixes_in_any_case(inputs):
