@@ -504,8 +504,14 @@ def export(trainer: Trainer, out: Path) -> None:
         matrices = weights.lora_to_list(
             weights.split_lora(state), lora_shapes(unet.config), layout_of(unet.config))
         write(out / "unet_lora.pt", partial(torch.save, matrices))
+        print(f"{out}/unet_lora.pt has no place for the guidance projection, which the released code then "
+              "draws at random; --merge writes weights that hold it", file=sys.stderr)
     if config.merge:
-        weights.save_checkpoint(out / "merged.safetensors", merge(unet.float()).state_dict(), about)
+        whole = merge(unet.float()).state_dict()
+        weights.save_checkpoint(out / "merged.safetensors", whole, about)
+        if about["model"] == "vc2":         # for the released code and others
+            teacher = config.teacher or model.fetch("vc2")
+            weights.save_merged(out / "t2v_turbo_vc2.pt", teacher, whole)
 
 
 # ---- the run -----------------------------------------------------------------------------------------------

@@ -237,7 +237,8 @@ def read_checkpoint(path: str | Path) -> tuple[State, dict]:
 
 def save_merged(path: str | Path, teacher: str | Path, unet: State) -> None:
     """Writes t2v_turbo_vc2.pt's layout: model.ckpt of VideoCrafter2 with a student's UNet in it."""
-    prefix = "model.diffusion_model."
+    teacher, prefix = Path(teacher), "model.diffusion_model."
+    teacher = teacher / "model.ckpt" if teacher.is_dir() else teacher
     rest = {key: x for key, x in read_named(teacher).items() if not key.startswith(prefix)}
     student = {prefix + key: x.detach().cpu().contiguous() for key, x in to_public_names(unet).items()}
     with atomic(path) as temporary:

@@ -506,6 +506,21 @@ def test_results_load_where_they_are_needed(tmp_path):
             assert header["train"]["lora"] == 4
 
 
+def test_merged_weights_are_also_written_as_released(tmp_path, capsys):
+    """`--merge` leaves t2v_turbo_vc2.pt, whose UNet has the released names; a LoRA list says what it lacks."""
+    teacher = {"model.diffusion_model.out.2.bias": torch.zeros(4), "first_stage_model.x": torch.ones(1)}
+    torch.save({"state_dict": teacher}, tmp_path / "model.ckpt")
+    made = trainer("--merge", "--export-lora", unet=dataclasses.replace(tiny.UNET, fps=True))
+    made.config = dataclasses.replace(made.config, preset="turbo-vc2", teacher=str(tmp_path))
+    train.export(made, tmp_path)
+    assert "unet_lora.pt has no place for the guidance projection" in capsys.readouterr().err
+    written = weights.read_named(tmp_path / "t2v_turbo_vc2.pt")
+    assert written["first_stage_model.x"] == 1
+    assert torch.equal(written["model.diffusion_model.out.2.bias"], made.student.out[2].bias)
+    unet = weights.rename(weights.part(written, "model.diffusion_model."), weights.VIDEOCRAFTER)
+    weights.fill(made.student, unet, "written")             # all names, and no other
+
+
 def test_a_student_that_is_not_finite_is_not_exported(tmp_path):
     made = trainer()
     made.params[0].data.flatten()[0] = float("nan")
