@@ -1,7 +1,5 @@
-"""Every stage at miniature size, by its command: pretraining, distillation, sampling, evaluation. And the README keeps its word."""
+"""Every stage at miniature size, by its command: pretraining, distillation, sampling, evaluation."""
 import json
-import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -9,7 +7,7 @@ import pytest
 import evaluate
 import sample
 import train
-from plumbing import cli, video
+from plumbing import video
 from shapes import pretrain
 
 ROOT = Path(__file__).parent.parent
@@ -41,46 +39,3 @@ def test_a_stage_that_fails_ends_the_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         pretrain.main(["--all", "--out", str(tmp_path)])
     assert "vae ended early" in capsys.readouterr().err and not (tmp_path / "viclip.jsonl").exists()
-
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
-
-
-@pytest.mark.parametrize("block", blocks("python"))
-def test_quoted_code_stands_in_its_file(block):
-    head, _, code = block.partition("\n")
-    assert head.startswith("# "), "a quotation begins with its file's name"
-    assert code.strip("\n") in (ROOT / head[2:].strip()).read_text(encoding="utf-8")
-
-
-def commands():
-    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines() + re.findall(r"`((?:python|torchrun) [^`]*\.py[^`]*)`", README)
-    for line in lines:
-        for part in line.split("&&"):
-            words = shlex.split(part, comments=True)
-            script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
-            if words and words[0] in ("python", "torchrun") and script is not None:
-                yield words[script:]
-
-
-@pytest.mark.parametrize("command", list(commands()), ids=" ".join)
-def test_commands_parse(command):
-    script, *args = command
-    assert (ROOT / script).exists(), script
-    if script == "train.py":
-        train.configure(args)
-    elif script == "sample.py":
-        sample.check(cli.parse(sample.Config, args, positional="prompt"))
-    elif script == "evaluate.py":
-        cli.parse(evaluate.COMMANDS[args[0]][1], args[1:], positional=evaluate.COMMANDS[args[0]][2])
-    elif script == "shapes/pretrain.py":
-        cli.parse(pretrain.Config, args)
-
-
-def test_pictures_and_files_are_there():
-    for path in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / path).exists(), path
