@@ -351,6 +351,10 @@ def test_compiles_without_a_graph_break():
     with torch.no_grad():
         w = torch.tensor([7.0, 8.0])
         assert close(compiled(*INPUTS, w=w, fps=8), unet(*INPUTS, w=w, fps=8))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert close(compiled(*INPUTS, w=w, fps=8), unet(*INPUTS, w=w, fps=8))
+        maps, expected = (network.with_maps(*INPUTS, fps=8)[1] for network in (compiled, unet))
+        assert len(maps) == 3 and all(map(torch.equal, maps, expected))     # run eagerly
 
 
 def digest(shapes):
