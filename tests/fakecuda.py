@@ -4,7 +4,7 @@
 
     python tests/fakecuda.py [--project DIR] [--full] [WORD ...]      # the cases whose name holds each of these words
 
-A line of JSON per case: what went wrong, and what was copied between host and device, and where. An operation on two devices fails as
+A line of JSON per case: what went wrong, and what was copied from the host to the device, and by whom. An operation on two devices fails as
 it does on a GPU. Not shown: what kernels do, the strides they choose, NCCL, torch.compile.
 Networks have their published widths and fewer blocks (`shrink`); --full keeps all blocks and takes minutes.
 """
@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 PRESETS = ("shapes", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms")
 REWARDS = ("hpsv2", "pickscore", "clip", "imagereward", "viclip", "internvideo2")
 DTYPES = ("float32", "bfloat16", "float16")
+CANNOT = 3                                      # exit code where this PyTorch is another than the one it was written for
 GRID_LIMIT = 65535                              # blocks in the second and third dimension of a CUDA grid
 
 
@@ -136,46 +137,51 @@ def fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **k
 
 
 class Watch(TorchDispatchMode):
-    """Answers what only contents can tell (a number: 1, a mask: true), and counts what crosses between host and device."""
+    """Answers what only contents can tell (a number: 1, a mask: true), and counts what is copied from the host to the device.
 
-    def __init__(self, project: Path):
+    `copies` are by the function that asked for them; `in_networks` those within a pass of a UNet, a VAE or a reward model.
+    """
+
+    def __init__(self, project: Path, networks: tuple[type, ...]):
         super().__init__()
-        self.project, self.copies, self.waits = str(project), collections.Counter(), collections.Counter()
+        self.project, self.networks = str(project), networks
+        self.copies, self.in_networks = collections.Counter(), collections.Counter()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         aten, kwargs = torch.ops.aten, kwargs or {}
         if op is aten._local_scalar_dense.default:
-            if args[0].device.type == "cuda":
-                self.waits[self.where()] += 1
             return one(args[0].dtype)
-        if op is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1]):
-            return self.masked(*args)
+        if op in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            indices = [i for i in args[1] if i is not None]
+            wrong = [i.device for i in indices if i.device not in (args[0].device, torch.device("cpu"))]
+            assert not wrong, f"an index on {wrong[0]} of a tensor on {args[0].device}"
+            if op is aten.index.Tensor and indices[0].dtype == torch.bool:
+                return self.masked(args[0], *indices)
         with visible_gpus(0):
             out = op(*args, **kwargs)
         if op in (aten._to_copy.default, aten.copy_.default):
             source = args[1] if op is aten.copy_.default else args[0]
             if (source.device.type, out.device.type) == ("cpu", "cuda"):
-                self.copies[self.where()] += 1
-            elif (source.device.type, out.device.type) == ("cuda", "cpu"):
-                self.waits[self.where()] += 1
+                self.count()
         return out
 
     @staticmethod
-    def masked(x, indices):
+    def masked(x, mask):
         """x[mask], one mask over the first dimensions, as if all of it were true."""
-        mask, = indices
-        assert mask.device in (x.device, torch.device("cpu")), f"a mask on {mask.device} of a tensor on {x.device}"
         return x.reshape(-1, *x.shape[mask.ndim:])
 
-    def where(self) -> str:
-        """The line of the project that is being run."""
-        frame = sys._getframe(1)
+    def count(self) -> None:
+        """Notes who copies: the innermost function of the project, and whether a network is under way."""
+        name, inside, frame = None, False, sys._getframe(2)
         while frame:
-            path = frame.f_code.co_filename
-            if path.startswith(self.project) and "/tests/" not in path and "/site-packages/" not in path:
-                return f"{path[len(self.project) + 1:]}:{frame.f_lineno}"
+            code = frame.f_code
+            if code.co_filename.startswith(self.project) and "/tests/" not in code.co_filename:
+                name = name or f"{Path(code.co_filename).name}: {getattr(code, 'co_qualname', code.co_name)}"
+                inside |= code.co_name in ("forward", "decode", "score") and isinstance(frame.f_locals.get("self"), self.networks)
             frame = frame.f_back
-        return "?"
+        self.copies[name] += 1
+        if inside:
+            self.in_networks[name] += 1
 
 
 @contextmanager
@@ -208,7 +214,7 @@ def shrink() -> None:
     import rewards
 
     for name, family in list(model.FAMILIES.items()):
-        unet = dataclasses.replace(family.unet, mult=(1, 2), res_blocks=1, attention_levels=())
+        unet = dataclasses.replace(family.unet, mult=(1,), res_blocks=1, attention_levels=())
         vae, text = dataclasses.replace(family.vae, res_blocks=1), dataclasses.replace(family.text, layers=2)
         model.FAMILIES[name] = dataclasses.replace(family, unet=unet, vae=vae, text=text)
     for name, recipe in list(rewards.RECIPES.items()):
@@ -231,11 +237,12 @@ def shallow(make, header):
 
 def training(preset: str, *options: str, gpus: int = 1, again: bool = False, show: bool = False) -> dict:
     """A step; again: another one from the state that a file on the CPU held; show: the run's sample clips (the toy's are judged)."""
+    import shapes.world
     import train
     from plumbing.run import Group
 
     with tempfile.TemporaryDirectory() as out:
-        config = train.configure(["--preset", preset, "--out", out, "--batch", str(gpus), "--micro", "1", *options])
+        config = train.configure(["--preset", preset, "--out", out, "--batch", str(gpus), "--micro", "1", "--chunk", "16", *options])
         world = train.load_world if preset == "shapes" else train.random_world
         group = processes(gpus) if gpus > 1 else Group()
         trainer = train.Trainer(config, *split_world(world(config, group.device)), group)
@@ -249,9 +256,11 @@ def training(preset: str, *options: str, gpus: int = 1, again: bool = False, sho
             trainer.step(batch)
         check_devices(trainer, group.device)
         train.video.write_video = lambda path, clip, fps: None
+        shapes.world.accuracy = partial(shapes.world.accuracy, count=2)
         if show:
+            trainer.config = dataclasses.replace(config, prompt=config.prompt[:preset != "shapes"])
             trainer.show(Path(out))
-    return {"copies": copies.total(), "where": dict(copies)}
+    return {"copies": dict(copies)}
 
 
 def split_world(world):
@@ -307,14 +316,14 @@ def networks(family: str, dtype, **conditions):
     known = model.FAMILIES[family]
     with dryrun.build("cuda", dtype):
         unet = model.UNet3D(dataclasses.replace(known.unet, **conditions)).eval()
-        vae, text = model.VAE(known.vae), model.TextEncoder(known.text)
+        vae, text = model.VAE(known.vae).requires_grad_(False), model.TextEncoder(known.text).requires_grad_(False)
     fields = dict(name=family, unet=unet, vae=vae, text=text, fps=known.fps, height=known.height, width=known.width,
                   frames=known.frames, header={})
     return model.Models(**{field.name: fields[field.name] for field in dataclasses.fields(model.Models)})
 
 
 def sampling(family: str, method: str, dtype: str, height=None, width=None) -> dict:
-    """Two clips in one and in two steps: what is copied to the device per step is in the answer."""
+    """Two clips in one step, and in two (not the toy in half precision); "copies": those of the step between."""
     import sample
     import shapes
     import turbo
@@ -330,21 +339,23 @@ def sampling(family: str, method: str, dtype: str, height=None, width=None) -> d
         models = networks(family, dtype, **conditions)
     size = (models.frames, height or models.height, width or models.width)
     copies = {}
-    for steps in (1, 2):
+    for steps in (1, 2)[:1 if family == "shapes" and dtype != torch.float32 else 2]:
         told = Sampling(steps=steps, fps=models.fps, **options)
         with counting() as copies[steps]:
             z = turbo.generate(models, ["a red circle moving right"] * 2, [0, 1], size, told)
     assert_on(z, "cuda")
     assert z.dtype == torch.float32, z.dtype
-    assert_on(sample.decode(models, z), "cpu")
-    return {"copies a step": copies[2].total() - copies[1].total(), "where": dict(copies[2] - copies[1])}
+    assert_on(sample.decode(models, z[:1]), "cpu")
+    return {"copies": dict(copies[2] - copies[1])} if 2 in copies else {}
 
 
 def reward(name: str, dtype: str) -> dict:
     """Scores of two clips and their gradient in the pixels, with recomputation, within the trainer's autocast."""
+    import rewards
     import train
 
-    made = train.RandomReward(name, None, 8 if name == "internvideo2" else None, torch.device("cuda", 0), getattr(torch, dtype))
+    video = rewards.RECIPES[name].kind == "video"
+    made = train.random_reward(name, None, 8 if video else None, torch.device("cuda", 0), getattr(torch, dtype))
     made.checkpoint(True)
     clips = torch.empty(2, made.frames or 3, 3, 320, 512, device="cuda", requires_grad=True)
     with torch.autocast("cuda", torch.bfloat16):
@@ -353,49 +364,67 @@ def reward(name: str, dtype: str) -> dict:
     assert (scores.shape, scores.dtype) == ((2,), torch.float32), scores
     gradient, = torch.autograd.grad(scores.sum(), clips)
     assert_on(gradient, "cuda")
-    with counting() as copies:
-        made(clips, ["a", "b"])                                 # the captions are known by now
-    return {"copies": copies.total(), "where": dict(copies)}
+    return {}
 
 
-def oracle() -> dict:
+def oracle() -> None:
     """The toy's judgement of clips that are on the GPU."""
     import shapes
 
     clips = torch.empty(2, 3, 8, 64, 64, dtype=torch.uint8, device="cuda")
-    shapes.accuracy(lambda captions, seeds: clips, 2)
-    return {}
+    shapes.accuracy(lambda captions, seeds: clips, count=2)
 
 
-WATCH = None
+def add_across_devices() -> None:
+    torch.ones(2, device="cuda") + torch.ones(2)
+
+
+def index_on_the_gpu() -> None:
+    torch.ones(2)[torch.zeros(2, dtype=torch.long, device="cuda")]
+
+
+def attend_to_too_many() -> None:
+    q = torch.ones(1, GRID_LIMIT + 1, 16, 64, device="cuda")
+    F.scaled_dot_product_attention(q, q, q)
+
+
+def gradient_across_devices() -> None:
+    x = torch.ones(2, device="cuda", requires_grad=True)
+    torch.autograd.grad(x * 2, x, torch.ones(2))
+
+
+WATCH: Watch | None = None
 
 
 @contextmanager
 def counting():
-    """The copies to the device within the block, by line."""
+    """The copies to the device within the block, by function."""
     before, found = WATCH.copies.copy(), collections.Counter()
     yield found
     found.update(WATCH.copies - before)
 
 
 CASES = {
-    **{f"train {preset}": partial(training, preset, again=preset == "turbo-vc2", show=preset in ("shapes", "vcm-ms"))
-       for preset in PRESETS},
-    **{f"train {preset} --lora 0": partial(training, preset, "--lora", "0", again=preset == "turbo-ms") for preset in PRESETS},
+    **{f"train {preset}": partial(training, preset, again=preset == "vcm-vc2", show=preset == "shapes") for preset in PRESETS},
+    **{f"train {preset} --lora 0": partial(training, preset, "--lora", "0", again=preset == "vcm-ms") for preset in PRESETS},
     "train turbo-vc2 --lora 0 on 2 GPUs": partial(training, "turbo-vc2", "--lora", "0", gpus=2),
     **{f"sample {family} {method} {dtype}": partial(sampling, family, method, dtype)
        for family, methods in (("vc2", ("turbo", "v2", "teacher")), ("ms", ("turbo", "teacher")),
-                               ("shapes", ("turbo", "teacher", "jumps")))
+                               ("shapes", ("turbo", "teacher")))
        for method in methods for dtype in DTYPES},
+    "sample shapes jumps bfloat16": partial(sampling, "shapes", "jumps", "bfloat16"),
     "sample vc2 turbo bfloat16 at 1024x576": partial(sampling, "vc2", "turbo", "bfloat16", 576, 1024),
     **{f"reward {name} {dtype}": partial(reward, name, dtype) for name in REWARDS for dtype in ("bfloat16", "float32")},
     "oracle": oracle,
 }
+WRONG = {"wrong: sum": add_across_devices, "wrong: index": index_on_the_gpu, "wrong: attention": attend_to_too_many,
+         "wrong: gradient": gradient_across_devices}
 
 
 def run(case) -> dict:
-    """{"error": one line and where, or None, "seconds", and what the case answers}"""
+    """{"error": one line and where, or None, "seconds", "in_networks": copies there, "copies": what the case counted}"""
     start = time.process_time()
+    WATCH.in_networks.clear()
     try:
         with fake_gpu(WATCH):
             answer = case()
@@ -406,7 +435,8 @@ def run(case) -> dict:
         answer, error = {}, f"{type(problem).__name__}: {problem} (in {' < '.join(reversed(lines[-4:]))})"
         if os.environ.get("TRACE"):
             traceback.print_exc()
-    return {"error": error, "seconds": round(time.process_time() - start, 2)} | answer
+    seconds = round(time.process_time() - start, 2)
+    return {"error": error, "seconds": seconds, "in_networks": dict(WATCH.in_networks)} | (answer or {})
 
 
 def main() -> None:
@@ -418,13 +448,22 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(args.project))
     torch.set_num_threads(1)
-    install()
+    try:
+        install()
+        with fake_gpu(Watch(args.project, ())):
+            x = torch.ones(2, device="cuda", requires_grad=True)
+            torch.autograd.grad((x * x).sum(), x)
+    except (AttributeError, OSError, RuntimeError) as error:
+        print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
+        sys.exit(CANNOT)
     import safetensors.torch
     safetensors.torch.load_file = fake_load_file
     if not args.full:
         shrink()
-    WATCH = Watch(args.project)
-    for name, case in CASES.items():
+    import model
+    import rewards
+    WATCH = Watch(args.project, (model.UNet3D, model.VAE, *{recipe.model for recipe in rewards.RECIPES.values()}))
+    for name, case in (CASES | WRONG).items():
         if all(word in name for word in args.words):
             print(json.dumps({"case": name} | run(case)), flush=True)
 

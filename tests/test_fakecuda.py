@@ -1,0 +1,49 @@
+"""What a GPU would refuse, without a GPU: every preset's training step, every way to sample, every reward and the toy's oracle run with
+fake tensors on a fake CUDA device (fakecuda.py), where an operation on tensors of two devices fails as it does on a real one."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fakecuda
+import pytest
+
+HERE = Path(__file__).parent
+SECONDS = 600                       # for all cases together, on a busy machine; alone on a core they take one minute
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """{case: what it answered}, all of them from one process. Skips where the fake device cannot be had."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not sys.platform.startswith("linux") or not compiler:
+        pytest.skip("the fake CUDA device needs Linux and a C compiler")
+    stub = tmp_path_factory.mktemp("fakecuda") / "libcuda.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", stub, HERE / "fakecuda.c"], check=True)
+    told = {"LD_PRELOAD": str(stub), "FAKECUDA": str(stub), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, HERE / "fakecuda.py"], env=os.environ | told, capture_output=True, text=True,
+                          timeout=SECONDS)
+    if done.returncode == fakecuda.CANNOT:
+        pytest.skip(f"this PyTorch has no place for a fake CUDA device: {done.stderr.splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {row["case"]: row for row in rows}
+
+
+@pytest.mark.parametrize("case", fakecuda.CASES)
+def test_runs_on_a_gpu(results, case):
+    """No operation on two devices, no attention beyond the limits of a CUDA grid; networks wait for no scalar from the host."""
+    assert results[case]["error"] is None
+    assert results[case]["in_networks"] == {}
+
+
+@pytest.mark.parametrize("case", [case for case in fakecuda.CASES if case.startswith("sample")])
+def test_a_sampling_step_copies_only_its_noise(results, case):
+    assert set(results[case].get("copies", {})) <= {"turbo.py: Noise.__call__"}
+
+
+def test_mixed_devices_are_found(results):
+    """The fake device is no blind one: what each of these does fails on a GPU."""
+    assert {case: bool(row["error"]) for case, row in results.items() if case.startswith("wrong")} == dict.fromkeys(fakecuda.WRONG, True)
