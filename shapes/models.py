@@ -120,8 +120,12 @@ class UNet(model.UNet3D):
         knows what moves."""
         return [m.attn1 for m in self.output_blocks.modules() if isinstance(m, ClipTransformer)]
 
+    schedule: Schedule | None = None            # made in the first pass, where the latents are
+
     def forward(self, z: Tensor, t: Tensor, c: Tensor, **conditions) -> Tensor:
-        alpha, sigma = Schedule(device=z.device).at(t)
+        if self.schedule is None or self.schedule.alpha.device.type != z.device.type:
+            self.schedule = Schedule(device=z.device)
+        alpha, sigma = self.schedule.at(t)
         return sigma * z + alpha * super().forward(z, t, c, **conditions).float()
 
 
@@ -210,6 +214,7 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     with weights.without_memory():
         unet = UNet(config)
     weights.fill(unet, state, turbo or folder, device, dtype, lora).out.float()          # see UNet3D.last
+    unet.schedule = Schedule(device=device)
     vae, text = load_vae(folder).to(device, dtype), load_text(folder).to(device)    # text stays in float32
     return model.Models("shapes", unet, vae, text, FAMILY, header)
 

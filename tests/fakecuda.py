@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -308,44 +308,42 @@ def assert_on(x, kind: str) -> None:
     assert x.device.type == kind, f"expected on {kind}: {x.device}"
 
 
-def networks(family: str, dtype, **conditions):
-    """A family's networks with random weights, on the GPU."""
+def networks(family: str, method: str, dtype):
+    """A family's networks on the GPU: with random weights, but the toy's, whose files are small."""
     import model
+    import shapes
     from plumbing import dryrun
 
+    student = method in ("turbo", "v2")
+    if family == "shapes":
+        return shapes.load("turbo" if student else None, None, "cuda", dtype)
     known = model.FAMILIES[family]
     with dryrun.build("cuda", dtype):
-        unet = model.UNet3D(dataclasses.replace(known.unet, **conditions)).eval()
+        unet = model.UNet3D(dataclasses.replace(known.unet, guidance=student, motion=method == "v2")).eval()
         vae, text = model.VAE(known.vae).requires_grad_(False), model.TextEncoder(known.text).requires_grad_(False)
-    fields = dict(name=family, unet=unet, vae=vae, text=text, fps=known.fps, height=known.height, width=known.width,
-                  frames=known.frames, header={})
-    return model.Models(**{field.name: fields[field.name] for field in dataclasses.fields(model.Models)})
+    header = model.complete(model.RELEASED["UNet with motion" if method == "v2" else "LoRA list"], known) if student else {}
+    return model.Models(family, unet, vae, text, known, header)
 
 
-def sampling(family: str, method: str, dtype: str, height=None, width=None) -> dict:
-    """Two clips in one step, and in two (not the toy in half precision); "copies": those of the step between."""
-    import sample
-    import shapes
+def sampling(family: str, method: str, dtype: str, height: int | None = None, width: int | None = None) -> dict:
+    """Two clips in one step, and (but for the toy in half precision) in two; "copies": those of the step between."""
+    import model
     import turbo
-    from solver import Sampling
 
-    dtype, w = getattr(torch, dtype), dict(guidance=True)
-    options = {"turbo": dict(), "v2": dict(motion=0.05, grid=200), "teacher": dict(method="ddim", eta=1.0, scale_z0=True),
-               "jumps": dict(method="jumps")}[method]
-    if family == "shapes":
-        models = shapes.load("turbo" if method == "turbo" else None, None, "cuda", dtype)
-    else:
-        conditions = {"turbo": w, "v2": w | dict(motion=True)}.get(method, {})
-        models = networks(family, dtype, **conditions)
-    size = (models.frames, height or models.height, width or models.width)
+    dtype = getattr(torch, dtype)
+    models = networks(family, method, dtype)
+    told, (T, H, W) = models.sampling, models.size
     copies = {}
-    for steps in (1, 2)[:1 if family == "shapes" and dtype != torch.float32 else 2]:
-        told = Sampling(steps=steps, fps=models.fps, **options)
+    for steps in (1,) if family == "shapes" and dtype != torch.float32 else (1, 2):
         with counting() as copies[steps]:
-            z = turbo.generate(models, ["a red circle moving right"] * 2, [0, 1], size, told)
+            z = turbo.generate(models, ["a red circle moving right"] * 2, [0, 1], (T, height or H, width or W),
+                               dataclasses.replace(told, steps=steps))
+    if method == "teacher":                                     # and its undistilled jumps
+        jumps = dataclasses.replace(told, steps=1, method="jumps")
+        assert_on(turbo.generate(models, ["a red circle moving right"], [0], models.size, jumps), "cuda")
     assert_on(z, "cuda")
     assert z.dtype == torch.float32, z.dtype
-    assert_on(sample.decode(models, z[:1]), "cpu")
+    assert_on(model.to_clip(models.vae, z[:1], T), "cuda")
     return {"copies": dict(copies[2] - copies[1])} if 2 in copies else {}
 
 
@@ -412,13 +410,11 @@ CASES = {
        for family, methods in (("vc2", ("turbo", "v2", "teacher")), ("ms", ("turbo", "teacher")),
                                ("shapes", ("turbo", "teacher")))
        for method in methods for dtype in DTYPES},
-    "sample shapes jumps bfloat16": partial(sampling, "shapes", "jumps", "bfloat16"),
     "sample vc2 turbo bfloat16 at 1024x576": partial(sampling, "vc2", "turbo", "bfloat16", 576, 1024),
     **{f"reward {name} {dtype}": partial(reward, name, dtype) for name in REWARDS for dtype in ("bfloat16", "float32")},
     "oracle": oracle,
 }
-WRONG = {"wrong: sum": add_across_devices, "wrong: index": index_on_the_gpu, "wrong: attention": attend_to_too_many,
-         "wrong: gradient": gradient_across_devices}
+WRONG = {"wrong: sum": add_across_devices, "wrong: index": index_on_the_gpu, "wrong: attention": attend_to_too_many}
 
 
 def run(case) -> dict:
