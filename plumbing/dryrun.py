@@ -90,11 +90,24 @@ def build(device, dtype):
         torch.set_default_dtype(before)
 
 
-# ---- the report ------------------------------------------------------------------------------------------------
+def random_batch(config, models, n: int) -> dict:
+    """What a trainer's step takes: n clips, or for v2 samples of a cache, with zeros in them and one caption."""
+    told = dict(caption=["a red circle moving right"] * n, reward_caption=[None] * n)
+    T, H, W = config.frames, config.height, config.width
+    if config.preset not in ("turbo-v2", "shapes-v2"):
+        return told | dict(clip=torch.zeros(n, 3, T, H, W, dtype=torch.uint8), bad=0)
+    vae = models.vae.config
+    z = torch.zeros(n, vae.latent, T, H // vae.factor, W // vae.factor)
+    c = models.text(told["caption"]).to("cpu")
+    sample = told | dict(t=torch.full((n,), 999), z_t=z, eps_c=z, eps_u=z, gradient=z, c=c)
+    return dict(distill=sample, rewards=sample, bad=0)
+
+
+# ---- the report --------------------------------------------------------------------------------------------
 
 
 def report(config, group, world, Trainer) -> Parts:
-    """Makes the steps and prints what is returned. world(config, group) -> models, clips (not used) and reward terms. The first step is extra: memory is counted in it, but not time."""
+    """Makes the steps and prints what is returned. world(config, group) -> models, clips and reward terms. The first step is extra: memory is counted in it, but not time."""
     n = config.batch // group.world
     if config.dry_run == 0:
         if config.preset == "shapes":
@@ -107,14 +120,14 @@ def report(config, group, world, Trainer) -> Parts:
         mode.__deepcopy__ = lambda memo: mode                   # copies of fake tensors stay in the one mode
     parts = Parts(group.device, memory)
     with mode, like_cuda() if config.dry_run == 0 else nullcontext(), memory:
-        models, _, terms = world(config, group)
+        models, clips, terms = world(config, group)
         to_host = no_values if config.dry_run == 0 else torch.Tensor.tolist
         trainer = Trainer(config, models, terms, group, parts, to_host)
         trainer.optimizer.step()                                # allocates the moments; the gradient is zero
         held = inventory(trainer) | {"together": memory.live}
         if config.dry_run == 0:
             pick_worst(terms)
-        batch = noise(config, n)
+        batch = random_batch(config, models, n)
         steps = tqdm(total=1 + config.dry_run, desc=f"steps of {config.batch} clips", disable=group.rank > 0)
         trainer.step(batch)
         steps.update()
@@ -128,12 +141,6 @@ def report(config, group, world, Trainer) -> Parts:
         show(config, group, held, parts, records)
     group.leave()
     return parts
-
-
-def noise(config, n: int) -> dict:
-    """A batch of n clips without meaning."""
-    clip = torch.randint(0, 256, (n, 3, config.frames, config.height, config.width), dtype=torch.uint8)
-    return dict(clip=clip, caption=[config.prompt[0]] * n, reward_caption=[None] * n, bad=0)
 
 
 def no_values(metrics) -> list[float]:
@@ -155,7 +162,7 @@ def inventory(trainer) -> dict[str, int]:
         held |= {"UNet": 0, "teacher": bytes_of(trainer.teacher)}
     held |= {term.name: bytes_of(term.reward.model) for term in trainer.terms}
     held["trained weights" if not trainer.config.lora else "LoRA"] = trained
-    return held | {"their EMA": trained * bool(trainer.ema), "their gradient": trained, "their moments": 2 * trained // trainer.group.world}
+    return held | {"their EMA": trained * bool(trainer.ema), "their gradient": trained, "their moments": 2 * trained}
 
 
 def bytes_of(module) -> int:

@@ -1,11 +1,11 @@
-"""The project with fake tensors on a fake GPU: shapes, dtypes and devices are propagated, and nothing is computed.
+"""The project with fake tensors on a fake GPU: shapes, dtypes, devices are propagated, nothing is computed.
 
 `test_fakecuda.py` runs this file in a process of its own, with fakecuda.c preloaded:
 
-    python tests/fakecuda.py [--project DIR] [--full] [WORD ...]      # the cases whose name holds each of these words
+    python tests/fakecuda.py [--project DIR] [--full] [WORD ...]      # cases whose name holds each word
 
-A line of JSON per case: what went wrong, and what was copied from the host to the device, and by whom. An operation on two devices fails as
-it does on a GPU. Not shown: what kernels do, the strides they choose, NCCL, torch.compile.
+A line of JSON per case: what went wrong, and what was copied from the host to the device, and by whom. An
+operation on two devices fails as it does on a GPU. Not shown: kernels and their strides, NCCL, torch.compile.
 Networks have their published widths and fewer blocks (`shrink`); --full keeps all blocks and takes minutes.
 """
 import argparse
@@ -26,28 +26,28 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PRESETS = ("shapes", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms")
+PRESETS = ("shapes", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms", "turbo-v2", "shapes-v2")
 REWARDS = ("hpsv2", "pickscore", "clip", "imagereward", "viclip", "internvideo2")
 DTYPES = ("float32", "bfloat16", "float16")
-CANNOT = 3                                      # exit code where this PyTorch is another than the one it was written for
-GRID_LIMIT = 65535                              # blocks in the second and third dimension of a CUDA grid
+CANNOT = 3                      # exit code where this PyTorch is not like the one that this was written for
+GRID_LIMIT = 65535              # blocks in the second and third dimension of a CUDA grid
 
 
-# ---- a GPU that is not there -------------------------------------------------------------------------------------------
+# ---- a GPU that is not there -------------------------------------------------------------------------------
 
 
 def install() -> None:
     """PyTorch believes in one GPU, and asks the driver nothing. Once per process; there is no way back."""
     from torch._subclasses import fake_tensor
 
-    answers = dict(is_available=True, is_bf16_supported=True, is_initialized=True, device_count=1, current_device=0,
-                   get_device_capability=(9, 0), memory_allocated=0, max_memory_allocated=0)
-    silent = dict.fromkeys(("synchronize", "reset_peak_memory_stats", "set_device", "_lazy_init", "empty_cache"))
+    answers = dict(is_available=True, is_bf16_supported=True, is_initialized=True, device_count=1,
+                   current_device=0, get_device_capability=(9, 0), memory_allocated=0, max_memory_allocated=0)
+    silent = dict.fromkeys(("synchronize", "reset_peak_memory_stats", "set_device", "_lazy_init"))
     for name, answer in (answers | silent).items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
     torch.utils.checkpoint.get_device_states = lambda *args: ([], [])
     torch.utils.checkpoint.set_device_states = lambda *args, **kwargs: None
-    fake_tensor.FakeTensorMode.avoid_device_init = True     # torch.tensor(..., device="cuda") is made on the host, then copied
+    fake_tensor.FakeTensorMode.avoid_device_init = True     # torch.tensor(...) is made on the host, then copied
     torch._C._ensureCUDADeviceGuardSet()
     torch.autograd.set_multithreading_enabled(False)        # no thread per device: there is none to wait for
     torch.nn.Module._apply = replace_tensors
@@ -64,7 +64,10 @@ def install() -> None:
 
 
 class visible_gpus:
-    """Within the block fakecuda.c says that there are so many: the engine asks for a GPU, and a fake operation must not find one."""
+    """Within the block fakecuda.c says that there are so many GPUs.
+
+    The autograd engine asks for one, and a fake operation must not find one.
+    """
     now, stub = 0, None
 
     def __init__(self, count: int):
@@ -109,7 +112,7 @@ def one(dtype):
 
 
 def fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
-    """Which kernel CUDA takes, and that it can be launched: flash attention in half precision, else the memory-efficient one."""
+    """What CUDA launches: flash attention in half precision, else the memory-efficient kernel; within limits."""
     devices = {x.device for x in (q, k, v, attn_mask) if x is not None}
     assert len(devices) == 1, f"attention on two devices: {devices}"
     if torch.is_autocast_enabled("cuda"):
@@ -126,7 +129,8 @@ def fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **k
         assert max(batch, heads) <= GRID_LIMIT, f"flash attention over {batch} sequences of {heads} heads"
         width, pad = q.shape[-1], -q.shape[-1] % 8
         q, k, v = (F.pad(x, (0, pad)) if pad else x for x in (q, k, v))
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, False)[0][..., :width]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(q, k, v, 0.0, is_causal, False)[0][..., :width]
 
     assert batch * heads <= GRID_LIMIT, f"memory-efficient attention over {batch} sequences of {heads} heads"
     if attn_mask is not None:
@@ -137,9 +141,10 @@ def fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **k
 
 
 class Watch(TorchDispatchMode):
-    """Answers what only contents can tell (a number: 1, a mask: true), and counts what is copied from the host to the device.
+    """Answers what only contents can tell (a number: 1, a mask: true), and counts copies from host to device.
 
-    `copies` are by the function that asked for them; `in_networks` those within a pass of a UNet, a VAE or a reward model.
+    `copies` are by the function that asked for them; `in_networks` those within a pass of a UNet, a VAE or a
+    reward model.
     """
 
     def __init__(self, project: Path, networks: tuple[type, ...]):
@@ -177,7 +182,8 @@ class Watch(TorchDispatchMode):
             code = frame.f_code
             if code.co_filename.startswith(self.project) and "/tests/" not in code.co_filename:
                 name = name or f"{Path(code.co_filename).name}: {getattr(code, 'co_qualname', code.co_name)}"
-                inside |= code.co_name in ("forward", "decode", "score") and isinstance(frame.f_locals.get("self"), self.networks)
+                if code.co_name in ("forward", "decode", "score"):
+                    inside |= isinstance(frame.f_locals.get("self"), self.networks)
             frame = frame.f_back
         self.copies[name] += 1
         if inside:
@@ -202,14 +208,15 @@ def fake_load_file(path, device="cpu"):
     dtypes = {"F16": torch.float16, "F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
     with safe_open(path, "pt") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}
-        return {key: torch.empty(s.get_shape(), dtype=dtypes[s.get_dtype()], device=device) for key, s in slices.items()}
+        return {key: torch.empty(s.get_shape(), dtype=dtypes[s.get_dtype()], device=device)
+                for key, s in slices.items()}
 
 
-# ---- what is run on it ---------------------------------------------------------------------------------------------------
+# ---- what is run on it -------------------------------------------------------------------------------------
 
 
 def shrink() -> None:
-    """Fewer blocks of each kind and the published widths: what is left has every kind of layer, and takes seconds."""
+    """Fewer blocks of the published widths: every kind of layer is left."""
     import model
     import rewards
 
@@ -226,7 +233,8 @@ def shallow(make, header):
     """A reward's configuration with one layer in every tower."""
     def cut(config):
         if isinstance(config, dict):
-            return {key: cut(value) if isinstance(value, dict) else 1 if key == "layers" else value for key, value in config.items()}
+            known = {key: cut(value) if isinstance(value, dict) else value for key, value in config.items()}
+            return known | ({"layers": 1} if "layers" in known else {})
         fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
         towers = {name: cut(value) for name, value in fields.items() if dataclasses.is_dataclass(value)}
         depths = {name: 1 for name in ("layers", "text_layers") if name in fields}
@@ -236,41 +244,76 @@ def shallow(make, header):
 
 
 def training(preset: str, *options: str, gpus: int = 1, again: bool = False, show: bool = False) -> dict:
-    """A step; again: another one from the state that a file on the CPU held; show: the run's sample clips (the toy's are judged)."""
+    """A step. again: another one, from the state that a file on the CPU held. show: the run's sample clips."""
     import shapes.world
     import train
+    from plumbing import dryrun
     from plumbing.run import Group
 
+    clips = str(gpus)
+    argv = ["--preset", preset, "--batch", clips, "--micro", "1", "--chunk", "16", *options]
+    if preset.endswith("v2") and preset != "turbo-vc2":
+        argv += ["--reward-batch", clips]
     with tempfile.TemporaryDirectory() as out:
-        config = train.configure(["--preset", preset, "--out", out, "--batch", str(gpus), "--micro", "1", "--chunk", "16", *options])
-        world = train.load_world if preset == "shapes" else train.random_world
+        config = train.configure([*argv, "--out", out])
         group = processes(gpus) if gpus > 1 else Group()
-        trainer = train.Trainer(config, *split_world(world(config, group.device)), group)
-        H, W = config.height, config.width
-        batch = dict(clip=torch.empty(1, 3, config.frames, H, W, dtype=torch.uint8), caption=["a red circle moving right"],
-                     reward_caption=[None], bad=0)
+        trainer_class = train.CachedTrainer if train.is_v2(config) else train.Trainer
+        models, terms = world(config, group)
+        trainer = trainer_class(config, models, terms, group)
+        batch = dryrun.random_batch(config, models, 1)
         with counting() as copies:
             trainer.step(batch)
         if again:
             resume(trainer)
             trainer.step(batch)
         check_devices(trainer, group.device)
-        train.video.write_video = lambda path, clip, fps: None
-        shapes.world.accuracy = partial(shapes.world.accuracy, count=2)
         if show:
-            trainer.config = dataclasses.replace(config, prompt=config.prompt[:preset != "shapes"])
-            trainer.show(Path(out))
+            train.video.write_video = lambda path, clip, fps: assert_on(clip, "cpu")
+            shapes.world.accuracy = partial(shapes.world.accuracy, count=2)
+            trainer.config = dataclasses.replace(config, prompt=config.prompt[:1])
+            train.show(trainer, Path(out))
     return {"copies": dict(copies)}
 
 
-def split_world(world):
-    """(models, clips, terms) -> models, terms"""
-    models, _, terms = world
-    return models, terms
+def world(config, group):
+    """Networks and reward terms of a preset, without its clips."""
+    import shapes
+    import train
+
+    if not train.is_toy(config):
+        models, _, terms = train.random_world(config, group)
+        return models, terms
+    models = train.load_models(config, group.device)
+    load = partial(train.toy_reward, device=group.device, folder=None)
+    assert models.family is shapes.FAMILY
+    return models, train.reward_terms(config, load)
+
+
+def preparing(preset: str) -> dict:
+    """What the teacher says about a clip, for v2: inversion, both predictions, gradient of the energy."""
+    import model
+    import prepare
+    import train
+    from plumbing.run import Group
+
+    config, known = train.configure(["--preset", preset]), dict(model.FAMILIES)
+    for name, family in known.items():              # the energy reads temporal attention on the way up
+        model.FAMILIES[name] = dataclasses.replace(
+            family, unet=dataclasses.replace(family.unet, attention_levels=(0,)))
+    models, _ = world(config, Group())
+    model.FAMILIES.update(known)
+    models.unet.requires_grad_(False)
+    models.unet.checkpointing = True
+    plan = prepare.Plan(config.grid, draws=1, inversion_steps=2, motion_share=1.0, fps=config.fps, seed=0, micro=1)
+    clip = torch.zeros(3, config.frames, config.height, config.width, dtype=torch.uint8)
+    item = dict(clip=clip, caption="a red circle moving right", reward_caption=None, index=0, rewards=True,
+                source="data", source_index=0)
+    for sample in prepare.solve_clips(plan, models, [item]):
+        assert_on(sample["gradient"], "cuda")
 
 
 def processes(count: int):
-    """A group of `count` processes, of which this one is the first, and the others are PyTorch's own fakes."""
+    """A group of `count` processes: this is the first one, the others are PyTorch's own fakes."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from plumbing.run import Group
@@ -291,17 +334,16 @@ def resume(trainer) -> None:
         return [to_cpu(value) for value in x] if isinstance(x, list) else x
 
     with torch.no_grad():
-        state = to_cpu(trainer.state(0))
-    trainer.load_state(state | {"step": trainer.done})
+        state = to_cpu(trainer.state({"clips_skipped": 0}))
+    trainer.load_state(state)
 
 
 def check_devices(trainer, device) -> None:
-    """Gradients, moments, counts and averages are where the weights are: fused kernels refuse what is elsewhere."""
-    inner = getattr(trainer.optimizer, "optim", trainer.optimizer)
-    states = [x for state in inner.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    """Gradients, moments and averages are where the weights are: fused kernels refuse what is elsewhere."""
+    states = [x for state in trainer.optimizer.adam.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
     averages = trainer.ema.average if trainer.ema else []
     for x in [*trainer.params, *(p.grad for p in trainer.params), *averages, *states]:
-        assert x.device == device, f"a tensor {tuple(x.shape)} of the optimizer's state is on {x.device}, the weights on {device}"
+        assert x.device == device, f"{tuple(x.shape)} of the training state on {x.device}, weights on {device}"
 
 
 def assert_on(x, kind: str) -> None:
@@ -320,23 +362,24 @@ def networks(family: str, method: str, dtype):
     known = model.FAMILIES[family]
     with dryrun.build("cuda", dtype):
         unet = model.UNet3D(dataclasses.replace(known.unet, guidance=student, motion=method == "v2")).eval()
-        vae, text = model.VAE(known.vae).requires_grad_(False), model.TextEncoder(known.text).requires_grad_(False)
-    header = model.complete(model.RELEASED["UNet with motion" if method == "v2" else "LoRA list"], known) if student else {}
-    return model.Models(family, unet, vae, text, known, header)
+        vae, text = model.VAE(known.vae), model.TextEncoder(known.text)
+    layout = "UNet with motion" if method == "v2" else "LoRA list"
+    header = model.complete(model.RELEASED[layout], known) if student else {}
+    return model.Models(family, unet, vae.requires_grad_(False), text.requires_grad_(False), known, header)
 
 
-def sampling(family: str, method: str, dtype: str, height: int | None = None, width: int | None = None) -> dict:
-    """Two clips in one step, and (but for the toy in half precision) in two; "copies": those of the step between."""
+def sampling(family: str, method: str, dtype: str, size: tuple[int, int] | None = None) -> dict:
+    """Two clips in one step, and (but for the toy in half precision) in two; "copies": of the step between."""
     import model
     import turbo
 
     dtype = getattr(torch, dtype)
     models = networks(family, method, dtype)
-    told, (T, H, W) = models.sampling, models.size
+    told, (T, H, W) = models.sampling, models.size[:1] + (size or models.size[1:])
     copies = {}
     for steps in (1,) if family == "shapes" and dtype != torch.float32 else (1, 2):
         with counting() as copies[steps]:
-            z = turbo.generate(models, ["a red circle moving right"] * 2, [0, 1], (T, height or H, width or W),
+            z = turbo.generate(models, ["a red circle moving right"] * 2, [0, 1], (T, H, W),
                                dataclasses.replace(told, steps=steps))
     if method == "teacher":                                     # and its undistilled jumps
         jumps = dataclasses.replace(told, steps=1, method="jumps")
@@ -348,12 +391,13 @@ def sampling(family: str, method: str, dtype: str, height: int | None = None, wi
 
 
 def reward(name: str, dtype: str) -> dict:
-    """Scores of two clips and their gradient in the pixels, with recomputation, within the trainer's autocast."""
+    """Scores of two clips and their gradient in the pixels, recomputed, within the trainer's autocast."""
     import rewards
     import train
 
     video = rewards.RECIPES[name].kind == "video"
-    made = train.random_reward(name, None, 8 if video else None, torch.device("cuda", 0), getattr(torch, dtype))
+    frames = 8 if video else None
+    made = train.random_reward(name, None, frames, torch.device("cuda", 0), getattr(torch, dtype))
     made.checkpoint(True)
     clips = torch.empty(2, made.frames or 3, 3, 320, 512, device="cuda", requires_grad=True)
     with torch.autocast("cuda", torch.bfloat16):
@@ -403,22 +447,27 @@ def counting():
 
 
 CASES = {
-    **{f"train {preset}": partial(training, preset, again=preset == "vcm-vc2", show=preset == "shapes") for preset in PRESETS},
-    **{f"train {preset} --lora 0": partial(training, preset, "--lora", "0", again=preset == "vcm-ms") for preset in PRESETS},
-    "train turbo-vc2 --lora 0 on 2 GPUs": partial(training, "turbo-vc2", "--lora", "0", gpus=2),
+    **{f"train {preset} --lora 4": partial(training, preset, "--lora", "4", again=preset == "vcm-vc2",
+                                           show=preset == "shapes") for preset in PRESETS},
+    **{f"train {preset} --lora 0": partial(training, preset, "--lora", "0", again=preset == "vcm-ms")
+       for preset in PRESETS},
+    "train turbo-vc2 --lora 0 on 2 GPUs": partial(training, "turbo-vc2", "--lora", "0", gpus=2, again=True),
+    **{f"prepare {preset}": partial(preparing, preset) for preset in ("turbo-v2", "shapes-v2")},
     **{f"sample {family} {method} {dtype}": partial(sampling, family, method, dtype)
        for family, methods in (("vc2", ("turbo", "v2", "teacher")), ("ms", ("turbo", "teacher")),
                                ("shapes", ("turbo", "teacher")))
        for method in methods for dtype in DTYPES},
-    "sample vc2 turbo bfloat16 at 1024x576": partial(sampling, "vc2", "turbo", "bfloat16", 576, 1024),
-    **{f"reward {name} {dtype}": partial(reward, name, dtype) for name in REWARDS for dtype in ("bfloat16", "float32")},
+    "sample vc2 turbo bfloat16 at 1024x576": partial(sampling, "vc2", "turbo", "bfloat16", (576, 1024)),
+    **{f"reward {name} {dtype}": partial(reward, name, dtype)
+       for name in REWARDS for dtype in ("bfloat16", "float32")},
     "oracle": oracle,
 }
-WRONG = {"wrong: sum": add_across_devices, "wrong: index": index_on_the_gpu, "wrong: attention": attend_to_too_many}
+WRONG = {"wrong: sum": add_across_devices, "wrong: index": index_on_the_gpu,
+         "wrong: attention": attend_to_too_many}
 
 
 def run(case) -> dict:
-    """{"error": one line and where, or None, "seconds", "in_networks": copies there, "copies": what the case counted}"""
+    """{"error": one line and where, or None, "seconds", "in_networks": copies there, and what it answers}"""
     start = time.process_time()
     WATCH.in_networks.clear()
     try:
@@ -426,7 +475,8 @@ def run(case) -> dict:
             answer = case()
         error = None
     except Exception as problem:
-        lines = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(problem.__traceback__)
+        frames = traceback.extract_tb(problem.__traceback__)
+        lines = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames
                  if frame.filename.startswith(WATCH.project)]
         answer, error = {}, f"{type(problem).__name__}: {problem} (in {' < '.join(reversed(lines[-4:]))})"
         if os.environ.get("TRACE"):
@@ -437,7 +487,8 @@ def run(case) -> dict:
 
 def main() -> None:
     global WATCH
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("words", nargs="*")
     parser.add_argument("--project", type=Path, default=Path(__file__).resolve().parent.parent)
     parser.add_argument("--full", action="store_true", help="all blocks")
@@ -458,7 +509,8 @@ def main() -> None:
         shrink()
     import model
     import rewards
-    WATCH = Watch(args.project, (model.UNet3D, model.VAE, *{recipe.model for recipe in rewards.RECIPES.values()}))
+    reward_models = {recipe.model for recipe in rewards.RECIPES.values()}
+    WATCH = Watch(args.project, (model.UNet3D, model.VAE, *reward_models))
     for name, case in (CASES | WRONG).items():
         if all(word in name for word in args.words):
             print(json.dumps({"case": name} | run(case)), flush=True)
