@@ -619,7 +619,7 @@ def main(argv: list[str] | None = None):
     torch.manual_seed(config.seed)                                  # LoRA starts alike on all processes
     if config.dry_run is not None:
         world = load_world if is_toy(config) else random_world
-        return dryrun.report(config, group, world, Trainer)
+        return dryrun.report(config, group, world, CachedTrainer if is_v2(config) else Trainer)
 
     if config.prepare:
         return prepare_cache(config, group)

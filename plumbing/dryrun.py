@@ -1,38 +1,58 @@
-"""Will it fit, and how long will it take? Training steps with random weights and clips at full size; no download needed.
+"""Will it fit, and how long will it take? A budget of a training step or of a clip; no download needed.
 
-`train.py --preset turbo-vc2 --dry-run N` makes N steps. `--dry-run 0` makes one with fake tensors, which have shapes but no
-contents: the full-size models then need neither memory nor a GPU, and what is counted is what a GPU would have to hold.
+`train.py --preset turbo-vc2 --dry-run N` makes N steps with random weights. `--dry-run 0` makes one with fake
+tensors, which have shapes but no contents: the full-size models then need neither memory nor a GPU, and what is
+counted is what a GPU would have to hold, move and compute. `sample.py --dry-run` does the same for a clip.
 (`--preset shapes --dry-run N` takes the toy as it is, and so is a benchmark.)
 """
 import dataclasses
 import weakref
+from collections import defaultdict
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from plumbing.run import Parts
 
 GIB = 2 ** 30
+CARDS = {   # from their data sheets: TFLOP/s in bf16 (tensor cores, dense) and in float32, GB/s of memory
+    "RTX 4090": (165.2, 82.6, 1008), "A100 80GB SXM": (312.0, 19.5, 2039), "H100 SXM": (989.4, 66.9, 3350)}
+
+
+# ---- counting ----------------------------------------------------------------------------------------------
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors made within the block and not yet freed, real or fake. `peak`: the most since `reset`."""
+    """Bytes of all tensors made within the block and not yet freed, real or fake. `peak`: most since `reset`.
+
+    Also `flops`, by the formulas of torch.utils.flop_counter (a multiplication and an addition are two), and
+    `moved`: bytes that operations read and write, each by itself; fused ones move fewer.
+    """
 
     def __init__(self):
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.flops = self.moved = 0
         self.known = set()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.add(tensor.untyped_storage())
+        kwargs = kwargs or {}
+        out = op(*args, **kwargs)
+        formula = flop_registry.get(op.overloadpacket)
+        if formula:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        written = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        if not op.is_view:
+            read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            self.moved += sum(x.nbytes for x in read + written)
+        for x in written:
+            self.add(x.untyped_storage())
         return out
 
     def add(self, storage) -> None:
@@ -53,7 +73,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 class CudaBytes(nullcontext):
-    """The same numbers from PyTorch's allocator."""
+    """The bytes from PyTorch's allocator; it counts no operations."""
+    flops = moved = 0
     live = property(lambda self: torch.cuda.memory_allocated())
     peak = property(lambda self: torch.cuda.max_memory_allocated())
 
@@ -62,12 +83,42 @@ class CudaBytes(nullcontext):
         return self.live
 
 
+class CountedParts(Parts):
+    """Also FLOP and bytes moved in each part."""
+
+    def __init__(self, device: torch.device, memory):
+        super().__init__(device, memory)
+        self.flops, self.moved = defaultdict(int), defaultdict(int)
+
+    @contextmanager
+    def __call__(self, name: str):
+        counter = self.memory
+        flops, moved = (counter.flops, counter.moved) if counter else (0, 0)
+        with super().__call__(name):
+            yield
+        if counter:
+            self.flops[name] += counter.flops - flops
+            self.moved[name] += counter.moved - moved
+
+
+@contextmanager
+def simulation():
+    """Within the block tensors are fake, and are counted as a GPU would hold them -> the counter."""
+    fake, counter = FakeTensorMode(), LiveBytes()
+    fake.__deepcopy__ = lambda memo: fake                       # copies of fake tensors stay in the one mode
+    with fake, like_cuda(), counter:
+        yield counter
+
+
 @contextmanager
 def like_cuda():
-    """Autocast on a GPU computes norms in float32, on a CPU it does not: the simulation shall count the larger tensors."""
+    """Norms in float32, as autocast computes them on a GPU and not on a CPU: the larger tensors are counted."""
     norms = F.group_norm, F.layer_norm
-    F.group_norm = lambda x, groups, w=None, b=None, eps=1e-5: norms[0](wide(x), groups, wide(w), wide(b), eps)
-    F.layer_norm = lambda x, shape, w=None, b=None, eps=1e-5: norms[1](wide(x), shape, wide(w), wide(b), eps)
+
+    def norm(function, x, size, w=None, b=None, eps=1e-5):
+        return function(wide(x), size, wide(w), wide(b), eps)
+
+    F.group_norm, F.layer_norm = (partial(norm, function) for function in norms)
     try:
         yield
     finally:
@@ -91,7 +142,7 @@ def build(device, dtype):
 
 
 def random_batch(config, models, n: int) -> dict:
-    """What a trainer's step takes: n clips, or for v2 samples of a cache, with zeros in them and one caption."""
+    """What a trainer's step takes: n clips, or for v2 samples of a cache, zeros with one caption."""
     told = dict(caption=["a red circle moving right"] * n, reward_caption=[None] * n)
     T, H, W = config.frames, config.height, config.width
     if config.preset not in ("turbo-v2", "shapes-v2"):
@@ -103,34 +154,42 @@ def random_batch(config, models, n: int) -> dict:
     return dict(distill=sample, rewards=sample, bad=0)
 
 
-# ---- the report --------------------------------------------------------------------------------------------
+# ---- a training step ---------------------------------------------------------------------------------------
 
 
-def report(config, group, world, Trainer) -> Parts:
-    """Makes the steps and prints what is returned. world(config, group) -> models, clips and reward terms. The first step is extra: memory is counted in it, but not time."""
-    n = config.batch // group.world
-    if config.dry_run == 0:
-        if config.preset == "shapes":
-            raise ValueError("--preset shapes is small enough for real steps: --dry-run 5")
-        n, group.device = config.micro, torch.device("cpu")     # the other clips of a batch would find the same memory
-        config = dataclasses.replace(config, batch=n * group.world)
-    memory, mode = CudaBytes() if group.device.type == "cuda" else LiveBytes(), nullcontext()
-    if config.dry_run == 0:
-        mode = FakeTensorMode()
-        mode.__deepcopy__ = lambda memo: mode                   # copies of fake tensors stay in the one mode
-    parts = Parts(group.device, memory)
-    with mode, like_cuda() if config.dry_run == 0 else nullcontext(), memory:
-        models, clips, terms = world(config, group)
-        to_host = no_values if config.dry_run == 0 else torch.Tensor.tolist
-        trainer = Trainer(config, models, terms, group, parts, to_host)
+def report(config, group, world, trainer_class) -> Parts:
+    """Makes the steps and prints what is returned. world(config, group) -> models, clips and reward terms.
+
+    The first step is extra: memory is counted in it, but not time.
+    """
+    simulated = config.dry_run == 0
+    if simulated:
+        if config.preset.startswith("shapes"):
+            raise ValueError(f"--preset {config.preset} is small enough for real steps: --dry-run 5")
+        group.device, n = torch.device("cpu"), config.micro     # other clips of a batch find the same memory
+        less = {"reward_batch": n * group.world} if config.preset == "turbo-v2" else {}
+        config = dataclasses.replace(config, batch=n * group.world, **less)
+    cuda = group.device.type == "cuda"
+    counting = simulation() if simulated else CudaBytes() if cuda else LiveBytes()
+
+    # the world, and one step
+    with counting as entered:
+        counter = entered if isinstance(entered, LiveBytes) else counting
+        parts = CountedParts(group.device, counter)
+        models, _, terms = world(config, group)
+        to_host = no_values if simulated else torch.Tensor.tolist
+        trainer = trainer_class(config, models, terms, group, parts, to_host)
         trainer.optimizer.step()                                # allocates the moments; the gradient is zero
-        held = inventory(trainer) | {"together": memory.live}
-        if config.dry_run == 0:
+        held = inventory(trainer) | {"together": counter.live}
+        if simulated:
             pick_worst(terms)
-        batch = random_batch(config, models, n)
-        steps = tqdm(total=1 + config.dry_run, desc=f"steps of {config.batch} clips", disable=group.rank > 0)
+        batch = random_batch(config, models, config.batch // group.world)
+        bar = f"steps of {config.batch} clips"
+        steps = tqdm(total=1 + config.dry_run, desc=bar, disable=group.rank > 0)
         trainer.step(batch)
         steps.update()
+
+    # the steps that are timed
     parts.memory, records = None, []
     parts.seconds.clear()
     for _ in range(config.dry_run):
@@ -151,40 +210,117 @@ def no_values(metrics) -> list[float]:
 def pick_worst(terms) -> None:
     """Each reward looks at other frames than the others: the most that a step decodes."""
     for term in terms:
-        term.pick = lambda T, generator, n=term.frames, video=term.video: list(range(T - n, T) if video else range(n))
+        term.pick = partial(last_frames if term.video else first_frames, term.frames)
+
+
+def first_frames(n: int, T: int, generator) -> list[int]:
+    return list(range(n))
+
+
+def last_frames(n: int, T: int, generator) -> list[int]:
+    return list(range(T - n, T))
 
 
 def inventory(trainer) -> dict[str, int]:
     """Bytes that are held all the time."""
     models, trained = trainer.models, trainer.gradient.nbytes
-    held = {"UNet": bytes_of(models.unet) - trained, "VAE": bytes_of(models.vae), "text encoder": bytes_of(models.text)}
+    held = {name: bytes_of(network) for name, network in networks_of(models).items()}
+    held["UNet"] -= trained
     if trainer.teacher is not trainer.student:
         held |= {"UNet": 0, "teacher": bytes_of(trainer.teacher)}
     held |= {term.name: bytes_of(term.reward.model) for term in trainer.terms}
     held["trained weights" if not trainer.config.lora else "LoRA"] = trained
-    return held | {"their EMA": trained * bool(trainer.ema), "their gradient": trained, "their moments": 2 * trained}
+    ema = trained * bool(trainer.ema)
+    return held | {"their EMA": ema, "their gradient": trained, "their moments": 2 * trained}
+
+
+def networks_of(models) -> dict:
+    return {"UNet": models.unet, "VAE": models.vae, "text encoder": models.text}
 
 
 def bytes_of(module) -> int:
     return sum(p.nbytes for p in module.parameters())
 
 
-def show(config, group, held: dict, parts: Parts, records: list[dict]) -> None:
-    """Prints the table: what is held all the time, then time and memory of each part of a step."""
+def show(config, group, held: dict, parts: CountedParts, records: list[dict]) -> None:
+    """Prints the table: what is held all the time, then the cost of each part of a step."""
     n = len(records)
-    print(f"{config.preset}, {config.width}x{config.height}, {config.frames} frames, {config.dtype}, {config.batch} clips on "
-          f"{group.world} process{'es' * (group.world > 1)}, {config.micro} at a time, " + (f"{n} steps" if n else "simulated"))
-    print(f"\n{'held all the time':18}     GiB")
-    for name, size in held.items():
-        print(f"{name:18}{size / GIB:8.2f}")
-    print(f"\n{'part of a step':18}{'peak GiB':>8}{'leaves GiB':>12}" + f"{'s':>8}" * bool(n))
-    for name, peak in parts.peak.items():
-        seconds = f"{parts.seconds[name] / n:8.2f}" if n else ""
-        print(f"{name:18}{peak / GIB:8.2f}{parts.kept[name] / GIB:12.2f}{seconds}")
-    worst = max(parts.peak, key=parts.peak.get)
+    print(f"{config.preset}, {config.width}x{config.height}, {config.frames} frames, {config.dtype}, "
+          f"{config.batch} clips on {group.world} process{'es' * (group.world > 1)}, {config.micro} at a time, "
+          + (f"{n} steps" if n else "simulated"))
+    show_held(held)
+    show_parts(parts, "part of a step", n)
     print("(what distill leaves are the activations that the backward pass needs)")
-    print(f"\nmost: {parts.peak[worst] / GIB:.2f} GiB, in {worst}; on a GPU add about 1 GiB for CUDA and its libraries")
+    show_most(parts)
     if n:
         seconds = sum(parts.seconds.values()) / n
         print("last step: " + ", ".join(f"{name} {value:.4g}" for name, value in records[-1].items()))
         print(f"a step takes {seconds:.2f} s, {config.steps} steps take {seconds * config.steps / 3600:.1f} h")
+    else:
+        show_cards(sum(parts.flops.values()), sum(parts.moved.values()), config.dtype)
+
+
+# ---- a clip ------------------------------------------------------------------------------------------------
+
+
+def report_sampling(title: str, models, dtype: str, captions, step, steps: int, decode) -> CountedParts:
+    """Prints the budget of a clip, all of it with fake tensors.
+
+    models() -> networks; captions(models) -> states; step(models, states) -> latents after one of the `steps`;
+    decode(models, latents).
+    """
+    with simulation() as counter, torch.no_grad():
+        parts = CountedParts(torch.device("cpu"), counter)
+        made = models()
+        held = {name: bytes_of(network) for name, network in networks_of(made).items()}
+        held["together"] = counter.live
+        with parts("captions"):
+            states = captions(made)
+        with parts("one step"):
+            z = step(made, states)
+        with parts("decode"):
+            decode(made, z)
+
+    print(f"{title}, {dtype}, {steps} steps, simulated")
+    show_held(held)
+    show_parts(parts, "part of a clip")
+    show_most(parts)
+    flops = sum(parts.flops.values()) + (steps - 1) * parts.flops["one step"]
+    moved = sum(parts.moved.values()) + (steps - 1) * parts.moved["one step"]
+    show_cards(flops, moved, dtype)
+    return parts
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
+def show_held(held: dict) -> None:
+    print(f"\n{'held all the time':18}     GiB")
+    for name, size in held.items():
+        print(f"{name:18}{size / GIB:8.2f}")
+
+
+def show_parts(parts: CountedParts, title: str, n: int = 0) -> None:
+    """A line per part. n: timed steps; without them FLOP and bytes."""
+    last = f"{'s':>8}" if n else f"{'TFLOP':>10}{'GB moved':>10}"
+    print(f"\n{title:18}{'peak GiB':>8}{'leaves GiB':>12}{last}")
+    for name, peak in parts.peak.items():
+        cost = f"{parts.flops[name] / 1e12:10.2f}{parts.moved[name] / 1e9:10.0f}"
+        if n:
+            cost = f"{parts.seconds[name] / n:8.2f}"
+        print(f"{name:18}{peak / GIB:8.2f}{parts.kept[name] / GIB:12.2f}{cost}")
+
+
+def show_most(parts: CountedParts) -> None:
+    worst = max(parts.peak, key=parts.peak.get)
+    print(f"\nmost: {parts.peak[worst] / GIB:.2f} GiB, in {worst}; "
+          "on a GPU add about 1 GiB for CUDA and its libraries")
+
+
+def show_cards(flops: int, moved: int, dtype: str) -> None:
+    """Seconds at the peak rates of three cards: what no implementation undercuts, and unfused memory traffic."""
+    print(f"\ntogether {flops / 1e12:.1f} TFLOP, and {moved / 1e9:.0f} GB moved if no operations are fused")
+    print(f"{'at the peak rates of':22}{'TFLOP/s':>9}{'GB/s':>7}{'s of arithmetic':>17}{'s of traffic':>14}")
+    for name, (half, single, bandwidth) in CARDS.items():
+        rate = single if dtype == "float32" else half
+        print(f"{name:22}{rate:9.1f}{bandwidth:7}{flops / rate / 1e12:17.2f}{moved / bandwidth / 1e9:14.2f}")
