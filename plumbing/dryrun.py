@@ -319,7 +319,7 @@ def show_most(parts: CountedParts) -> None:
 
 def show_cards(flops: int, moved: int, dtype: str) -> None:
     """Seconds at the peak rates of three cards: what no implementation undercuts, and unfused memory traffic."""
-    print(f"\ntogether {flops / 1e12:.1f} TFLOP, and {moved / 1e9:.0f} GB moved if no operations are fused")
+    print(f"\nin all {flops / 1e12:.1f} TFLOP, and {moved / 1e9:.0f} GB moved if no operations are fused")
     print(f"{'at the peak rates of':22}{'TFLOP/s':>9}{'GB/s':>7}{'s of arithmetic':>17}{'s of traffic':>14}")
     for name, (half, single, bandwidth) in CARDS.items():
         rate = single if dtype == "float32" else half

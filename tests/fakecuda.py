@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PRESETS = ("shapes", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms", "turbo-v2", "shapes-v2")
 REWARDS = ("hpsv2", "pickscore", "clip", "imagereward", "viclip", "internvideo2")
 DTYPES = ("float32", "bfloat16", "float16")
 CANNOT = 3                      # exit code where this PyTorch is not like the one that this was written for
@@ -47,7 +46,7 @@ def install() -> None:
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
     torch.utils.checkpoint.get_device_states = lambda *args: ([], [])
     torch.utils.checkpoint.set_device_states = lambda *args, **kwargs: None
-    fake_tensor.FakeTensorMode.avoid_device_init = True     # torch.tensor(...) is made on the host, then copied
+    fake_tensor.FakeTensorMode.avoid_device_init = True     # torch.tensor is made on the host, then copied
     torch._C._ensureCUDADeviceGuardSet()
     torch.autograd.set_multithreading_enabled(False)        # no thread per device: there is none to wait for
     torch.nn.Module._apply = replace_tensors
@@ -112,7 +111,7 @@ def one(dtype):
 
 
 def fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **kwargs):
-    """What CUDA launches: flash attention in half precision, else the memory-efficient kernel; within limits."""
+    """What CUDA launches: flash attention in half precision, else the memory-efficient kernel."""
     devices = {x.device for x in (q, k, v, attn_mask) if x is not None}
     assert len(devices) == 1, f"attention on two devices: {devices}"
     if torch.is_autocast_enabled("cuda"):
@@ -446,17 +445,19 @@ def counting():
     found.update(WATCH.copies - before)
 
 
+ALL = ("vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms", "turbo-v2")
+SAMPLED = {
+    "vc2 turbo": DTYPES, "vc2 v2": DTYPES, "vc2 teacher": DTYPES, "ms turbo": DTYPES, "ms teacher": DTYPES,
+    "shapes turbo": DTYPES, "shapes teacher": ("bfloat16",)}
 CASES = {
     **{f"train {preset} --lora 4": partial(training, preset, "--lora", "4", again=preset == "vcm-vc2",
-                                           show=preset == "shapes") for preset in PRESETS},
+                                           show=preset == "shapes") for preset in ("shapes", "shapes-v2", *ALL)},
     **{f"train {preset} --lora 0": partial(training, preset, "--lora", "0", again=preset == "vcm-ms")
-       for preset in PRESETS},
+       for preset in ALL},
     "train turbo-vc2 --lora 0 on 2 GPUs": partial(training, "turbo-vc2", "--lora", "0", gpus=2, again=True),
     **{f"prepare {preset}": partial(preparing, preset) for preset in ("turbo-v2", "shapes-v2")},
-    **{f"sample {family} {method} {dtype}": partial(sampling, family, method, dtype)
-       for family, methods in (("vc2", ("turbo", "v2", "teacher")), ("ms", ("turbo", "teacher")),
-                               ("shapes", ("turbo", "teacher")))
-       for method in methods for dtype in DTYPES},
+    **{f"sample {what} {dtype}": partial(sampling, *what.split(), dtype)
+       for what, dtypes in SAMPLED.items() for dtype in dtypes},
     "sample vc2 turbo bfloat16 at 1024x576": partial(sampling, "vc2", "turbo", "bfloat16", (576, 1024)),
     **{f"reward {name} {dtype}": partial(reward, name, dtype)
        for name in REWARDS for dtype in ("bfloat16", "float32")},

@@ -1,0 +1,275 @@
+"""For whoever has a GPU for ten minutes: checks, then what every part costs beside its arithmetic floor.
+
+    python tests/gpu.py                         # prints Markdown; exit code 1 where a check fails
+    python tests/gpu.py --presets turbo-vc2     # only the training step of these
+    python tests/gpu.py --tiny --device cpu     # the same program with tiny networks, to see that it runs
+
+Networks are full-size with random weights, so that nothing is downloaded. The floor of a part is its FLOP,
+counted on fake tensors by torch's formulas, over the rate of one large matrix product, measured in the same run.
+"""
+import argparse
+import contextlib
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import model  # noqa: E402
+import presets  # noqa: E402
+import train  # noqa: E402
+import turbo  # noqa: E402
+from plumbing import dryrun  # noqa: E402
+from plumbing.run import Group, Parts  # noqa: E402
+from solver import Sampling  # noqa: E402
+
+TRAINED = ("vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms", "turbo-v2")
+BOUNDS = {"UNet": 0.03, "VAE": 0.03, "compiled UNet": 0.03}     # relative error, root mean square, of bf16
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Row:
+    """A line of the table."""
+    name: str
+    seconds: float
+    flops: int
+    gib: float
+
+    def cells(self, rate: float) -> str:
+        floor = self.flops / rate
+        return (f"| {self.name} | {self.seconds:.3f} | {self.flops / 1e12:.2f} | {floor:.3f} | "
+                f"{self.seconds / max(floor, 1e-9):.2f} | {self.gib:.1f} |")
+
+
+class Device:
+    """Time and memory on a GPU, or on the CPU."""
+
+    def __init__(self, name: str, repeat: int):
+        self.device, self.repeat = torch.device(name), repeat
+        self.cuda = self.device.type == "cuda"
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def measure(self, name: str, run, flops: int) -> Row:
+        """Runs once for nothing, then takes the mean of `repeat` runs and the most that they held."""
+        run()
+        self.wait()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        for _ in range(self.repeat):
+            run()
+        self.wait()
+        seconds = (time.perf_counter() - start) / self.repeat
+        gib = torch.cuda.max_memory_allocated() / dryrun.GIB if self.cuda else 0.0
+        return Row(name, seconds, flops, gib)
+
+    def rate(self, size: int) -> float:
+        """FLOP/s of a bf16 matrix product."""
+        a = torch.randn(size, size, device=self.device, dtype=torch.bfloat16)
+        return 2 * size ** 3 / self.measure("", lambda: a @ a, 0).seconds
+
+
+def count(run) -> int:
+    """FLOP of a function that makes its own tensors, on fake ones."""
+    with dryrun.simulation() as counter:
+        run()
+    return counter.flops
+
+
+# ---- networks and their parts ------------------------------------------------------------------------------
+
+
+def networks(name: str, device, dtype=torch.bfloat16) -> model.Models:
+    """A student of the family with random weights: last layers are not zero, so that all of it counts."""
+    family = model.FAMILIES[name]
+    with dryrun.build(device, dtype):
+        unet = model.UNet3D(dataclasses.replace(family.unet, guidance=True)).eval()
+        vae, text = model.VAE(family.vae).eval(), model.TextEncoder(family.text).eval()
+    for p in unet.parameters():
+        if p.ndim > 1:
+            torch.nn.init.normal_(p, std=0.5 * p[0].numel() ** -0.5)
+    for network in (unet, vae, text):
+        network.requires_grad_(False)
+    for p in unet.out.parameters():                             # as `model.load` does
+        p.data = p.data.float()
+    header = model.complete(model.RELEASED["LoRA list"], family)
+    return model.Models(name, unet, vae, text, family, header)
+
+
+def inputs(models, size: tuple[int, int, int], device, dtype=torch.bfloat16) -> tuple:
+    """z, t, c of a clip."""
+    T, H, W = size
+    vae = models.vae.config
+    z = torch.randn(1, vae.latent, T, H // vae.factor, W // vae.factor, device=device)
+    c = torch.randn(1, models.text.config.context_length, models.unet.config.context_dim, device=device)
+    return z, torch.tensor([499]).to(device), c.to(dtype)
+
+
+def unet_step(models, z, t, c):
+    with torch.no_grad():
+        return models.unet(z, t, c, w=torch.full((1,), 7.5, device=z.device), fps=16)
+
+
+def decoded(models, z):
+    with torch.no_grad():
+        return models.vae.decode(z, 4)
+
+
+def clip(models, size) -> torch.Tensor:
+    sampling = Sampling("student", steps=4, guidance=7.5, grid=50, fps=16)
+    z = turbo.generate(models, ["a corgi runs through a meadow"], [0], size, sampling)
+    return model.to_clip(models.vae, z, 4)
+
+
+# ---- checks ------------------------------------------------------------------------------------------------
+
+
+def error(x, exact) -> float:
+    """Relative, root mean square."""
+    return ((x.float() - exact.float()).norm() / exact.float().norm()).item()
+
+
+def check(models, size, device, compiled) -> dict[str, float]:
+    """Relative errors of bf16 against float32 with the same weights, and of the compiled UNet."""
+    half = inputs(models, size, device)
+    made = {"UNet": unet_step(models, *half), "VAE": decoded(models, half[0][:, :, :2])}
+    if compiled is not None:
+        eager, models.unet = models.unet, compiled
+        made["compiled UNet"] = unet_step(models, *half)
+        models.unet = eager
+    exact = dataclasses.replace(models, unet=wide(models.unet), vae=wide(models.vae))
+    z, t, c = half
+    told = {"UNet": unet_step(exact, z, t, c.float()), "VAE": decoded(exact, z[:, :, :2])}
+    return {name: error(x, told[name.split()[-1]]) for name, x in made.items()}
+
+
+def wide(network):
+    """A copy in float32."""
+    made = type(network)(network.config).to(next(network.parameters()).device)
+    made.load_state_dict({name: x.float() for name, x in network.state_dict().items()})
+    return made.eval().requires_grad_(False)
+
+
+# ---- the training step -------------------------------------------------------------------------------------
+
+
+def trainer_of(preset: str, device, options: list[str], counted: bool = False):
+    """A trainer of one clip a step with random networks, and its batch."""
+    one = ["--reward-batch", "1"] if preset == "turbo-v2" else []
+    config = train.configure(["--preset", preset, "--batch", "1", *one, *options])
+    group = Group("cpu" if torch.device(device).type == "cpu" else "")
+    trainer_class = train.CachedTrainer if presets.is_v2(config) else train.Trainer
+    models, _, terms = train.random_world(config, group)
+    to_host = dryrun.no_values if counted else torch.Tensor.tolist
+    trainer = trainer_class(config, models, terms, group, Parts(group.device), to_host)
+    if counted:
+        dryrun.pick_worst(terms)
+    return trainer, dryrun.random_batch(config, models, 1)
+
+
+def training_row(preset: str, device: Device, options: list[str]) -> Row:
+    def counted():
+        trainer, batch = trainer_of(preset, "cpu", options, counted=True)
+        trainer.step(batch)
+
+    flops = count(counted)
+    trainer, batch = trainer_of(preset, device.device, options)
+    return device.measure(f"training step, {preset}", lambda: trainer.step(batch), flops)
+
+
+# ---- the table ---------------------------------------------------------------------------------------------
+
+
+def clip_rows(name: str, device: Device, compiling: bool) -> tuple[list[Row], dict[str, float]]:
+    """UNet step, decoding and whole clip, without and with compilation; and the errors of `check`."""
+    models, size = networks(name, device.device), clip_size(name)
+    z, t, c = inputs(models, size, device.device)
+    label = f"{size[2]}x{size[1]}x{size[0]}, {name}"
+
+    def counted(part):
+        fake = networks(name, "cpu")
+        return part(fake, *inputs(fake, size, "cpu"))
+
+    step_flops = count(lambda: counted(unet_step))
+    decode_flops = count(lambda: counted(lambda fake, z, t, c: decoded(fake, z)))
+    whole = 4 * step_flops + decode_flops
+    rows = [device.measure(f"UNet step, {label}", lambda: unet_step(models, z, t, c), step_flops),
+            device.measure(f"decoding, {label}", lambda: decoded(models, z), decode_flops),
+            device.measure(f"clip in 4 steps, {label}", lambda: clip(models, size), whole)]
+
+    compiled = torch.compile(models.unet, fullgraph=True) if compiling else None
+    errors = check(models, size, device.device, compiled)
+    if compiling:
+        models.unet = compiled
+        label = f"compiled, {label}"
+        rows += [device.measure(f"UNet step, {label}", lambda: unet_step(models, z, t, c), step_flops),
+                 device.measure(f"clip in 4 steps, {label}", lambda: clip(models, size), whole)]
+    return rows, errors
+
+
+def clip_size(name: str) -> tuple[int, int, int]:
+    family = model.FAMILIES[name]
+    return family.frames, family.height, family.width
+
+
+@contextlib.contextmanager
+def tiny_families():
+    """Within the block the published families are tiny."""
+    known = dict(model.FAMILIES)
+    unet = dict(channels=32, mult=(1, 2), res_blocks=1, attention_levels=(0,), head_dim=16, context_dim=16,
+                init_heads=2, groups=8)
+    vae = model.VAEConfig(channels=32, mult=(1, 1), res_blocks=1, patch=2)
+    text = model.TextConfig(width=16, layers=2, heads=2)
+    try:
+        for name, family in known.items():
+            model.FAMILIES[name] = dataclasses.replace(
+                family, unet=dataclasses.replace(family.unet, **unet), vae=vae, text=text, frames=4,
+                height=16, width=16)
+        yield "--frames 4 --height 16 --width 16 --image-weight 0 --video-weight 0".split()
+    finally:
+        model.FAMILIES.update(known)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table and the checks -> how many of them failed."""
+    cuda = torch.cuda.is_available()
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="tiny networks, without rewards")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--presets", nargs="*", default=TRAINED)
+    parser.add_argument("--repeat", type=int, default=5)
+    args = parser.parse_args(argv)
+    if args.device == "cpu" and not args.tiny:
+        raise SystemExit("gpu.py: full-size networks need a GPU; try --tiny --device cpu")
+
+    device = Device(args.device, args.repeat)
+    with tiny_families() if args.tiny else contextlib.nullcontext([]) as options:
+        rate = device.rate(256 if args.tiny else 8192)
+        gpu = torch.cuda.get_device_name() if device.cuda else "CPU"
+        print(f"{gpu}, torch {torch.__version__}, bf16; a matrix product makes {rate / 1e12:.1f} TFLOP/s\n")
+        print("| | s | TFLOP | floor, s | times the floor | peak GiB |\n|---|---|---|---|---|---|")
+        rows, errors = clip_rows("vc2", device, not args.no_compile)
+        for row in rows:
+            print(row.cells(rate), flush=True)
+        for preset in args.presets:
+            print(training_row(preset, device, options).cells(rate), flush=True)
+
+    print("\n| relative error of bf16 | | bound |\n|---|---|---|")
+    for name, value in errors.items():
+        print(f"| {name} | {value:.4f} | {BOUNDS[name]} |")
+    return sum(not value <= BOUNDS[name] for name, value in errors.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main() > 0)
