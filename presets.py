@@ -71,7 +71,7 @@ class Config:
     sample_every: Size = 500        # steps between sample clips; 0: never
     prompt: tuple[str, ...] = ("a corgi runs through a meadow", "waves at sunset")   # of them; repeatable
     guidance: NotNegative = 7.5     # ω of the samples; paper, Sec. 4
-    merge: bool = False             # at the end: also OUT/merged.safetensors, the whole UNet with LoRA merged
+    merge: bool = False             # at the end: also OUT/merged.safetensors; vc2: and t2v_turbo_vc2.pt
     export_lora: bool = False       # at the end: also OUT/unet_lora.pt, the list that the released code reads
 
 

@@ -498,7 +498,7 @@ def test_wrong_frames_are_known_before_any_file(name, frames):
 # ---- sample.py ---------------------------------------------------------------------------------------------
 
 RED = "'a red circle'"
-SAMPLE = [                              # what is typed behind sample.py -> what the message says
+SAMPLE = [  # what is typed behind sample.py -> what the message says
     ("", "give one prompt, or --prompts FILE"),
     ("'  '", "give one prompt, or --prompts FILE"),
     (f"{RED} --steps 0", "--steps: 0 must be at least 1"),
@@ -549,13 +549,28 @@ SAMPLE = [                              # what is typed behind sample.py -> what
     ("--prompts object.json", 'object.json, entry 1: neither a prompt nor an object with "prompt_en"'),
     ("--prompts broken.json", "broken.json: not JSON: "),
     ("--prompts red.txt --out x.mp4", "--prompts writes many files; --out x.mp4 should be a folder"),
-    ("--prompts red.txt --out foreign", "foreign: VBench wants nothing but clips in it, and there is notes.txt"),
-    ("--prompts red.txt --out new --sheet new/x.png", "new: VBench wants nothing but clips in it, and there is x.png"),
-    ("--prompts slash.txt --out new", "'a red/ring' and 'a red ring' would both be written to new/a red ring-0.mp4"),
+    (
+        "--prompts red.txt --out foreign",
+        "foreign: VBench wants nothing but clips in it, and there is notes.txt",
+    ),
+    (
+        "--prompts red.txt --out new --sheet new/x.png",
+        "new: VBench wants nothing but clips in it, and there is x.png",
+    ),
+    (
+        "--prompts slash.txt --out new",
+        "'a red/ring' and 'a red ring' would both be written to new/a red ring-0.mp4",
+    ),
     ("--prompts long.txt --out new", "a file's name takes 255 bytes, this one has 256; shorten the prompt"),
     (f"{RED} --turbo none.safetensors", "none.safetensors: no such file"),
-    (f"{RED} --turbo vc2.safetensors --model shapes", "vc2.safetensors is a student of vc2, not of shapes; use --model vc2"),
-    (f"{RED} --turbo unet_lora.pt", "unet_lora.pt is no file of the toy; say whose it is: --model vc2 or --model ms"),
+    (
+        f"{RED} --turbo vc2.safetensors --model shapes",
+        "vc2.safetensors is a student of vc2, not of shapes; use --model vc2",
+    ),
+    (
+        f"{RED} --turbo unet_lora.pt",
+        "unet_lora.pt is no file of the toy; say whose it is: --model vc2 or --model ms",
+    ),
     (f"{RED} --model ms --method vcm", "there are no public VCM weights for ms; give your own: --turbo FILE"),
 ]
 
@@ -566,9 +581,17 @@ def inputs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("folder.mp4", "foreign"):
         (tmp_path / name).mkdir()
-    texts = {"file": "", "foreign/notes.txt": "", "empty.txt": "\n\n", "red.txt": "a red circle\n", "null.json": '[{"prompt_en": null}]',
-             "object.json": '{"prompt_en": "a red circle"}', "broken.json": "[", "slash.txt": "a red/ring\na red ring\n",
-             "long.txt": "a red circle" + " " * 229 + "moving up"}
+    texts = {
+        "file": "",
+        "foreign/notes.txt": "",
+        "empty.txt": "\n\n",
+        "red.txt": "a red circle\n",
+        "null.json": '[{"prompt_en": null}]',
+        "object.json": '{"prompt_en": "a red circle"}',
+        "broken.json": "[",
+        "slash.txt": "a red/ring\na red ring\n",
+        "long.txt": "a red circle" + " " * 229 + "moving up",
+    }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "latin.txt").write_bytes("ein grüner".encode("latin-1"))
@@ -634,19 +657,46 @@ def damaged(state: dict, key: str, value: float) -> dict:
     return state | {key: tensor}
 
 
-WEIGHTS = {                             # what a student's file holds -> what the message says
+WEIGHTS = {  # what a student's file holds -> what the message says
     "nothing": (lambda state, header: ({}, header), "holds no named tensors; it is not a weight file"),
     "ten layers": (lambda state, header: (dict(list(state.items())[:20]), header), "layers missing"),
-    "one layer short": (lambda state, header: (dict(list(state.items())[2:]), header), "1 of 285 layers missing"),
-    "half a pair": (lambda state, header: (dict(list(state.items())[1:]), header), "its tensors are not pairs"),
-    "NaN": (lambda state, header: (damaged(state, "out.2.up", float("nan")), header), "out.2 holds NaN or infinity"),
-    "infinity": (lambda state, header: (damaged(state, "out.2.down", float("inf")), header), "out.2 holds NaN or infinity"),
-    "a teacher": (lambda state, header: (load_file(shapes.WEIGHTS / "teacher.safetensors"), {}), "1 of 733 tensors missing"),
-    "another model's": (lambda state, header: (state, header | {"model": "vc2"}), "is a student of vc2, not of shapes"),
-    "a grid that is a word": (lambda state, header: (state, header | {"steps": "8"}), "says steps '8', no number"),
+    "one layer short": (
+        lambda state, header: (dict(list(state.items())[2:]), header),
+        "1 of 285 layers missing",
+    ),
+    "half a pair": (
+        lambda state, header: (dict(list(state.items())[1:]), header),
+        "its tensors are not pairs",
+    ),
+    "NaN": (
+        lambda state, header: (damaged(state, "out.2.up", float("nan")), header),
+        "out.2 holds NaN or infinity",
+    ),
+    "infinity": (
+        lambda state, header: (damaged(state, "out.2.down", float("inf")), header),
+        "out.2 holds NaN or infinity",
+    ),
+    "a teacher": (
+        lambda state, header: (load_file(shapes.WEIGHTS / "teacher.safetensors"), {}),
+        "1 of 733 tensors missing",
+    ),
+    "another model's": (
+        lambda state, header: (state, header | {"model": "vc2"}),
+        "is a student of vc2, not of shapes",
+    ),
+    "a grid that is a word": (
+        lambda state, header: (state, header | {"steps": "8"}),
+        "says steps '8', no number",
+    ),
     "a negative range": (lambda state, header: (state, header | {"w_min": -1}), "says w_min -1, no number"),
-    "a model that is a number": (lambda state, header: (state, header | {"model": 3}), "says model 3, no name"),
-    "options that are a list": (lambda state, header: (state, header | {"train": []}), "training options are no JSON object"),
+    "a model that is a number": (
+        lambda state, header: (state, header | {"model": 3}),
+        "says model 3, no name",
+    ),
+    "options that are a list": (
+        lambda state, header: (state, header | {"train": []}),
+        "training options are no JSON object",
+    ),
     "a list for a header": (lambda state, header: (state, [1]), "its header is not a JSON object"),
 }
 
@@ -661,21 +711,34 @@ def test_wrong_students_end_in_one_line(wrong, tmp_path):
     assert str(tmp_path / "x.safetensors") in str(error.value) and "\n" not in str(error.value)
 
 
-PICKLES = {                             # what a .pt file holds -> what the message says
-    "a tensor": torch.ones(3), "a number": 3, "nothing": None, "a tuple": (torch.ones(3),), "an empty dict": {},
-    "a dict of numbers": {"a": 1}, "numbers for names": {1: torch.ones(1)}, "text": "state_dict",
+PICKLES = {  # what a .pt file holds -> what the message says
+    "a tensor": torch.ones(3),
+    "a number": 3,
+    "nothing": None,
+    "a tuple": (torch.ones(3),),
+    "an empty dict": {},
+    "a dict of numbers": {"a": 1},
+    "numbers for names": {1: torch.ones(1)},
+    "text": "state_dict",
 }
 
 
 @pytest.mark.parametrize("content", PICKLES)
 def test_files_that_are_no_weights(content, tmp_path):
     torch.save(PICKLES[content], tmp_path / "x.pt")
-    for read in (weights.read_named, lambda path: model.load("vc2", turbo=path), lambda path: model.load("vc2", path)):
+    for read in (
+        weights.read_named,
+        lambda path: model.load("vc2", turbo=path),
+        lambda path: model.load("vc2", path),
+    ):
         with pytest.raises(ValueError, match="x.pt: holds no named tensors; it is not a weight file"):
             read(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("content, message", [([], "0 LoRA tensors, this UNet takes 1150"), ([1] * 1150, "a list, but not of tensors")])
+@pytest.mark.parametrize(
+    "content, message",
+    [([], "0 LoRA tensors, this UNet takes 1150"), ([1] * 1150, "a list, but not of tensors")],
+)
 def test_lists_that_are_no_lora(content, message, tmp_path):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=f"x.pt: {message}"):
@@ -710,6 +773,9 @@ def test_a_compressed_file_is_read_and_not_mapped(tmp_path):
 
 def test_an_unreadable_file_is_not_a_missing_one(tmp_path, monkeypatch):
     (tmp_path / "x.pt").write_bytes(b"x")
-    monkeypatch.setattr("builtins.open", lambda *args: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied")))
+    monkeypatch.setattr(
+        "builtins.open",
+        lambda *args: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied")),
+    )
     with pytest.raises(ValueError, match="x.pt cannot be read: Permission denied"):
         weights.read_named(tmp_path / "x.pt")

@@ -76,7 +76,9 @@ def clip(vision=False):
     with torch.device("meta"):
         model = open_clip.CLIP(8, dict(image_size=32, layers=1, width=64, patch_size=16),
                                dict(width=c.width, layers=c.layers, heads=c.heads), output_dict=True)
-    return deterministic({key: shape for key, shape in shapes_of(model).items() if vision or "visual" not in key})
+    return deterministic(
+        {key: shape for key, shape in shapes_of(model).items() if vision or "visual" not in key}
+    )
 
 
 def vae():
@@ -98,9 +100,13 @@ def modelscope(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("modelscope")
     unet = diffusers.UNet3DConditionModel(
-        block_out_channels=(32, 64, 64, 64), cross_attention_dim=24, attention_head_dim=8, time_cond_proj_dim=None,
+        block_out_channels=(32, 64, 64, 64),
+        cross_attention_dim=24,
+        attention_head_dim=8,
+        time_cond_proj_dim=None,
         down_block_types=("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",),
-        up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3)
+        up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3,
+    )
     auto = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(32, 32, 64, 64), layers_per_block=2, latent_channels=4)
@@ -128,14 +134,24 @@ class Callback:
     patience = 3
 
 
-@pytest.mark.parametrize("wrap", [
-    dict, lambda state: {"state_dict": state}, lambda state: {"state_dict": state, "callbacks": {Callback: Callback()}}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        dict,
+        lambda state: {"state_dict": state},
+        lambda state: {"state_dict": state, "callbacks": {Callback: Callback()}},
+    ],
+)
 def test_videocrafter_checkpoint(tmp_path, wrap):
     torch.save(wrap(videocrafter()), tmp_path / "model.ckpt")
     models = load("vc2", tmp_path / "model.ckpt")
     with torch.no_grad():
         eps = models.unet(*INPUTS)
-        assert models.vae.decode(INPUTS[0]).shape == (2, 3, 3, 128, 128) and models.text([TOKENS]).shape == (1, 77, 24)
+        assert models.vae.decode(INPUTS[0]).shape == (2, 3, 3, 128, 128) and models.text([TOKENS]).shape == (
+            1,
+            77,
+            24,
+        )
     assert close(published(eps), torch.tensor([-.0900834, .4749277, .168649, -.2127277, -.4136356, .4136095]))
     assert not any(p.requires_grad for p in models.vae.parameters()) and not models.unet.training
     assert same(models, load("vc2", tmp_path))              # the folder will do
@@ -193,15 +209,17 @@ def test_other_diffusers_folders(modelscope, tmp_path):
 
 
 def test_original_modelscope_files(tmp_path):
-    """Its UNet has other names for the first transformer and for downsampling, and Conv1d in all temporal ones."""
+    """Other names of the first transformer and of downsampling, and Conv1d in all temporal ones."""
     state = {}
     for key, x in deterministic(original_shapes(SMALL)).items():
         if re.search(r"(blocks\.\d+\.2|middle_block\.2)\.proj_(in|out)\.weight", key):
             x = x[..., None]
         state[re.sub(r"^init_attn\.0", "input_blocks.0.1", key).replace(".0.op.", ".op.")] = x
     torch.save(state, tmp_path / "text2video_pytorch_model.pth")
-    torch.save({"state_dict": {"model." + key: x for key, x in vae().items()} | {"loss.logvar": torch.zeros(())}},
-               tmp_path / "VQGAN_autoencoder.pth")
+    torch.save(
+        {"state_dict": {"model." + key: x for key, x in vae().items()} | {"loss.logvar": torch.zeros(())}},
+        tmp_path / "VQGAN_autoencoder.pth",
+    )
     torch.save(clip(vision=True), tmp_path / "open_clip_pytorch_model.bin")
     models = load("ms", tmp_path)
 
@@ -258,7 +276,9 @@ def test_videocrafter_lora_as_published(tmp_path):
     assert models.sampling.grid == 50
     with torch.no_grad():
         eps = models.unet(*INPUTS, w=torch.tensor([7.5, 14.2]), fps=16)
-    assert close(published(eps), torch.tensor([.1980657, .1232111, .5689927, -.2307397, -.3275306, -.0884252]))
+    assert close(
+        published(eps), torch.tensor([0.1980657, 0.1232111, 0.5689927, -0.2307397, -0.3275306, -0.0884252])
+    )
 
 
 def test_modelscope_lora_in_diffusers_order(modelscope, tmp_path):
@@ -291,12 +311,17 @@ def test_lora_list_and_back(layout, config):
     assert all(torch.equal(a, b) for a, b in zip(lora_to_list(lora, shapes, layout), tensors, strict=True))
     if layout == "vc2":
         with pytest.raises(ValueError, match="no place for init_attn.0.proj_in"):
-            lora_to_list(lora | {"init_attn.0.proj_in": (torch.ones(64, 1), torch.ones(1, 32))}, shapes, layout)
+            lora_to_list(
+                lora | {"init_attn.0.proj_in": (torch.ones(64, 1), torch.ones(1, 32))}, shapes, layout
+            )
 
 
 def test_full_size_lora_orders():
     """Digest of the names in the order in which the published injector visited the full-size UNets."""
-    for config, layout, expected in ((VC2, "vc2", "7b3c5090ba0fdfa9"), (replace(VC2, fps=False), "ms", "ba3148f91a159f3e")):
+    for config, layout, expected in (
+        (VC2, "vc2", "7b3c5090ba0fdfa9"),
+        (replace(VC2, fps=False), "ms", "ba3148f91a159f3e"),
+    ):
         names = lora_order(lora_shapes(replace(config, guidance=True)), layout)
         assert len(names) == 575
         assert hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] == expected
@@ -306,7 +331,11 @@ def test_merge_equals_peft():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.c = nn.Linear(6, 8), nn.Conv2d(4, 8, 3, padding=1), nn.Conv3d(4, 6, (3, 1, 1))
+            self.a, self.b, self.c = (
+                nn.Linear(6, 8),
+                nn.Conv2d(4, 8, 3, padding=1),
+                nn.Conv3d(4, 6, (3, 1, 1)),
+            )
 
     torch.manual_seed(0)
     net = Net()
@@ -331,13 +360,23 @@ def test_merge_equals_peft():
 def test_second_version(tmp_path, motion):
     """unet_mg.pt and unet_no_mg.pt: a whole UNet; VAE and text come from the teacher's file."""
     torch.save(videocrafter(), tmp_path / "model.ckpt")
-    torch.save(deterministic(original_shapes(replace(FPS, guidance=True, motion=motion))), tmp_path / "unet.pt")
+    torch.save(
+        deterministic(original_shapes(replace(FPS, guidance=True, motion=motion))), tmp_path / "unet.pt"
+    )
     models = load("vc2", tmp_path, tmp_path / "unet.pt")
     assert models.sampling.grid == 200 and models.unet.config.motion == motion
     with torch.no_grad():
-        eps = models.unet(*INPUTS, w=torch.tensor([7.5, 14.2]), fps=8, motion=torch.tensor([0.05, 0.0]) if motion else None)
-    assert close(published(eps), torch.tensor([-.1088979, .4450589, .1715164, -.2278798, -.4524518, .4187988] if motion else
-                                              [-.1307804, .4606087, .1881391, -.2197787, -.4324611, .4341577]))
+        eps = models.unet(
+            *INPUTS, w=torch.tensor([7.5, 14.2]), fps=8, motion=torch.tensor([0.05, 0.0]) if motion else None
+        )
+    assert close(
+        published(eps),
+        torch.tensor(
+            [-0.1088979, 0.4450589, 0.1715164, -0.2278798, -0.4524518, 0.4187988]
+            if motion
+            else [-0.1307804, 0.4606087, 0.1881391, -0.2197787, -0.4324611, 0.4341577]
+        ),
+    )
 
 
 def merged_videocrafter():
@@ -347,7 +386,7 @@ def merged_videocrafter():
 
 
 def test_merged_first_version(tmp_path):
-    """t2v_turbo_vc2.pt needs no other file, and is a student of the 50-step grid that is told 16 frames a second."""
+    """t2v_turbo_vc2.pt needs no other file: a student of the 50-step grid, told 16 frames a second."""
     torch.save(videocrafter(), tmp_path / "model.ckpt")
     torch.save(merged_videocrafter(), tmp_path / "t2v_turbo_vc2.pt")
     models = load("vc2", turbo=tmp_path / "t2v_turbo_vc2.pt")
@@ -356,7 +395,10 @@ def test_merged_first_version(tmp_path):
         "model.diffusion_model.time_cond_proj.weight"])
     models.unet.time_cond_proj.weight.data.zero_()
     assert same(models, teacher)
-    assert models.sampling == FAMILIES["vc2"].sampling["turbo"] and (models.sampling.grid, models.fps) == (50, 16)
+    assert models.sampling == FAMILIES["vc2"].sampling["turbo"] and (models.sampling.grid, models.fps) == (
+        50,
+        16,
+    )
 
 
 def test_own_checkpoints(tmp_path):
@@ -364,7 +406,9 @@ def test_own_checkpoints(tmp_path):
     config = replace(FPS, guidance=True)
     shapes = lora_shapes(config)
     lora = dict(zip(shapes, zip(*[iter(lora_list(shapes.values()))] * 2, strict=True), strict=True))
-    flat = {f"{name}.{end}": x for name, pair in lora.items() for end, x in zip(("up", "down"), pair, strict=True)}
+    flat = {
+        f"{name}.{end}": x for name, pair in lora.items() for end, x in zip(("up", "down"), pair, strict=True)
+    }
     save_checkpoint(tmp_path / "lora.safetensors", flat, HEADER)
     assert read_checkpoint(tmp_path / "lora.safetensors")[1] == HEADER
     assert read_turbo(tmp_path / "lora.safetensors", config)[2].keys() == lora.keys()
@@ -414,13 +458,17 @@ def told(monkeypatch, models, **options):
 
     monkeypatch.setattr(models.unet, "forward", unet)
     config = sample.Config("a horse", frames=2, height=64, width=64, **options)
-    turbo.generate(models, ["a horse"], [0], sample.size_of(models, config), sample.sampling_of(models, config))
+    turbo.generate(
+        models, ["a horse"], [0], sample.size_of(models, config), sample.sampling_of(models, config)
+    )
     return heard
 
 
 def test_second_version_is_sampled_as_it_was_trained(tmp_path, teacher_file, monkeypatch):
-    """8 frames a second, 16 of 200 steps, and λ' = 0.05 at t >= 500 only: told 0.05 below, latents differ by 1e-3."""
-    torch.save(deterministic(original_shapes(replace(FPS, guidance=True, motion=True))), tmp_path / "unet_mg.pt")
+    """8 frames a second, 16 of 200 steps, λ' = 0.05 at t >= 500 only (told below, latents differ by 1e-3)."""
+    torch.save(
+        deterministic(original_shapes(replace(FPS, guidance=True, motion=True))), tmp_path / "unet_mg.pt"
+    )
     models = load("vc2", teacher_file, tmp_path / "unet_mg.pt")
     assert models.fps == 8 and models.sampling == FAMILIES["vc2"].sampling["turbo-v2"]
     heard = told(monkeypatch, models)
@@ -437,7 +485,9 @@ def test_second_version_is_sampled_as_it_was_trained(tmp_path, teacher_file, mon
 
 
 def test_a_students_header_says_how_it_is_sampled(tmp_path, teacher_file, monkeypatch):
-    header = dict(model="vc2", method="turbo", steps=100, w_min=1.0, w_max=4.0, fps=8, frames=24, height=128, width=64)
+    header = dict(
+        model="vc2", method="turbo", steps=100, w_min=1.0, w_max=4.0, fps=8, frames=24, height=128, width=64
+    )
     student_file(tmp_path / "x.safetensors", header)
     models = load("vc2", teacher_file, tmp_path / "x.safetensors")
     assert models.size == (24, 128, 64) and models.fps == 8
@@ -445,7 +495,9 @@ def test_a_students_header_says_how_it_is_sampled(tmp_path, teacher_file, monkey
     assert {fps for _, fps, _ in told(monkeypatch, models)} == {8}
     assert {fps for _, fps, _ in told(monkeypatch, models, fps=12)} == {12}
 
-    old = dict(method="turbo", steps=50, w_min=5.0, w_max=15.0, train=dict(steps=10000, fps=8, frames=8))     # version 1
+    old = dict(
+        method="turbo", steps=50, w_min=5.0, w_max=15.0, train=dict(steps=10000, fps=8, frames=8)
+    )  # version 1
     student_file(tmp_path / "old.safetensors", old)
     models = load("vc2", teacher_file, tmp_path / "old.safetensors")
     assert models.size == (8, 64, 64) and models.fps == 8 and models.sampling.grid == 50
@@ -467,7 +519,9 @@ def test_guidance_beyond_the_trained_range_is_said(tmp_path, teacher_file, capsy
     for guidance, warns in ((5, False), (15, False), (20, True), (0, True)):
         sample.sampling_of(models, sample.Config(guidance=guidance))
         said = capsys.readouterr().err
-        assert (said == f"--guidance {guidance}: this student was trained with 5 to 15\n") == warns == bool(said)
+        assert (
+            (said == f"--guidance {guidance}: this student was trained with 5 to 15\n") == warns == bool(said)
+        )
 
 
 def test_strength_of_lora(tmp_path, teacher_file):
@@ -497,14 +551,17 @@ def test_merged_weights_are_written_as_released(tmp_path, teacher_file):
 def test_a_lora_of_another_model_is_refused(tmp_path, teacher_file, modelscope):
     """All 575 layers of a ModelScope LoRA are layers of VideoCrafter2, too; so are any ten of its own."""
     def write(config, layers, header):
-        pairs = dict(zip(layers, zip(*[iter(lora_list([lora_shapes(config)[name] for name in layers]))] * 2)))
-        flat = {f"{name}.{end}": x for name, pair in pairs.items() for end, x in zip(("up", "down"), pair, strict=True)}
-        save_checkpoint(tmp_path / "x.safetensors", flat, header)
+        shapes = lora_shapes(config)
+        matrices = lora_list([shapes[name] for name in layers])
+        names = [f"{name}.{end}" for name in layers for end in ("up", "down")]
+        save_checkpoint(tmp_path / "x.safetensors", dict(zip(names, matrices, strict=True)), header)
 
     vc2, ms = replace(FPS, guidance=True), replace(SMALL, guidance=True)
     for config, layers in ((ms, list(lora_shapes(ms))), (vc2, list(lora_shapes(vc2))[:10])):
         write(config, layers, HEADER)
-        with pytest.raises(ValueError, match="x.safetensors: not a LoRA of this UNet, or not all of it: [0-9]+ of 576 layers"):
+        with pytest.raises(
+            ValueError, match="x.safetensors: not a LoRA of this UNet, or not all of it: [0-9]+ of 576 layers"
+        ):
             load("vc2", teacher_file, tmp_path / "x.safetensors")
     write(vc2, list(lora_shapes(vc2)), HEADER)
     with pytest.raises(ValueError, match="LoRA for fps_embedding.0, a layer that this UNet does not have"):
@@ -514,8 +571,14 @@ def test_a_lora_of_another_model_is_refused(tmp_path, teacher_file, modelscope):
         load("vc2", teacher_file, tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("key", ["model.diffusion_model.out.2.weight", "first_stage_model.decoder.conv_in.bias",
-                                 "cond_stage_model.model.ln_final.weight"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.out.2.weight",
+        "first_stage_model.decoder.conv_in.bias",
+        "cond_stage_model.model.ln_final.weight",
+    ],
+)
 def test_weights_that_are_not_finite_are_refused(tmp_path, key):
     state = videocrafter()
     state[key].view(-1)[3] = float("nan")
@@ -566,13 +629,17 @@ def test_wrong_teachers(tmp_path, how, says):
     path = broken(tmp_path, how)
     with pytest.raises(ValueError, match=says) as error:
         load("vc2", path)
-    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value) and len(str(error.value)) < 250
+    assert (
+        str(error.value).startswith(str(path))
+        and "\n" not in str(error.value)
+        and len(str(error.value)) < 250
+    )
 
 
 def test_wrong_folders(tmp_path, modelscope):
     with pytest.raises(ValueError, match="none of diffusion_pytorch_model.safetensors, .* is there"):
         load("ms", tmp_path)
-    with pytest.raises(ValueError, match=r"missing \(fps_embedding.0.bias, ...\)"):         # the other model's
+    with pytest.raises(ValueError, match=r"missing \(fps_embedding.0.bias, ...\)"):  # the other model's
         load("vc2", modelscope[0])
     with pytest.raises(ValueError, match="no model 'sd'; there are vc2, ms"):
         load("sd", tmp_path)
@@ -589,12 +656,18 @@ def test_wrong_lora(tmp_path):
     config, path = replace(FPS, guidance=True), tmp_path / "unet_lora.pt"
     tensors = public_list(config, "vc2")
     for content, says in (
-            (tensors[:-2], "1146 LoRA tensors, this UNet takes 1148"),
-            (tensors[2:] + tensors[:2], r"LoRA of time_embed.0 has shapes \(128, 4\) and \(4, 128\), expected .* \(4, 32\)")):
+        (tensors[:-2], "1146 LoRA tensors, this UNet takes 1148"),
+        (
+            tensors[2:] + tensors[:2],
+            r"LoRA of time_embed.0 has shapes \(128, 4\) and \(4, 128\), expected .* \(4, 32\)",
+        ),
+    ):
         torch.save(content, path)
         with pytest.raises(ValueError, match=says):
             read_turbo(path, config)
-    save_checkpoint(tmp_path / "x.safetensors", {"out.2.up": tensors[-2], "out.2.weight": tensors[-1]}, HEADER)
+    save_checkpoint(
+        tmp_path / "x.safetensors", {"out.2.up": tensors[-2], "out.2.weight": tensors[-1]}, HEADER
+    )
     with pytest.raises(ValueError, match="not a LoRA file"):
         read_turbo(tmp_path / "x.safetensors", config)
     save_checkpoint(tmp_path / "x.safetensors", {"out.7.up": tensors[-2], "out.7.down": tensors[-1]}, HEADER)
@@ -642,8 +715,12 @@ def filler(shapes):
     state = {}
     for key, shape in shapes.items():
         n = torch.Size(shape).numel()
-        state[key] = sheet[:n].view(shape) if n <= len(sheet) else sheet.repeat(n // len(sheet) + 1)[:n].view(shape)
-        state[key] = state[key].clone() + key.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_final.weight"))
+        state[key] = (
+            sheet[:n].view(shape) if n <= len(sheet) else sheet.repeat(n // len(sheet) + 1)[:n].view(shape)
+        )
+        state[key] = state[key].clone() + key.endswith(
+            ("norm.weight", "ln_1.weight", "ln_2.weight", "ln_final.weight")
+        )
     return state
 
 
@@ -661,8 +738,11 @@ def write_full_size(layout, folder):
             auto = diffusers.AutoencoderKL(
                 down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
                 block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4)
-        for name, model, stem in (("unet", unet, "diffusion_pytorch_model"), ("vae", auto, "diffusion_pytorch_model"),
-                                  ("text_encoder", text, "model")):
+        for name, model, stem in (
+            ("unet", unet, "diffusion_pytorch_model"),
+            ("vae", auto, "diffusion_pytorch_model"),
+            ("text_encoder", text, "model"),
+        ):
             (folder / name).mkdir()
             safetensors.torch.save_file(filler(shapes_of(model)), folder / name / f"{stem}.fp16.safetensors")
     elif layout == "ms-original":
@@ -672,20 +752,34 @@ def write_full_size(layout, folder):
         torch.save({"state_dict": filler(auto)}, folder / "VQGAN_autoencoder.pth")
         torch.save(filler(tower), folder / "open_clip_pytorch_model.bin")
     else:
-        state = {"model.diffusion_model." + key: shape for key, shape in original_shapes(VC2).items()}
-        tower = {"cond_stage_model.model." + key: shape for key, shape in tower.items() if "visual" not in key}
+        merged = layout == "vc2-merged"
+        state = original_shapes(replace(VC2, guidance=merged))
+        state = {"model.diffusion_model." + key: shape for key, shape in state.items()}
+        tower = {
+            "cond_stage_model.model." + key: shape for key, shape in tower.items() if "visual" not in key
+        }
         if layout == "own":
             save_checkpoint(folder / "model.safetensors", filler(state | auto | tower), {})
         else:
-            torch.save({"state_dict": filler(state | auto | tower)}, folder / "model.ckpt")
+            torch.save(
+                {"state_dict": filler(state | auto | tower)},
+                folder / ("turbo.pt" if merged else "model.ckpt"),
+            )
     if layout == "own":
         config = replace(VC2, guidance=True)
         lora = lora_from_list(public_list(config, "vc2", 64), lora_shapes(config), "vc2", "list")
-        save_checkpoint(folder / "turbo.safetensors", {f"{name}.{end}": x for name, pair in lora.items()
-                                                       for end, x in zip(("up", "down"), pair, strict=True)}, HEADER | {"model": "vc2"})
+        save_checkpoint(
+            folder / "turbo.safetensors",
+            {
+                f"{name}.{end}": x
+                for name, pair in lora.items()
+                for end, x in zip(("up", "down"), pair, strict=True)
+            },
+            HEADER | {"model": "vc2"},
+        )
     elif layout == "vc2-v2":
         torch.save(filler(original_shapes(replace(VC2, guidance=True, motion=True))), folder / "turbo.pt")
-    elif layout != "vc2":
+    elif layout not in ("vc2", "vc2-merged"):
         config = replace(VC2, fps=layout == "vc2-lora", guidance=True)
         torch.save(public_list(config, *(("vc2", 64) if config.fps else ("ms", 32))), folder / "turbo.pt")
 
@@ -707,23 +801,52 @@ sample.main(sys.argv[1:])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["vc2", "vc2-lora", "vc2-v2", "ms-diffusers", "ms-original", "own"])
+@pytest.mark.parametrize(
+    "layout", ["vc2", "vc2-merged", "vc2-lora", "vc2-v2", "ms-diffusers", "ms-original", "own"]
+)
 def test_full_size(tmp_path, layout):
-    """`sample.py` at 64x128, 4 frames, 4 steps; the files are written here, with random weights (4 to 7 GB on disk)."""
+    """`sample.py` at 64x128, 4 frames, 4 steps, with files of random weights (4 to 7 GB on disk)."""
     write_full_size(layout, tmp_path)
     turbo = next((["--turbo", path] for path in tmp_path.glob("turbo.*")), ["--method", "teacher"])
-    model = [] if layout == "own" else ["--model", layout[:3].strip("-")]                       # our own files say it themselves
-    teacher = next((path for path in tmp_path.glob("model.*")), tmp_path)
-    dtype = "float16" if layout == "own" else "bfloat16"                                       # a CPU is slow at the former
+    model = [] if layout == "own" else ["--model", layout[:3].strip("-")]  # our own files say it themselves
+    teacher = ["--teacher", next(tmp_path.glob("model.*"), tmp_path)] if layout != "vc2-merged" else []
+    dtype = "float16" if layout == "own" else "bfloat16"  # a CPU is slow at the former
     start = time.time()
     done = subprocess.run(
-        [sys.executable, "-c", SAMPLE, "a horse on the moon", *model, *turbo, "--teacher", teacher, "--steps", "4", "--dtype", dtype,
-         "--height", "64", "--width", "128", "--frames", "4", "--latents", tmp_path / "z.safetensors", "--out", tmp_path / "out.gif"],
-        capture_output=True, text=True, cwd=os.path.dirname(sample.__file__))
+        [
+            sys.executable,
+            "-c",
+            SAMPLE,
+            "a horse on the moon",
+            *model,
+            *turbo,
+            *teacher,
+            "--steps",
+            "4",
+            "--dtype",
+            dtype,
+            "--height",
+            "64",
+            "--width",
+            "128",
+            "--frames",
+            "4",
+            "--latents",
+            tmp_path / "z.safetensors",
+            "--out",
+            tmp_path / "out.gif",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=os.path.dirname(sample.__file__),
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     seconds, peak = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[")))
-    print(f"\n{layout}, {dtype}: loaded in {seconds:.0f} s, sampled in {time.time() - start - seconds:.0f} s (start of Python included), "
-          f"peak resident memory of loading {peak:.1f} GiB, the mapped files included")
+    print(
+        f"\n{layout}, {dtype}: loaded in {seconds:.0f} s, started and sampled in "
+        f"{time.time() - start - seconds:.0f} s, "
+        f"peak resident memory of loading {peak:.1f} GiB, the mapped files included"
+    )
     z = safetensors.torch.load_file(tmp_path / "z.safetensors")["latents"]
     assert z.shape == (1, 4, 4, 8, 16) and z.dtype == torch.float32 and z.isfinite().all()
     assert video.read_clip(tmp_path / "out.gif").shape == (3, 4, 64, 128)

@@ -30,7 +30,9 @@ def run(*args):
 
 
 def generate(models, captions, seeds, config):
-    return turbo.generate(models, captions, seeds, sample.size_of(models, config), sample.sampling_of(models, config))
+    return turbo.generate(
+        models, captions, seeds, sample.size_of(models, config), sample.sampling_of(models, config)
+    )
 
 
 def fails(capsys, *args, command=sample.main):
@@ -47,14 +49,24 @@ def test_the_readmes_first_command_shows_what_was_asked_for(tmp_path):
     clips = [video.read_clip(tmp_path / f"out-{i}.mp4") for i in range(8)]
     assert clips[0].shape == (3, 8, 64, 64) and iio.imread(tmp_path / "sheet.png").shape == (512, 512, 3)
     verdicts = [world.judge(grammar.understand(PROMPT), clip) for clip in clips]
-    assert verdicts[0]["all"] == 1 and sum(v["all"] for v in verdicts) >= 4 and sum(v["colour"] * v["shape"] for v in verdicts) >= 6
+    assert (
+        verdicts[0]["all"] == 1
+        and sum(v["all"] for v in verdicts) >= 4
+        and sum(v["colour"] * v["shape"] for v in verdicts) >= 6
+    )
 
 
 def test_one_thing_is_right(tmp_path):
     """In at least 7 of 8 clips."""
     prompt = "a red circle moving right"
     run(prompt, "--num", 8, "--out", tmp_path / "out.safetensors")
-    assert sum(world.judge(grammar.understand(prompt), video.read_clip(tmp_path / f"out-{i}.safetensors"))["all"] for i in range(8)) >= 7
+    assert (
+        sum(
+            world.judge(grammar.understand(prompt), video.read_clip(tmp_path / f"out-{i}.safetensors"))["all"]
+            for i in range(8)
+        )
+        >= 7
+    )
 
 
 def test_loading_and_four_steps_take_less_than_five_seconds():
@@ -66,7 +78,7 @@ def test_loading_and_four_steps_take_less_than_five_seconds():
 
 
 def seconds(*argv):
-    """Of processor time that a command takes, the start of Python included: what a wall clock shows on an idle machine."""
+    """Of processor time of a command, start of Python included: a wall clock's on an idle machine."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, sample.__file__, *map(str, argv)], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -76,9 +88,10 @@ def seconds(*argv):
 
 
 def test_answers_come_at_once(tmp_path):
-    """Help and mistakes before torch is imported, the toy's clip without the compiler and without open_clip."""
+    """Help and mistakes without torch, the toy's clip without torch's compiler and open_clip."""
     for argv in (["--help"], [PROMPT, "--frame", "3"], ["a dog running"], [PROMPT, "--eta", "1"]):
-        code = f"import sys, sample\ntry:\n sample.main({argv})\nexcept SystemExit:\n print('torch' in sys.modules)"
+        code = (f"import sys, sample\ntry:\n sample.main({argv})\n"
+                "except SystemExit:\n print('torch' in sys.modules)")
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HOUSE)
         assert done.stdout.splitlines()[-1] == "False", done.stderr
     code = f"import sys, sample\nsample.main([{PROMPT!r}, '--out', {str(tmp_path / 'x.mp4')!r}])\n" \
@@ -86,18 +99,26 @@ def test_answers_come_at_once(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HOUSE)
     assert done.stdout.splitlines()[-1] == "[True, False, False, False]", done.stderr
     assert seconds("--help") < 0.5 and seconds("a dog running") < 1
-    assert seconds(PROMPT, "--out", tmp_path / "out.mp4") < 5                   # 3 where two processes do not share a core
+    assert seconds(PROMPT, "--out", tmp_path / "out.mp4") < 5  # 3 where two processes do not share a core
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".safetensors", ".png", ""])
 def test_files_are_read_back_as_they_were_made(tmp_path, suffix):
-    run("a green triangle growing", "--out", tmp_path / f"clip{suffix}", "--latents", tmp_path / "z.safetensors")
+    run(
+        "a green triangle growing",
+        "--out",
+        tmp_path / f"clip{suffix}",
+        "--latents",
+        tmp_path / "z.safetensors",
+    )
     path = tmp_path / f"clip{suffix}" if suffix else tmp_path / "clip" / "a green triangle growing-0.mp4"
     clip, z = video.read_clip(path), load_file(tmp_path / "z.safetensors")["latents"]
     models = sample.load_models(sample.Config())
     exact = to_clip(models.vae, z)[0]
     assert z.dtype == torch.float32 and z.shape == (1, 8, 8, 8, 8)
-    assert (clip.float() - exact.float()).abs().mean() < (0.1 if suffix in (".safetensors", ".png") else 6)     # mp4 halves colour
+    assert (clip.float() - exact.float()).abs().mean() < (
+        0.1 if suffix in (".safetensors", ".png") else 6
+    )  # mp4 halves colour
 
 
 @pytest.mark.parametrize("method", ["turbo", "vcm", "teacher"])
@@ -106,7 +127,7 @@ def test_a_clip_depends_on_its_seed_and_not_on_its_batch(method):
     models = sample.load_models(config)
     captions = [PROMPT, "a green square at rest on white", PROMPT]
     together = generate(models, captions, [5, 6, 7], config)
-    assert torch.equal(together, generate(models, captions, [5, 6, 7], config))                         # bit for bit
+    assert torch.equal(together, generate(models, captions, [5, 6, 7], config))  # bit for bit
     for i in range(3):
         alone = generate(models, captions[i:i + 1], [5 + i], config)
         torch.testing.assert_close(together[i:i + 1], alone, rtol=1e-3, atol=1e-3)
@@ -116,11 +137,13 @@ def test_a_clip_depends_on_its_seed_and_not_on_its_batch(method):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_toy_runs_in_half_precision(tmp_path, dtype):
     run("a red circle moving right", "--dtype", dtype, "--out", tmp_path / "out.safetensors")
-    assert world.judge(grammar.understand("a red circle moving right"), video.read_clip(tmp_path / "out.safetensors"))["all"]
+    assert world.judge(
+        grammar.understand("a red circle moving right"), video.read_clip(tmp_path / "out.safetensors")
+    )["all"]
 
 
 def test_compile_captures_the_whole_unet_in_one_graph(tmp_path, monkeypatch):
-    """All of --compile but the code that is generated from the graph (that takes minutes on a CPU: see the slow test)."""
+    """All of --compile but the code made from the graph (it takes minutes on a CPU: see the slow test)."""
     run(PROMPT, "--latents", tmp_path / "eager.safetensors", "--out", tmp_path / "out.mp4")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
     run(PROMPT, "--latents", tmp_path / "compiled.safetensors", "--out", tmp_path / "out.mp4", "--compile")
@@ -130,9 +153,18 @@ def test_compile_captures_the_whole_unet_in_one_graph(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_compile_predicts_the_same_noise():
-    """With the compiler itself, and a network of the published kind instead of the toy's for its fewer layers."""
+    """With the compiler itself, and a network of the published kind, for it has fewer layers."""
     torch.manual_seed(0)
-    config = UNetConfig(in_channels=8, channels=32, mult=(1,), attention_levels=(0,), context_dim=128, head_dim=32, groups=8, init_heads=1)
+    config = UNetConfig(
+        in_channels=8,
+        channels=32,
+        mult=(1,),
+        attention_levels=(0,),
+        context_dim=128,
+        head_dim=32,
+        groups=8,
+        init_heads=1,
+    )
     unet = UNet3D(config).eval()
     for p in unet.parameters():
         p.data = 0.1 * torch.randn_like(p)
@@ -144,20 +176,29 @@ def test_compile_predicts_the_same_noise():
 def test_several_clips_and_a_file_of_prompts(tmp_path, capsys):
     run("a red ring rising", "--num", 2, "--out", tmp_path / "x.gif")
     assert sorted(p.name for p in tmp_path.glob("*.gif")) == ["x-0.gif", "x-1.gif"]
-    (tmp_path / "prompts.json").write_text(json.dumps([{"prompt_en": "a red ring rising"}, {"prompt_en": "a blue box falling"}]))
+    (tmp_path / "prompts.json").write_text(
+        json.dumps([{"prompt_en": "a red ring rising"}, {"prompt_en": "a blue box falling"}])
+    )
     folder = tmp_path / "clips"
     run("--prompts", tmp_path / "prompts.json", "--num", 2, "--out", folder)
-    names = ["a blue box falling-0.mp4", "a blue box falling-1.mp4", "a red ring rising-0.mp4", "a red ring rising-1.mp4"]
+    names = [
+        "a blue box falling-0.mp4",
+        "a blue box falling-1.mp4",
+        "a red ring rising-0.mp4",
+        "a red ring rising-1.mp4",
+    ]
     assert sorted(p.name for p in folder.iterdir()) == names
     kept = (folder / names[0]).stat().st_mtime_ns
     (folder / names[3]).unlink()
     run("--prompts", tmp_path / "prompts.json", "--num", 2, "--out", folder)
-    assert sorted(p.name for p in folder.iterdir()) == names and (folder / names[0]).stat().st_mtime_ns == kept
+    assert (
+        sorted(p.name for p in folder.iterdir()) == names and (folder / names[0]).stat().st_mtime_ns == kept
+    )
     run("--prompts", tmp_path / "prompts.json", "--num", 2, "--out", folder)
     assert "nothing to do" in capsys.readouterr().out
 
 
-# ---- VBench's folders, standard input, several processes --------------------------------------------------------
+# ---- VBench's folders, standard input, several processes ---------------------------------------------------
 
 LISTS = {                               # entries of a prompts file -> clips that are made of each
     '["a red ring"]': {"a red ring": 1},
@@ -175,13 +216,16 @@ def test_vbenchs_list_says_how_many_clips(tmp_path, text):
 
 
 def test_prompts_are_whole_in_names_and_differ_in_capitals(tmp_path):
-    """As VBench looks for them: 13 of its prompts have more than 180 characters, two differ in one capital letter."""
+    """As VBench wants: 13 of its prompts have over 180 characters, two differ in one capital letter."""
     long = "a red circle " + "and a blue square " * 10
     known = {long: 2, "A blue box falling": 1, "a blue box falling": 1}
     jobs = prompts.plan(known, tmp_path, seed=7)
     assert [(job.prompt, job.seed, job.path.name) for job in jobs] == [
-        (long, 7, f"{long}-0.mp4"), (long, 8, f"{long}-1.mp4"),
-        ("A blue box falling", 7, "A blue box falling-0.mp4"), ("a blue box falling", 7, "a blue box falling-0.mp4")]
+        (long, 7, f"{long}-0.mp4"),
+        (long, 8, f"{long}-1.mp4"),
+        ("A blue box falling", 7, "A blue box falling-0.mp4"),
+        ("a blue box falling", 7, "a blue box falling-0.mp4"),
+    ]
     prompts.check_names(jobs)
 
 
@@ -204,20 +248,30 @@ def test_typed_prompts_become_clips_at_once(tmp_path, monkeypatch, capsys):
     """A wrong line is complained about, and the next one is made; the models are loaded once."""
     loaded, load = [], sample.load_models
     monkeypatch.setattr(sample, "load_models", lambda config: loaded.append(1) or load(config))
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"a red ring\n\na dog\n{'x' * 300}\na/red ring\na blue box\na red ring\n"))
+    monkeypatch.setattr(
+        "sys.stdin", io.StringIO(f"a red ring\n\na dog\n{'x' * 300}\na/red ring\na blue box\na red ring\n")
+    )
     with pytest.raises(SystemExit) as stop:
         run("--prompts", "-", "--out", tmp_path)
     said = capsys.readouterr()
     assert stop.value.code == 2 and len(loaded) == 1
-    assert said.out.splitlines() == [str(tmp_path / f"a {name}-0.mp4") for name in ("red ring", "blue box", "red ring")]
+    assert said.out.splitlines() == [
+        str(tmp_path / f"a {name}-0.mp4") for name in ("red ring", "blue box", "red ring")
+    ]
     complaints = [line.rpartition("\r")[2] for line in said.err.splitlines() if "sample.py: " in line]
-    assert [next(word for word in ("dog", "unknown", "both") if word in line) for line in complaints] == ["dog", "unknown", "both"]
+    assert [next(word for word in ("dog", "unknown", "both") if word in line) for line in complaints] == [
+        "dog",
+        "unknown",
+        "both",
+    ]
 
 
 def test_processes_share_the_clips(tmp_path, monkeypatch):
-    """Each of torchrun's processes makes its part, without talking to the others; together all, each as one process would."""
+    """Each of torchrun's processes makes its part, without talking to the others; together all."""
     (tmp_path / "p.txt").write_text("a red ring\na blue box\na green triangle\n")
-    config = sample.Config(prompts=str(tmp_path / "p.txt"), num=3, out=str(tmp_path / "clips"), model="shapes")
+    config = sample.Config(
+        prompts=str(tmp_path / "p.txt"), num=3, out=str(tmp_path / "clips"), model="shapes"
+    )
     alone, shares = sample.plan_clips(config), []
     for rank in (0, 1):
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -229,14 +283,24 @@ def test_processes_share_the_clips(tmp_path, monkeypatch):
     assert sample.plan_clips(config) == shares[0]                       # the second one's are there
 
 
-@pytest.mark.parametrize("args, complaint", [
-    (["a dog running"], "unknown word 'dog'"), ([], "give one prompt"), ([PROMPT, "--height", "70"], "height 70 is not a multiple of"),
-    ([PROMPT, "--steps", "51"], "51 sampling steps"), ([PROMPT, "--steps", "0"], "at least 1"),
-    ([PROMPT, "--frame", "3"], "did you mean --frames"), (["a", "red", "circle"], "quote the prompt"),
-    ([PROMPT, "--prompts", "x.txt"], "give one prompt"), (["--prompts", "missing.txt"], "missing.txt"),
-    ([PROMPT, "--turbo", "missing.safetensors"], "missing.safetensors"),
-    ([PROMPT, "--model", "vc2", "--teacher", "missing.ckpt", "--turbo", "missing.pt"], "missing"),
-    ([PROMPT, "--model", "vc2", "--method", "vcm"], "no public VCM"), ([PROMPT, "--dtype", "int8"], "int8")])
+@pytest.mark.parametrize(
+    "args, complaint",
+    [
+        (["a dog running"], "unknown word 'dog'"),
+        ([], "give one prompt"),
+        ([PROMPT, "--height", "70"], "height 70 is not a multiple of"),
+        ([PROMPT, "--steps", "51"], "51 sampling steps"),
+        ([PROMPT, "--steps", "0"], "at least 1"),
+        ([PROMPT, "--frame", "3"], "did you mean --frames"),
+        (["a", "red", "circle"], "quote the prompt"),
+        ([PROMPT, "--prompts", "x.txt"], "give one prompt"),
+        (["--prompts", "missing.txt"], "missing.txt"),
+        ([PROMPT, "--turbo", "missing.safetensors"], "missing.safetensors"),
+        ([PROMPT, "--model", "vc2", "--teacher", "missing.ckpt", "--turbo", "missing.pt"], "missing"),
+        ([PROMPT, "--model", "vc2", "--method", "vcm"], "no public VCM"),
+        ([PROMPT, "--dtype", "int8"], "int8"),
+    ],
+)
 def test_mistakes_get_one_clear_line(tmp_path, monkeypatch, capsys, args, complaint):
     monkeypatch.chdir(tmp_path)
     assert complaint in fails(capsys, *args)
@@ -244,8 +308,14 @@ def test_mistakes_get_one_clear_line(tmp_path, monkeypatch, capsys, args, compla
 
 def test_a_students_header_names_its_model(tmp_path, capsys):
     """Without --model the file is taken for what it says it is; a public .pt file says nothing."""
-    save_checkpoint(tmp_path / "student.safetensors", {"x.up": torch.ones(1, 1), "x.down": torch.ones(1, 1)}, {"model": "vc2"})
-    assert "LoRA for x, a layer that this UNet does not have" in fails(capsys, "an astronaut", "--turbo", tmp_path / "student.safetensors")
+    save_checkpoint(
+        tmp_path / "student.safetensors",
+        {"x.up": torch.ones(1, 1), "x.down": torch.ones(1, 1)},
+        {"model": "vc2"},
+    )
+    assert "LoRA for x, a layer that this UNet does not have" in fails(
+        capsys, "an astronaut", "--turbo", tmp_path / "student.safetensors"
+    )
     assert "--model vc2 or --model ms" in fails(capsys, PROMPT, "--turbo", "unet_lora.pt")
     (tmp_path / "student.safetensors").write_bytes(b"x" * 100)
     assert "not a weight file" in fails(capsys, PROMPT, "--turbo", tmp_path / "student.safetensors")
