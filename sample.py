@@ -60,6 +60,7 @@ class Config:
     device: str = ""                    # cuda, cuda:1, cpu, mps [cuda if there]
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # networks' [cuda: bfloat16, else float32]
     compile: bool = False               # torch.compile the UNet: slow first step, faster ones after it
+    dry_run: bool = False               # vc2, ms: print what a clip would take, on fake tensors; nothing is downloaded
 
 
 # ---- checks that need no network ---------------------------------------------------------------------------
@@ -298,6 +299,49 @@ def write_latents(path: Path, latents: list[Tensor]) -> None:
         save_file({"latents": torch.cat(latents)}, temporary)
 
 
+# ---- what a clip costs -----------------------------------------------------------------------------------------
+
+
+def budget(config: Config) -> None:
+    """--dry-run: FLOP, bytes moved and memory of a clip, without the networks' files."""
+    if config.model == "shapes":
+        raise ValueError("--dry-run: the toy's clip takes seconds; this is for --model vc2 and --model ms")
+    import model
+    import turbo
+    from plumbing import dryrun
+    from solver import Schedule
+    family, dtype = model.FAMILIES[config.model], config.dtype or "bfloat16"
+    student = config.method != "teacher"
+
+    def networks() -> Models:
+        import torch
+        with dryrun.build("cpu", getattr(torch, dtype)):
+            unet = model.UNet3D(replace(family.unet, guidance=student)).eval()
+            vae, text = model.VAE(family.vae), model.TextEncoder(family.text)
+        header = model.complete(model.RELEASED["LoRA list"], family) if student else {}
+        return model.Models(config.model, unet, vae, text, family, header)
+
+    def captions(models: Models) -> Tensor:
+        return models.text([config.prompt or "a prompt"] * (config.batch or 1))
+
+    def step(models: Models, c: Tensor) -> Tensor:
+        import torch
+        T, H, W = size_of(models, config)
+        z = torch.zeros(len(c), family.vae.latent, T, H // family.vae.factor, W // family.vae.factor)
+        t, sampling = torch.full((len(c),), 999), sampling_of(models, config)
+        if student:
+            return turbo.student_f(models.unet, Schedule(sampling.grid), c, sampling)(z, t)
+        return turbo.guided_eps(models.unet, c, c, sampling)(z, t)
+
+    def decode(models: Models, z: Tensor) -> Tensor:
+        return model.to_clip(models.vae, z, config.chunk or 4)
+
+    usual = family.sampling["turbo" if student else "teacher"]
+    T, H, W = config.frames or family.frames, config.height or family.height, config.width or family.width
+    title = f"{config.model} {config.method}, {config.batch or 1} x {W}x{H}, {T} frames"
+    dryrun.report_sampling(title, networks, dtype, captions, step, config.steps or usual.steps, decode)
+
+
 # ---- the command -------------------------------------------------------------------------------------------
 
 
@@ -307,6 +351,8 @@ def main(argv=None):
     config = cli.parse(Config, argv, __doc__, positional="prompt")
     config = replace(config, model=model_of(config))
     check(config)
+    if config.dry_run:
+        return budget(config)
     interactive = config.prompts == "-"
     jobs = [] if interactive else plan_clips(config)
     if not jobs and not interactive:

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import model
 import sample
 import turbo
 from model import UNet3D, UNetConfig, to_clip
@@ -330,3 +332,16 @@ def test_options_of_every_kind_are_read():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a message for machines without a GPU")
 def test_no_gpu_is_said(capsys):
     assert "no usable GPU" in fails(capsys, PROMPT, "--device", "cuda")
+
+
+def test_the_budget_of_a_clip_needs_no_files(monkeypatch, capsys):
+    """--dry-run on fake tensors: parts, FLOP, memory, seconds at the rates of three cards."""
+    unet = replace(model.FAMILIES["vc2"].unet, channels=32, mult=(1, 2), res_blocks=1, attention_levels=(0,),
+                   head_dim=16, context_dim=16, init_heads=2, groups=8)
+    vae = model.VAEConfig(channels=32, mult=(1, 1), res_blocks=1, patch=2)
+    tiny = replace(model.FAMILIES["vc2"], unet=unet, vae=vae,
+                   text=model.TextConfig(width=16, layers=2, heads=2), frames=4, height=16, width=16)
+    monkeypatch.setitem(model.FAMILIES, "vc2", tiny)
+    sample.main(["a dog", "--model", "vc2", "--dry-run"])
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("UNet", "captions", "one step", "decode", "TFLOP", "H100", "most: "))
