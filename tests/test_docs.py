@@ -1,4 +1,4 @@
-"""The README keeps its word: what it quotes stands in the files, its commands parse, its pictures are made."""
+"""The README keeps its word: its quotes stand in the files, its commands parse, its pictures are made."""
 import importlib.util
 import re
 import shlex
