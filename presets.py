@@ -88,7 +88,7 @@ V2 = dict(
     fps=8, grid=200, ema=0.0, image_weight=0.2, video_weight=0.5, reward=("hpsv2", "clip", "internvideo2"),
     image_frames=2, video_frames=4, steps=8000, batch=24, reward_batch=8, lora=0)
 SHAPES_V2 = SHAPES | dict(
-    ema=0.0, batch=6, reward_batch=2, prepare_clips=400, draws=4, inversion_steps=25, motion=0.05)
+    ema=0.0, batch=6, reward_batch=2, prepare_clips=400, draws=4)
 PRESETS = {
     "shapes": SHAPES, "turbo-vc2": {}, "vcm-vc2": VCM, "turbo-ms": MS, "vcm-ms": MS | VCM, "turbo-v2": V2,
     "shapes-v2": SHAPES_V2}
