@@ -74,8 +74,8 @@ def check(config: Config) -> None:
         raise ValueError(f"{config.turbo} is no file of the toy; say whose it is: --model vc2 or --model ms")
     if config.model != "shapes" and config.method == "vcm" and not config.turbo:
         raise ValueError(f"there are no public VCM weights for {config.model}; give your own: --turbo FILE")
-    check_effects(config)
     check_suffixes(config)
+    check_effects(config)
 
 
 def check_effects(config: Config) -> None:
@@ -102,7 +102,12 @@ def suffix_of(path: str | None) -> str:
 
 def check_suffixes(config: Config) -> None:
     """Files to write say by their names what they are. Raises ValueError."""
+    for option in ("teacher", "turbo", "prompts", "out", "sheet", "latents"):
+        if getattr(config, option) == "":
+            raise ValueError(f"--{option} is empty; name a file, or leave it out")
     out = suffix_of(config.out)
+    if Path(config.out or "").name.lower() in SUFFIXES:
+        raise ValueError(f"--out {config.out}: a suffix without a name; try --out clip{config.out}")
     if out and config.prompts:
         raise ValueError(f"--prompts writes many files; --out {config.out} should be a folder, no suffix")
     if out and out not in SUFFIXES:
@@ -252,7 +257,7 @@ def make_all(models: Models, sampling: Sampling, jobs: list[prompts.Job], config
     if config.latents:
         write_latents(Path(config.latents), latents)
     names = ", ".join(str(job.path) for job in jobs[:3]) + (f" and {len(jobs) - 3} more" if jobs[3:] else "")
-    print(f"{names}: {len(jobs)} clips in {seconds:.2f} s")
+    print(f"{names}: {len(jobs)} clip{'s' * (len(jobs) > 1)} in {seconds:.2f} s")
 
 
 def make_typed(models: Models, sampling: Sampling, config: Config) -> int:
