@@ -1,10 +1,12 @@
-"""Full-size networks with random weights, ours against diffusers': seconds and peak memory of a pass. Not a test.
+"""Full-size networks with random weights, ours against diffusers': time and memory of a pass. Not a test.
 
     python tests/benchmark.py                       # one UNet pass and one decoded clip, 16 frames of 256x256
     python tests/benchmark.py --what unet --size 320 512 --dtype bfloat16 --compile
 
-Every measurement is a process of its own, so that its peak memory is its own: resident on a CPU, allocated on a GPU.
-On a CPU the ratio is that of processor time, which a busy machine distorts less.
+Every measurement is a process of its own, so that its memory is its own: resident on a CPU, allocated on a
+GPU. On a CPU the ratio is that of processor time, which a busy machine distorts less. `floor` is how many times
+longer a pass takes than its FLOP (counted on fake tensors) at the rate of a large matrix product in the same
+process; `activations` is the peak less what was held before the pass.
 """
 import argparse
 import json
@@ -18,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import MODELSCOPE, VAE, UNet3D, channels_last  # noqa: E402
+from plumbing.dryrun import simulation  # noqa: E402
 
 
 def options():
@@ -35,9 +38,9 @@ def options():
     return parser.parse_args()
 
 
-def network(which, what):
-    """ours or theirs, on the meta device"""
-    with torch.device("meta"):
+def network(which, what, device="meta"):
+    """ours or theirs"""
+    with torch.device(device):
         if which != "diffusers":
             return UNet3D(MODELSCOPE) if what == "unet" else VAE()
         import diffusers
@@ -62,8 +65,46 @@ def one_pass(net, which, what, args):
 
 
 @torch.no_grad()
+def count(what, args) -> int:
+    """FLOP of our pass."""
+    with simulation() as counter:
+        simulated = argparse.Namespace(**vars(args) | dict(device="cpu", dtype="float32"))
+        one_pass(network("ours", what, "cpu"), "ours", what, simulated)()
+    return counter.flops
+
+
+def product_rate(args) -> float:
+    """FLOP per second (of the processor, on a CPU) of a large matrix product."""
+    n, times = (8192, 10) if args.device == "cuda" else (2048, 4)
+    a = torch.randn(n, n, device=args.device, dtype=getattr(torch, args.dtype))
+    wait, clock = clocks(args)
+    a @ a
+    wait()
+    start = clock()
+    for _ in range(times):
+        a @ a
+    wait()
+    return times * 2 * n ** 3 / (clock() - start)
+
+
+def clocks(args):
+    """How to wait for the device, and what measures its time."""
+    if args.device == "cuda":
+        return torch.cuda.synchronize, time.perf_counter
+    return lambda: None, time.process_time
+
+
+def held(args) -> float:
+    """GiB in memory now: resident on a CPU, allocated on a GPU."""
+    if args.device == "cuda":
+        return torch.cuda.memory_allocated() / 2 ** 30
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2 ** 30
+
+
+@torch.no_grad()
 def measure(which, what, args):
-    """{"seconds" and "busy" (processor seconds) of one pass, "peak" memory in GiB}"""
+    """{"seconds", "busy" (of the processor), "peak" and "activations" (GiB) of a pass, "rate" of a product}"""
     torch.manual_seed(0)
     net = network(which, what).to(getattr(torch, args.dtype)).to_empty(device=args.device).eval()
     for p in net.parameters():
@@ -72,7 +113,10 @@ def measure(which, what, args):
         channels_last(net)
     if which == "compiled":
         net = torch.compile(net)
-    run, wait = one_pass(net, which, what, args), torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    run, wait = one_pass(net, which, what, args), clocks(args)[0]
+    rate, before = product_rate(args), held(args)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     run(), wait()
     start, start_busy = time.perf_counter(), time.process_time()
     for _ in range(args.repeat):
@@ -81,7 +125,8 @@ def measure(which, what, args):
     seconds, busy = (time.perf_counter() - start) / args.repeat, (time.process_time() - start_busy) / args.repeat
     peak = torch.cuda.max_memory_allocated() / 2 ** 30 if args.device == "cuda" else (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
-    return dict(seconds=seconds, busy=seconds if args.device == "cuda" else busy, peak=peak)
+    return dict(seconds=seconds, busy=seconds if args.device == "cuda" else busy, peak=peak, rate=rate,
+                activations=peak - before)
 
 
 def main():
@@ -91,14 +136,18 @@ def main():
     print(f"{args.frames} frames of {args.size[0]}x{args.size[1]}, {args.dtype} on {args.device}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for what in args.what:
-        base = None
+        base, flops = None, count(what, args)
+        print(f"{what}: {flops / 1e12:.2f} TFLOP a pass")
         for which in ["diffusers", "ours"] + ["compiled"] * args.compile:
             done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", f"{which}:{what}"],
                                   stdout=subprocess.PIPE, text=True, check=True)
             result = json.loads(done.stdout.splitlines()[-1])
             base = base or result
             print(f"{what:5}{which:10}{1000 * result['seconds']:10.0f} ms{result['peak']:8.2f} GiB"
-                  f"   time x{result['busy'] / base['busy']:.2f}   memory x{result['peak'] / base['peak']:.2f}", flush=True)
+                  f"   time x{result['busy'] / base['busy']:.2f}   memory x{result['peak'] / base['peak']:.2f}"
+                  f"   activations x{result['activations'] / base['activations']:.2f}"
+                  f"   floor x{result['busy'] * result['rate'] / flops:.2f} of {result['rate'] / 1e9:.0f} GFLOP/s",
+                  flush=True)
 
 
 if __name__ == "__main__":
