@@ -918,11 +918,13 @@ def check_header(header: dict, path: str | Path, name: str | None) -> dict:
     """Raises ValueError where a student's header holds values of the wrong kind, or names another model."""
     for key in ("model", "method"):
         if not isinstance(header.get(key, ""), str):
-            raise ValueError(f"{path}: its header says {key} {header[key]!r}, no name; no student's file, or damaged")
+            raise ValueError(f"{path}: its header says {key} {header[key]!r}, no name; "
+                             "no student's file, or damaged")
     for key in ("steps", "w_min", "w_max", "fps", "frames", "height", "width", "motion", "motion_share"):
         value = header.get(key)
         if value is not None and not (type(value) in (int, float) and 0 <= value < math.inf):
-            raise ValueError(f"{path}: its header says {key} {value!r}, no number; no student's file, or damaged")
+            raise ValueError(f"{path}: its header says {key} {value!r}, no number; "
+                             "no student's file, or damaged")
     if not isinstance(header.get("train", {}), dict):
         raise ValueError(f"{path}: its header's training options are no JSON object; the file is damaged")
     if name and header.get("model", name) != name:

@@ -60,7 +60,7 @@ class Config:
     device: str = ""                    # cuda, cuda:1, cpu, mps [cuda if there]
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # networks' [cuda: bfloat16, else float32]
     compile: bool = False               # torch.compile the UNet: slow first step, faster ones after it
-    dry_run: bool = False               # vc2, ms: print what a clip would take, on fake tensors; nothing is downloaded
+    dry_run: bool = False               # vc2, ms: print what a clip would take; nothing is downloaded
 
 
 # ---- checks that need no network ---------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def write_latents(path: Path, latents: list[Tensor]) -> None:
         save_file({"latents": torch.cat(latents)}, temporary)
 
 
-# ---- what a clip costs -----------------------------------------------------------------------------------------
+# ---- what a clip costs -------------------------------------------------------------------------------------
 
 
 def budget(config: Config) -> None:
