@@ -5,7 +5,8 @@
     python tests/gpu.py --tiny --device cpu     # the same program with tiny networks, to see that it runs
 
 Networks are full-size with random weights, so that nothing is downloaded. The floor of a part is its FLOP,
-counted on fake tensors by torch's formulas, over the rate of one large matrix product, measured in the same run.
+counted on fake tensors by torch's formulas, over the rate of one large matrix product, measured in the same
+run.
 """
 import argparse
 import contextlib

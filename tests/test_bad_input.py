@@ -277,7 +277,8 @@ TRAIN = {
     "--data clips": "--data has no effect here: it belongs to --preset turbo-vc2",
     "--reward hpsv2=HPS.pt": "--reward hpsv2 does not belong to --preset shapes",
     "--preset turbo-vc2 --reward shapes-clip": "--reward shapes-clip does not belong to --preset turbo-vc2",
-    "--preset vcm-vc2 --reward hpsv2=HPS.pt": "--reward hpsv2 has no effect here: its weight is 0; set --image-weight",
+    "--preset vcm-vc2 --reward hpsv2=HPS.pt":
+        "--reward hpsv2 has no effect here: its weight is 0; set --image-weight",
     "--preset vcm-vc2 --video-frames 4": "--video-frames has no effect here: it belongs to a video reward",
     "--image-weight 0 --image-frames 4": "--image-frames has no effect here: it belongs to an image reward",
     "--sample-every 0 --guidance 3": "--guidance has no effect here: it belongs to --sample-every",
@@ -317,7 +318,8 @@ TRAIN = {
     "--preset turbo-vc2": "no clips to train on; name them with --data",
     "--teacher nowhere": "--teacher nowhere: no such file or folder",
     "--preset turbo-vc2 --data . --teacher nowhere.ckpt": "--teacher nowhere.ckpt: no such file or folder",
-    "--preset turbo-ms --data . --reward hpsv2=a.pt --reward viclip=b.pth": "--reward hpsv2=a.pt: no such file",
+    "--preset turbo-ms --data . --reward hpsv2=a.pt --reward viclip=b.pth":
+        "--reward hpsv2=a.pt: no such file",
     "--preset turbo-vc2 --data nowhere --out RUN --reward hpsv2 --reward internvideo2": "no data at nowhere",
     "--out FILE/run": "FILE/run cannot be made or written",
     "--out RUN --resume nowhere.pt": "no checkpoint at nowhere.pt",
@@ -422,7 +424,7 @@ def test_a_wrong_reward_file_is_named(name, content, message, tmp_path):
 
 
 def test_parts_that_cannot_be_converted_are_named(tmp_path):
-    """Tables of positions that cannot be stretched, and a transformers' CLIPModel of which a part is missing."""
+    """Tables of positions that cannot be stretched, and a transformers' CLIPModel that lacks a part."""
     path, state = tmp_path / "file.pt", state_of("internvideo2")
     for wrong in (torch.zeros(()), torch.zeros(9), torch.zeros(1, 8, 8), torch.zeros(1, 33)):
         torch.save({**state, "vision.pos_embed": wrong}, path)
@@ -448,7 +450,7 @@ HEADERS = [None, 0, -1, 1.5, "4", True, [], {}, 10 ** 9]
 
 @pytest.mark.parametrize("kind", ["clip", "viclip"])
 def test_a_wrong_header_of_a_toy_reward_is_named(kind, tmp_path):
-    """Every size missing, of the wrong kind or impossible; other files of the toy; a file without a header."""
+    """Every size missing, of the wrong kind or impossible; other files of the toy; one without a header."""
     good, path = shapes.WEIGHTS / f"{kind}.safetensors", tmp_path / "file.safetensors"
     state, header = load_file(good), weights.read_header(good)
     parts = [header] + [part for part in header.values() if isinstance(part, dict)]
@@ -489,7 +491,8 @@ def test_a_wrong_vocabulary_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name, frames", [
-    ("viclip", 0), ("viclip", 4), ("internvideo2", 3), ("internvideo2", -1), ("hpsv2", 6), ("shapes-viclip", 8)])
+    ("viclip", 0), ("viclip", 4), ("internvideo2", 3), ("internvideo2", -1), ("hpsv2", 6),
+    ("shapes-viclip", 8)])
 def test_wrong_frames_are_known_before_any_file(name, frames):
     with pytest.raises(ValueError, match=f"{name} takes .* frames, not {frames}"):
         rewards.load(name, "nowhere", frames=frames)

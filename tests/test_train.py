@@ -507,7 +507,7 @@ def test_results_load_where_they_are_needed(tmp_path):
 
 
 def test_merged_weights_are_also_written_as_released(tmp_path, capsys):
-    """`--merge` leaves t2v_turbo_vc2.pt, whose UNet has the released names; a LoRA list says what it lacks."""
+    """`--merge` leaves t2v_turbo_vc2.pt with the UNet's released names; a LoRA list says what it lacks."""
     teacher = {"model.diffusion_model.out.2.bias": torch.zeros(4), "first_stage_model.x": torch.ones(1)}
     torch.save({"state_dict": teacher}, tmp_path / "model.ckpt")
     made = trainer("--merge", "--export-lora", unet=dataclasses.replace(tiny.UNET, fps=True))
