@@ -402,6 +402,7 @@ REWARD_FILES = [                        # what is in the file -> what the messag
     (lambda state: one(state, lambda w: w[:, :1]), "has shape"),
     (lambda state: one(state, lambda w: w * float("nan")), "holds NaN or infinity"),
     (lambda state: one(state, lambda w: w - float("inf")), "holds NaN or infinity"),
+    (lambda state: one(state, lambda w: w + 1e30), "holds NaN or infinity"),
     (lambda state: one(state, lambda w: w.long()), "torch.int64 numbers; take the file as it was published"),
     (lambda state: one(state, lambda w: w.to(torch.float8_e4m3fn)), "torch.float8_e4m3fn numbers"),
     (lambda state: one(state, lambda w: w.to_sparse()), "torch.sparse_coo"),
