@@ -27,6 +27,7 @@ if TYPE_CHECKING:                       # imported where they are needed: --help
 
     from model import Models
     from solver import Sampling
+    from turbo import Reference
 
 SUFFIXES = (".mp4", ".gif", ".png", ".safetensors")
 
@@ -43,6 +44,8 @@ class Config:
     motion_share: Share | None = None   # τ: λ' is told at t >= 1000 (1 - τ), and 0 below [as trained: 0.5]
     lora_scale: NotNegative | None = None  # strength of a student's LoRA, 0: its teacher [1, as trained]
     eta: Share | None = None            # teacher: share of fresh noise per step, 0 = none [vc2: 1, else 0]
+    motion_from: str | None = None      # teacher: a clip whose motion the new one takes, without training
+    motion_prompt: str | None = None    # what the clip of --motion-from shows
     seed: Seed = 0                      # of the first clip of each prompt; clip i has seed + i
     num: Annotated[int, Within(1, 10_000)] | None = None  # per prompt [1; VBench: 5, temporal_flickering: 25]
     frames: Annotated[int, Within(1, 256)] | None = None  # [as trained: shapes 8, else 16]
@@ -80,12 +83,13 @@ def check(config: Config) -> None:
 
 def check_effects(config: Config) -> None:
     """An option that cannot take effect is a mistake."""
-    teacher = config.method == "teacher"
+    teacher, follows = config.method == "teacher", config.motion_from is not None
     of_v2 = "a student of T2V-Turbo-v2; name its file with --turbo"
     without_effect = [                  # (where, options, what they belong to)
-        (not teacher, ["eta"], "--method teacher"),
-        (teacher, ["turbo", "lora_scale", "motion", "motion_share"], "students, not to --method teacher"),
-        (not config.turbo, ["motion", "motion_share"], of_v2),
+        (not teacher, ["eta", "motion_from", "motion_prompt"], "--method teacher"),
+        (teacher, ["turbo", "lora_scale"], "students, not to --method teacher"),
+        (teacher and not follows, ["motion", "motion_share"], "students, or to --motion-from"),
+        (not teacher and not config.turbo, ["motion", "motion_share"], of_v2),
         (config.prompts == "-", ["sheet", "latents", "batch"], "a known number of clips, not to --prompts -"),
         (config.model != "vc2" and suffix_of(config.out) == ".png", ["fps"], "clips that play, not pictures"),
     ]
@@ -93,6 +97,8 @@ def check_effects(config: Config) -> None:
         for option in options if holds else []:
             if getattr(config, option) is not None:
                 raise ValueError(f"{cli.flag_of(option)} belongs to {owner}")
+    if follows != bool(config.motion_prompt):
+        raise ValueError("--motion-from CLIP and --motion-prompt \"what it shows\" belong together")
 
 
 def suffix_of(path: str | None) -> str:
@@ -162,6 +168,8 @@ def check_clips(config: Config, jobs: list[prompts.Job]) -> None:
     """Raises ValueError for sizes that the networks cannot make, or files that cannot hold the clips."""
     from model import FAMILIES, check_size
     from plumbing import video
+    if config.motion_from is not None and not Path(config.motion_from).exists():
+        raise ValueError(f"--motion-from {config.motion_from}: no such file")
     family = FAMILIES.get(config.model) or shapes.FAMILY
     check_size(family, height=config.height, width=config.width)
     for job in jobs[:1]:
@@ -203,11 +211,13 @@ def load_models(config: Config) -> Models:
 def sampling_of(models: Models, config: Config) -> Sampling:
     """The networks' own way of sampling, and over it what was typed. Raises ValueError."""
     takes = models.unet.config
-    if not takes.motion and (config.motion, config.motion_share) != (None, None):
+    follows = config.motion_from is not None
+    if not takes.motion and not follows and (config.motion, config.motion_share) != (None, None):
         raise ValueError(f"--motion belongs to T2V-Turbo-v2 with motion guidance; {config.turbo} has none")
     names = ["steps", "guidance", "eta", "motion", "motion_share"] + (["fps"] if takes.fps else [])
     typed = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    sampling = replace(models.sampling, **typed)
+    default = {"motion": 0.05} if follows else {}                           # v2's λ'
+    sampling = replace(models.sampling, **default | typed)
 
     w_min, w_max = models.header.get("w_min", 0), models.header.get("w_max", float("inf"))
     if not w_min <= sampling.guidance <= w_max:
@@ -222,6 +232,20 @@ def size_of(models: Models, config: Config) -> tuple[int, int, int]:
     return config.frames or T, config.height or H, config.width or W
 
 
+def reference_of(models: Models, config: Config) -> Reference | None:
+    """The clip of --motion-from in latents, at the size and frame rate of the new ones, and its caption."""
+    if config.motion_from is None:
+        return None
+    from plumbing import video
+    from turbo import Reference
+    T, H, W = size_of(models, config)
+    clip, _ = video.read_video(config.motion_from, T, config.fps or models.fps, H, W)
+    models.unet.checkpointing = True                        # the gradient of the energy needs all activations
+    weight = next(models.vae.parameters())
+    z0 = models.vae.encode(clip[None].to(weight.device, weight.dtype) / 127.5 - 1)
+    return Reference(z0.float(), models.text([config.motion_prompt]))
+
+
 def make(models: Models, sampling: Sampling, jobs: list[prompts.Job], config: Config
          ) -> tuple[Tensor, Tensor]:
     """Makes and writes some clips at once -> latents (B, C, T, h, w), clips uint8 (B, 3, T, H, W)."""
@@ -232,7 +256,8 @@ def make(models: Models, sampling: Sampling, jobs: list[prompts.Job], config: Co
     from plumbing import video
     captions, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
     steps = partial(tqdm, desc="steps", leave=False)
-    z = turbo.generate(models, captions, seeds, size_of(models, config), sampling, steps)
+    reference = reference_of(models, config)
+    z = turbo.generate(models, captions, seeds, size_of(models, config), sampling, steps, reference)
 
     frames_at_once = config.chunk or (None if models.name == "shapes" else 4)
     clips = to_clip(models.vae, z, frames_at_once).cpu()

@@ -505,6 +505,9 @@ RED = "'a red circle'"
 SAMPLE = [  # what is typed behind sample.py -> what the message says
     ("", "give one prompt, or --prompts FILE"),
     ("'  '", "give one prompt, or --prompts FILE"),
+    (f"{RED} --motion-from x.mp4", "--motion-from belongs to --method teacher"),
+    (f"{RED} --method teacher --motion-prompt x", "--motion-from CLIP and --motion-prompt"),
+    (f"{RED} --method teacher --motion-from no.mp4 --motion-prompt x", "--motion-from no.mp4: no such file"),
     (f"{RED} --steps 0", "--steps: 0 must be at least 1"),
     (f"{RED} --guidance nan", "--guidance: nan is not a finite number"),
     (f"{RED} --guidance inf", "--guidance: inf is not a finite number"),

@@ -345,3 +345,18 @@ def test_the_budget_of_a_clip_needs_no_files(monkeypatch, capsys):
     sample.main(["a dog", "--model", "vc2", "--dry-run"])
     out = capsys.readouterr().out
     assert all(word in out for word in ("UNet", "captions", "one step", "decode", "TFLOP", "H100", "most: "))
+
+
+def test_motion_of_another_clip(tmp_path):
+    """--motion-from changes the teacher's clip; with λ' = 0 it does not (its energy: test_turbo.py)."""
+    sample.main(["a red circle moving right", "--out", f"{tmp_path}/ref.mp4"])
+
+    def latents(*argv):
+        sample.main(["a blue square moving left", "--method", "teacher", "--steps", "2", "--out",
+                     f"{tmp_path}/out.gif", "--latents", f"{tmp_path}/z.safetensors", *argv])
+        return load_file(tmp_path / "z.safetensors")["latents"]
+
+    follow = ("--motion-from", f"{tmp_path}/ref.mp4", "--motion-prompt", "a red circle moving right")
+    plain = latents()
+    assert torch.equal(latents(*follow, "--motion", "0"), plain)
+    assert not torch.allclose(latents(*follow, "--motion", "1"), plain, atol=1e-3)
