@@ -1,8 +1,8 @@
 """Will it fit, and how long will it take? A budget of a training step or of a clip; no download needed.
 
 `train.py --preset turbo-vc2 --dry-run N` makes N steps with random weights. `--dry-run 0` makes one with fake
-tensors, which have shapes but no contents: the full-size models then need neither memory nor a GPU, and what is
-counted is what a GPU would have to hold, move and compute. `sample.py --dry-run` does the same for a clip.
+tensors, which have shapes but no contents: the full-size models then need neither memory nor a GPU, and it
+counts what a GPU would have to hold, move and compute. `sample.py --dry-run` does the same for a clip.
 (`--preset shapes --dry-run N` takes the toy as it is, and so is a benchmark.)
 """
 import dataclasses
@@ -112,7 +112,7 @@ def simulation():
 
 @contextmanager
 def like_cuda():
-    """Norms in float32, as autocast computes them on a GPU and not on a CPU: the larger tensors are counted."""
+    """Norms in float32, as autocast has them on a GPU and not on a CPU: the larger tensors are counted."""
     norms = F.group_norm, F.layer_norm
 
     def norm(function, x, size, w=None, b=None, eps=1e-5):
@@ -246,8 +246,8 @@ def show(config, group, held: dict, parts: CountedParts, records: list[dict]) ->
     """Prints the table: what is held all the time, then the cost of each part of a step."""
     n = len(records)
     print(f"{config.preset}, {config.width}x{config.height}, {config.frames} frames, {config.dtype}, "
-          f"{config.batch} clips on {group.world} process{'es' * (group.world > 1)}, {config.micro} at a time, "
-          + (f"{n} steps" if n else "simulated"))
+          f"{config.batch} clips on {group.world} process{'es' * (group.world > 1)}, {config.micro} at a time"
+          ", " + (f"{n} steps" if n else "simulated"))
     show_held(held)
     show_parts(parts, "part of a step", n)
     print("(what distill leaves are the activations that the backward pass needs)")
@@ -255,7 +255,8 @@ def show(config, group, held: dict, parts: CountedParts, records: list[dict]) ->
     if n:
         seconds = sum(parts.seconds.values()) / n
         print("last step: " + ", ".join(f"{name} {value:.4g}" for name, value in records[-1].items()))
-        print(f"a step takes {seconds:.2f} s, {config.steps} steps take {seconds * config.steps / 3600:.1f} h")
+        hours = seconds * config.steps / 3600
+        print(f"a step takes {seconds:.2f} s, {config.steps} steps take {hours:.1f} h")
     else:
         show_cards(sum(parts.flops.values()), sum(parts.moved.values()), config.dtype)
 
@@ -266,8 +267,8 @@ def show(config, group, held: dict, parts: CountedParts, records: list[dict]) ->
 def report_sampling(title: str, models, dtype: str, captions, step, steps: int, decode) -> CountedParts:
     """Prints the budget of a clip, all of it with fake tensors.
 
-    models() -> networks; captions(models) -> states; step(models, states) -> latents after one of the `steps`;
-    decode(models, latents).
+    models() -> networks; captions(models) -> states; step(models, states) -> latents after one of the
+    `steps`; decode(models, latents).
     """
     with simulation() as counter, torch.no_grad():
         parts = CountedParts(torch.device("cpu"), counter)
@@ -318,7 +319,7 @@ def show_most(parts: CountedParts) -> None:
 
 
 def show_cards(flops: int, moved: int, dtype: str) -> None:
-    """Seconds at the peak rates of three cards: what no implementation undercuts, and unfused memory traffic."""
+    """Seconds at the peak rates of three cards: the arithmetic, and memory traffic without fusion."""
     print(f"\nin all {flops / 1e12:.1f} TFLOP, and {moved / 1e9:.0f} GB moved if no operations are fused")
     print(f"{'at the peak rates of':22}{'TFLOP/s':>9}{'GB/s':>7}{'s of arithmetic':>17}{'s of traffic':>14}")
     for name, (half, single, bandwidth) in CARDS.items():

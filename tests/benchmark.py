@@ -4,9 +4,9 @@
     python tests/benchmark.py --what unet --size 320 512 --dtype bfloat16 --compile
 
 Every measurement is a process of its own, so that its memory is its own: resident on a CPU, allocated on a
-GPU. On a CPU the ratio is that of processor time, which a busy machine distorts less. `floor` is how many times
-longer a pass takes than its FLOP (counted on fake tensors) at the rate of a large matrix product in the same
-process; `activations` is the peak less what was held before the pass.
+GPU. On a CPU the ratio is that of processor time, which a busy machine distorts less. `floor` is how many
+times longer a pass takes than its FLOP (counted on fake tensors) at the rate of a large matrix product in the
+same process; `activations` is the peak less what was held before the pass.
 """
 import argparse
 import json
@@ -22,15 +22,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import MODELSCOPE, VAE, UNet3D, channels_last  # noqa: E402
 from plumbing.dryrun import simulation  # noqa: E402
 
+RATIOS = {"time": "busy", "memory": "peak", "activations": "activations"}
+
 
 def options():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     cuda = torch.cuda.is_available()
     parser.add_argument("--what", nargs="+", choices=["unet", "vae"], default=["unet", "vae"])
-    parser.add_argument("--size", nargs=2, type=int, default=[256, 256], metavar=("HEIGHT", "WIDTH"), help="pixels")
+    parser.add_argument("--size", nargs=2, type=int, default=[256, 256], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--chunk", type=int, default=1, help="frames decoded at once")
-    parser.add_argument("--repeat", type=int, default=20 if cuda else 1, help="timed passes, after one that is not")
+    parser.add_argument("--repeat", type=int, default=20 if cuda else 1, help="timed passes, after another")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile, too")
@@ -55,9 +58,12 @@ def one_pass(net, which, what, args):
     """A function without arguments: a UNet step of one clip, or its decoding."""
     h, w = (n // 8 for n in args.size)
     make = dict(device=args.device, dtype=getattr(torch, args.dtype))
-    z, t, c = torch.randn(1, 4, args.frames, h, w, **make), torch.tensor([500], device=args.device), torch.randn(1, 77, 1024, **make)
+    z, c = torch.randn(1, 4, args.frames, h, w, **make), torch.randn(1, 77, 1024, **make)
+    t = torch.tensor([500], device=args.device)
+    if what == "unet" and which == "diffusers":
+        return lambda: net(z, t, encoder_hidden_states=c).sample
     if what == "unet":
-        return (lambda: net(z, t, encoder_hidden_states=c).sample) if which == "diffusers" else (lambda: net(z, t, c))
+        return lambda: net(z, t, c)
     if which != "diffusers":
         return lambda: net.decode(z, args.chunk)
     frames = z[0].transpose(0, 1)
@@ -104,7 +110,7 @@ def held(args) -> float:
 
 @torch.no_grad()
 def measure(which, what, args):
-    """{"seconds", "busy" (of the processor), "peak" and "activations" (GiB) of a pass, "rate" of a product}"""
+    """{"seconds", "busy" (of the processor), "peak", "activations" (GiB) of a pass, "rate" of a product}"""
     torch.manual_seed(0)
     net = network(which, what).to(getattr(torch, args.dtype)).to_empty(device=args.device).eval()
     for p in net.parameters():
@@ -122,7 +128,8 @@ def measure(which, what, args):
     for _ in range(args.repeat):
         run()
     wait()
-    seconds, busy = (time.perf_counter() - start) / args.repeat, (time.process_time() - start_busy) / args.repeat
+    seconds = (time.perf_counter() - start) / args.repeat
+    busy = (time.process_time() - start_busy) / args.repeat
     peak = torch.cuda.max_memory_allocated() / 2 ** 30 if args.device == "cuda" else (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
     return dict(seconds=seconds, busy=seconds if args.device == "cuda" else busy, peak=peak, rate=rate,
@@ -144,10 +151,9 @@ def main():
             result = json.loads(done.stdout.splitlines()[-1])
             base = base or result
             print(f"{what:5}{which:10}{1000 * result['seconds']:10.0f} ms{result['peak']:8.2f} GiB"
-                  f"   time x{result['busy'] / base['busy']:.2f}   memory x{result['peak'] / base['peak']:.2f}"
-                  f"   activations x{result['activations'] / base['activations']:.2f}"
-                  f"   floor x{result['busy'] * result['rate'] / flops:.2f} of {result['rate'] / 1e9:.0f} GFLOP/s",
-                  flush=True)
+                  + "".join(f"   {name} x{result[key] / base[key]:.2f}" for name, key in RATIOS.items())
+                  + f"   floor x{result['busy'] * result['rate'] / flops:.2f}"
+                  f" of {result['rate'] / 1e9:.0f} GFLOP/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def shallow(make, header):
 
 
 def training(preset: str, *options: str, gpus: int = 1, again: bool = False, show: bool = False) -> dict:
-    """A step. again: another one, from the state that a file on the CPU held. show: the run's sample clips."""
+    """A step. again: another one, from the state that a file held. show: the run's sample clips."""
     import shapes.world
     import train
     from plumbing import dryrun
@@ -303,7 +303,8 @@ def preparing(preset: str) -> dict:
     model.FAMILIES.update(known)
     models.unet.requires_grad_(False)
     models.unet.checkpointing = True
-    plan = prepare.Plan(config.grid, draws=1, inversion_steps=2, motion_share=1.0, fps=config.fps, seed=0, micro=1)
+    plan = prepare.Plan(config.grid, draws=1, inversion_steps=2, motion_share=1.0, fps=config.fps, seed=0,
+                        micro=1)
     clip = torch.zeros(3, config.frames, config.height, config.width, dtype=torch.uint8)
     item = dict(clip=clip, caption="a red circle moving right", reward_caption=None, index=0, rewards=True,
                 source="data", source_index=0)
@@ -339,10 +340,11 @@ def resume(trainer) -> None:
 
 def check_devices(trainer, device) -> None:
     """Gradients, moments and averages are where the weights are: fused kernels refuse what is elsewhere."""
-    states = [x for state in trainer.optimizer.adam.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+    moments = [x for state in trainer.optimizer.adam.state.values() for x in state.values()]
+    states = [x for x in moments if isinstance(x, torch.Tensor)]
     averages = trainer.ema.average if trainer.ema else []
     for x in [*trainer.params, *(p.grad for p in trainer.params), *averages, *states]:
-        assert x.device == device, f"{tuple(x.shape)} of the training state on {x.device}, weights on {device}"
+        assert x.device == device, f"{tuple(x.shape)} of the state on {x.device}, weights on {device}"
 
 
 def assert_on(x, kind: str) -> None:
@@ -368,7 +370,7 @@ def networks(family: str, method: str, dtype):
 
 
 def sampling(family: str, method: str, dtype: str, size: tuple[int, int] | None = None) -> dict:
-    """Two clips in one step, and (but for the toy in half precision) in two; "copies": of the step between."""
+    """Two clips in one step, and (not the toy in half precision) in two; "copies": of the step between."""
     import model
     import turbo
 
@@ -451,7 +453,8 @@ SAMPLED = {
     "shapes turbo": DTYPES, "shapes teacher": ("bfloat16",)}
 CASES = {
     **{f"train {preset} --lora 4": partial(training, preset, "--lora", "4", again=preset == "vcm-vc2",
-                                           show=preset == "shapes") for preset in ("shapes", "shapes-v2", *ALL)},
+                                           show=preset == "shapes")
+       for preset in ("shapes", "shapes-v2", *ALL)},
     **{f"train {preset} --lora 0": partial(training, preset, "--lora", "0", again=preset == "vcm-ms")
        for preset in ALL},
     "train turbo-vc2 --lora 0 on 2 GPUs": partial(training, "turbo-vc2", "--lora", "0", gpus=2, again=True),
