@@ -179,7 +179,8 @@ class Watch(TorchDispatchMode):
         name, inside, frame = None, False, sys._getframe(2)
         while frame:
             code = frame.f_code
-            if code.co_filename.startswith(self.project) and "/tests/" not in code.co_filename:
+            others = "/tests/" in code.co_filename or "/site-packages/" in code.co_filename     # .venv lies here
+            if code.co_filename.startswith(self.project) and not others:
                 name = name or f"{Path(code.co_filename).name}: {getattr(code, 'co_qualname', code.co_name)}"
                 if code.co_name in ("forward", "decode", "score"):
                     inside |= isinstance(frame.f_locals.get("self"), self.networks)
