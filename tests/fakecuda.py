@@ -179,8 +179,9 @@ class Watch(TorchDispatchMode):
         name, inside, frame = None, False, sys._getframe(2)
         while frame:
             code = frame.f_code
-            others = "/tests/" in code.co_filename or "/site-packages/" in code.co_filename     # .venv lies here
-            if code.co_filename.startswith(self.project) and not others:
+            path = code.co_filename                         # a virtual environment may lie in the folder, too
+            others = "/tests/" in path or "/site-packages/" in path
+            if path.startswith(self.project) and not others:
                 name = name or f"{Path(code.co_filename).name}: {getattr(code, 'co_qualname', code.co_name)}"
                 if code.co_name in ("forward", "decode", "score"):
                     inside |= isinstance(frame.f_locals.get("self"), self.networks)
