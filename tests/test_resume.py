@@ -97,7 +97,8 @@ def test_killed_while_a_checkpoint_is_written(tmp_path):
 def test_a_signal_saves_and_ends(tmp_path, number, world):
     """Also if only one of the processes hears it."""
     def heard(rank):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, usual)
 
     processes = tiny.start(tmp_path / "run", "--steps", 10 ** 6, "--save-every", 10 ** 6, world=world,
                            before=heard)                    # also where pytest was started to ignore it (nohup)
