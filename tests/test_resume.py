@@ -96,12 +96,12 @@ def test_killed_while_a_checkpoint_is_written(tmp_path):
 @pytest.mark.parametrize("number, world", [(signal.SIGTERM, 1), (signal.SIGINT, 2), (signal.SIGHUP, 1)])
 def test_a_signal_saves_and_ends(tmp_path, number, world):
     """Also if only one of the processes hears it."""
-    def heard(rank):
+    def heard(rank):                                        # also where pytest itself ignores it (nohup)
         usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, usual)
 
-    processes = tiny.start(tmp_path / "run", "--steps", 10 ** 6, "--save-every", 10 ** 6, world=world,
-                           before=heard)                    # also where pytest was started to ignore it (nohup)
+    endless = ("--steps", 10 ** 6, "--save-every", 10 ** 6)
+    processes = tiny.start(tmp_path / "run", *endless, world=world, before=heard)
     wait_for_a_step(tmp_path / "run", processes)
     os.kill(processes[-1].pid, number)
     assert tiny.finish(processes)[-1] == 128 + number
