@@ -112,7 +112,7 @@ def folder_source(folder: str) -> FileSource:
         raise ValueError(f"no clips in {folder}: {example}{hint(folder)}")
     if unread:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in unread.most_common())
-        warnings.warn(f"{folder}: files not read: {counts}; clips are {', '.join(READABLE)}", stacklevel=3)
+        warnings.warn(f"{folder}: files not read: {counts}; clips are {' '.join(READABLE)}", stacklevel=3)
     return FileSource(folder, [Row(path) for path in sorted(paths)])
 
 

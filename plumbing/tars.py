@@ -18,7 +18,7 @@ import numpy as np
 from plumbing.files import atomic
 from plumbing.video import READABLE
 
-VERSION = 2                             # of the index files
+VERSION = 3                             # of the index files
 BLOCK = 512                             # a tar's unit: headers and data begin at its multiples
 KINDS = {suffix: 0 for suffix in READABLE} | {".txt": 1, ".json": 2}     # video, caption, more
 VIDEO, TEXT, MORE = 0, 1, 2

@@ -24,7 +24,10 @@ from plumbing.files import atomic
 if TYPE_CHECKING:
     import av
 
-READABLE = (".mp4", ".m4v", ".mov", ".mkv", ".webm")    # what a folder or a shard of training clips may hold
+READABLE = (        # clips of a training folder or shard: what PyAV reads, but for .gif, which are previews
+    ".mp4", ".m4v", ".mov", ".f4v", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".divx", ".wmv", ".asf", ".flv",
+    ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts", ".ogv", ".mxf", ".dv", ".rm", ".rmvb", ".nut", ".y4m")
+INDEXED = ("mov", "matroska")           # containers that say when each frame is shown, and find key frames
 SLACK = 2e-3                            # containers round timestamps, some to a millisecond
 FPS_MIN, FPS_MAX = 0.1, 240             # what the containers hold and the players play
 GIF_FPS_MAX = 50                        # players show a gif's frames for 2/100 s at least
@@ -37,23 +40,26 @@ def read_video(source: str | Path | bytes, frames: int, fps: float, height: int,
     """A video file, or its bytes -> (uint8 clip (3, frames, height, width), its frames per second).
 
     The clip starts at a random frame, or at the first without a generator. Its rate is `fps`, or more where
-    the video is too short (see `pick`). Decoding begins at the last key frame before the clip and ends with
-    the clip. Raises ValueError for whatever cannot be read whole. """
+    the video is too short (see `pick`). Decoding begins at the last key frame before the clip, or at the
+    first frame where the container has no index, and ends with the clip. Raises ValueError for whatever
+    cannot be read whole. """
     with open_video(source) as (container, stream):
-        # which frames
         ticks, end, keys = timeline(container, stream)
         seconds = float(stream.time_base)
-        chosen, rate = pick(ticks * seconds, end * seconds, frames, fps, generator)
-        wanted = ticks[chosen].tolist()
-        key = max((key for key in keys if key <= wanted[0]), default=wanted[0])
+    chosen, rate = pick(ticks * seconds, end * seconds, frames, fps, generator)
+    wanted = ticks[chosen].tolist()
 
-        # decode them
-        container.seek(key, stream=stream)
+    with open_video(source) as (container, stream):
+        if keys:
+            container.seek(max((key for key in keys if key <= wanted[0]), default=wanted[0]), stream=stream)
+            shown = ((frame.pts, frame) for frame in decode(container, stream))
+        else:
+            shown = zip(ticks.tolist(), decode(container, stream))
         found = {}
-        for frame in decode(container, stream):
-            if frame.pts in wanted:
-                found[frame.pts] = resize_crop(pixels(frame), height, width)
-            if frame.pts is not None and frame.pts >= wanted[-1]:
+        for tick, frame in shown:
+            if tick in wanted:
+                found[tick] = resize_crop(pixels(frame), height, width)
+            if tick is not None and tick >= wanted[-1]:
                 break
 
     missing = len(set(wanted)) - len(found)
@@ -114,27 +120,18 @@ def decode(container: av.container.InputContainer, stream: av.VideoStream) -> It
 
 def timeline(container: av.container.InputContainer,
              stream: av.VideoStream) -> tuple[np.ndarray, int, list[int]]:
-    """Read the packets, decode nothing -> ascending ticks of the frames, the end's tick, ticks of key frames.
+    """When a video's frames are shown -> their ticks, ascending; the end's tick; the ticks of key frames.
 
-    These are the timestamps that the frames really have, so a variable frame rate needs no special case."""
+    These are the timestamps that the frames really have, so a variable frame rate needs no special case.
+    Without an index there are no key frames, and the k-th frame that is decoded is shown at the k-th tick."""
     import av
 
-    # the packets: one a frame, in decoding order
-    shown, keys = [], []
-    for packet in container.demux(stream):
-        if packet.is_corrupt:
-            raise ValueError("truncated or damaged: a packet is incomplete")
-        if packet.pts is None:
-            continue
-        if packet.is_keyframe:
-            keys.append(packet.pts)
-        if not packet.is_discard:                     # discarded: cut away by the file's edit list
-            shown.append((packet.pts, packet.duration or 0))
+    indexed = container.format.name.startswith(INDEXED)
+    shown, keys = packet_times(container, stream) if indexed else (frame_times(container, stream), [])
     if len(shown) < 2:
         raise ValueError(f"not a clip: {len(shown)} frames")
 
-    # when they are shown, and until when the last one is: not every file says how long a frame lasts
-    shown.sort()
+    # until when the last one is shown: not every file says how long a frame lasts
     ticks = np.array([pts for pts, _ in shown])
     last = shown[-1][1] or (ticks[-1] - ticks[0]) // (len(ticks) - 1)
     end = ticks[-1] + last
@@ -150,6 +147,33 @@ def timeline(container: av.container.InputContainer,
     if length < 0.9 * stated:
         raise ValueError(f"truncated: {length:.2f} s of {stated:.2f} s")
     return ticks, end, keys
+
+
+def packet_times(container: av.container.InputContainer,
+                 stream: av.VideoStream) -> tuple[list[tuple[int, int]], list[int]]:
+    """Reads the packets, one a frame, decodes nothing -> (tick, duration) of each, ticks of key frames."""
+    shown, keys = [], []
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise ValueError("truncated or damaged: a packet is incomplete")
+        if packet.pts is None:
+            continue
+        if packet.is_keyframe:
+            keys.append(packet.pts)
+        if not packet.is_discard:                     # discarded: cut away by the file's edit list
+            shown.append((packet.pts, packet.duration or 0))
+    return sorted(shown), keys
+
+
+def frame_times(container: av.container.InputContainer,
+                stream: av.VideoStream) -> list[tuple[int, int]]:
+    """Decodes all frames -> (tick, duration) of each, in the order in which they are shown."""
+    shown = [(frame.pts, frame.duration or 0) for frame in decode(container, stream)]
+    if any(pts is None for pts, _ in shown):
+        raise ValueError("its frames have no timestamps; convert it to mp4")
+    if container.format.name != "avi" and shown != sorted(shown):     # an avi's are those of the packets
+        raise ValueError("its timestamps run backwards (files joined?); convert it to mp4")
+    return sorted(shown)
 
 
 def pixels(frame: av.VideoFrame) -> Tensor:

@@ -209,11 +209,11 @@ def test_captions_that_are_no_strings(here, mp4):
 
 def test_what_a_folder_holds_besides_clips_is_counted_once(here):
     (here / "sub").mkdir()
-    for name in ("x.avi", "sub/y.AVI", "z.wmv", "README", ".hidden", "a.txt"):
+    for name in ("x.gif", "sub/y.GIF", "z.jpg", "README", ".hidden", "a.txt"):
         (here / name).write_text("x")
     (here / "sub" / "back").symlink_to(here)  # a circle
     with pytest.warns(
-        UserWarning, match=r"files not read: 2 .avi, 1 .wmv, 1 without a suffix; clips are .mp4"
+        UserWarning, match=r"files not read: 2 .gif, 1 .jpg, 1 without a suffix; clips are .mp4"
     ) as got:
         assert len(open_dataset(str(here), **SHAPE)) == 4
     assert len(got) == 1

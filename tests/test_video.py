@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from clips import make_mp4, numbers, pick, read_video, write_at
+from clips import counting_clip, make_mp4, numbers, pick, read_video, write_at
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -89,6 +89,48 @@ def test_read_video_returns_the_frames_of_those_instants(kind, tmp_path):
         assert got == [int((times <= times[got[0]] + k / 10 + 0.002).sum()) - 1 for k in range(5)]
         starts.add(got[0])
     assert len(starts) > 5
+
+
+@pytest.mark.parametrize("name, codec, options", [
+    ("a.avi", "mpeg4", {}), ("b.AVI", "libx264", {"bf": "3"}), ("a.wmv", "wmv2", {}),
+    ("a.mov", "libx264", {}), ("a.flv", "flv1", {}), ("a.mpg", "mpeg2video", {"bf": "2"}), ("a.ts", "libx264", {"bf": "3"}),
+    ("a.3gp", "mpeg4", {}), ("a.mkv", "libx264", {"bf": "3"}), ("a.mxf", "mpeg2video", {})])
+def test_every_container_gives_the_frames_of_those_instants(name, codec, options, tmp_path):
+    """Also those without an index (mpeg), without times of display (avi), or where a seek lands too late."""
+    assert Path(name).suffix.lower() in video.READABLE
+    with av.open(str(tmp_path / name), "w", format="mpegts" if name == "a.ts" else None) as container:
+        stream = container.add_stream(codec, rate=25, options=options | {"b": "4M"})
+        stream.height, stream.width = 48, 64
+        stream.pix_fmt = "yuv420p"
+        for pixel_rows in counting_clip(40, 48, 64).permute(1, 2, 3, 0).numpy():
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixel_rows), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
+        container.mux(stream.encode())
+
+    starts = set()
+    for source in (tmp_path / name, (tmp_path / name).read_bytes()):
+        assert numbers(read_video(source, 40, 25, 48, 64)) == [*range(40)]
+        for seed in range(6):
+            got = numbers(read_video(source, 5, 5, 48, 64, generator=torch.Generator().manual_seed(seed)))
+            assert got == [got[0] + 5 * k for k in range(5)]
+            starts.add(got[0])
+    assert len(starts) > 4
+
+
+def test_timestamps_that_run_backwards_are_refused(tmp_path):
+    """Two files joined: which frame is shown when is not known."""
+    write_video(tmp_path / "a.mp4", counting_clip(8), 8)
+    old, new = av.open(str(tmp_path / "a.mp4")), av.open(str(tmp_path / "a.ts"), "w", format="mpegts")
+    with old, new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                new.mux(packet)
+    (tmp_path / "b.ts").write_bytes(2 * (tmp_path / "a.ts").read_bytes())
+    assert numbers(read_video(tmp_path / "a.ts", 8, 8, 32, 48)) == [*range(8)]
+    with pytest.raises(ValueError, match="its timestamps run backwards"):
+        read_video(tmp_path / "b.ts", 8, 8, 32, 48)
 
 
 def test_read_video_bytes_decode_only_what_is_needed(mp4, monkeypatch):
