@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional      # before any group: imported later, it would hold the group for good
 from torch import Tensor, nn
 
 STOP = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
@@ -102,7 +103,10 @@ class Group:
             self.any(False)
 
     def leave(self) -> None:
-        """All together: torchrun ends the others when one has left with a signal's exit status."""
+        """All together: torchrun ends the others when one has left with a signal's exit status.
+
+        Ends the group's threads; one that met the end of the interpreter would abort the process.
+        """
         self.any(False)
         if self.world > 1:
             dist.destroy_process_group()

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -95,6 +96,8 @@ def main(argv):
     train.load_world, train.shapes.accuracy = load_world, lambda generate: 0.5
     torch.set_num_threads(1)
     train.main([*SETTINGS, *map(str, argv)])
+    threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    assert not any("gloo" in name for name in threads), "threads of the group outlive it"
 
 
 # ---- runs --------------------------------------------------------------------------------------------------
