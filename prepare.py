@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 import data
 from model import Models
+from plumbing.dryrun import Work
 from plumbing.run import Group, listen
 from solver import Schedule, ddim_invert
-from turbo import Solved, motion_strength
+from turbo import Solved, motion_gradient, motion_strength, teacher_eps
 
 
 class Chosen:
@@ -117,12 +118,8 @@ def solve_clips(plan: Plan, models: Models, items: list[dict]) -> Iterator[dict]
     captions = [item["caption"] for item in items]
 
     # clean latents and caption states
-    x = torch.stack([item["clip"] for item in items]).to(device) / 127.5 - 1
-    with torch.no_grad():
-        mean, _ = models.vae.posterior(x)
-        noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
-        z0 = models.vae.encode(x, noise.to(device)).float()
-        c, null = models.text(captions), models.text([""] * len(items))
+    clips = torch.stack([item["clip"] for item in items]).to(device)
+    z0, c, null = encode(models, clips, captions, generators)
 
     # all draws of (t, ε); one inversion serves those in which motion guidance is active
     draws = [draw(schedule, z0, generators) for _ in range(plan.draws)]
@@ -137,6 +134,19 @@ def solve_clips(plan: Plan, models: Models, items: list[dict]) -> Iterator[dict]
             yield {name: item[name] for name in told} | dict(
                 draw=number, t=int(t[i]), z_t=solved.z_t[i], eps_c=solved.eps_c[i], eps_u=solved.eps_u[i],
                 gradient=solved.gradient[i], c=c[i])
+
+
+@torch.no_grad()
+def encode(models: Models, clips: Tensor, captions: list[str],
+           generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
+    """Clips uint8 (B, 3, T, H, W) -> latents z0 drawn from the VAE's posterior, and the states of their
+    captions and of no caption."""
+    B, _, T, H, W = clips.shape
+    vae = models.vae.config
+    shape = vae.latent, T, H // vae.factor, W // vae.factor
+    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(clips.device)
+    z0 = models.vae.encode(clips / 127.5 - 1, noise).float()
+    return z0, models.text(captions), models.text([""] * B)
 
 
 def draw(schedule: Schedule, z0: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
@@ -159,6 +169,34 @@ def invert(plan: Plan, models: Models, z0: Tensor, c: Tensor, times: list[Tensor
         for i, z_ref in zip(wanted, inverted, strict=True):
             references[i] = z_ref
     return references
+
+
+def work(plan: Plan, size: tuple[int, int, int]) -> dict[str, Work]:
+    """What preparing a clip of size (T, H, W) consists of, for --dry-run 0.
+
+    The clip is one of those that take longest: motion guidance is active, at t = 999.
+    """
+    (T, H, W), told = size, dict(fps=plan.fps)
+
+    def encoded(models, made):
+        clip = torch.zeros(1, 3, T, H, W, dtype=torch.uint8)
+        states = encode(models, clip, ["a red circle moving right"], [torch.Generator()])
+        return *states, torch.full((1,), 999)
+
+    def inverted(models, made):
+        z0, c, _, t = made["encode"]
+        return models.unet(z0, t, c, **told).float()
+
+    def predicted(models, made):
+        z0, c, null, t = made["encode"]
+        return teacher_eps(models.unet, z0, t, c, null, **told)
+
+    def guided(models, made):
+        z0, c, _, t = made["encode"]
+        return motion_gradient(models.unet, z0, made["inversion step"], t, c, **told)
+
+    return {"encode": Work(encoded), "inversion step": Work(inverted, plan.inversion_steps),
+            "predictions": Work(predicted, plan.draws), "motion gradient": Work(guided, plan.draws)}
 
 
 def teacher_identity(models: Models) -> str:

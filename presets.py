@@ -147,6 +147,9 @@ def check_values(config: Config) -> None:
         raise ValueError(f"--width {config.width}: the toy's clips are square; try --width {config.height}")
     if config.w_min > config.w_max:
         raise ValueError(f"--w-min {config.w_min} is above --w-max {config.w_max}")
+    if config.prepare and config.dry_run is not None and (toy or config.dry_run):
+        raise ValueError(f"--dry-run {config.dry_run} with --prepare: preparing is only simulated, and only "
+                         "for --preset turbo-v2: --dry-run 0")
     if config.device.startswith("mps"):
         raise ValueError("--device mps: training sums in float64, which MPS lacks; try --device cpu")
     if toy and config.sample_every:

@@ -351,25 +351,28 @@ def budget(config: Config) -> None:
         header = model.complete(model.RELEASED["LoRA list"], family) if student else {}
         return model.Models(config.model, unet, vae, text, family, header)
 
-    def captions(models: Models) -> Tensor:
+    def captions(models: Models, made: dict) -> Tensor:
         return models.text([config.prompt or "a prompt"] * (config.batch or 1))
 
-    def step(models: Models, c: Tensor) -> Tensor:
+    def step(models: Models, made: dict) -> Tensor:
         import torch
-        T, H, W = size_of(models, config)
+        (T, H, W), c = size_of(models, config), made["captions"]
         z = torch.zeros(len(c), family.vae.latent, T, H // family.vae.factor, W // family.vae.factor)
         t, sampling = torch.full((len(c),), 999), sampling_of(models, config)
         if student:
             return turbo.student_f(models.unet, Schedule(sampling.grid), c, sampling)(z, t)
         return turbo.guided_eps(models.unet, c, c, sampling)(z, t)
 
-    def decode(models: Models, z: Tensor) -> Tensor:
-        return model.to_clip(models.vae, z, config.chunk or 4)
+    def decode(models: Models, made: dict) -> Tensor:
+        return model.to_clip(models.vae, made["one step"], config.chunk or 4)
 
     usual = family.sampling["turbo" if student else "teacher"]
     T, H, W = config.frames or family.frames, config.height or family.height, config.width or family.width
-    title = f"{config.model} {config.method}, {config.batch or 1} x {W}x{H}, {T} frames"
-    dryrun.report_sampling(title, networks, dtype, captions, step, config.steps or usual.steps, decode)
+    steps = config.steps or usual.steps
+    title = f"{config.model} {config.method}, {config.batch or 1} x {W}x{H}, {T} frames, {steps} steps"
+    work = {"captions": captions, "one step": step, "decode": decode}
+    work = {name: dryrun.Work(do, steps if name == "one step" else 1) for name, do in work.items()}
+    dryrun.report_clip(title, networks, dtype, work)
 
 
 # ---- the command -------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from plumbing import cli, dryrun, video, weights
 from plumbing.files import atomic
 from plumbing.folder import Lock, Log, check_room, checkpoints, open_folder, read_checkpoint
 from plumbing.run import FlatAdamW, Group, Parts, listen, shielded
-from prepare import Chosen, Plan, prepare, teacher_identity
+from prepare import Chosen, Plan, prepare, teacher_identity, work
 from presets import (
     PATHS,
     Config,
@@ -411,14 +411,34 @@ def toy_reward(name: str, path: str | None, frames: int | None, device: torch.de
 
 def random_world(config: Config, group: Group) -> tuple[Models, None, list[RewardTerm]]:
     """What `load_world` returns for a published model, but random, and without clips: no file is read."""
-    family, dtype, device = family_of(config), getattr(torch, config.dtype), group.device
-    with dryrun.build(device, dtype if config.lora else torch.float32):
-        unet = UNet3D(dataclasses.replace(family.unet, guidance=True, motion=told_motion(config)))
+    device, dtype = group.device, getattr(torch, config.dtype)
+    terms = reward_terms(config, partial(random_reward, device=device, dtype=dtype))
+    return random_networks(config, device), None, terms
+
+
+def random_networks(config: Config, device: torch.device) -> Models:
+    """The networks that `load_models` returns, but random."""
+    family, dtype = family_of(config), getattr(torch, config.dtype)
+    conditions = {} if config.prepare else dict(guidance=True, motion=told_motion(config))
+    with dryrun.build(device, dtype if config.lora or config.prepare else torch.float32):
+        unet = UNet3D(dataclasses.replace(family.unet, **conditions))
     with dryrun.build(device, dtype):
         vae, text = VAE(family.vae).requires_grad_(False), TextEncoder(family.text).requires_grad_(False)
-    models = Models(model_name(config), unet, vae, text, family)
-    terms = reward_terms(config, partial(random_reward, device=device, dtype=dtype))
-    return models, None, terms
+    return Models(model_name(config), unet, vae, text, family)
+
+
+def prepare_budget(config: Config) -> dryrun.CountedParts:
+    """What preparing a clip takes, simulated."""
+    def networks() -> Models:
+        models = random_networks(config, torch.device("cpu"))
+        models.unet.requires_grad_(False)
+        models.unet.checkpointing = config.checkpointing
+        return models
+
+    size = config.frames, config.height, config.width
+    title = f"preparing for {config.preset}, {config.width}x{config.height}, {config.frames} frames, " \
+            f"{config.draws} draw{'s' * (config.draws > 1)}"
+    return dryrun.report_clip(title, networks, config.dtype, work(plan_of(config), size))
 
 
 def random_reward(name: str, path: str | None, frames: int | None, device: torch.device,
@@ -576,10 +596,14 @@ def finish_step(trainer: Trainer, out: Path, log: Log, record: dict) -> None:
     log(done, record, trainer.parts)
 
 
+def plan_of(config: Config) -> Plan:
+    return Plan(config.grid, config.draws, config.inversion_steps, config.motion_share, config.fps,
+                config.seed, config.micro)
+
+
 def prepare_cache(config: Config, group: Group) -> None:
     """v2 Algorithm 1: what the teacher says about each clip, into the folder --prepare (see prepare.py)."""
-    plan = Plan(config.grid, config.draws, config.inversion_steps, config.motion_share, config.fps,
-                config.seed, config.micro)
+    plan = plan_of(config)
     if is_toy(config):                      # every second clip carries rewards, as in v2's mixture of data
         clips = Chosen([shapes.Clips(frames=config.frames, size=config.height)] * 2, config.prepare_clips,
                        config.seed)
@@ -618,6 +642,8 @@ def main(argv: list[str] | None = None):
     group = Group(config.device)
     torch.manual_seed(config.seed)                                  # LoRA starts alike on all processes
     if config.dry_run is not None:
+        if config.prepare:
+            return prepare_budget(config)
         world = load_world if is_toy(config) else random_world
         return dryrun.report(config, group, world, CachedTrainer if is_v2(config) else Trainer)
 

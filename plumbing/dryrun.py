@@ -2,13 +2,16 @@
 
 `train.py --preset turbo-vc2 --dry-run N` makes N steps with random weights. `--dry-run 0` makes one with fake
 tensors, which have shapes but no contents: the full-size models then need neither memory nor a GPU, and it
-counts what a GPU would have to hold, move and compute. `sample.py --dry-run` does the same for a clip.
+counts what a GPU would have to hold, move and compute. `sample.py --dry-run` does the same for a clip that is
+sampled, `train.py --preset turbo-v2 --prepare CACHE --dry-run 0` for one that is prepared.
 (`--preset shapes --dry-run N` takes the toy as it is, and so is a benchmark.)
 """
 import dataclasses
 import weakref
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -264,30 +267,30 @@ def show(config, group, held: dict, parts: CountedParts, records: list[dict]) ->
 # ---- a clip ------------------------------------------------------------------------------------------------
 
 
-def report_sampling(title: str, models, dtype: str, captions, step, steps: int, decode) -> CountedParts:
-    """Prints the budget of a clip, all of it with fake tensors.
+@dataclass
+class Work:
+    """A part of what is done to a clip."""
+    do: Callable        # (networks, results of the parts before it, by name) -> its own result
+    times: int = 1      # how often; simulated once
 
-    models() -> networks; captions(models) -> states; step(models, states) -> latents after one of the
-    `steps`; decode(models, latents).
-    """
+
+def report_clip(title: str, models: Callable, dtype: str, work: dict[str, Work]) -> CountedParts:
+    """Prints the budget of a clip, sampled or prepared, all of it with fake tensors. models() -> networks."""
     with simulation() as counter, torch.no_grad():
-        parts = CountedParts(torch.device("cpu"), counter)
+        parts, results = CountedParts(torch.device("cpu"), counter), {}
         made = models()
         held = {name: bytes_of(network) for name, network in networks_of(made).items()}
         held["together"] = counter.live
-        with parts("captions"):
-            states = captions(made)
-        with parts("one step"):
-            z = step(made, states)
-        with parts("decode"):
-            decode(made, z)
+        for name, part in work.items():
+            with parts(name):
+                results[name] = part.do(made, results)
 
-    print(f"{title}, {dtype}, {steps} steps, simulated")
+    print(f"{title}, {dtype}, simulated")
     show_held(held)
-    show_parts(parts, "part of a clip")
+    times = {name: part.times for name, part in work.items()}
+    show_parts(parts, "part of a clip", times=times)
     show_most(parts)
-    flops = sum(parts.flops.values()) + (steps - 1) * parts.flops["one step"]
-    moved = sum(parts.moved.values()) + (steps - 1) * parts.moved["one step"]
+    flops, moved = (sum(times[name] * of[name] for name in work) for of in (parts.flops, parts.moved))
     show_cards(flops, moved, dtype)
     return parts
 
@@ -301,14 +304,16 @@ def show_held(held: dict) -> None:
         print(f"{name:18}{size / GIB:8.2f}")
 
 
-def show_parts(parts: CountedParts, title: str, n: int = 0) -> None:
-    """A line per part. n: timed steps; without them FLOP and bytes."""
-    last = f"{'s':>8}" if n else f"{'TFLOP':>10}{'GB moved':>10}"
+def show_parts(parts: CountedParts, title: str, n: int = 0, times: dict[str, int] | None = None) -> None:
+    """A line per part. n: timed steps; without them FLOP and bytes. times: how often each part is done."""
+    last = f"{'s':>8}" if n else f"{'TFLOP':>10}{'GB moved':>10}" + f"{'times':>7}" * bool(times)
     print(f"\n{title:18}{'peak GiB':>8}{'leaves GiB':>12}{last}")
     for name, peak in parts.peak.items():
         cost = f"{parts.flops[name] / 1e12:10.2f}{parts.moved[name] / 1e9:10.0f}"
         if n:
             cost = f"{parts.seconds[name] / n:8.2f}"
+        if times:
+            cost += f"{times[name]:7}"
         print(f"{name:18}{peak / GIB:8.2f}{parts.kept[name] / GIB:12.2f}{cost}")
 
 

@@ -284,6 +284,8 @@ TRAIN = {
     "--sample-every 0 --guidance 3": "--guidance has no effect here: it belongs to --sample-every",
     "--lora 0 --merge": "--merge has no effect here: it belongs to --lora",
     "--lora 0 --export-lora": "--export-lora has no effect here: it belongs to --lora",
+    "--preset turbo-v2 --prepare CACHE --dry-run 5": "preparing is only simulated",
+    "--preset shapes-v2 --prepare CACHE --dry-run 0": "only for --preset turbo-v2",
     "--dry-run 1 --resume auto": "--resume has no effect here: it belongs to training",
     # numbers
     "--lr inf": "--lr: inf is not a finite number",

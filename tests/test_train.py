@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import model
+import prepare
 import rewards
 import train
 import turbo
@@ -466,15 +467,44 @@ def test_the_simulation_agrees_with_the_steps_it_simulates(tiny_family, capsys):
     assert "a step takes " in made and "a step takes" not in simulated and "most: " in simulated
 
 
+def test_the_simulation_of_preparing_agrees_with_it(tiny_family, capsys):
+    """Peak and FLOP of fake tensors against those of a clip that is prepared."""
+    argv = [*tiny_family[2:8], "--preset", "turbo-v2", "--dtype", "float32", "--prepare", "none",
+            "--motion-share", "1", "--inversion-steps", "4"]
+    simulated = train.main([*argv, "--dry-run", "0"])
+    assert "preparing for turbo-v2, 16x16, 4 frames, 1 draw" in capsys.readouterr().out
+
+    config = train.configure(argv)
+    item = dict(clip=torch.zeros(3, 4, 16, 16, dtype=torch.uint8), caption="a dog", reward_caption=None,
+                index=0, rewards=True, source="data", source_index=0)
+    with dryrun.LiveBytes() as memory:
+        models = train.random_networks(config, torch.device("cpu"))
+        models.unet.requires_grad_(False)
+        models.unet.checkpointing = True
+        memory.flops = 0
+        sample, = prepare.solve_clips(train.plan_of(config), models, [item])
+
+    flops, walked = simulated.flops, sum(train.Schedule(4).grid < sample["t"])
+    assert memory.peak == pytest.approx(max(simulated.peak.values()), rel=0.01)
+    assert memory.flops == sum(flops.values()) + walked * flops["inversion step"]
+
+
+FULL_SIZE = {   # options -> GB of the card that it must fit, with 1.5 GiB for CUDA and its libraries
+    "--preset turbo-vc2": 24,
+    "--preset turbo-v2 --prepare none": 24,
+    "--preset turbo-v2 --lora 0": 48}
+
+
 @pytest.mark.slow
-def test_the_whole_step_fits_24_gb(capsys):
-    """T2V-Turbo (VC2) at full size, simulated: 512x320, 16 frames, both rewards, bfloat16."""
-    train.main(["--preset", "turbo-vc2", "--dry-run", "0"])
+@pytest.mark.parametrize("options", FULL_SIZE)
+def test_full_size_fits(options, capsys):
+    """At full size, simulated: 512x320, 16 frames, all rewards, bfloat16."""
+    train.main([*options.split(), "--dry-run", "0"])
     text = capsys.readouterr().out
     most = float(text.split("most: ")[1].split()[0])
     with capsys.disabled():
         print(text)
-    assert most + 1.5 < 24e9 / 2 ** 30
+    assert most + 1.5 < FULL_SIZE[options] * 1e9 / 2 ** 30
 
 
 # ---- results -----------------------------------------------------------------------------------------------
