@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional      # before any group: imported later, it would hold the group for good
+import torch.distributed.nn.functional  # before any group: a later import would hold the group for good
 from torch import Tensor, nn
 
 STOP = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
