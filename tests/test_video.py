@@ -93,7 +93,8 @@ def test_read_video_returns_the_frames_of_those_instants(kind, tmp_path):
 
 @pytest.mark.parametrize("name, codec, options", [
     ("a.avi", "mpeg4", {}), ("b.AVI", "libx264", {"bf": "3"}), ("a.wmv", "wmv2", {}),
-    ("a.mov", "libx264", {}), ("a.flv", "flv1", {}), ("a.mpg", "mpeg2video", {"bf": "2"}), ("a.ts", "libx264", {"bf": "3"}),
+    ("a.mov", "libx264", {}), ("a.flv", "flv1", {}), ("a.mpg", "mpeg2video", {"bf": "2"}),
+    ("a.ts", "libx264", {"bf": "3"}),
     ("a.3gp", "mpeg4", {}), ("a.mkv", "libx264", {"bf": "3"}), ("a.mxf", "mpeg2video", {})])
 def test_every_container_gives_the_frames_of_those_instants(name, codec, options, tmp_path):
     """Also those without an index (mpeg), without times of display (avi), or where a seek lands too late."""

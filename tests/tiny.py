@@ -114,6 +114,9 @@ def _process(rank, world, port, argv, before, log):
 
 def start(out, *argv, world=1, before=None):
     """Forks the processes of a run. `before(rank)` is called in each first."""
+    import torch._dynamo  # every optimizer wants it: once here, not in each process
+    assert torch._dynamo
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
