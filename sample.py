@@ -175,14 +175,16 @@ def check_clips(config: Config, jobs: list[prompts.Job]) -> None:
     for job in jobs[:1]:
         video.check_output(job.path, config.fps or family.fps)
 
-    # room for what is not compressed, before it is computed
+    # room on the disk for all of it
     T, H, W = config.frames or family.frames, config.height or family.height, config.width or family.width
-    clips, vae = len(jobs), family.vae
+    raw, latent_pixels = 3 * T * H * W, T * (H // family.vae.factor) * (W // family.vae.factor)
+    packed = {".safetensors": 1, ".png": 0.7, ".gif": 0.3}.get(suffix_of(config.out), 0.05)     # mp4: 5 %
+    sizes = [(job.path, raw * packed) for job in jobs]
+    if config.sheet:
+        sizes.append((Path(config.sheet), raw * len(jobs) * 0.7))
     if config.latents:
-        latent_pixels = T * (H // vae.factor) * (W // vae.factor)
-        prompts.check_space(Path(config.latents), clips * 4 * vae.latent * latent_pixels)       # float32
-    if suffix_of(config.out) == ".safetensors":
-        prompts.check_space(Path(config.out), clips * 3 * T * H * W)
+        sizes.append((Path(config.latents), 4 * family.vae.latent * latent_pixels * len(jobs)))   # float32
+    prompts.check_space(sizes)
 
 
 def load_models(config: Config) -> Models:
@@ -248,22 +250,25 @@ def reference_of(models: Models, config: Config) -> Reference | None:
 
 def make(models: Models, sampling: Sampling, jobs: list[prompts.Job], config: Config
          ) -> tuple[Tensor, Tensor]:
-    """Makes and writes some clips at once -> latents (B, C, T, h, w), clips uint8 (B, 3, T, H, W)."""
+    """Makes some clips at once -> latents (B, C, T, h, w), clips uint8 (B, 3, T, H, W)."""
     from tqdm import tqdm
 
     import turbo
     from model import to_clip
-    from plumbing import video
     captions, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
     steps = partial(tqdm, desc="steps", leave=False)
     reference = reference_of(models, config)
     z = turbo.generate(models, captions, seeds, size_of(models, config), sampling, steps, reference)
 
     frames_at_once = config.chunk or (None if models.name == "shapes" else 4)
-    clips = to_clip(models.vae, z, frames_at_once).cpu()
-    for job, clip in zip(jobs, clips):
-        video.write_video(job.path, clip, config.fps or models.fps)
-    return z.cpu(), clips
+    return z.cpu(), to_clip(models.vae, z, frames_at_once).cpu()
+
+
+def writers(models: Models, jobs: list[prompts.Job], clips: Tensor, config: Config) -> dict:
+    """{path: what writes a clip there}"""
+    from plumbing import video
+    fps = config.fps or models.fps
+    return {job.path: partial(video.write_video, clip=clip, fps=fps) for job, clip in zip(jobs, clips)}
 
 
 def make_all(models: Models, sampling: Sampling, jobs: list[prompts.Job], config: Config) -> None:
@@ -272,15 +277,18 @@ def make_all(models: Models, sampling: Sampling, jobs: list[prompts.Job], config
     batch = config.batch or (16 if models.name == "shapes" else 1)
     latents, clips, began = [], [], time.perf_counter()
     for start in tqdm(range(0, len(jobs), batch), "clips", unit_scale=batch, disable=len(jobs) <= batch):
-        z, some = make(models, sampling, jobs[start:start + batch], config)
+        some_jobs = jobs[start:start + batch]
+        z, some = make(models, sampling, some_jobs, config)
         latents += [z] if config.latents else []
         clips += [*some] if config.sheet else []
+
+        files = writers(models, some_jobs, some, config)
+        if start + batch >= len(jobs):                      # the last ones: what holds all of them, too
+            files |= {Path(config.sheet): partial(write_sheet, clips=clips)} if config.sheet else {}
+            files |= {Path(config.latents): partial(write_latents, latents=latents)} if config.latents else {}
+        prompts.write_all(files)
     seconds = time.perf_counter() - began
 
-    if config.sheet:
-        write_sheet(Path(config.sheet), clips)
-    if config.latents:
-        write_latents(Path(config.latents), latents)
     names = ", ".join(str(job.path) for job in jobs[:3]) + (f" and {len(jobs) - 3} more" if jobs[3:] else "")
     print(f"{names}: {len(jobs)} clip{'s' * (len(jobs) > 1)} in {seconds:.2f} s")
 
@@ -296,7 +304,8 @@ def make_typed(models: Models, sampling: Sampling, config: Config) -> int:
                 grammar.understand(prompt)
             prompts.check_names(known + jobs)
             for job in jobs:
-                make(models, sampling, [job], config)
+                _, clips = make(models, sampling, [job], config)
+                prompts.write_all(writers(models, [job], clips, config))
                 print(job.path, flush=True)
             known += jobs
         except ValueError as error:

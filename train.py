@@ -534,6 +534,14 @@ def export(trainer: Trainer, out: Path) -> None:
             weights.save_merged(out / "t2v_turbo_vc2.pt", teacher, whole)
 
 
+def export_size(trainer: Trainer) -> int:
+    """Bytes of what `export` writes, or a little more: LoRA is merged, and the toy's weights are halved."""
+    config, trained = trainer.config, trainer.gradient.nbytes
+    whole = 4 * sum(p.numel() for p in trainer.student.parameters())
+    merged = whole * (2 if model_name(config) == "vc2" else 1)
+    return trained * (1 + config.export_lora) + merged * config.merge
+
+
 # ---- the run -----------------------------------------------------------------------------------------------
 
 
@@ -658,7 +666,8 @@ def main(argv: list[str] | None = None):
             trainer.load_state(state)
         record = state.get("record", {}) if state else {}
         del state                                                   # its file may be deleted from here on
-        check_room(out, trainer.gradient.nbytes * (4 if trainer.ema else 3), config.keep)
+        checkpoint_size = trainer.gradient.nbytes * (4 if trainer.ema else 3)
+        check_room(out, checkpoint_size, config.keep, export_size(trainer))
 
         stopped = run(trainer, clips, out, record)
         if stopped is None and group.rank == 0:

@@ -181,12 +181,14 @@ def restarted(out: Path) -> bool:
     return json.loads((out / "config.json").read_text()).get("launcher") == os.getppid()
 
 
-def check_room(out: Path, size: int, keep: int) -> None:
-    """Raises ValueError where the checkpoints do not fit the disk. size: of one; `keep` + 1 must fit."""
-    need = size * (keep + 1 - min(keep, len(checkpoints(out))))
+def check_room(out: Path, size: int, keep: int, exports: int) -> None:
+    """Raises ValueError where checkpoints and weights do not fit the disk, in bytes.
+
+    size: of one checkpoint; `keep` + 1 must fit, and then `exports`, the weights at the end."""
+    need = size * (keep + 1 - min(keep, len(checkpoints(out)))) + exports
     free = shutil.disk_usage(out).free
     if free < need:
-        raise ValueError(f"{out} has {free / 1e9:.2f} GB free, the checkpoints take "
+        raise ValueError(f"{out} has {free / 1e9:.2f} GB free, checkpoints and weights take "
                          f"{need / 1e9:.2f} GB ({keep} kept, one being written); "
                          "make room, or choose another --out or a smaller --keep")
 

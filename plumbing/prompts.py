@@ -2,6 +2,9 @@
 import json
 import os
 import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,8 +138,32 @@ def check_folder(folder: Path, others: dict[str, Path]) -> None:
                          "choose another folder")
 
 
-def check_space(path: Path, size: int) -> None:
-    """Raises ValueError where files of `size` bytes do not fit."""
-    free = shutil.disk_usage(path.parent).free
-    if size > free:
-        raise ValueError(f"{path}: {size / 1e9:.1f} GB to write, and its disk has {free / 1e9:.1f} GB left")
+def check_space(sizes: list[tuple[Path, float]]) -> None:
+    """Raises ValueError where all files together, (path, bytes), do not fit their disks."""
+    needed = Counter()
+    for path, size in sizes:
+        disk, free = path.parent.stat().st_dev, shutil.disk_usage(path.parent).free
+        needed[disk] += size
+        if needed[disk] > free:
+            raise ValueError(f"{path}: about {needed[disk] / 1e6:.1f} MB to write in all, and its disk has "
+                             f"{free / 1e6:.1f} MB left; make room, or write to another disk")
+
+
+def write_all(writers: dict[Path, Callable[[Path], None]]) -> None:
+    """Each writer(path). What cannot be written, as on a full disk, is kept in a temporary folder.
+
+    Raises ValueError, which names the file, the reason and that folder, after all is written."""
+    problem, spare = None, None
+    for path, write in writers.items():
+        try:
+            write(path)
+        except ValueError as error:
+            problem = problem or error
+            spare = spare or Path(tempfile.mkdtemp(prefix="kept-"))
+            try:
+                write(spare / path.name)
+            except ValueError:
+                raise problem from None
+    if problem:
+        raise ValueError(f"{problem}; what was made is kept in {spare}: move it when there is room") \
+            from problem

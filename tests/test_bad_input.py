@@ -5,11 +5,14 @@ One table per area: what is typed -> what the message must say.
 import errno
 import json
 import math
+import os
 import random
 import shlex
 import shutil
 import tarfile
+import tempfile
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -624,10 +627,37 @@ def test_sampling_complains_in_one_line(typed, message, inputs, monkeypatch, cap
 def test_a_disk_without_room_is_noticed_first(inputs, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
     monkeypatch.setattr(shapes.models, "load", lambda *args: pytest.fail("loaded"))
-    for option in ("--latents", "--out"):
+    for typed in ("--latents z.safetensors", "--out z.safetensors", "--sheet z.png", "--num 100 --out z.mp4"):
         with pytest.raises(SystemExit):
-            sample.main(["a red circle", option, "z.safetensors"])
-        assert "z.safetensors: 0.0 GB to write, and its disk has 0.0 GB left" in capsys.readouterr().err
+            sample.main(["a red circle", *typed.split()])
+        said = capsys.readouterr().err
+        assert "MB to write in all, and its disk has 0.0 MB left; make room" in said and said.count("\n") == 1
+
+
+def test_what_was_made_is_kept_when_the_disk_is_full_after_all(inputs, monkeypatch, capsys):
+    """Clip, sheet and latents lie in a temporary folder, which the message names."""
+    replace, spare = os.replace, inputs / "spare"
+    spare.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(spare))
+
+    def full(source, target):
+        if spare not in Path(target).resolve().parents:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(SystemExit):
+        sample.main(shlex.split("'a red circle' --steps 1 --num 2 --batch 1 --out new/a.gif"))
+    said = capsys.readouterr().err
+    kept, = spare.iterdir()
+    assert f"new/a-0.gif cannot be written: No space left on device; what was made is kept in {kept}" in said
+    assert [path.name for path in kept.iterdir()] == ["a-0.gif"]
+
+    shutil.rmtree(kept)
+    with pytest.raises(SystemExit):
+        sample.main(shlex.split("'a red circle' --steps 1 --out a.gif --sheet s.png --latents z.safetensors"))
+    kept, = spare.iterdir()
+    assert sorted(path.name for path in kept.iterdir()) == ["a.gif", "s.png", "z.safetensors"]
 
 
 def test_suffixes_in_any_case(inputs):
