@@ -16,8 +16,9 @@ Start   The first frame is drawn from a generator seeded by (seed, epoch, index)
 Bad     A clip that cannot be used is logged (step, index, clip, reason). In its place comes clip
         hash(seed, epoch, p % N, attempt) % N, again a function of the position alone. A run ends when at
         least 20 bad clips are more than 5 % of the last 1000 that its rank drew, or when 20 in a row are bad.
-Short   A clip that is too short is stretched over the frames asked for, which is said once. Its motion is
-        then slower than the model is told; its item's fps is the true one.
+Short   A clip that is too short is stretched over the frames asked for, which is said once; its item's fps is
+        the true one. The networks are told --fps all the same, as in the released code, where fps is always
+        16 (v2: 8) whatever the clip's rate: the motion of a stretched clip is slower than they are told.
 
 T2V-Turbo-v2 trains from a cache of what the teacher says about each clip: CacheWriter and Cache, at the end.
 """

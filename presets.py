@@ -11,7 +11,7 @@ import shapes
 from model import FAMILIES, Family, check_size
 from plumbing import cli
 from plumbing.cli import Count, NotNegative, Positive, Seed, Share, Size, Within
-from shapes import world
+from shapes import grammar
 from solver import Schedule
 
 Preset = Literal["shapes", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms", "turbo-v2", "shapes-v2"]
@@ -153,11 +153,20 @@ def check_values(config: Config) -> None:
     if config.device.startswith("mps"):
         raise ValueError("--device mps: training sums in float64, which MPS lacks; try --device cpu")
     if toy and config.sample_every:
-        world.tokenize(list(config.prompt))
+        check_prompts(config.prompt)
     for planned in planned_rewards(config):
         if planned.frames > config.frames:
             raise ValueError(f"--{planned.kind}-frames {planned.frames} is more than the clips have; "
                              f"choose at most --frames {config.frames}")
+
+
+def check_prompts(prompts: tuple[str, ...]) -> None:
+    """What the toy's samples show. Raises ValueError for what it does not understand."""
+    for prompt in prompts:
+        try:
+            grammar.understand(prompt)
+        except ValueError as error:
+            raise ValueError(f"--prompt {prompt!r}: {error}") from error
 
 
 def check_effect(config: Config, given: set[str]) -> None:

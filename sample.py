@@ -8,7 +8,6 @@
 """
 from __future__ import annotations
 
-import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -133,12 +132,21 @@ def model_of(config: Config) -> str:
     return config.model or said or "shapes"
 
 
+def check_words(prompt: str) -> None:
+    """Raises ValueError where the toy does not understand a prompt."""
+    try:
+        grammar.understand(prompt)
+    except ValueError as error:
+        raise ValueError(f"{error}. For anything else there are the real models: "
+                         "--model vc2, --model ms") from error
+
+
 def plan_clips(config: Config) -> list[prompts.Job]:
     """All clips of a command line; each of torchrun's processes gets its share. Raises ValueError."""
     known = prompts.read_prompts(config.prompts) if config.prompts else {config.prompt: 1}
     if config.model == "shapes":
         for prompt in known:
-            grammar.understand(prompt)
+            check_words(prompt)
     counts = {prompt: config.num or usual for prompt, usual in known.items()}
     out = Path(config.out or ("clips" if config.prompts else "out.mp4"))
     jobs = prompts.plan(counts, out, config.seed)
@@ -153,8 +161,7 @@ def plan_clips(config: Config) -> list[prompts.Job]:
         prompts.check_folder(out, others)
 
     # what is left to do, and whose it is
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    rank = int(os.environ.get("RANK", 0)) % world
+    rank, world, _ = cli.place()
     if world > 1 and others:
         raise ValueError(f"{next(iter(others))} holds the clips of one process; run without torchrun")
     resume = config.prompts and not others          # a sheet, or latents, are of all clips
@@ -195,7 +202,7 @@ def load_models(config: Config) -> Models:
     from plumbing.run import pick_device
     device = pick_device(config.device)
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", cli.place()[2])
     dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     scale = 1.0 if config.lora_scale is None else config.lora_scale
 
@@ -301,7 +308,7 @@ def make_typed(models: Models, sampling: Sampling, config: Config) -> int:
         try:
             jobs = prompts.plan({prompt: config.num or 1}, out, config.seed) if prompt else []
             if config.model == "shapes" and prompt:
-                grammar.understand(prompt)
+                check_words(prompt)
             prompts.check_names(known + jobs)
             for job in jobs:
                 _, clips = make(models, sampling, [job], config)

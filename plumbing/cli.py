@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import sys
 import typing
@@ -175,12 +176,39 @@ def given(cls, argv=None, positional=None) -> set[str]:
     return set(vars(parser.parse_known_args(argv)[0]))
 
 
+def place() -> tuple[int, int, int]:
+    """This process among those of torchrun: its rank, how many there are, its rank on this machine.
+
+    Without torchrun 0, 1, 0. Raises ValueError for numbers that cannot be."""
+    numbers = []
+    for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = os.environ.get(name, usual)
+        if not re.fullmatch("[0-9]{1,9}", text):
+            raise ValueError(f"the environment variable {name} is {text!r}, not a number; unset it, "
+                             "or start with torchrun, which sets it")
+        numbers.append(int(text))
+    rank, world, local_rank = numbers
+    if rank >= world:
+        raise ValueError(f"the environment says RANK={rank} and WORLD_SIZE={world}, but ranks end at "
+                         "WORLD_SIZE - 1; unset both, or start with torchrun, which sets them")
+    return rank, world, local_rank
+
+
 def main(command):
-    """Decorator for a program's `main`: a user's mistake ends in one line and status 2, Ctrl-C in 130."""
+    """Decorator for a program's `main`: a user's mistake ends in one line and status 2, Ctrl-C in 130.
+
+    Where nobody reads on (`| head`), it ends without a word, in 141, as programs that SIGPIPE ends."""
     def run(argv=None):
         program = sys.argv[0].rsplit("/", 1)[-1]
         try:
-            return command(argv)
+            try:
+                return command(argv)
+            finally:
+                if sys.stdout:                              # None where it was closed from the start
+                    sys.stdout.flush()
+        except BrokenPipeError:
+            discard_output()
+            sys.exit(141)
         except (ValueError, OSError, MemoryError, RuntimeError) as error:
             complaint = complaint_of(error)
             if complaint is None:                           # a defect of ours: with its traceback
@@ -194,6 +222,11 @@ def main(command):
             sys.exit(130)
     run.__doc__ = command.__doc__
     return run
+
+
+def discard_output() -> None:
+    """What Python still writes at its exit goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def complaint_of(error: Exception) -> str | None:

@@ -176,7 +176,8 @@ def find_checkpoint(config, out: Path) -> Path | None:
 
 def restarted(out: Path) -> bool:
     """Did the same torchrun, by --max-restarts, start this run before?"""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or not (out / "config.json").exists():
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if count == "0" or not (out / "config.json").exists():
         return False
     return json.loads((out / "config.json").read_text()).get("launcher") == os.getppid()
 

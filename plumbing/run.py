@@ -14,6 +14,8 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # before any group: a later import would hold the group for good
 from torch import Tensor, nn
 
+from plumbing import cli
+
 STOP = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 PATIENCE = timedelta(hours=2)   # of collectives: others wait while one downloads, indexes, writes 22 GB
 
@@ -53,10 +55,13 @@ class Group:
 
     def __init__(self, device: str = ""):
         """device: as for `pick_device`; with "" or "cuda" every process of a machine gets its own GPU."""
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world, local_rank = cli.place()
+        if self.world > 1 and "MASTER_ADDR" not in os.environ:
+            raise ValueError(f"the environment says WORLD_SIZE={self.world}, but not MASTER_ADDR; "
+                             "start several processes with torchrun, or unset WORLD_SIZE")
         self.device = pick_device(device)
         if self.device.type == "cuda":
-            self.device = own_gpu(self.device, int(os.environ.get("LOCAL_RANK", 0)), self.world)
+            self.device = own_gpu(self.device, local_rank, self.world)
             torch.cuda.set_device(self.device)
         if self.world > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"

@@ -79,8 +79,7 @@ CONTEXT_LENGTH = 24                     # tokens of a caption
 
 KNOWN = "; ".join(f"{kind}: {', '.join(phrases)}" for kind, phrases in PHRASES.items())
 HINT = (f"the shapes world knows {KNOWN}"
-        + '; e.g. "a red circle moving right and a blue square rising on a white background".'
-        + " For anything else there are the real models: --model vc2, --model ms")
+        + '; e.g. "a red circle moving right and a blue square rising on a white background"')
 
 # What people type -> words of this world; nothing at all for words that change nothing.
 ALSO = {

@@ -481,7 +481,7 @@ def check_out(config: Config) -> None:
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     config = cli.parse(Config, argv, __doc__)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and config.stage != "teacher":
+    if cli.place()[1] > 1 and config.stage != "teacher":
         raise ValueError(f"--stage {config.stage} is for one process; torchrun is for --stage teacher")
     check_out(config)
     if config.all:

@@ -3,12 +3,14 @@
 One table per area: what is typed -> what the message must say.
 """
 import errno
+import io
 import json
 import math
 import os
 import random
 import shlex
 import shutil
+import sys
 import tarfile
 import tempfile
 import zipfile
@@ -318,7 +320,7 @@ TRAIN = {
     "--preset turbo-vc2 --reward hpsv2=HPS.pt": "--video-weight is 2.0, but no video reward is given",
     "--reward shapes-clip --reward shapes-clip": "--reward shapes-clip is given twice",
     "--reward shapes-klip": "no reward 'shapes-klip'; did you mean shapes-clip?",
-    "--prompt dinosaur": "dinosaur",
+    "--prompt dinosaur": "--prompt 'dinosaur': unknown word 'dinosaur': the shapes world knows colours",
     # what is not there
     "--preset turbo-vc2": "no clips to train on; name them with --data",
     "--teacher nowhere": "--teacher nowhere: no such file or folder",
@@ -676,6 +678,52 @@ def test_a_message_stands_on_a_line_of_its_own(capsys):
         main([])
     assert capsys.readouterr().err.split("\n")[-2].endswith(": it is broken")
     assert not capsys.readouterr().err
+
+
+ENVIRONMENT = [                         # variables of torchrun -> what the message says
+    (dict(RANK="x"), "the environment variable RANK is 'x', not a number; unset it, or start with torchrun"),
+    (dict(RANK=""), "the environment variable RANK is '', not a number"),
+    (dict(WORLD_SIZE="-1"), "the environment variable WORLD_SIZE is '-1', not a number"),
+    (dict(WORLD_SIZE="0"), "the environment says RANK=0 and WORLD_SIZE=0"),
+    (dict(RANK="2", WORLD_SIZE="2"), "the environment says RANK=2 and WORLD_SIZE=2, but ranks end at"),
+    (dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="9" * 30), "the environment variable LOCAL_RANK is '999"),
+]
+
+
+@pytest.mark.parametrize("variables, message", ENVIRONMENT)
+@pytest.mark.parametrize("command, typed", [
+    (train.main, "--out RUN"), (sample.main, f"{RED} --out a.mp4"), (pretrain.main, "--stage vae --out RUN")])
+def test_a_wrong_environment_is_named(variables, message, command, typed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        command(shlex.split(typed))
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and message in said, said
+
+
+def test_processes_without_an_address_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path / "run")])
+    assert "WORLD_SIZE=2, but not MASTER_ADDR; start several" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed", ["--help", "shapes --help"])
+def test_a_reader_who_left_is_no_error(typed, monkeypatch, capsys):
+    """evaluate.py --help | head -1"""
+    class Pipe(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    discarded = []
+    monkeypatch.setattr(cli, "discard_output", lambda: discarded.append(1))
+    monkeypatch.setattr(sys, "stdout", Pipe())
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(typed.split())
+    assert stop.value.code == 141 and discarded and not capsys.readouterr().err
 
 
 def test_out_of_memory_is_said(capsys):
