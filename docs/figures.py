@@ -3,6 +3,7 @@
     python docs/figures.py                    # all of them, into docs/
     python docs/figures.py guidance jumps     # some
 """
+import random
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 import shapes
 from model import to_clip
 from plumbing import cli
-from shapes import world
+from shapes import grammar, world
 from solver import Sampling, Schedule, ddim_step, predict_z0
 from turbo import Noise, boundary, generate, guided_eps, sample, student_f
 
@@ -175,6 +176,52 @@ def jumps(seed: int) -> "pyplot.Figure":
     return strips(rows)
 
 
+def attention(seed: int) -> "pyplot.Figure":
+    """T2V-Turbo-v2: where a pixel of a noisy clip looks in each frame; of a thing that moves, and of one that
+    stands still.
+
+    White: its strongest key in the frame. The mask M of the motion energy keeps the strongest of all frames.
+    """
+    models, schedule, rows = shapes.load(), Schedule(8), {}
+    layer, head, frame, t = -1, 1, 4, torch.tensor([624])   # this head of the last layer follows things
+    for motion in ("moving right", "standing still"):
+        # a noised clip, and the network's attention in it
+        caption = f"a red circle {motion} on gray"
+        clip = world.render(grammar.understand(caption), random.Random(seed))
+        z0 = models.vae.encode(clip[None].float() / 127.5 - 1)
+        eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(seed))
+        _, maps = models.unet.with_maps(schedule.add_noise(z0, eps, t), t, models.text([caption]))
+
+        # that of the pixel in the middle of the thing
+        T, h, w = z0.shape[2:]
+        centre = world.track(world.things_in(clip)[0]["red"])[:2, frame] * w / world.SIZE
+        x, y = centre.int().tolist()
+        seen = maps[layer][0, head, (frame * h + y) * w + x].view(T, h, w)
+
+        # drawn
+        marked = frames(clip)
+        for picture, key in zip(marked, seen.flatten(1).argmax(1).tolist()):
+            outline(picture, key % w, key // w, 255)
+        outline(marked[frame], x, y, 0)
+        rows |= {motion: marked, "its attention" + " " * len(rows): as_heat(seen)}
+    return strips(rows, [f"frame {i}" for i in range(T)])
+
+
+def outline(picture: Tensor, x: int, y: int, level: int, side: int = 8) -> None:
+    """Draws the edge of a latent pixel, `side` wide, into a picture (3, H, W), in a gray level."""
+    pixel = picture[:, y * side:(y + 1) * side, x * side:(x + 1) * side]
+    inside = pixel[:, 2:-2, 2:-2].clone()
+    pixel[:] = level
+    pixel[:, 2:-2, 2:-2] = inside
+
+
+def as_heat(seen: Tensor) -> list[Tensor]:
+    """Attention (T, h, w) as pictures, the largest of all frames brightest."""
+    colours = matplotlib.colormaps["magma"]((seen / seen.max()).numpy())[..., :3]      # (T, h, w, 3)
+    pixels = torch.from_numpy(colours * 255).byte().permute(0, 3, 1, 2)
+    return list(pixels.repeat_interleave(8, 2).repeat_interleave(8, 3))
+
+
 def students(seed: int) -> "pyplot.Figure":
     """Section 11: teacher and students from the same noise."""
     rows, jumps_of_teacher = {}, replace(TEACHER, method="jumps", steps=4, grid=8)
@@ -203,7 +250,7 @@ def loop(out: Path, prompts: list[str], seed: int) -> None:
 LOOP = ["a red circle moving right", "a green triangle growing", "a blue square moving up on white",
         "a yellow circle falling on black", "a red triangle moving left on gray"]
 FIGURES = {figure.__name__: figure for figure in
-           (latents, denoising, paths, guidance, boundaries, neighbours, jumps, students)}
+           (latents, denoising, paths, guidance, boundaries, neighbours, jumps, attention, students)}
 
 
 @cli.main
