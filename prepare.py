@@ -7,6 +7,7 @@ Per clip: latents z0, caption states c, and one DDIM inversion of z0 with its ow
 the clip's draws of (t, ε). Per draw: z_t, ε(c), ε(∅) and, where motion guidance is active, ∂G/∂z_t. Training
 then needs no teacher: guidance is linear in ε(c) and ε(∅), so that ω stays random in every step.
 """
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -78,13 +79,14 @@ def prepare(plan: Plan, models: Models, clips, writer: data.CacheWriter, group: 
     with tqdm(total=len(missing), desc="clips prepared", disable=group.rank > 0) as bar:
         for indices in micro_batches(missing, plan.micro):
             if heard:
-                return heard[0]
+                break
             items = usable(clips, indices, writer, plan.seed)
             for sample in solve_clips(plan, models, items) if items else ():
                 writer.add(sample)
             bar.update(len(indices))
 
-    group.any(False)                                        # all processes are through
+    if group.any_at_last(heard):
+        return (heard or [signal.SIGTERM])[0]
     if group.rank == 0:
         writer.finish()
     return None

@@ -66,8 +66,8 @@ class Group:
         if self.world > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             store, _, _ = next(dist.rendezvous("env://"))
-            store = dist.PrefixStore(attempt(store, self.rank, self.world), store)
-            dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=self.rank,
+            self.store = dist.PrefixStore(attempt(store, self.rank, self.world), store)
+            dist.init_process_group(backend, timeout=PATIENCE, store=self.store, rank=self.rank,
                                     world_size=self.world)
 
     def sum(self, x: Tensor) -> Tensor:
@@ -79,6 +79,17 @@ class Group:
     def any(self, flag) -> bool:
         """Is it true on any process?"""
         return self.sum(torch.tensor(float(bool(flag)), device=self.device)).item() > 0
+
+    def any_at_last(self, flag) -> bool:
+        """`any` at the end of work that was split unevenly: the first to be through may wait for longer than
+        a collective would. Once in a run."""
+        if self.world == 1:
+            return bool(flag)
+        self.store.set(f"last {self.rank}", str(int(bool(flag))))
+        answers = [f"last {rank}" for rank in range(self.world)]
+        while not self.store.check(answers):
+            time.sleep(0.2)
+        return any(self.store.get(answer) == b"1" for answer in answers)
 
     def all_of(self, number: int) -> list[int]:
         """A number of each process, in the order of their ranks."""

@@ -1,12 +1,17 @@
 """T2V-Turbo-v2 in the tiny world: any number of processes makes the same cache; training from it is exact."""
 import json
+import os
+import signal
+import time
+from datetime import timedelta
 from functools import partial
 
 import pytest
 import torch
-from tiny import Clips, configure, last, log, networks, run, same
+from tiny import Clips, configure, die, last, log, networks, run, same, start
 
 import data
+import plumbing.run
 import prepare
 import train
 from plumbing.run import Group
@@ -112,16 +117,62 @@ def test_a_clip_does_not_depend_on_those_beside_it(cache, tmp_path):
         assert torch.allclose(a["gradient"].float(), b["gradient"].float(), rtol=2e-2, atol=1e-3)
 
 
+def slow_second_process(rank):
+    """--prepare in the tiny world; the second process takes longer than collectives have patience."""
+    train.load_models = lambda config, device: networks()
+    train.shapes.Clips = lambda **size: Clips()
+    plumbing.run.PATIENCE = timedelta(seconds=8)
+    if rank == 1:
+        seen = []
+        Clips.on_get = staticmethod(lambda index: seen.append(index) or len(seen) == 1 and time.sleep(11))
+
+
+PREPARING = (*V2, *"--prepare-clips 20 --draws 1 --inversion-steps 5 --prepare".split())
+
+
+def test_who_is_through_waits_for_the_others_as_long_as_it_takes(tmp_path):
+    code, text = run(tmp_path / "run", *PREPARING, tmp_path / "c", world=2, before=slow_second_process)
+    assert code == 0 and "20 samples of 20 clips" in text, text
+
+
+def test_a_signal_ends_preparing_also_for_who_is_through(tmp_path):
+    processes = start(tmp_path / "run", *PREPARING, tmp_path / "c", world=2, before=slow_second_process)
+    while not (tmp_path / "c" / "000000.safetensors").exists():
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.1)
+    for process in processes:
+        os.kill(process.pid, signal.SIGTERM)
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [128 + signal.SIGTERM] * 2
+    text = (tmp_path / "run.txt").read_text()
+    assert "stopped by a signal" in text and "missing or damaged" not in text
+
+
 # ---- Algorithm 2 -------------------------------------------------------------------------------------------
 
 
-def test_killed_and_resumed_is_the_same_run(cache, tmp_path):
-    options = (*V2, "--data", cache, "--save-every", 1)
-    assert run(tmp_path / "whole", *options)[0] == 0
-    assert run(tmp_path / "two", *options, "--steps", 2)[0] == 0
-    assert run(tmp_path / "two", *options, "--resume", "auto")[0] == 0
+@pytest.mark.parametrize("world, lora", [(1, 4), (1, 0), (2, 4), (2, 0)])
+def test_killed_and_resumed_is_the_same_run(cache, tmp_path, world, lora):
+    """Bit by bit; two processes share the optimizer's state, one holds it whole."""
+    options = (*V2, "--data", cache, "--save-every", 1, "--lora", lora)
+    assert run(tmp_path / "whole", *options, world=world)[0] == 0
+    assert run(tmp_path / "two", *options, world=world, before=killed_in_step_3)[0] == -signal.SIGKILL
+    assert last(tmp_path / "two")["step"] == 2
+    assert run(tmp_path / "two", *options, "--resume", "auto", world=world)[0] == 0
     assert same(last(tmp_path / "whole"), last(tmp_path / "two"))
     assert log(tmp_path / "whole") == log(tmp_path / "two")
+
+
+def killed_in_step_3(rank):
+    gradients = train.CachedTrainer.gradients
+
+    def until_killed(self, batch):
+        if self.done == 2:
+            die()
+        return gradients(self, batch)
+
+    train.CachedTrainer.gradients = until_killed
 
 
 @pytest.mark.parametrize("lora", [4, 0])
