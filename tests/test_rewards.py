@@ -768,8 +768,9 @@ def hf_clip_shapes():
         return {key: tuple(p.shape) for key, p in transformers.CLIPModel(config).state_dict().items()}
 
 
-def full_size(name, folder):
-    shapes, wrap, frames = FULL[name]
+def write_full_size(name, folder):
+    """A public file of random weights -> its path."""
+    shapes, wrap, _ = FULL[name]
     noise = torch.randn(2 ** 22, dtype=torch.float16) * 0.02
 
     def tensor(shape):
@@ -785,8 +786,12 @@ def full_size(name, folder):
         save_file(w, path)
     else:
         torch.save(wrap(w), path)
-    del w
     (folder / "vocab.txt").write_text("\n".join(whole_vocabulary()), encoding="utf-8")
+    return path
+
+
+def full_size(name, folder):
+    path, frames = write_full_size(name, folder), FULL[name][2]
     start = time.time()
     reward = rewards.load(name, path, grad_checkpointing=True, frames=frames if frames > 1 else None)
     loaded = time.time()

@@ -1,6 +1,7 @@
 """T2V-Turbo-v2 in the tiny world: any number of processes makes the same cache; training from it is exact."""
 import json
 import os
+import random
 import signal
 import time
 from datetime import timedelta
@@ -117,26 +118,47 @@ def test_a_clip_does_not_depend_on_those_beside_it(cache, tmp_path):
         assert torch.allclose(a["gradient"].float(), b["gradient"].float(), rtol=2e-2, atol=1e-3)
 
 
-def slow_second_process(rank):
-    """--prepare in the tiny world; the second process takes longer than collectives have patience."""
+TWENTY, SEVENTY = ((*V2, "--draws", 1, "--inversion-steps", 5, "--prepare-clips", clips, "--prepare")
+                   for clips in (20, 70))
+
+
+def in_the_tiny_world(rank):
+    """For the command --prepare."""
     train.load_models = lambda config, device: networks()
     train.shapes.Clips = lambda **size: Clips()
+
+
+def slow_second_process(rank):
+    """It takes longer than collectives have patience."""
+    in_the_tiny_world(rank)
     plumbing.run.PATIENCE = timedelta(seconds=8)
     if rank == 1:
         seen = []
         Clips.on_get = staticmethod(lambda index: seen.append(index) or len(seen) == 1 and time.sleep(11))
 
 
-PREPARING = (*V2, *"--prepare-clips 20 --draws 1 --inversion-steps 5 --prepare".split())
+def test_two_processes_killed_at_random_moments_make_the_cache_of_one_undisturbed(tmp_path):
+    rng = random.Random(0)
+    assert run(tmp_path / "one", *SEVENTY, tmp_path / "whole", before=in_the_tiny_world)[0] == 0
+    for shards in (1, 2, 3):
+        processes = start(tmp_path / "two", *SEVENTY, tmp_path / "killed", world=2, before=in_the_tiny_world)
+        while len(list(tmp_path.glob("killed/0*"))) < shards and any(p.is_alive() for p in processes):
+            time.sleep(0.02)
+        time.sleep(rng.random())
+        for process in processes:
+            process.kill()
+            process.join()
+    assert run(tmp_path / "two", *SEVENTY, tmp_path / "killed", world=2, before=in_the_tiny_world)[0] == 0
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
 def test_who_is_through_waits_for_the_others_as_long_as_it_takes(tmp_path):
-    code, text = run(tmp_path / "run", *PREPARING, tmp_path / "c", world=2, before=slow_second_process)
+    code, text = run(tmp_path / "run", *TWENTY, tmp_path / "c", world=2, before=slow_second_process)
     assert code == 0 and "20 samples of 20 clips" in text, text
 
 
 def test_a_signal_ends_preparing_also_for_who_is_through(tmp_path):
-    processes = start(tmp_path / "run", *PREPARING, tmp_path / "c", world=2, before=slow_second_process)
+    processes = start(tmp_path / "run", *TWENTY, tmp_path / "c", world=2, before=slow_second_process)
     while not (tmp_path / "c" / "000000.safetensors").exists():
         assert all(process.is_alive() for process in processes)
         time.sleep(0.1)

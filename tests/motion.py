@@ -1,0 +1,137 @@
+"""Does the toy's motion gradient point along the true motion? Prints a table; minutes on one core.
+
+    python tests/motion.py
+
+Each clip shows one thing that goes somewhere. It has two twins that differ in motion alone: itself backwards,
+and its middle frame throughout. The energy's reference is the clip itself, inverted, as in training.
+    G                       energy of the noised clip, and of its twins under the same noise
+    nearer                  share of clips whose energy is lower than that of the one played backwards
+    towards the true clip   cosine of -∂G/∂z, taken at a noised twin, with the direction from there to the
+                            true clip; and as a control with that of another pair of clips
+    guided step             energy after one DDIM step with λ' = 0 and others, and how far things go when the
+                            teacher walks on from there to the end
+"""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+import shapes
+from model import to_clip
+from plumbing import cli, stats
+from plumbing.cli import Count, NotNegative
+from shapes import grammar, world
+from shapes.table import travel
+from solver import Sampling, Schedule, ddim_invert, ddim_sample
+from turbo import guided_eps, motion_gradient, motion_push, solve, teacher_eps
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options of the command line."""
+    clips: Count = 12                               # of one moving thing
+    inversion_steps: Count = 50                     # of the reference
+    motion: tuple[NotNegative, ...] = (0.0, 0.05, 0.5)      # λ' of the guided step; repeatable
+    guidance: NotNegative = 2.0                     # ω
+
+
+def moving_clips(count: int) -> tuple[list[grammar.Scene], list[str], Tensor]:
+    """Scenes of one thing that goes somewhere, none of the table; captions; clips (B, 3, ...)."""
+    scenes, captions, clips, index = [], [], [], grammar.TABLE + 2 * 10 ** 6
+    while len(clips) < count:
+        scene, caption, clip = shapes.Clips("train").scene(index)
+        index += 1
+        if len(scene.things) == 1 and world.DIRECTION[scene.things[0].motion] != (0, 0):
+            scenes.append(scene)
+            captions.append(caption)
+            clips.append(clip)
+    return scenes, captions, torch.stack(clips)
+
+
+def cosine(a: Tensor, b: Tensor) -> str:
+    """Mean over clips and its 95 % interval."""
+    mean, half = stats.mean_interval(torch.cosine_similarity(a.flatten(1), b.flatten(1)).tolist())
+    return f"{mean:+.3f} ± {half:.3f}"
+
+
+class Check:
+    """Clips, their latents, references and networks; `row` measures at one timestep."""
+
+    def __init__(self, config: Config):
+        self.config, self.models, self.schedule = config, shapes.load(), Schedule(8)
+        self.models.unet.requires_grad_(False)
+        self.scenes, captions, clips = moving_clips(config.clips)
+        self.c, self.null = self.models.text(captions), self.models.text([""] * len(captions))
+        self.walk = guided_eps(self.models.unet, self.c, self.null, Sampling(guidance=config.guidance))
+
+        x = clips.float() / 127.5 - 1
+        twins = {"true": x, "backwards": x.flip(2), "still": x[:, :, 4:5].expand_as(x)}
+        self.z0 = {name: self.models.vae.encode(twin) for name, twin in twins.items()}
+        self.eps = torch.randn(self.z0["true"].shape, generator=torch.Generator().manual_seed(0))
+
+        self.grid = [torch.full((len(x),), t) for t in self.schedule.grid.tolist()]
+        inverted = ddim_invert(Schedule(config.inversion_steps),
+                               lambda z, t: self.models.unet(z, t, self.c), self.z0["true"], self.grid)
+        self.references = {t[0].item(): z_ref for t, z_ref in zip(self.grid, inverted)}
+
+    def gradient(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return motion_gradient(self.models.unet, z, self.references[t[0].item()], t, self.c)
+
+    def travel(self, z0: Tensor) -> float:
+        """Mean, in pixels."""
+        clips = to_clip(self.models.vae, z0)
+        gone = [travel(scene, clip) for scene, clip in zip(self.scenes, clips)]
+        return sum(gone) / len(gone)
+
+    def row(self, t: Tensor) -> list[str]:
+        """The cells at t (B,)."""
+        z_t = {name: self.schedule.add_noise(z0, self.eps, t) for name, z0 in self.z0.items()}
+        found = {name: self.gradient(z, t) for name, z in z_t.items()}
+        energies = {name: energy for name, (_, energy) in found.items()}
+        nearer = (energies["true"] < energies["backwards"]).float().mean()
+        cells = [str(t[0].item()), *(f"{energy.mean():.1f}" for energy in energies.values()), f"{nearer:.0%}"]
+
+        # towards the true clip, and as a control towards another one
+        for name in ("backwards", "still"):
+            towards = self.z0["true"] - self.z0[name]
+            cells += [cosine(-found[name][0], towards), cosine(-found[name][0], towards.roll(1, 0))]
+        return cells + self.guided_steps(z_t["true"], t, found["true"][0])
+
+    def guided_steps(self, z_t: Tensor, t: Tensor, gradient: Tensor) -> list[str]:
+        """Energy after a step of each λ', and how far things go in the end."""
+        s, w = self.schedule.previous(t), torch.full((len(t),), self.config.guidance)
+        rest = [time for time in self.schedule.grid.flip(0).tolist() if time <= s[0]]
+        with torch.no_grad():
+            eps = teacher_eps(self.models.unet, z_t, t, self.c, self.null)
+
+        cells = []
+        for motion in self.config.motion:
+            push = motion_push(self.schedule, t, gradient, torch.full((len(t),), motion))
+            z_s = solve(self.schedule, z_t, t, s, w, *eps, push)
+            energy = self.gradient(z_s, s)[1].mean()
+            end = ddim_sample(self.schedule, self.walk, z_s, rest)
+            cells.append(f"{energy:.1f}, {self.travel(end):.1f} px")
+        return cells
+
+
+@cli.main
+def main(argv=None):
+    """Prints the table."""
+    config = cli.parse(Config, argv, __doc__)
+    titles = ["t", "G, true", "G, backwards", "G, still", "nearer", "from backwards towards the true clip",
+              "control", "from still towards the true clip", "control",
+              *(f"guided step, λ' = {motion:g}" for motion in config.motion)]
+    with torch.no_grad():
+        check = Check(config)
+        print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
+        for t in reversed(check.grid[4:]):                          # t >= 500, where guidance is active
+            print("| " + " | ".join(check.row(t)) + " |", flush=True)
+        print(f"\nThings go {check.travel(check.z0['true']):.1f} px in these clips.")
+
+
+if __name__ == "__main__":
+    main()
