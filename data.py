@@ -188,6 +188,7 @@ def loader(dataset, batch: int, rank: int = 0, world: int = 1, workers: int = 0,
     if not len(dataset):
         raise ValueError("the dataset is empty")
     steps = Steps(dataset, batch, rank, world, seed)
+    workers = min(workers, os.cpu_count() or 1)
     batches = DataLoader(steps, batch_size=None, sampler=range(start_step, 2 ** 62), num_workers=workers,
                          collate_fn=tuple, generator=torch.Generator())     # leaves the global one alone
     return watched(batches, batch, start_step, bad_file)

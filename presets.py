@@ -65,7 +65,7 @@ class Config:
     checkpointing: bool = True      # recompute the UNet's activations in the backward pass
     chunk: Count = 2                # frames that the decoder's backward pass holds at a time
     # keeping and watching
-    workers: Size = 4               # processes that decode clips, per training process
+    workers: Size = 4               # processes that decode clips, per training process; at most one a core
     save_every: Count = 500         # steps between checkpoints
     keep: Count = 2                 # checkpoints kept
     sample_every: Size = 500        # steps between sample clips; 0: never
