@@ -63,6 +63,7 @@ class Config:
     clip: Positive = 1.0            # largest gradient norm; released code
     dtype: Literal["float32", "bfloat16"] = "bfloat16"     # of the networks; losses, LoRA, EMA: float32
     checkpointing: bool = True      # recompute the UNet's activations in the backward pass
+    offload: bool = False           # what a part of a step does not need waits in host memory: for small GPUs
     chunk: Count = 2                # frames that the decoder's backward pass holds at a time
     # keeping and watching
     workers: Size = 4               # processes that decode clips, per training process; at most one a core
@@ -96,7 +97,7 @@ PRESETS = {
 PATHS = {"teacher", "data", "reward", "out", "resume", "device"}   # of this machine, not of the student
 PREPARING = {"prepare", "reward_data", "prepare_clips", "draws", "inversion_steps"}
 MAY_CHANGE = PATHS | PREPARING | {                                  # when a run is resumed; nothing else may
-    "dry_run", "steps", "micro", "lr", "checkpointing", "chunk", "workers", "save_every", "keep",
+    "dry_run", "steps", "micro", "lr", "checkpointing", "offload", "chunk", "workers", "save_every", "keep",
     "sample_every", "prompt", "guidance", "merge", "export_lora"}
 
 
@@ -184,6 +185,7 @@ def check_effect(config: Config, given: set[str]) -> None:
         ("export_lora", config.lora, "--lora"),
         ("resume", config.dry_run is None, "training; --dry-run begins anew"),
         ("ema", not is_v2(config), "--preset turbo-vc2 and the like; v2's target is the student itself"),
+        ("offload", not config.prepare, "training"),
         ("resume", not config.prepare, "training; preparing goes on by itself"),
     )
     v2_only = PREPARING | {"motion", "motion_share", "released_motion", "reward_batch", "rewards_on"}

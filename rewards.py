@@ -17,6 +17,7 @@ E features.
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
@@ -64,10 +65,11 @@ class Reward:
         self.mean, self.std = (torch.tensor(x, dtype=torch.float32, device=self.device).view(3, 1, 1)
                                for x in recipe.pixels)
         self.cache: dict[str, Tensor] = {}                          # caption -> what model.text made of it
+        self.at_work = nullcontext                                  # around each call; train.py --offload
 
     def __call__(self, clips: Tensor, captions: list[str], generators: Generators = None) -> Tensor:
         """generators: one per clip, on the CPU, draws the crop window of a video reward; None: the centre."""
-        with torch.autocast(self.device.type, enabled=False):       # also where the caller trains in bf16
+        with torch.autocast(self.device.type, enabled=False), self.at_work():   # not in the caller's bf16
             frames = self.fit(clips, generators)
             if isinstance(captions, str) or len(captions) != len(clips):
                 raise ValueError(f"{self.name} takes one caption per clip: "

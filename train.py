@@ -43,7 +43,7 @@ from model import (
 from plumbing import cli, dryrun, video, weights
 from plumbing.files import atomic
 from plumbing.folder import Lock, Log, check_room, checkpoints, open_folder, read_checkpoint
-from plumbing.run import FlatAdamW, Group, Parts, listen, shielded
+from plumbing.run import FlatAdamW, Group, Offload, Parts, listen, shielded
 from prepare import Chosen, Plan, prepare, teacher_identity, work
 from presets import (
     PATHS,
@@ -107,11 +107,13 @@ class Trainer:
         self.prepare_networks(config, group.device)
         self.named = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
         self.params = list(self.named.values())
-        self.optimizer = FlatAdamW(self.params, group, config.lr)
+        self.offload = Offload(group.device, config.offload)
+        self.optimizer = FlatAdamW(self.params, group, config.lr, self.offload)
         self.gradient = self.optimizer.gradient                     # one tensor; every p.grad is a view of it
         self.ema = EMA(self.params, config.ema) if config.ema else None
         with torch.no_grad():
             self.null = models.text([""])                           # ∅
+        self.put_away()
 
         # counters
         self.done = 0                   # steps
@@ -144,6 +146,21 @@ class Trainer:
         for network in {self.student, self.teacher}:
             autocast = torch.autocast(device.type, torch.bfloat16, config.dtype == "bfloat16")
             network.forward = autocast(network.forward)
+
+    def put_away(self) -> None:
+        """--offload: all but the VAE waits in host memory; each network brings in the next one of a step."""
+        self.networks = [self.student, self.teacher]
+        self.judges = [term.reward.model for term in self.terms] if self.config.offload else []
+        for network in dict.fromkeys([self.models.text, *self.networks, *self.judges]):
+            self.offload.keep(network)
+        for i, judge in enumerate(self.judges):
+            self.terms[i].reward.at_work = partial(self.offload, judge, then=self.judges[i + 1:i + 2])
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents -> pixels. With a gradient it is the rewards' last part: the UNet may come (--offload)."""
+        if z.requires_grad:
+            self.offload.fetch(self.student)
+        return self.models.vae.decode(z)
 
     def step(self, batch: dict) -> dict[str, float]:
         """One step on this process's clips of a batch -> its record in the log, the same on all processes."""
@@ -186,11 +203,12 @@ class Trainer:
         generators = [generator(config.seed, position) for position in positions]
 
         # clean latents and caption embeddings
-        with self.parts("encode"), torch.no_grad():
+        text = self.models.text
+        with self.parts("encode"), torch.no_grad(), self.offload(text, then=self.networks):
             z0, c = self.encode(micro_batch, generators)
 
         # t, ω and ε; the teacher's step from z_t to ẑ_s; L_CD
-        with self.parts("distill"):
+        with self.parts("distill"), self.offload(*self.networks, then=self.judges[:1]):
             step = Step.draw(z0, self.schedule, (config.w_min, config.w_max), generators)
             loss_cd, z0_hat = distill(self.student, self.teacher, self.ema, self.schedule, step, z0, c,
                                       self.null.expand_as(c), fps=config.fps)
@@ -199,12 +217,12 @@ class Trainer:
         g, scores = None, {}
         if self.terms:
             with self.parts("rewards"):
-                g, scores = reward_gradient(z0_hat, short_captions(micro_batch), self.models.vae.decode,
+                g, scores = reward_gradient(z0_hat, short_captions(micro_batch), self.decode,
                                             self.terms, generators, config.chunk)
 
         # gradient of L = L_CD - β_img J_img - β_vid J_vid
         share = len(positions) / config.batch
-        with self.parts("backward"):
+        with self.parts("backward"), self.offload(self.student, then=[text]):
             (share * total_loss(loss_cd, z0_hat, g)).backward()
 
         loss = loss_cd.detach() - sum(term.weight * scores[term.name] for term in self.terms)
@@ -275,8 +293,9 @@ class CachedTrainer(Trainer):
     def gradients(self, batch: dict) -> Tensor:
         """The gradient of this process's clips -> their share of the metrics: loss, L_CD, rewards."""
         config, metrics = self.config, 0
-        for samples, positions in self.micro_batches(batch["distill"], config.batch):
-            metrics = metrics + self.distill(samples, positions)
+        with self.offload(self.student):
+            for samples, positions in self.micro_batches(batch["distill"], config.batch):
+                metrics = metrics + self.distill(samples, positions)
         if self.terms:
             for samples, positions in self.micro_batches(batch["rewards"], config.reward_batch):
                 metrics = metrics + self.reward(samples, positions)
@@ -301,13 +320,13 @@ class CachedTrainer(Trainer):
         solved, w, c, motion = self.read(samples, positions, self.config.seed + 1)
         generators = [generator(self.config.seed + 2, position) for position in positions]
         told = dict(fps=self.config.fps) | ({} if motion is None else {"motion": motion})
-        with self.parts("distill"):
+        with self.parts("distill"), self.offload(self.student, then=self.judges[:1]):
             z0_hat = consistency(self.student, self.schedule, solved.z_t, solved.t, w, c, **told)
         with self.parts("rewards"):
-            g, scores = reward_gradient(z0_hat, short_captions(samples), self.models.vae.decode, self.terms,
+            g, scores = reward_gradient(z0_hat, short_captions(samples), self.decode, self.terms,
                                         generators, self.config.chunk)
         share = len(positions) / self.config.reward_batch
-        with self.parts("backward"):
+        with self.parts("backward"), self.offload(self.student):
             (share * total_loss(0.0, z0_hat, g)).backward()
 
         weighted = sum(term.weight * scores[term.name] for term in self.terms)
@@ -483,7 +502,8 @@ def show(trainer: Trainer, out: Path) -> dict[str, float]:
 
     def make(captions: list[str], seeds: list[int]) -> Tensor:
         """Clips uint8 (B, 3, T, H, W) on the CPU, as the student makes them now."""
-        z = generate(models, captions, seeds, size, sampling)
+        with trainer.offload(models.unet, models.text):
+            z = generate(models, captions, seeds, size, sampling)
         return to_clip(models.vae, z, config.chunk).cpu()
 
     for i in range(group.rank, len(config.prompt), group.world):
@@ -671,7 +691,8 @@ def main(argv: list[str] | None = None):
 
         stopped = run(trainer, clips, out, record)
         if stopped is None and group.rank == 0:
-            export(trainer, out)
+            with trainer.offload(trainer.student):
+                export(trainer, out)
     group.leave()
     if stopped:
         print(f"stopped by a signal, and saved at step {trainer.done}; go on with --resume auto",

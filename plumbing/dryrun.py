@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from plumbing.run import Parts
+from plumbing.run import Offload, Parts
 
 GIB = 2 ** 30
 CARDS = {   # from their data sheets: TFLOP/s in bf16 (tensor cores, dense) and in float32, GB/s of memory
@@ -55,7 +55,8 @@ class LiveBytes(TorchDispatchMode):
             read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             self.moved += sum(x.nbytes for x in read + written)
         for x in written:
-            self.add(x.untyped_storage())
+            if x.device.type != "meta":
+                self.add(x.untyped_storage())
         return out
 
     def add(self, storage) -> None:
@@ -106,11 +107,18 @@ class CountedParts(Parts):
 
 @contextmanager
 def simulation():
-    """Within the block tensors are fake, and are counted as a GPU would hold them -> the counter."""
-    fake, counter = FakeTensorMode(), LiveBytes()
+    """Within the block tensors are fake, and are counted as a GPU would hold them -> the counter.
+
+    The meta device plays the host of --offload: what is there is not counted, and fails where it is used.
+    """
+    fake, counter, home = FakeTensorMode(), LiveBytes(), Offload.home
     fake.__deepcopy__ = lambda memo: fake                       # copies of fake tensors stay in the one mode
-    with fake, like_cuda(), counter:
-        yield counter
+    Offload.home = torch.device("meta")
+    try:
+        with fake, like_cuda(), counter:
+            yield counter
+    finally:
+        Offload.home = home
 
 
 @contextmanager
@@ -183,7 +191,8 @@ def report(config, group, world, trainer_class) -> Parts:
         to_host = no_values if simulated else torch.Tensor.tolist
         trainer = trainer_class(config, models, terms, group, parts, to_host)
         trainer.optimizer.step()                                # allocates the moments; the gradient is zero
-        held = inventory(trainer) | {"together": counter.live}
+        held = inventory(trainer)
+        held["together" if not config.offload else "on the device"] = counter.live
         if simulated:
             pick_worst(terms)
         batch = random_batch(config, models, config.batch // group.world)
@@ -225,7 +234,7 @@ def last_frames(n: int, T: int, generator) -> list[int]:
 
 
 def inventory(trainer) -> dict[str, int]:
-    """Bytes that are held all the time."""
+    """Bytes that are held on the device all the time, and with --offload those that wait."""
     models, trained = trainer.models, trainer.gradient.nbytes
     held = {name: bytes_of(network) for name, network in networks_of(models).items()}
     held["UNet"] -= trained
@@ -234,7 +243,9 @@ def inventory(trainer) -> dict[str, int]:
     held |= {term.name: bytes_of(term.reward.model) for term in trainer.terms}
     held["trained weights" if not trainer.config.lora else "LoRA"] = trained
     ema = trained * bool(trainer.ema)
-    return held | {"their EMA": ema, "their gradient": trained, "their moments": 2 * trained}
+    held |= {"their EMA": ema, "their gradient": trained, "their moments": 2 * trained}
+    waiting = {"in host memory": trainer.offload.bytes()} if trainer.offload.on else {}
+    return held | waiting
 
 
 def networks_of(models) -> dict:

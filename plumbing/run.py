@@ -5,7 +5,7 @@ import signal
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -189,6 +189,85 @@ def memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20         # Linux counts KiB
 
 
+# ---- what waits in host memory -----------------------------------------------------------------------------
+
+
+class Offload:
+    """--offload: frozen weights and the optimizer's moments are on the device only while they are at work.
+
+        with offload(unet, then=[reward]):      # the UNet is on the device, the reward on its way there
+
+    Before and after they wait in pinned host memory. A frozen weight needs no copy back, and what autograd
+    saved of it stays on the device as long as its graph. Device memory is taken on the stream that computes,
+    and both streams wait for each other, so that memory is not used again before its time.
+    """
+    home = torch.device("cpu")
+
+    def __init__(self, device: torch.device, on: bool):
+        self.device, self.on = device, on
+        self.stream = torch.cuda.Stream(device) if on and device.type == "cuda" else None
+        self.waiting: dict = {}         # owner -> its places, (dictionary, name), and what waits for each
+        self.coming: dict = {}          # owner -> copies on the device
+        self.changing: set = set()      # owners whose tensors change while at work
+
+    def keep(self, owner, places: list[tuple[dict, str]] | None = None) -> None:
+        """From now on the owner's tensors wait. places: where they are; None: a network's frozen weights."""
+        if not self.on:
+            return
+        if places is None:
+            every = [(m._parameters, name) for m in owner.modules() for name in m._parameters]
+            places = [(at, name) for at, name in every if at[name] is not None and not at[name].requires_grad]
+        else:
+            self.changing.add(owner)
+        pinned = dict(device=self.home, pin_memory=self.stream is not None)
+        here = [at[name].detach() for at, name in places]
+        self.waiting[owner] = places, [torch.empty_like(x, **pinned).copy_(x) for x in here]
+        self.place(owner, self.waiting[owner][1])
+
+    def bytes(self) -> int:
+        return sum(x.nbytes for _, waiting in self.waiting.values() for x in waiting)
+
+    def place(self, owner, tensors: list[Tensor]) -> None:
+        """Puts tensors where the owner looks for them."""
+        places, _ = self.waiting[owner]
+        for (at, name), x in zip(places, tensors, strict=True):
+            at[name] = nn.Parameter(x, requires_grad=False) if isinstance(at[name], nn.Parameter) else x
+
+    def fetch(self, owner) -> None:
+        """Starts the copies to the device."""
+        if owner not in self.waiting or owner in self.coming:
+            return
+        _, waiting = self.waiting[owner]
+        self.coming[owner] = [torch.empty_like(x, device=self.device) for x in waiting]
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):        # None: no other stream
+            for copy, x in zip(self.coming[owner], waiting, strict=True):
+                copy.copy_(x, non_blocking=True)
+
+    @contextmanager
+    def __call__(self, *owners, then: Sequence = ()):
+        """The owners' tensors are on the device within the block. then: who is at work next."""
+        owners = [owner for owner in dict.fromkeys(owners) if owner in self.waiting]
+        for owner in owners:
+            self.fetch(owner)
+        if self.stream:
+            torch.cuda.current_stream().wait_stream(self.stream)
+        for owner in owners:
+            self.place(owner, self.coming.pop(owner))
+        for owner in then:
+            self.fetch(owner)
+
+        yield
+
+        for owner in owners:
+            places, waiting = self.waiting[owner]
+            if owner in self.changing:
+                for (at, name), x in zip(places, waiting, strict=True):
+                    x.copy_(at[name])
+            self.place(owner, waiting)
+
+
 # ---- the optimizer -----------------------------------------------------------------------------------------
 
 
@@ -200,8 +279,10 @@ class FlatAdamW:
     GiB, 5.3 GiB and 10.5 / P GiB.
     """
 
-    def __init__(self, params: list[nn.Parameter], group: Group, lr: float):
+    def __init__(self, params: list[nn.Parameter], group: Group, lr: float, offload: Offload | None = None):
+        """offload: with it the moments wait in host memory between the steps."""
         self.params, self.group = params, group
+        self.offload = offload or Offload(params[0].device, on=False)
         size, device = sum(p.numel() for p in params), params[0].device
         self.weights = torch.empty(size, device=device)
         self.gradient = torch.zeros(size, device=device)
@@ -222,9 +303,17 @@ class FlatAdamW:
 
     def step(self) -> None:
         """Updates the own share of the weights and fetches the others'."""
-        self.adam.step()
+        with self.offload(self):
+            self.adam.step()
+        self.put_away()
         for owner, share in enumerate(self.shares(self.weights)):
             self.group.share(share, owner)
+
+    def put_away(self) -> None:
+        """The moments wait in host memory from their first step on (--offload)."""
+        moments = self.adam.state[self.mine]
+        if moments and self not in self.offload.waiting:
+            self.offload.keep(self, [(moments, "exp_avg"), (moments, "exp_avg_sq")])
 
     def shares(self, flat: Tensor) -> list[Tensor]:
         return [flat[a:b] for a, b in zip(self.bounds, self.bounds[1:])]
@@ -234,7 +323,8 @@ class FlatAdamW:
         mine, groups = self.adam.state[self.mine], self.adam.state_dict()["param_groups"]
         if not mine:                                                        # no step was made yet
             return dict(state={}, param_groups=groups)
-        first, second = self.gather(mine["exp_avg"]), self.gather(mine["exp_avg_sq"])
+        with self.offload(self):
+            first, second = self.gather(mine["exp_avg"]), self.gather(mine["exp_avg_sq"])
         if self.group.rank:
             return {}
         state, step = {}, mine["step"].cpu()
@@ -261,6 +351,8 @@ class FlatAdamW:
             share[name] = self.own_share([state["state"][i][name] for i in range(len(self.params))])
         groups = self.adam.state_dict()["param_groups"]
         self.adam.load_state_dict(dict(state={0: share}, param_groups=groups))    # puts `step` on the GPU
+        self.offload.waiting.pop(self, None)
+        self.put_away()
 
     def own_share(self, tensors: list[Tensor]) -> Tensor:
         """Of tensors like the parameters, what lies in this process's share, on the weights' device."""

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +44,8 @@ def install() -> None:
     silent = dict.fromkeys(("synchronize", "reset_peak_memory_stats", "set_device", "_lazy_init"))
     for name, answer in (answers | silent).items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
+    torch.cuda.Stream = torch.cuda.current_stream = Stream
+    torch.cuda.stream = nullcontext
     torch.utils.checkpoint.get_device_states = lambda *args: ([], [])
     torch.utils.checkpoint.set_device_states = lambda *args, **kwargs: None
     fake_tensor.FakeTensorMode.avoid_device_init = True     # torch.tensor is made on the host, then copied
@@ -60,6 +62,16 @@ def install() -> None:
             return engine(*args, **kwargs)
 
     torch.autograd.graph._engine_run_backward = torch.autograd._engine_run_backward = run_backward
+
+
+class Stream:
+    """There is nothing to wait for."""
+
+    def __init__(self, device=None):
+        pass
+
+    def wait_stream(self, other) -> None:
+        pass
 
 
 class visible_gpus:
@@ -267,7 +279,8 @@ def training(preset: str, *options: str, gpus: int = 1, again: bool = False, sho
         if again:
             resume(trainer)
             trainer.step(batch)
-        check_devices(trainer, group.device)
+        with trainer.offload(trainer.optimizer):
+            check_devices(trainer, group.device)
         if show:
             train.video.write_video = lambda path, clip, fps: assert_on(clip, "cpu")
             shapes.world.accuracy = partial(shapes.world.accuracy, count=2)
@@ -459,6 +472,8 @@ CASES = {
        for preset in ("shapes", "shapes-v2", *ALL)},
     **{f"train {preset} --lora 0": partial(training, preset, "--lora", "0", again=preset == "vcm-ms")
        for preset in ALL},
+    "train turbo-vc2 --offload": partial(training, "turbo-vc2", "--offload", again=True, show=True),
+    "train turbo-v2 --offload": partial(training, "turbo-v2", "--offload"),
     "train turbo-vc2 --lora 0 on 2 GPUs": partial(training, "turbo-vc2", "--lora", "0", gpus=2, again=True),
     **{f"prepare {preset}": partial(preparing, preset) for preset in ("turbo-v2", "shapes-v2")},
     **{f"sample {what} {dtype}": partial(sampling, *what.split(), dtype)

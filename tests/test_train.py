@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -410,6 +411,41 @@ def test_lora_starts_alike_on_all_devices(monkeypatch):
     assert {p.device.type for p in layers} == {"meta"} and set(drawn[-len(layers) // 2:]) == {"cpu"}
 
 
+class Judge(tiny.Bright):
+    """With a network that --offload can put away."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.at_work, self.model = nullcontext, nn.Linear(1, 1).requires_grad_(False)
+        nn.init.constant_(self.model.weight, 0.5)
+
+    def __call__(self, clips, captions, generators=None):
+        with self.at_work():
+            return self.model(super().__call__(clips, captions)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("lora", [4, 0])
+def test_offload_changes_nothing(lora, monkeypatch):
+    """Bit for bit, over two micro-batches, another step, and one of a resumed run; what is frozen waits."""
+    monkeypatch.setattr(tiny, "Bright", Judge)
+    options, results = ["--lora", lora], []
+    for argv in (options, [*options, "--offload"]):
+        made, again = trainer(*argv), trainer(*argv)
+        records = [made.step(batch()), made.step(batch(start=6))]
+        again.load_state(made.state(records[-1]))
+        records.append(again.step(batch(start=12)))
+        results.append((records, again.state(records[-1])))
+    (records, state), (others, other) = results
+    assert records == others
+    assert tiny.same(state | {"config": 0}, other | {"config": 0})
+
+    network = made.student if lora else made.teacher
+    waiting = {x.data_ptr() for x in made.offload.waiting[network][1]}
+    assert waiting == {p.data_ptr() for p in network.parameters() if not p.requires_grad}
+    assert {*made.judges, made.optimizer} < made.offload.waiting.keys()
+    assert made.offload.coming.keys() == {made.models.text}         # for the next step
+
+
 # ---- memory ------------------------------------------------------------------------------------------------
 
 
@@ -491,6 +527,7 @@ def test_the_simulation_of_preparing_agrees_with_it(tiny_family, capsys):
 
 FULL_SIZE = {   # options -> GB of the card that it must fit, with 1.5 GiB for CUDA and its libraries
     "--preset turbo-vc2": 24,
+    "--preset turbo-vc2 --offload": 12,
     "--preset turbo-v2 --prepare none": 24,
     "--preset turbo-v2 --lora 0": 48}
 
