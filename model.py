@@ -895,6 +895,8 @@ def read_turbo(path: str | Path, config: UNetConfig, name: str | None = None):
 
     # LoRA: a list without names, or pairs of ours
     if isinstance(content, list):
+        if name == "shapes":
+            raise ValueError(f"{path}: a list of LoRA matrices, of --model vc2 or ms, not of the toy")
         lora = weights.lora_from_list(content, lora_shapes(config), layout_of(config), path)
         return config, None, lora, RELEASED["LoRA list"]
     content = weights.named_tensors(content, path)

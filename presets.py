@@ -167,7 +167,7 @@ def check_prompts(prompts: tuple[str, ...]) -> None:
         try:
             grammar.understand(prompt)
         except ValueError as error:
-            raise ValueError(f"--prompt {prompt!r}: {error}") from error
+            raise ValueError(f"--prompt {prompt!r:.60}: {error}") from error
 
 
 def check_effect(config: Config, given: set[str]) -> None:

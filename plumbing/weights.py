@@ -424,6 +424,10 @@ def check_lora(lora: Pairs, layers: Shapes, layout: str, source) -> Pairs:
         if (tuple(up.shape), tuple(down.shape)) != expected:
             raise ValueError(f"{source}: LoRA of {name} has shapes {tuple(up.shape)} and "
                              f"{tuple(down.shape)}, expected {expected[0]} and {expected[1]}")
+        for x in (up, down):
+            if x.dtype not in FLOATS or x.layout != torch.strided:
+                raise ValueError(f"{source}: LoRA of {name} holds {x.layout} {x.dtype} numbers; "
+                                 "take the file as it was published, in float32, float16 or bfloat16")
         if not (is_finite(up) and is_finite(down)):
             raise ValueError(f"{source}: LoRA of {name} holds NaN or infinity; the file is damaged")
     return lora

@@ -131,7 +131,7 @@ def words(caption: str) -> list[str]:
     plain = re.sub(said_otherwise, lambda found: MEANS.get(found[0], found[0]), " ".join(plain.split()))
     for word in plain.split():
         if word not in VOCABULARY:
-            raise ValueError(f"unknown word {word!r}: {HINT}")
+            raise ValueError(f"unknown word {word!r:.40}: {HINT}")
     mixed = re.search(r"\b({0}) and ({0})\b".format("|".join(COLOURS)), plain)
     if mixed:
         raise ValueError(f"{mixed[0]!r}: a thing has one colour; {HINT}")
@@ -172,19 +172,19 @@ def clauses(caption: str) -> tuple[list[list[str]], list[str]]:
 def the_only(kind: str, found: list[str], clause: list[str]) -> str | None:
     """The one value that a clause names, or None. Raises ValueError when it names two."""
     if len(set(found)) > 1:
-        raise ValueError(f"{' '.join(clause)!r} names more than one {kind}: {HINT}")
+        raise ValueError(f"{' '.join(clause)!r:.60} names more than one {kind}: {HINT}")
     return found[0] if found else None
 
 
 def read_thing(clause: list[str]) -> Thing:
     """The thing that a clause asks for. Raises ValueError when it asks for none, or for two at once."""
     for word in {*BACKGROUNDS} & {*clause}:
-        raise ValueError(f"{' '.join(clause)!r}: {word} is a background's colour, not a thing's; {HINT}")
+        raise ValueError(f"{' '.join(clause)!r:.60}: {word} is a background's colour, not a thing's; {HINT}")
     colour = the_only("colour", [word for word in clause if word in COLOURS], clause)
     shape_word = the_only("shape", [word for word in clause if word in PHRASES["shapes"]], clause)
     motion_word = the_only("motion", [word for word in clause if word in MOTION_WORDS], clause)
     if not (colour or shape_word or motion_word):
-        raise ValueError(f"{' '.join(clause)!r} names no colour, no shape and no motion: {HINT}")
+        raise ValueError(f"{' '.join(clause)!r:.60} names no colour, no shape and no motion: {HINT}")
 
     shape = next((name for name, texts in SHAPES.items() if shape_word in texts), None)
     return Thing(colour, shape, MOTION_WORDS.get(motion_word))
@@ -213,16 +213,16 @@ def read_caption(caption: str) -> tuple[Scene, str]:
     """
     thing_words, background_words = clauses(caption)
     if not thing_words:
-        raise ValueError(f"{caption!r} names no colour, no shape and no motion: {HINT}")
+        raise ValueError(f"{caption!r:.60} names no colour, no shape and no motion: {HINT}")
     things = tuple(read_thing(clause) for clause in thing_words)
     colours = [thing.colour for thing in things if thing.colour]
     if len(things) > 2 or len(set(colours)) < len(colours):
-        raise ValueError(f"{caption!r}: at most two things, of different colours; {HINT}")
+        raise ValueError(f"{caption!r:.60}: at most two things, of different colours; {HINT}")
 
     backgrounds = [word for word in background_words if word in BACKGROUNDS]
     background = the_only("background", backgrounds, background_words)
     for word in {*background_words} - {*BACKGROUNDS, "background"}:
-        raise ValueError(f"{' '.join(background_words)!r}: {word} is not a background; {HINT}")
+        raise ValueError(f"{' '.join(background_words)!r:.60}: {word} is not a background; {HINT}")
 
     taken, said = set(colours), []
     for thing, clause in zip(things, thing_words):

@@ -107,7 +107,7 @@ def make(config) -> list[dict]:
     if differences:
         print("\n| same captions and seeds | clips | all right, difference in points (95 %) |\n|---|---|---|")
     for text, count, mean, half in differences:
-        print(f"| {text} | {count} | {100 * mean:+.1f} ± {100 * half:.1f} |")
+        print(f"| {text} | {count} | {100 * mean:+.1f}{margin(half)} |")
     return means
 
 
@@ -285,13 +285,18 @@ def average(row: Row, measured: dict) -> dict:
 def line(mean: dict, spread: bool) -> str:
     """A row of the Markdown table."""
     cells = [f"{100 * mean[key]:.1f}" if key in mean else "-" for key in PERCENT]
-    cells[list(PERCENT).index("all")] += f" ± {100 * mean['half']:.1f}"
+    cells[list(PERCENT).index("all")] += margin(mean["half"])
     cells += [f"{mean[key]:.3f}" for key in SCORES]
     cells.append(f"{mean['travel']:.1f}" if "travel" in mean else "-")
     if spread:
         cells.append("-" if mean["spread"] is None else f"{100 * mean['spread']:.0f}")
     first = [mean["name"], str(mean["steps"]), str(mean["passes"]), str(mean["clips"])]
     return "| " + " | ".join(first + cells) + f" | {mean['seconds']:.3f} |"
+
+
+def margin(half: float) -> str:
+    """Half of a 95 % interval, in percent; nothing for a single clip."""
+    return "" if math.isnan(half) else f" ± {100 * half:.1f}"
 
 
 def paired(clips: dict[tuple[str, int], list[dict]]) -> list[tuple[str, int, float, float]]:

@@ -556,6 +556,7 @@ SAMPLE = [  # what is typed behind sample.py -> what the message says
     (f"{RED} --gidance 3", "unknown option --gidance, did you mean --guidance?"),
     ("a red circle", "unexpected argument 'red' (quote the prompt)"),
     ("'a dog'", "unknown word 'dog'"),
+    ("a" * 5000, f"unknown word '{'a' * 39}: the shapes world knows"),
     (f"{RED} --out ''", "--out is empty; name a file, or leave it out"),
     (f"{RED} --turbo ''", "--turbo is empty; name a file, or leave it out"),
     (f"{RED} --out .mp4", "--out .mp4: a suffix without a name; try --out clip.mp4"),
@@ -766,6 +767,14 @@ WEIGHTS = {  # what a student's file holds -> what the message says
         lambda state, header: (damaged(state, "out.2.down", float("inf")), header),
         "out.2 holds NaN or infinity",
     ),
+    "yes and no": (
+        lambda state, header: (state | {"out.2.up": state["out.2.up"] > 0}, header),
+        "LoRA of out.2 holds torch.strided torch.bool numbers",
+    ),
+    "whole numbers": (
+        lambda state, header: (state | {"out.2.down": state["out.2.down"].long()}, header),
+        "LoRA of out.2 holds torch.strided torch.int64 numbers",
+    ),
     "a teacher": (
         lambda state, header: (load_file(shapes.WEIGHTS / "teacher.safetensors"), {}),
         "1 of 733 tensors missing",
@@ -833,6 +842,12 @@ def test_lists_that_are_no_lora(content, message, tmp_path):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ValueError, match=f"x.pt: {message}"):
         model.load("vc2", turbo=tmp_path / "x.pt")
+
+
+def test_a_list_is_no_students_file_of_the_toy(tmp_path):
+    torch.save([torch.ones(1)], tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="x.pt: a list of LoRA matrices, of --model vc2 or ms"):
+        shapes.load(tmp_path / "x.pt")
 
 
 def test_damaged_bytes_never_show_a_traceback(tmp_path):

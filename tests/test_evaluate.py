@@ -492,6 +492,7 @@ def test_the_table_counts_right(world_for_samples, capsys, tmp_path):
     mean, half = stats.mean_interval([1, 1, 0, 0, 0, 0, 0, 0])
     assert f"| T2V-Turbo 4 - VCM 4 | 8 | {100 * mean:+.1f} ± {100 * half:.1f} |" in printed
     assert "teacher DDIM 50" not in printed
+    assert table.margin(stats.mean_interval([1])[1]) == ""              # one clip has no interval
 
 
 def test_rows_of_other_options_or_weights_are_not_printed_again(world_for_samples, tmp_path):
