@@ -36,7 +36,8 @@ class Config:
     """The options of the command line."""
     names: tuple[str, ...] = ()         # of figures [all]
     out: str = "docs"                   # folder that they are written to
-    seed: int = 3                       # of every clip
+    seed: int = 3                       # of every clip, or of the first
+    student: str = "turbo"              # of the figure hacked: a file that train.py wrote
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------
@@ -158,6 +159,26 @@ def neighbours(seed: int) -> "pyplot.Figure":
     return strips({"teacher's $\\hat z_0$": guesses, "student's $f$": ends}, titles)
 
 
+def lora(seed: int) -> "pyplot.Figure":
+    """Section 7: one jump from the same noise, the student's LoRA off, at half its strength, and on."""
+    rows = {}
+    for label, scale in (("off: the teacher", 0.0), ("half", 0.5), ("on: the student", 1.0)):
+        models = shapes.load("turbo", lora_scale=scale)
+        z = generate(models, [PROMPT], [seed], SIZE, replace(STUDENT, steps=1))
+        rows[label] = frames(to_clip(models.vae, z)[0])
+    return strips(rows)
+
+
+def hacked(seed: int, student: str = "turbo") -> "pyplot.Figure":
+    """Section 8: three clips of T2V-Turbo, and three of a student that climbed the picture reward alone."""
+    rows, seeds = {}, [seed, seed + 1, seed + 2]
+    for label, turbo in (("$\\beta_{img}$ = 1", "turbo"), ("$\\beta_{img}$ = 50", student)):
+        models = shapes.load(turbo)
+        clips = to_clip(models.vae, generate(models, [PROMPT] * 3, seeds, SIZE, STUDENT))
+        rows |= {f"{label}, seed {number}": frames(clip) for number, clip in zip(seeds, clips)}
+    return strips(rows)
+
+
 def jumps(seed: int) -> "pyplot.Figure":
     """Section 9: what four jumps land on, one after the other."""
     models, seen = shapes.load("turbo"), []
@@ -250,16 +271,17 @@ def loop(out: Path, prompts: list[str], seed: int) -> None:
 LOOP = ["a red circle moving right", "a green triangle growing", "a blue square moving up on white",
         "a yellow circle falling on black", "a red triangle moving left on gray"]
 FIGURES = {figure.__name__: figure for figure in
-           (latents, denoising, paths, guidance, boundaries, neighbours, jumps, attention, students)}
+           (latents, denoising, paths, guidance, boundaries, neighbours, lora, jumps, attention, students)}
+NAMES = (*FIGURES, "loop", "hacked")       # the last one of a student that does not come with the repository
 
 
 @cli.main
 def main(argv=None):
     """Makes the figures that are named, or all."""
     config = cli.parse(Config, argv, __doc__, positional="names")
-    unknown = [name for name in config.names if name not in (*FIGURES, "loop")]
+    unknown = [name for name in config.names if name not in NAMES]
     if unknown:
-        raise ValueError(f"no figure {unknown[0]!r}; there are {', '.join(FIGURES)}, loop")
+        raise ValueError(f"no figure {unknown[0]!r}; there are {', '.join(NAMES)}")
 
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -269,7 +291,8 @@ def main(argv=None):
             loop(path, LOOP, config.seed)
         else:
             with torch.no_grad():
-                FIGURES[name](config.seed).savefig(path, facecolor="white")
+                figure = hacked(config.seed, config.student) if name == "hacked" else FIGURES[name](config.seed)
+            figure.savefig(path, facecolor="white")
         print(path)
 
 

@@ -35,6 +35,26 @@ def test_quoted_code_stands_in_its_file(block):
     assert code.strip("\n") in (ROOT / head[2:].strip()).read_text(encoding="utf-8")
 
 
+def test_what_a_reader_changes_stands_in_its_file():
+    """Recipes: without their new lines, changes are verbatim text of the file."""
+    for block in blocks("README.md", "diff"):
+        head, *lines = block.splitlines()
+        old = "\n".join(line[1:] for line in lines if not line.startswith("+"))
+        assert old in (ROOT / head[2:].strip()).read_text(encoding="utf-8"), old
+
+
+def test_a_readers_session(tmp_path, monkeypatch, capsys):
+    """What is to be tried in Python, typed in order."""
+    monkeypatch.chdir(tmp_path)
+    session = {}
+    for block in blocks("README.md", "py"):
+        (tmp_path / "try.png").unlink(missing_ok=True)
+        exec(block, session)                                # as the reader does
+        shown, printed = (tmp_path / "try.png").exists(), capsys.readouterr().out
+        assert shown == ("show(" in block) and bool(printed) == ("print(" in block), block
+    assert session["scores"]["reward"] > 0.5, "a reward that was hacked"
+
+
 def commands(page):
     """The words of every command from its script on: in blocks of bash, and in `...` within the text."""
     lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
@@ -61,7 +81,7 @@ def test_commands_parse(command):
     elif script == "shapes/pretrain.py":
         cli.parse(pretrain.Config, args)
     elif script == "docs/figures.py":
-        assert set(cli.parse(figures.Config, args, positional="names").names) <= {*figures.FIGURES, "loop"}
+        assert set(cli.parse(figures.Config, args, positional="names").names) <= {*figures.NAMES}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -70,7 +90,7 @@ def test_links_lead_somewhere(page):
         assert (ROOT / page).parent.joinpath(path).exists(), path
 
 
-@pytest.mark.parametrize("name", [*figures.FIGURES, "loop"])
+@pytest.mark.parametrize("name", figures.NAMES)
 def test_pictures_are_made(name, tmp_path, monkeypatch):
     """By their command, with no more than two steps of the teacher."""
     whole = figures.generate
