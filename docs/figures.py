@@ -6,6 +6,7 @@
 import random
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -290,9 +291,9 @@ def main(argv=None):
         if name == "loop":
             loop(path, LOOP, config.seed)
         else:
+            draw = partial(hacked, student=config.student) if name == "hacked" else FIGURES[name]
             with torch.no_grad():
-                figure = hacked(config.seed, config.student) if name == "hacked" else FIGURES[name](config.seed)
-            figure.savefig(path, facecolor="white")
+                draw(config.seed).savefig(path, facecolor="white")
         print(path)
 
 
