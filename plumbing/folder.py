@@ -9,9 +9,12 @@ import pickle
 import re
 import shutil
 import socket
+import struct
 import sys
 import threading
 import time
+import zipfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,7 +29,8 @@ CONTENT = {                 # of a checkpoint
     "config": dict, "step": int, "steps_skipped": int, "clips_skipped": int, "params": dict, "ema": list,
     "optimizer": dict}
 BROKEN = (                  # what torch.load raises for files that are cut off, changed or no files of torch
-    OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError)
+    OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError,
+    zipfile.BadZipFile, zlib.error, struct.error)
 
 
 # ---- the lock ----------------------------------------------------------------------------------------------
@@ -195,20 +199,31 @@ def check_room(out: Path, size: int, keep: int, exports: int) -> None:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """A checkpoint, memory-mapped. Raises ValueError where it is cut off, or no checkpoint of train.py."""
+    """A checkpoint, memory-mapped. Raises ValueError where it is damaged, or no checkpoint of train.py."""
     try:
+        check_bytes(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise ValueError(f"{path} is not there; all nodes must share that folder") from error
     except PermissionError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     except BROKEN as error:
-        raise ValueError(f"{path} is no checkpoint, or a cut-off one ({path.stat().st_size:,} bytes); "
+        raise ValueError(f"{path} is no checkpoint, or a damaged one ({path.stat().st_size:,} bytes); "
                          "go on from an earlier one with --resume FILE") from error
     if not is_checkpoint(state):
         raise ValueError(f"{path} is no checkpoint of train.py, or a damaged one; "
                          "--resume takes OUT/checkpoint-STEP.pt")
     return state
+
+
+def check_bytes(path: Path) -> None:
+    """Reads a checkpoint once, for its checksums, which torch.load passes over. Raises ValueError."""
+    if not zipfile.is_zipfile(path):
+        return                                                  # torch.load says more
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged:
+        raise ValueError(f"the bytes of {damaged} are not those that were written")
 
 
 def is_checkpoint(state: object) -> bool:

@@ -6,11 +6,14 @@
 
 Networks are full-size with random weights, so that nothing is downloaded. The floor of a part is its FLOP,
 counted on fake tensors by torch's formulas, over the rate of one large matrix product, measured in the same
-run.
+run. Memory is compared with what the dry run simulates: more than 15 % above it is a failure, as an error of
+bf16 beyond its bound is. With --tiny on the CPU all of it runs, rewards, compilation and memory too, but
+compiled networks are traced and differentiated only (aot_eager): inductor's kernels would take minutes there.
 """
 import argparse
 import contextlib
 import dataclasses
+import gc
 import sys
 import time
 from pathlib import Path
@@ -21,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import model  # noqa: E402
 import presets  # noqa: E402
+import rewards  # noqa: E402
 import train  # noqa: E402
 import turbo  # noqa: E402
 from plumbing import dryrun  # noqa: E402
@@ -29,6 +33,7 @@ from solver import Sampling  # noqa: E402
 
 TRAINED = ("vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms", "turbo-v2")
 BOUNDS = {"UNet": 0.03, "VAE": 0.03, "compiled UNet": 0.03}     # relative error, root mean square, of bf16
+MEMORY = 1.15                                                   # of the simulated peak
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
@@ -40,12 +45,17 @@ class Row:
     name: str
     seconds: float
     flops: int
-    gib: float
+    peak: int                           # bytes
+    simulated: int | None = None        # the same by the dry run; None: not compared
 
     def cells(self, rate: float) -> str:
         floor = self.flops / rate
+        simulated = "-" if self.simulated is None else f"{self.simulated / dryrun.GIB:.3g}"
         return (f"| {self.name} | {self.seconds:.3f} | {self.flops / 1e12:.2f} | {floor:.3f} | "
-                f"{self.seconds / max(floor, 1e-9):.2f} | {self.gib:.1f} |")
+                f"{self.seconds / max(floor, 1e-9):.2f} | {self.peak / dryrun.GIB:.3g} | {simulated} |")
+
+    def fits(self) -> bool:
+        return self.simulated is None or self.peak <= MEMORY * self.simulated
 
 
 class Device:
@@ -54,24 +64,29 @@ class Device:
     def __init__(self, name: str, repeat: int):
         self.device, self.repeat = torch.device(name), repeat
         self.cuda = self.device.type == "cuda"
+        self.bytes = dryrun.CudaBytes() if self.cuda else dryrun.LiveBytes()    # of what is made within it
 
     def wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def measure(self, name: str, run, flops: int) -> Row:
-        """Runs once for nothing, then takes the mean of `repeat` runs and the most that they held."""
-        run()
-        self.wait()
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
+    def measure(self, name: str, run, flops: int, simulated: int | None = None) -> Row:
+        """Runs once for the memory, then takes the mean of `repeat` runs.
+
+        simulated: bytes of the dry run; without them, on a CPU, memory is not looked at (a compiled network
+        cannot be watched there)."""
+        watched = self.cuda or simulated is not None
+        with self.bytes if watched else contextlib.nullcontext():
+            self.bytes.reset()
+            run()
+            self.wait()
+            peak = self.bytes.peak if watched else 0
         start = time.perf_counter()
         for _ in range(self.repeat):
             run()
         self.wait()
         seconds = (time.perf_counter() - start) / self.repeat
-        gib = torch.cuda.max_memory_allocated() / dryrun.GIB if self.cuda else 0.0
-        return Row(name, seconds, flops, gib)
+        return Row(name, seconds, flops, peak, simulated)
 
     def rate(self, size: int) -> float:
         """FLOP/s of a bf16 matrix product."""
@@ -79,11 +94,14 @@ class Device:
         return 2 * size ** 3 / self.measure("", lambda: a @ a, 0).seconds
 
 
-def count(run) -> int:
-    """FLOP of a function that makes its own tensors, on fake ones."""
+def count(prepare, run) -> tuple[int, int]:
+    """run(*prepare()), which make their own tensors, on fake ones -> FLOP of `run`, bytes held at most."""
     with dryrun.simulation() as counter:
-        run()
-    return counter.flops
+        made = prepare()
+        counter.reset()
+        before = counter.flops
+        run(*made)
+        return counter.flops - before, counter.peak
 
 
 # ---- networks and their parts ------------------------------------------------------------------------------
@@ -178,38 +196,48 @@ def trainer_of(preset: str, device, options: list[str], counted: bool = False):
 
 
 def training_row(preset: str, device: Device, options: list[str]) -> Row:
-    def counted():
+    def prepare():
         trainer, batch = trainer_of(preset, "cpu", options, counted=True)
-        trainer.step(batch)
+        trainer.optimizer.step()                                # allocates the moments
+        return trainer, batch
 
-    flops = count(counted)
-    trainer, batch = trainer_of(preset, device.device, options)
-    return device.measure(f"training step, {preset}", lambda: trainer.step(batch), flops)
+    flops, simulated = count(prepare, lambda trainer, batch: trainer.step(batch))
+    gc.collect()                                                # the last preset's networks
+    with device.bytes:
+        trainer, batch = trainer_of(preset, device.device, options)
+        trainer.optimizer.step()
+    return device.measure(f"training step, {preset}", lambda: trainer.step(batch), flops, simulated)
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
 
 
-def clip_rows(name: str, device: Device, compiling: bool) -> tuple[list[Row], dict[str, float]]:
-    """UNet step, decoding and whole clip, without and with compilation; and the errors of `check`."""
-    models, size = networks(name, device.device), clip_size(name)
-    z, t, c = inputs(models, size, device.device)
+def clip_rows(name: str, device: Device, backend: str | None) -> tuple[list[Row], dict[str, float]]:
+    """UNet step, decoding and whole clip, without and with compilation; and the errors of `check`.
+
+    backend: of torch.compile; None: nothing is compiled."""
+    size = clip_size(name)
+    with device.bytes:
+        models = networks(name, device.device)
+        z, t, c = inputs(models, size, device.device)
     label = f"{size[2]}x{size[1]}x{size[0]}, {name}"
 
-    def counted(part):
-        fake = networks(name, "cpu")
-        return part(fake, *inputs(fake, size, "cpu"))
+    def counted(part) -> tuple[int, int]:
+        def prepare():
+            fake = networks(name, "cpu")
+            return fake, *inputs(fake, size, "cpu")
+        return count(prepare, part)
 
-    step_flops = count(lambda: counted(unet_step))
-    decode_flops = count(lambda: counted(lambda fake, z, t, c: decoded(fake, z)))
-    whole = 4 * step_flops + decode_flops
-    rows = [device.measure(f"UNet step, {label}", lambda: unet_step(models, z, t, c), step_flops),
-            device.measure(f"decoding, {label}", lambda: decoded(models, z), decode_flops),
-            device.measure(f"clip in 4 steps, {label}", lambda: clip(models, size), whole)]
+    step_flops, step_bytes = counted(unet_step)
+    decode_flops, decode_bytes = counted(lambda fake, z, t, c: decoded(fake, z))
+    whole, most = 4 * step_flops + decode_flops, max(step_bytes, decode_bytes)
+    rows = [device.measure(f"UNet step, {label}", lambda: unet_step(models, z, t, c), step_flops, step_bytes),
+            device.measure(f"decoding, {label}", lambda: decoded(models, z), decode_flops, decode_bytes),
+            device.measure(f"clip in 4 steps, {label}", lambda: clip(models, size), whole, most)]
 
-    compiled = torch.compile(models.unet, fullgraph=True) if compiling else None
+    compiled = torch.compile(models.unet, fullgraph=True, backend=backend) if backend else None
     errors = check(models, size, device.device, compiled)
-    if compiling:
+    if backend:
         models.unet = compiled
         label = f"compiled, {label}"
         rows += [device.measure(f"UNet step, {label}", lambda: unet_step(models, z, t, c), step_flops),
@@ -230,14 +258,24 @@ def tiny_families():
                 init_heads=2, groups=8)
     vae = model.VAEConfig(channels=32, mult=(1, 1), res_blocks=1, patch=2)
     text = model.TextConfig(width=16, layers=2, heads=2)
+    recipes = dict(rewards.RECIPES)
+    towers = dict(image_size=8, patch=4, width=8, layers=1, heads=2, embed_dim=8, text_width=8, text_layers=1,
+                  text_heads=2)
+    vit, bert = rewards.ViTConfig(8, 4, 8, 1, 2, 8), rewards.BERTConfig(9, 8, 1, 2, 8, token_types=2)
+    judges = {"hpsv2": rewards.CLIPConfig(**towers), "clip": rewards.CLIPConfig(**towers),
+              "viclip": rewards.ViCLIPConfig(**towers),
+              "internvideo2": rewards.InternVideo2Config(vit, bert, 8, 8)}
     try:
         for name, family in known.items():
             model.FAMILIES[name] = dataclasses.replace(
-                family, unet=dataclasses.replace(family.unet, **unet), vae=vae, text=text, frames=4,
+                family, unet=dataclasses.replace(family.unet, **unet), vae=vae, text=text, frames=8,
                 height=16, width=16)
-        yield "--frames 4 --height 16 --width 16 --image-weight 0 --video-weight 0".split()
+        for name, config in judges.items():
+            rewards.RECIPES[name] = dataclasses.replace(recipes[name], config=lambda header, c=config: c)
+        yield "--frames 8 --height 16 --width 16".split()
     finally:
         model.FAMILIES.update(known)
+        rewards.RECIPES.update(recipes)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -246,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--tiny", action="store_true", help="tiny networks, without rewards")
+    parser.add_argument("--tiny", action="store_true", help="tiny networks")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--presets", nargs="*", default=TRAINED)
     parser.add_argument("--repeat", type=int, default=5)
@@ -255,21 +293,28 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit("gpu.py: full-size networks need a GPU; try --tiny --device cpu")
 
     device = Device(args.device, args.repeat)
+    backend = None if args.no_compile else "inductor" if device.cuda else "aot_eager"
     with tiny_families() if args.tiny else contextlib.nullcontext([]) as options:
         rate = device.rate(256 if args.tiny else 8192)
         gpu = torch.cuda.get_device_name() if device.cuda else "CPU"
         print(f"{gpu}, torch {torch.__version__}, bf16; a matrix product makes {rate / 1e12:.1f} TFLOP/s\n")
-        print("| | s | TFLOP | floor, s | times the floor | peak GiB |\n|---|---|---|---|---|---|")
-        rows, errors = clip_rows("vc2", device, not args.no_compile)
+        print("| | s | TFLOP | floor, s | times the floor | peak GiB | simulated GiB |\n" + "|---" * 7 + "|")
+        rows, errors = clip_rows("vc2", device, backend)
         for row in rows:
             print(row.cells(rate), flush=True)
         for preset in args.presets:
-            print(training_row(preset, device, options).cells(rate), flush=True)
+            rows.append(training_row(preset, device, options))
+            print(rows[-1].cells(rate), flush=True)
 
     print("\n| relative error of bf16 | | bound |\n|---|---|---|")
     for name, value in errors.items():
         print(f"| {name} | {value:.4f} | {BOUNDS[name]} |")
-    return sum(not value <= BOUNDS[name] for name, value in errors.items())
+    wrong = [name for name, value in errors.items() if not value <= BOUNDS[name]]
+    large = [row.name for row in rows if not row.fits()]
+    compiling = f"compiled by {backend}" if backend else "not compiled"
+    print(f"\n{compiling}; beyond their bound: {', '.join(wrong) or 'none'}; more than {MEMORY} times the "
+          f"simulated memory: {', '.join(large) or 'none'}")
+    return len(wrong) + len(large)
 
 
 if __name__ == "__main__":

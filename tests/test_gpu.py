@@ -3,10 +3,20 @@ import gpu
 
 
 def test_the_program_for_gpus_runs(capsys):
-    failed = gpu.main(["--tiny", "--device", "cpu", "--no-compile", "--presets", "vcm-vc2", "turbo-v2",
-                       "--repeat", "1"])
+    """Its rows, with rewards and compiled, its bounds, and its answer when they do not hold."""
+    failed = gpu.main(["--tiny", "--device", "cpu", "--presets", "turbo-v2", "--repeat", "1"])
     lines = capsys.readouterr().out.splitlines()
-    rows = [line.split("|")[1].strip() for line in lines if line.count("|") == 7]
-    assert rows[2:] == ["UNet step, 16x16x4, vc2", "decoding, 16x16x4, vc2", "clip in 4 steps, 16x16x4, vc2",
-                        "training step, vcm-vc2", "training step, turbo-v2"]
-    assert failed == 0 and any(line.startswith("| UNet | 0.0") for line in lines)
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.count("|") == 8]
+    rows = {row[0]: row for row in cells[2:]}
+    assert list(rows) == ["UNet step, 16x16x8, vc2", "decoding, 16x16x8, vc2", "clip in 4 steps, 16x16x8, vc2",
+                          "UNet step, compiled, 16x16x8, vc2", "clip in 4 steps, compiled, 16x16x8, vc2",
+                          "training step, turbo-v2"]
+    assert failed == 0 and any(line.startswith("| compiled UNet | 0.0") for line in lines)
+    assert lines[-1].startswith("compiled by aot_eager; beyond their bound: none; more than 1.15 times")
+    measured, simulated = map(float, rows["training step, turbo-v2"][-2:])
+    assert 0.85 < measured / simulated < 1.15
+
+
+def test_more_memory_than_simulated_is_a_failure():
+    assert gpu.Row("x", 1.0, 1, peak=114, simulated=100).fits() and gpu.Row("x", 1.0, 1, peak=10 ** 9).fits()
+    assert not gpu.Row("x", 1.0, 1, peak=116, simulated=100).fits()

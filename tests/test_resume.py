@@ -301,9 +301,9 @@ def test_a_lock_of_another_machine(tmp_path, monkeypatch):
 
 
 BROKEN = {
-    "empty": (b"", "is no checkpoint, or a cut-off one (0 bytes)"),
-    "text": (b"hello", "is no checkpoint, or a cut-off one (5 bytes)"),
-    "cut": (None, "is no checkpoint, or a cut-off one"),
+    "empty": (b"", "is no checkpoint, or a damaged one (0 bytes)"),
+    "text": (b"hello", "is no checkpoint, or a damaged one (5 bytes)"),
+    "cut": (None, "is no checkpoint, or a damaged one"),
     "list": ([1, 2], "is no checkpoint of train.py"),
     "tensor": (torch.zeros(2), "is no checkpoint of train.py"),
     "foreign": ({"state_dict": {}}, "is no checkpoint of train.py"),
@@ -325,6 +325,19 @@ def test_a_broken_checkpoint_ends_in_one_line(tmp_path, name):
     with pytest.raises(ValueError) as error:
         folder.read_checkpoint(path)
     assert str(error.value).startswith(f"{path} {told}") and "\n" not in str(error.value)
+
+
+def test_one_wrong_bit_in_a_checkpoint_is_noticed(tmp_path):
+    """torch.load takes it for a weight: the run would go on with another network."""
+    path, value = tmp_path / "x.pt", torch.tensor([1.25, 3.5])
+    torch.save(dict(config={}, step=1, steps_skipped=0, clips_skipped=0, ema=[], optimizer={"state": {}},
+                    params={"w": value}), path)
+    assert folder.read_checkpoint(path)["params"]["w"].tolist() == [1.25, 3.5]
+    content = bytearray(path.read_bytes())
+    content[content.index(value.numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="x.pt is no checkpoint, or a damaged one"):
+        folder.read_checkpoint(path)
 
 
 def test_checkpoints_are_mapped_not_read(tmp_path):
