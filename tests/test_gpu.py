@@ -8,7 +8,8 @@ def test_the_program_for_gpus_runs(capsys):
     lines = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.count("|") == 8]
     rows = {row[0]: row for row in cells[2:]}
-    assert list(rows) == ["UNet step, 16x16x8, vc2", "decoding, 16x16x8, vc2", "clip in 4 steps, 16x16x8, vc2",
+    assert list(rows) == ["UNet step, 16x16x8, vc2", "decoding, 16x16x8, vc2",
+                          "clip in 4 steps, 16x16x8, vc2",
                           "UNet step, compiled, 16x16x8, vc2", "clip in 4 steps, compiled, 16x16x8, vc2",
                           "training step, turbo-v2"]
     assert failed == 0 and any(line.startswith("| compiled UNet | 0.0") for line in lines)
