@@ -64,7 +64,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"     # of the networks; losses, LoRA, EMA: float32
     checkpointing: bool = True      # recompute the UNet's activations in the backward pass
     offload: bool = False           # what a part of a step does not need waits in host memory: for small GPUs
-    chunk: Count = 2                # frames that the decoder's backward pass holds at a time
+    chunk: Size = 2                 # frames whose decoder graph is held at a time; 0: all, and decoded only once
     # keeping and watching
     workers: Size = 4               # processes that decode clips, per training process; at most one a core
     save_every: Count = 500         # steps between checkpoints
@@ -82,7 +82,7 @@ VCM = dict(image_weight=0.0, video_weight=0.0)
 SHAPES = dict(
     frames=8, height=64, width=64, fps=8,
     grid=8, w_min=0.5, w_max=3.0, reward=("shapes-clip", "shapes-viclip"), image_frames=4, video_frames=4,
-    steps=200, batch=8, micro=8, lr=1e-3, lora=7, checkpointing=False, chunk=1000,
+    steps=200, batch=8, micro=8, lr=1e-3, lora=7, checkpointing=False, chunk=0,
     workers=0, save_every=50, sample_every=50, guidance=2.0,
     prompt=("a red circle moving right", "a blue square rising on white"))
 V2 = dict(

@@ -158,7 +158,7 @@ class Trainer:
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents -> pixels. With a gradient it is the rewards' last part: the UNet may come (--offload)."""
-        if z.requires_grad:
+        if torch.is_grad_enabled() and self.config.chunk:
             self.offload.fetch(self.student)
         return self.models.vae.decode(z)
 

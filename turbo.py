@@ -259,7 +259,8 @@ def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[Rew
     UNet's backward as L_CD - ⟨g, ẑ0⟩: the chain rule, in three stages that never share memory.
     decode: (B, C, T, h, w) -> (B, 3, T, H, W) in [-1, 1], frame by frame; the wanted frames of all clips are
     given to it as one clip of P frames. generators: one per clip, on the CPU, for its frames and then its
-    crop windows. J is the mean over a clip's frames and over the batch.
+    crop windows. J is the mean over a clip's frames and over the batch. chunk: frames of which the decoder's
+    graph is held at a time, when they are decoded again; 0: all are decoded once, and all graphs held.
     """
     B, _, T, _, _ = z0_hat.shape
     z0_hat = z0_hat.detach()
@@ -268,11 +269,12 @@ def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[Rew
     row = {pair: i for i, pair in enumerate(wanted)}
     clip, frame = torch.tensor(wanted, device=z0_hat.device).unbind(1)
 
-    # 1 decode the frames that any reward wants, without a graph
+    # 1 decode the frames that any reward wants
     latents = z0_hat[clip, :, frame].transpose(0, 1)[None]                  # (1, C, P, h, w)
-    chunks = latents.split(chunk, dim=2)
-    with torch.no_grad():
-        pixels = torch.cat([decode(z).to(z.dtype) for z in chunks], dim=2)  # (1, 3, P, H, W)
+    chunks = [z.detach().requires_grad_() for z in latents.split(chunk or len(wanted), dim=2)]
+    with torch.set_grad_enabled(not chunk):
+        decoded = [decode(z).to(z.dtype) for z in chunks]
+    pixels = torch.cat(decoded, dim=2).detach()                             # (1, 3, P, H, W)
     frames = pixels[0].transpose(0, 1)                                      # (P, 3, H, W)
 
     # 2 rewards -> pixels, one after the other
@@ -286,10 +288,11 @@ def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[Rew
 
     # 3 pixels -> ẑ0, through the decoder, `chunk` frames at a time
     g_pixels, g_latents = g_frames.transpose(0, 1)[None], []
-    for z, g_chunk in zip(chunks, g_pixels.split(chunk, dim=2), strict=True):
-        z = z.detach().requires_grad_()
-        with torch.enable_grad():
-            g_latents.append(torch.autograd.grad(decode(z).to(z.dtype), z, g_chunk)[0])
+    for z, pixels, g_chunk in zip(chunks, decoded, g_pixels.split(chunk or len(wanted), dim=2), strict=True):
+        if chunk:
+            with torch.enable_grad():
+                pixels = decode(z).to(z.dtype)
+        g_latents.append(torch.autograd.grad(pixels, z, g_chunk)[0])
     g = torch.zeros_like(z0_hat)
     g[clip, :, frame] = torch.cat(g_latents, dim=2)[0].transpose(0, 1)
     return g, scores

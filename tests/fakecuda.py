@@ -235,7 +235,8 @@ def shrink() -> None:
 
     for name, family in list(model.FAMILIES.items()):
         unet = dataclasses.replace(family.unet, mult=(1,), res_blocks=1, attention_levels=())
-        vae, text = dataclasses.replace(family.vae, res_blocks=1), dataclasses.replace(family.text, layers=2)
+        vae = dataclasses.replace(family.vae, res_blocks=1, mult=(1, 2), patch=4)       # 8 pixels a latent
+        text = dataclasses.replace(family.text, layers=2)
         model.FAMILIES[name] = dataclasses.replace(family, unet=unet, vae=vae, text=text)
     for name, recipe in list(rewards.RECIPES.items()):
         if not name.startswith("shapes"):
@@ -385,25 +386,30 @@ def networks(family: str, method: str, dtype):
 
 
 def sampling(family: str, method: str, dtype: str, size: tuple[int, int] | None = None) -> dict:
-    """Two clips in one step, and (not the toy in half precision) in two; "copies": of the step between."""
+    """Two clips in two steps; "copies": those from the start of the second one on."""
     import model
     import turbo
 
     dtype = getattr(torch, dtype)
     models = networks(family, method, dtype)
     told, (T, H, W) = models.sampling, models.size[:1] + (size or models.size[1:])
-    copies = {}
-    for steps in (1,) if family == "shapes" and dtype != torch.float32 else (1, 2):
-        with counting() as copies[steps]:
-            z = turbo.generate(models, ["a red circle moving right"] * 2, [0, 1], (T, H, W),
-                               dataclasses.replace(told, steps=steps))
+    copies = []
+
+    def watched(timesteps):
+        for t in timesteps:
+            copies.append(WATCH.copies.copy())
+            yield t
+
+    z = turbo.generate(models, ["a red circle moving right"] * 2, [0, 1], (T, H, W),
+                       dataclasses.replace(told, steps=2), watched)
+    second = WATCH.copies - copies[1]
     if method == "teacher":                                     # and its undistilled jumps
         jumps = dataclasses.replace(told, steps=1, method="jumps")
         assert_on(turbo.generate(models, ["a red circle moving right"], [0], models.size, jumps), "cuda")
     assert_on(z, "cuda")
     assert z.dtype == torch.float32, z.dtype
     assert_on(model.to_clip(models.vae, z[:1], T), "cuda")
-    return {"copies": dict(copies[2] - copies[1])} if 2 in copies else {}
+    return {"copies": dict(second)}
 
 
 def reward(name: str, dtype: str) -> dict:
@@ -472,8 +478,8 @@ CASES = {
        for preset in ("shapes", "shapes-v2", *ALL)},
     **{f"train {preset} --lora 0": partial(training, preset, "--lora", "0", again=preset == "vcm-ms")
        for preset in ALL},
-    "train turbo-vc2 --offload": partial(training, "turbo-vc2", "--offload", again=True, show=True),
-    "train turbo-v2 --offload": partial(training, "turbo-v2", "--offload"),
+    "train turbo-vc2 --offload": partial(training, "turbo-vc2", "--offload", show=True),
+    "train turbo-v2 --offload": partial(training, "turbo-v2", "--offload", again=True),
     "train turbo-vc2 --lora 0 on 2 GPUs": partial(training, "turbo-vc2", "--lora", "0", gpus=2, again=True),
     **{f"prepare {preset}": partial(preparing, preset) for preset in ("turbo-v2", "shapes-v2")},
     **{f"sample {what} {dtype}": partial(sampling, *what.split(), dtype)
