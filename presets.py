@@ -64,7 +64,7 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"     # of the networks; losses, LoRA, EMA: float32
     checkpointing: bool = True      # recompute the UNet's activations in the backward pass
     offload: bool = False           # what a part of a step does not need waits in host memory: for small GPUs
-    chunk: Size = 2                 # frames whose decoder graph is held at a time; 0: all, and decoded only once
+    chunk: Size = 2                 # frames whose decoder graph is held at a time; 0: all, decoded once
     # keeping and watching
     workers: Size = 4               # processes that decode clips, per training process; at most one a core
     save_every: Count = 500         # steps between checkpoints
