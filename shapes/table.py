@@ -75,6 +75,11 @@ DIFFERENCES = [                         # compared clip by clip: (name, steps) m
     (("v2 disjoint", 4), ("T2V-Turbo-v2", 4)),
 ]
 
+COMPARED = {                            # heading: figure of a clip, of clips with so many things, its unit
+    "all right, points": ("all", (1, 2), 100), "motion, one thing": ("motion", (1,), 100),
+    "motion, two things": ("motion", (2,), 100), "travel, px": ("travel", (1, 2), 1),
+}
+
 PERCENT = {                             # a clip's verdicts, or a share of right clips: heading
     "colour": "colour", "shape": "shape", "motion": "motion", "motion one": "motion, one thing",
     "motion two": "motion, two things", "background": "background", "all": "all",
@@ -105,9 +110,10 @@ def make(config) -> list[dict]:
 
     differences = paired({(row.name, row.steps): stored.get(row)["clips"] for row in rows})
     if differences:
-        print("\n| same captions and seeds | clips | all right, difference in points (95 %) |\n|---|---|---|")
-    for text, count, mean, half in differences:
-        print(f"| {text} | {count} | {100 * mean:+.1f}{margin(half)} |")
+        titles = ["same captions and seeds", "clips", *COMPARED]
+        print("\n| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
+    for cells in differences:
+        print("| " + " | ".join(cells) + " |")
     return means
 
 
@@ -294,20 +300,27 @@ def line(mean: dict, spread: bool) -> str:
     return "| " + " | ".join(first + cells) + f" | {mean['seconds']:.3f} |"
 
 
-def margin(half: float) -> str:
-    """Half of a 95 % interval, in percent; nothing for a single clip."""
-    return "" if math.isnan(half) else f" ± {100 * half:.1f}"
+def margin(half: float, unit: float = 100) -> str:
+    """Half of a 95 % interval, in percent or another unit; nothing for a single clip."""
+    return "" if math.isnan(half) else f" ± {unit * half:.1f}"
 
 
-def paired(clips: dict[tuple[str, int], list[dict]]) -> list[tuple[str, int, float, float]]:
-    """(what, clips, mean, half of its 95 % interval) of right or wrong, clip by clip, of rows there are."""
+def paired(clips: dict[tuple[str, int], list[dict]]) -> list[list[str]]:
+    """What is compared, how many clips, and the mean difference of each of COMPARED, clip by clip, with its
+    95 % interval; of the rows that there are."""
     found = []
     for a, b in DIFFERENCES:
         if a not in clips or b not in clips:
             continue
-        right = {(clip["caption"], clip["seed"]): clip["all"] for clip in clips[b]}
-        gains = [clip["all"] - right[clip["caption"], clip["seed"]] for clip in clips[a]]
-        found.append((f"{a[0]} {a[1]} - {b[0]} {b[1]}", len(gains), *stats.mean_interval(gains)))
+        before = {(clip["caption"], clip["seed"]): clip for clip in clips[b]}
+        pairs = [(clip, before[clip["caption"], clip["seed"]]) for clip in clips[a]]
+        cells = [f"{a[0]} {a[1]} - {b[0]} {b[1]}", str(len(pairs))]
+        for key, things, unit in COMPARED.values():
+            gains = [new[key] - old[key] for new, old in pairs
+                     if new["things"] in things and new[key] is not None]
+            mean, half = stats.mean_interval(gains or [math.nan])
+            cells.append(f"{unit * mean:+.1f}{margin(half, unit)}" if gains else "-")
+        found.append(cells)
     return found
 
 
