@@ -61,7 +61,7 @@ class Config:
     chunk: Count | None = None          # frames that the VAE decodes at once [shapes: all, else 4]
     device: str = ""                    # cuda, cuda:1, cpu, mps [cuda if there]
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # networks' [cuda: bfloat16, else float32]
-    compile: bool = False               # torch.compile the UNet: slow first step, faster ones after it
+    compile: bool = False               # torch.compile the UNet's layers: slow first step, faster ones after it
     dry_run: bool = False               # vc2, ms: print what a clip would take; nothing is downloaded
 
 
@@ -213,7 +213,7 @@ def load_models(config: Config) -> Models:
         student = f"{name}-turbo" if student == "turbo" else student                  # the released one
         models = model.load(name, config.teacher, student, device, dtype, scale)
     if config.compile:
-        models.unet = torch.compile(models.unet)
+        model.compile_layers(models.unet)
     return models
 
 

@@ -27,6 +27,7 @@ from model import (
     UNetConfig,
     VAEConfig,
     attention,
+    compile_layers,
     frames_to_batch,
     guidance_embedding,
     layout,
@@ -35,6 +36,7 @@ from model import (
     tokens_to_pixels,
 )
 from plumbing.weights import DIFFUSERS, DIFFUSERS_VAE, VIDEOCRAFTER, fill, huggingface_text, rename
+from turbo import inject, lora_off
 
 SMALL = UNetConfig(channels=32, mult=(1, 2, 2, 2), head_dim=8, context_dim=24)
 TINY = replace(SMALL, mult=(1, 2), res_blocks=1, attention_levels=(0, 1), groups=8)
@@ -355,6 +357,28 @@ def test_compiles_without_a_graph_break():
             assert close(compiled(*INPUTS, w=w, fps=8), unet(*INPUTS, w=w, fps=8))
         maps, expected = (network.with_maps(*INPUTS, fps=8)[1] for network in (compiled, unet))
         assert len(maps) == 3 and all(map(torch.equal, maps, expected))     # run eagerly
+
+
+def test_layers_compile_without_a_graph_break():
+    """As sample.py --compile has them, in a training step: LoRA on and off, recomputed, under autocast."""
+    unet = original(replace(SMALL, mult=(1, 2), attention_levels=(0,), fps=True, guidance=True))
+    trained = inject(unet, 4)
+    for p in trained:
+        p.data = 0.1 * torch.randn_like(p)
+    unet.checkpointing, w = True, torch.tensor([7.0, 8.0])
+
+    def step():
+        """ε of the teacher and of the student, attention maps, and the student's gradient."""
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad(), lora_off(unet):
+                teacher = unet(*INPUTS, w=w, fps=8)
+            student = unet(*INPUTS, w=w, fps=8)
+        gradients = torch.autograd.grad(student.square().sum(), trained)
+        return [teacher, student.detach(), *unet.with_maps(*INPUTS, fps=8)[1], *gradients]
+
+    expected = step()
+    compile_layers(unet, fullgraph=True, backend="eager")                   # traces only, which can fail
+    assert all(map(torch.equal, step(), expected))
 
 
 def digest(shapes):

@@ -144,7 +144,7 @@ def test_the_toy_runs_in_half_precision(tmp_path, dtype):
     )["all"]
 
 
-def test_compile_captures_the_whole_unet_in_one_graph(tmp_path, monkeypatch):
+def test_compile_captures_every_layer_in_one_graph(tmp_path, monkeypatch):
     """All of --compile but the code made from the graph (it takes minutes on a CPU: see the slow test)."""
     run(PROMPT, "--latents", tmp_path / "eager.safetensors", "--out", tmp_path / "out.mp4")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
