@@ -61,7 +61,7 @@ class Config:
     chunk: Count | None = None          # frames that the VAE decodes at once [shapes: all, else 4]
     device: str = ""                    # cuda, cuda:1, cpu, mps [cuda if there]
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # networks' [cuda: bfloat16, else float32]
-    compile: bool = False               # torch.compile the UNet's layers: slow first step, faster ones after it
+    compile: bool = False               # torch.compile the UNet's layers: a slow first step, then faster
     dry_run: bool = False               # vc2, ms: print what a clip would take; nothing is downloaded
 
 

@@ -268,6 +268,8 @@ def training(preset: str, *options: str, gpus: int = 1, again: bool = False, sho
     argv = ["--preset", preset, "--batch", clips, "--micro", "1", "--chunk", "16", *options]
     if preset.endswith("v2") and preset != "turbo-vc2":
         argv += ["--reward-batch", clips]
+    if show:
+        argv += ["--grid", "2"]                             # and so sample clips of two steps
     with tempfile.TemporaryDirectory() as out:
         config = train.configure([*argv, "--out", out])
         group = processes(gpus) if gpus > 1 else Group()
