@@ -1,5 +1,10 @@
 """gpu.py is for machines with a GPU; here it runs with tiny networks on the CPU, so that it starts there."""
 import gpu
+import torch
+
+import shapes
+from plumbing import run
+from shapes import pretrain
 
 
 def test_the_program_for_gpus_runs(capsys):
@@ -21,3 +26,26 @@ def test_the_program_for_gpus_runs(capsys):
 def test_more_memory_than_simulated_is_a_failure():
     assert gpu.Row("x", 1.0, 1, peak=114, simulated=100).fits() and gpu.Row("x", 1.0, 1, peak=10 ** 9).fits()
     assert not gpu.Row("x", 1.0, 1, peak=116, simulated=100).fits()
+
+
+def test_pretraining_takes_the_gpu_of_its_process(tmp_path, monkeypatch):
+    """The second of torchrun's processes builds its networks for cuda:1, which is chosen before all else."""
+    for name in ("vae", "clip", "viclip"):
+        (tmp_path / f"{name}.safetensors").symlink_to(shapes.WEIGHTS / f"{name}.safetensors")
+    place = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    chosen, groups = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(run.dist, "rendezvous", lambda url: iter([(None, 1, 2)]))
+    monkeypatch.setattr(run.dist, "PrefixStore", lambda name, store: None)
+    monkeypatch.setattr(run.dist, "init_process_group", lambda backend, **options: groups.append(backend))
+    monkeypatch.setattr(run, "attempt", lambda store, rank, world: "name")
+    monkeypatch.setattr(run.Group, "leave", lambda group: None)
+    devices = []
+    monkeypatch.setattr(pretrain, "teacher", lambda config, group: devices.append(group.device))
+
+    pretrain.main(["--stage", "teacher", "--out", str(tmp_path)])
+    assert chosen == devices == [torch.device("cuda", 1)] and groups == ["nccl"]
