@@ -25,6 +25,7 @@ if TYPE_CHECKING:                       # imported where they are needed: --help
     from torch import Tensor
 
     from model import Models
+    from plumbing.dryrun import CountedParts
     from solver import Sampling
     from turbo import Reference
 
@@ -348,7 +349,7 @@ def write_latents(path: Path, latents: list[Tensor]) -> None:
 # ---- what a clip costs -------------------------------------------------------------------------------------
 
 
-def budget(config: Config) -> None:
+def budget(config: Config) -> CountedParts:
     """--dry-run: FLOP, bytes moved and memory of a clip, without the networks' files."""
     if config.model == "shapes":
         raise ValueError("--dry-run: the toy's clip takes seconds; this is for --model vc2 and --model ms")
@@ -388,7 +389,7 @@ def budget(config: Config) -> None:
     title = f"{config.model} {config.method}, {config.batch or 1} x {W}x{H}, {T} frames, {steps} steps"
     work = {"captions": captions, "one step": step, "decode": decode}
     work = {name: dryrun.Work(do, steps if name == "one step" else 1) for name, do in work.items()}
-    dryrun.report_clip(title, networks, dtype, work)
+    return dryrun.report_clip(title, networks, dtype, work)
 
 
 # ---- the command -------------------------------------------------------------------------------------------

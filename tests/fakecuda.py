@@ -10,6 +10,7 @@ Networks have their published widths and fewer blocks (`shrink`); --full keeps a
 """
 import argparse
 import collections
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -25,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 REWARDS = ("hpsv2", "pickscore", "clip", "imagereward", "viclip", "internvideo2")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -276,6 +278,7 @@ def training(preset: str, *options: str, gpus: int = 1, again: bool = False, sho
         trainer_class = train.CachedTrainer if train.is_v2(config) else train.Trainer
         models, terms = world(config, group)
         trainer = trainer_class(config, models, terms, group)
+        dryrun.pick_worst(terms)                        # frames, as the dry run does
         batch = dryrun.random_batch(config, models, 1)
         with counting() as copies:
             trainer.step(batch)
@@ -460,6 +463,49 @@ def gradient_across_devices() -> None:
 
 
 WATCH: Watch | None = None
+ATTENTION = F.scaled_dot_product_attention              # PyTorch's own
+
+
+def watched(case) -> dict:
+    """A case, and "peak": the most bytes that it held on the GPU."""
+    from plumbing.dryrun import LiveBytes
+
+    class OnTheGpu(LiveBytes):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **(kwargs or {}))
+            for x in tree_leaves(out):
+                if isinstance(x, torch.Tensor) and x.device.type == "cuda":
+                    self.add(x.untyped_storage())
+            return out
+
+    with OnTheGpu() as counter:
+        answer = case()
+    return answer | {"peak": counter.peak}
+
+
+def dry_run(command, argv: list[str]) -> int:
+    """The most bytes that a --dry-run simulates, with the networks that the cases have."""
+    F.scaled_dot_product_attention, fused = ATTENTION, F.scaled_dot_product_attention
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            return max(command(argv).peak.values())
+    finally:
+        F.scaled_dot_product_attention = fused
+
+
+def training_budget() -> int:
+    import train
+    argv = "--preset turbo-vc2 --lora 4 --batch 1 --micro 1 --chunk 16 --dry-run 0 --device cpu"
+    return dry_run(train.main, argv.split())
+
+
+def sampling_budget() -> int:
+    import sample
+    argv = "--model vc2 --dtype bfloat16 --batch 2 --chunk 16 --dry-run"
+    return dry_run(sample.main, ["a red circle moving right", *argv.split()])
+
+
+BUDGETS = {"train turbo-vc2 --lora 4": training_budget, "sample vc2 turbo bfloat16": sampling_budget}
 
 
 @contextmanager
@@ -495,13 +541,15 @@ WRONG = {"wrong: sum": add_across_devices, "wrong: index": index_on_the_gpu,
          "wrong: attention": attend_to_too_many}
 
 
-def run(case) -> dict:
+def run(name: str, case) -> dict:
     """{"error": one line and where, or None, "seconds", "in_networks": copies there, and what it answers}"""
     start = time.process_time()
     WATCH.in_networks.clear()
     try:
         with fake_gpu(WATCH):
-            answer = case()
+            answer = watched(case) if name in BUDGETS else case()
+        if name in BUDGETS:
+            answer["budget"] = BUDGETS[name]()
         error = None
     except Exception as problem:
         frames = traceback.extract_tb(problem.__traceback__)
@@ -542,7 +590,7 @@ def main() -> None:
     WATCH = Watch(args.project, (model.UNet3D, model.VAE, *reward_models))
     for name, case in (CASES | WRONG).items():
         if all(word in name for word in args.words):
-            print(json.dumps({"case": name} | run(case)), flush=True)
+            print(json.dumps({"case": name} | run(name, case)), flush=True)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,12 @@ def test_a_sampling_step_copies_only_its_noise(results, case):
     assert set(results[case].get("copies", {})) <= {"turbo.py: Noise.__call__"}
 
 
+@pytest.mark.parametrize("case", fakecuda.BUDGETS)
+def test_the_dry_run_tells_the_memory_of_a_gpu(results, case):
+    """The most bytes on the device, along the way, are those that --dry-run simulates on the CPU."""
+    assert 0.95 < results[case]["peak"] / results[case]["budget"] < 1.05
+
+
 def test_mixed_devices_are_found(results):
     """The fake device is no blind one: what each of these does fails on a GPU."""
     assert all(results[case]["error"] for case in fakecuda.WRONG)
