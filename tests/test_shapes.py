@@ -124,7 +124,7 @@ def test_what_people_type_is_understood(caption):
 def test_other_captions_get_a_hint(caption, complaint):
     with pytest.raises(ValueError, match=complaint) as error:
         grammar.understand(caption)
-    assert "--model vc2" in str(error.value) and "\n" not in str(error.value)
+    assert "the shapes world knows" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_networks_get_the_words_they_know():
