@@ -288,7 +288,7 @@ def test_processes_share_the_clips(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "args, complaint",
     [
-        (["a dog running"], "unknown word 'dog'"),
+        (["a dog running"], "real models: --model vc2"),
         ([], "give one prompt"),
         ([PROMPT, "--height", "70"], "height 70 is not a multiple of"),
         ([PROMPT, "--steps", "51"], "51 sampling steps"),
