@@ -12,7 +12,6 @@ from pathlib import Path
 import fakecuda
 import pytest
 
-pytestmark = pytest.mark.xdist_group("fakecuda")        # one process makes all results
 HERE = Path(__file__).parent
 SECONDS = 900                       # of processor time, for all cases together; they take one or two minutes
 

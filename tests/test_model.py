@@ -348,18 +348,6 @@ def test_layout_of_the_published_unets():
     assert f"middle_block  {text(middle)}\n" in table
 
 
-def test_compiles_without_a_graph_break():
-    unet = original(replace(SMALL, mult=(1, 2), attention_levels=(0,), fps=True, guidance=True))
-    compiled = torch.compile(unet, fullgraph=True, backend="eager")  # traces only, which is what can fail
-    with torch.no_grad():
-        w = torch.tensor([7.0, 8.0])
-        assert close(compiled(*INPUTS, w=w, fps=8), unet(*INPUTS, w=w, fps=8))
-        with torch.autocast("cpu", torch.bfloat16):
-            assert close(compiled(*INPUTS, w=w, fps=8), unet(*INPUTS, w=w, fps=8))
-        maps, expected = (network.with_maps(*INPUTS, fps=8)[1] for network in (compiled, unet))
-        assert len(maps) == 3 and all(map(torch.equal, maps, expected))     # run eagerly
-
-
 def test_layers_compile_without_a_graph_break():
     """As sample.py --compile has them, in a training step: LoRA on and off, recomputed, under autocast."""
     unet = original(replace(SMALL, mult=(1, 2), attention_levels=(0,), fps=True, guidance=True))
