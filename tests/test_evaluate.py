@@ -300,12 +300,7 @@ def test_the_page_in_a_browser(folders, tmp_path):
         text = page.run("document.body.innerText")
         assert "vcm" not in text and "turbo" not in text
 
-        # The clips play in step, and again from the start.
-        page.wait("videos.every(v => v.readyState === 4 && v.currentTime > 0.1)")
-        page.run("window.starts = 0; videos[0].addEventListener('seeked', () => starts++)")
-        page.wait("starts >= 2")
-        times = [page.run("videos.map(v => v.currentTime)") for _ in range(11)]
-        assert sorted(abs(left - right) for left, right in times)[5] < 0.07
+        plays_in_step(page)
 
         # Keys; the next pair comes after the third answer.
         for key in ("ArrowLeft", "ArrowRight"):
@@ -347,6 +342,15 @@ def test_the_page_in_a_browser(folders, tmp_path):
     assert votes[0].answers == (left[0], "same", left[0])
     assert votes[1].answers == (other[left[1]], "same", left[1])
     assert {vote.judge for vote in votes} == {"ann"} and votes[0].names == ("vcm", "turbo")
+
+
+def plays_in_step(page):
+    """Both clips play together, and again from the start."""
+    page.wait("videos.every(v => v.readyState === 4 && v.currentTime > 0.1)")
+    page.run("window.starts = 0; videos[0].addEventListener('seeked', () => starts++)")
+    page.wait("starts >= 2")
+    times = [page.run("videos.map(v => v.currentTime)") for _ in range(11)]
+    assert sorted(abs(left - right) for left, right in times)[5] < 0.07
 
 
 def wait_for(find):

@@ -726,6 +726,24 @@ def filler(shapes):
     return state
 
 
+def write_diffusers(folder):
+    """ModelScopeT2V as diffusers keep it."""
+    with torch.device("meta"):
+        unet, text = diffusers.UNet3DConditionModel(attention_head_dim=64), transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23,
+                                        num_attention_heads=16, hidden_act="gelu"))
+        auto = diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4)
+    for name, model, stem in (
+        ("unet", unet, "diffusion_pytorch_model"),
+        ("vae", auto, "diffusion_pytorch_model"),
+        ("text_encoder", text, "model"),
+    ):
+        (folder / name).mkdir()
+        safetensors.torch.save_file(filler(shapes_of(model)), folder / name / f"{stem}.fp16.safetensors")
+
+
 def write_full_size(layout, folder):
     """A public layout in full size; the names come from the libraries that wrote the public files."""
     with torch.device("meta"):
@@ -733,20 +751,7 @@ def write_full_size(layout, folder):
                                          dict(width=1024, layers=24, heads=16)))
         auto = {"first_stage_model." + key: shape for key, shape in shapes_of(VAE()).items()}
     if layout == "ms-diffusers":
-        with torch.device("meta"):
-            unet, text = diffusers.UNet3DConditionModel(attention_head_dim=64), transformers.CLIPTextModel(
-                transformers.CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23,
-                                            num_attention_heads=16, hidden_act="gelu"))
-            auto = diffusers.AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-                block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4)
-        for name, model, stem in (
-            ("unet", unet, "diffusion_pytorch_model"),
-            ("vae", auto, "diffusion_pytorch_model"),
-            ("text_encoder", text, "model"),
-        ):
-            (folder / name).mkdir()
-            safetensors.torch.save_file(filler(shapes_of(model)), folder / name / f"{stem}.fp16.safetensors")
+        write_diffusers(folder)
     elif layout == "ms-original":
         unet = {re.sub(r"^init_attn\.0", "input_blocks.0.1", key).replace(".0.op.", ".op."): shape
                 for key, shape in original_shapes(replace(VC2, fps=False)).items()}
