@@ -65,6 +65,7 @@ ROWS += [Row(name, student, "student", steps) for name, student in
 DIFFERENCES = [                         # compared clip by clip: (name, steps) minus (name, steps)
     (("T2V-Turbo", 4), ("VCM", 4)),
     (("T2V-Turbo", 4), ("teacher DDIM", 50)),
+    (("VCM", 4), ("teacher DDIM", 50)),
     (("T2V-Turbo", 1), ("VCM", 1)),
     (("T2V-Turbo", 8), ("teacher DDIM", 50)),
     (("T2V-Turbo-v2", 4), ("v2 without motion guidance", 4)),
