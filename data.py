@@ -284,6 +284,7 @@ class CacheWriter:
         return range(shard * PER_SHARD, min((shard + 1) * PER_SHARD, self.clips))
 
     def is_whole(self, shard: int) -> bool:
+        """Is the shard there, of this stamp, and can every tensor of it be read?"""
         path = shard_path(self.folder, shard)
         try:
             notes = read_notes(path)

@@ -179,6 +179,7 @@ def check_quotes(path: str, first: int, last: int, fields: list[str]) -> None:
 
 
 def csv_row(path: str, line: int, columns: list[str], fields: list[str]) -> Row:
+    """One row of a manifest; what is wrong with it stands in its `problem`."""
     row, problem = dict(zip(columns, fields)), ""
     clip = row.get("path", "").lstrip("\ufeff")
     if len(fields) > len(columns):

@@ -229,6 +229,8 @@ def pair(members: list[tarfile.TarInfo]) -> Iterator[dict[int, tarfile.TarInfo]]
 
 
 def to_row(file: BinaryIO, clip: dict[int, tarfile.TarInfo]) -> list[int]:
+    """A clip's row of the index: where its name stands, a checksum of its members' headers, and where video,
+    text and JSON are and how large (-1, 0: none)."""
     named = clip[VIDEO] if VIDEO in clip else clip[TEXT]
     checksum, places = 0, []
     for kind in (VIDEO, TEXT, MORE):

@@ -283,6 +283,7 @@ def write_gif(path: str, clip: Tensor, fps: Fraction) -> None:
 
 
 def write_png(folder: Path, clip: Tensor) -> None:
+    """A folder of frames, 0000.png and on; numbered frames of an earlier clip in it are deleted."""
     from PIL import Image
 
     try:

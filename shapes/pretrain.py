@@ -479,6 +479,7 @@ def check_out(config: Config) -> None:
 
 @cli.main
 def main(argv=None):
+    """Trains the stage of --stage, or all of them, and leaves weights, log and checkpoint in --out."""
     argv = sys.argv[1:] if argv is None else argv
     config = cli.parse(Config, argv, __doc__)
     if cli.place()[1] > 1 and config.stage != "teacher":
