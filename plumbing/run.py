@@ -249,6 +249,8 @@ class Offload:
     def __call__(self, *owners, then: Sequence = ()):
         """The owners' tensors are on the device within the block. then: who is at work next."""
         owners = [owner for owner in dict.fromkeys(owners) if owner in self.waiting]
+
+        # bring in the owners' tensors, wait for them, and start on the next ones'
         for owner in owners:
             self.fetch(owner)
         if self.stream:
@@ -260,6 +262,7 @@ class Offload:
 
         yield
 
+        # put the waiting tensors back in their places; moments have changed and are copied first
         for owner in owners:
             places, waiting = self.waiting[owner]
             if owner in self.changing:
