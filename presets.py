@@ -58,6 +58,7 @@ class Config:
     steps: Count = 10000            # paper, Sec. 4: 10K
     batch: Count = 8                # clips per step, all processes together; paper, Sec. 4: 1 per GPU
     micro: Count = 1                # clips per forward pass of a process: memory against speed
+    sums: Count = 1                 # of the gradient, per process: one process with 2 adds as two do
     lr: Annotated[float, Within(0, 1, above=True)] = 1e-5  # of AdamW (0.9, 0.999), constant; paper, Sec. 4
     lora: Size = 64                 # rank; paper: 64 (VC2); released weights: 32 (MS); 0: train all weights
     clip: Positive = 1.0            # largest gradient norm; released code
@@ -97,8 +98,8 @@ PRESETS = {
 PATHS = {"teacher", "data", "reward", "out", "resume", "device"}   # of this machine, not of the student
 PREPARING = {"prepare", "reward_data", "prepare_clips", "draws", "inversion_steps"}
 MAY_CHANGE = PATHS | PREPARING | {                                  # when a run is resumed; nothing else may
-    "dry_run", "steps", "micro", "lr", "checkpointing", "offload", "chunk", "workers", "save_every", "keep",
-    "sample_every", "prompt", "guidance", "merge", "export_lora"}
+    "dry_run", "steps", "micro", "sums", "lr", "checkpointing", "offload", "chunk", "workers", "save_every",
+    "keep", "sample_every", "prompt", "guidance", "merge", "export_lora"}
 
 
 def is_toy(config: Config) -> bool:
@@ -186,6 +187,7 @@ def check_effect(config: Config, given: set[str]) -> None:
         ("resume", config.dry_run is None, "training; --dry-run begins anew"),
         ("ema", not is_v2(config), "--preset turbo-vc2 and the like; v2's target is the student itself"),
         ("offload", not config.prepare, "training"),
+        ("sums", not config.prepare and config.dry_run is None, "training"),
         ("resume", not config.prepare, "training; preparing goes on by itself"),
     )
     v2_only = PREPARING | {"motion", "motion_share", "released_motion", "reward_batch", "rewards_on"}

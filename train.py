@@ -95,10 +95,12 @@ class Trainer:
         """to_host: brings a step's sums to the CPU; a simulation has its own, as its tensors are empty."""
         for option in ["batch", "reward_batch"] if is_v2(config) else ["batch"]:
             clips = getattr(config, option)
-            if clips % group.world:
-                up = math.ceil(clips / group.world) * group.world
-                raise ValueError(f"a batch of {clips} clips cannot be split over {group.world} processes; "
-                                 f"try {cli.flag_of(option)} {up}")
+            parts_of_batch = group.world * config.sums
+            if clips % parts_of_batch:
+                up = math.ceil(clips / parts_of_batch) * parts_of_batch
+                sums = f" with --sums {config.sums}" * (config.sums > 1)
+                raise ValueError(f"a batch of {clips} clips cannot be split over {group.world} processes{sums}"
+                                 f"; try {cli.flag_of(option)} {up}")
         self.config, self.models, self.terms, self.group = config, models, terms, group
         self.parts, self.to_host = parts or Parts(group.device), to_host
         self.schedule = Schedule(config.grid, group.device)
@@ -164,8 +166,14 @@ class Trainer:
 
     def step(self, batch: dict) -> dict[str, float]:
         """One step on this process's clips of a batch -> its record in the log, the same on all processes."""
+        # the gradient of its clips; each part of --sums adds up by itself, as on a process of its own
         self.gradient.zero_()
         metrics = self.gradients(batch)
+        for part in range(1, self.config.sums):
+            others = self.gradient.clone()
+            self.gradient.zero_()
+            metrics = metrics + self.gradients(batch, part)
+            self.gradient += others
 
         # sums over all processes
         with self.parts("update"):
@@ -181,19 +189,21 @@ class Trainer:
         record["clips_skipped"] = self.clips_skipped + int(record["clips_skipped"])
         return record | {"lr": self.config.lr, "steps_skipped": self.skipped}
 
-    def gradients(self, batch: dict) -> Tensor:
-        """The gradient of this process's clips -> their share of the metrics: loss, L_CD, rewards."""
+    def gradients(self, batch: dict, part: int = 0) -> Tensor:
+        """The gradient of one part of --sums of this process's clips -> its share of the metrics: loss, L_CD,
+        rewards."""
         metrics = 0
-        for micro_batch, positions in self.micro_batches(batch, self.config.batch):
+        for micro_batch, positions in self.micro_batches(batch, self.config.batch, part):
             metrics = metrics + self.accumulate(micro_batch, positions)
         return metrics
 
-    def micro_batches(self, batch: dict, total: int) -> Iterator[tuple[dict, range]]:
+    def micro_batches(self, batch: dict, total: int, part: int = 0) -> Iterator[tuple[dict, range]]:
         """A few clips at a time, with their places in the run. total: clips of a step on all processes."""
-        n, micro = total // self.group.world, self.config.micro
-        first = (self.done * self.group.world + self.group.rank) * n
-        for start in range(0, n, micro):
-            end = min(start + micro, n)
+        own = total // self.group.world
+        first = (self.done * self.group.world + self.group.rank) * own
+        n, micro = own // self.config.sums, self.config.micro
+        for start in range(part * n, (part + 1) * n, micro):
+            end = min(start + micro, (part + 1) * n)
             micro_batch = {name: values[start:end] for name, values in batch.items() if name != "bad"}
             yield micro_batch, range(first + start, first + end)
 
@@ -290,14 +300,13 @@ class CachedTrainer(Trainer):
     A batch is {"distill": samples of the cache, "rewards": others of them, "bad": as in every batch}.
     """
 
-    def gradients(self, batch: dict) -> Tensor:
-        """The gradient of this process's clips -> their share of the metrics: loss, L_CD, rewards."""
+    def gradients(self, batch: dict, part: int = 0) -> Tensor:
         config, metrics = self.config, 0
         with self.offload(self.student):
-            for samples, positions in self.micro_batches(batch["distill"], config.batch):
+            for samples, positions in self.micro_batches(batch["distill"], config.batch, part):
                 metrics = metrics + self.distill(samples, positions)
         if self.terms:
-            for samples, positions in self.micro_batches(batch["rewards"], config.reward_batch):
+            for samples, positions in self.micro_batches(batch["rewards"], config.reward_batch, part):
                 metrics = metrics + self.reward(samples, positions)
         return metrics
 

@@ -293,7 +293,8 @@ class FlatAdamW:
             p.data = weight.copy_(p.detach())
             p.grad = grad
 
-        self.bounds = [size * rank // group.world for rank in range(group.world + 1)]
+        # in whole cache lines: AdamW rounds the last few weights of a share in another way than the others
+        self.bounds = [size * rank // group.world // 16 * 16 for rank in range(group.world)] + [size]
         self.start, self.end = self.bounds[group.rank:group.rank + 2]
         self.mine = nn.Parameter(self.weights[self.start:self.end])             # the same memory
         self.mine.grad = self.gradient[self.start:self.end]

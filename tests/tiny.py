@@ -19,6 +19,7 @@ import data
 import model
 import train
 from plumbing.folder import checkpoints
+from plumbing.run import FlatAdamW
 
 # runs are forked here, which neither CUDA nor the threads of autograd survive;
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -129,6 +130,12 @@ def start(out, *argv, world=1, before=None):
     return processes
 
 
+def unsharded(rank):
+    """For `before`: each process holds all moments and updates all weights, as one process would."""
+    alone = SimpleNamespace(rank=0, world=1, share=lambda x, owner: None)
+    train.FlatAdamW = lambda params, group, *rest: FlatAdamW(params, alone, *rest)
+
+
 def finish(processes):
     """Exit codes; a run of which one process fails is ended as torchrun ends it."""
     while any(process.is_alive() for process in processes):
@@ -171,9 +178,9 @@ def log(out):
 def same(a, b, near=None):
     """Are two checkpoints, or parts of them, equal bit by bit; or within `near`?"""
     if isinstance(a, dict):
-        differ = ("out", "resume", "steps", "micro")
+        differ = ("out", "resume", "steps", "micro", "sums")
         return a.keys() == b.keys() and all(same(a[key], b[key], near) for key in a if key not in differ)
-    if isinstance(a, list):
+    if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(same(x, y, near) for x, y in zip(a, b, strict=True))
     if isinstance(a, torch.Tensor):
         if near is None:
