@@ -95,12 +95,12 @@ class Trainer:
         """to_host: brings a step's sums to the CPU; a simulation has its own, as its tensors are empty."""
         for option in ["batch", "reward_batch"] if is_v2(config) else ["batch"]:
             clips = getattr(config, option)
-            parts_of_batch = group.world * config.sums
-            if clips % parts_of_batch:
-                up = math.ceil(clips / parts_of_batch) * parts_of_batch
+            split = group.world * config.sums
+            if clips % split:
+                up = math.ceil(clips / split) * split
                 sums = f" with --sums {config.sums}" * (config.sums > 1)
-                raise ValueError(f"a batch of {clips} clips cannot be split over {group.world} processes{sums}"
-                                 f"; try {cli.flag_of(option)} {up}")
+                raise ValueError(f"a batch of {clips} clips cannot be split over {group.world} processes"
+                                 f"{sums}; try {cli.flag_of(option)} {up}")
         self.config, self.models, self.terms, self.group = config, models, terms, group
         self.parts, self.to_host = parts or Parts(group.device), to_host
         self.schedule = Schedule(config.grid, group.device)
