@@ -7,6 +7,7 @@ import time
 from datetime import timedelta
 from functools import partial
 
+import motion
 import pytest
 import torch
 from tiny import Clips, configure, die, last, log, networks, run, same, start, unsharded
@@ -326,3 +327,17 @@ def test_preparing_by_its_command(tmp_path, capsys, monkeypatch):
     assert "24 samples of 6 clips, 12 of them with rewards" in capsys.readouterr().out
     header = json.loads((tmp_path / "c" / "header.json").read_text())
     assert header["grid"] == 8 and header["inversion_steps"] == 5
+
+
+def test_the_motion_gradient_by_its_program(capsys):
+    """tests/motion.py in little: all cells are there; an inversion agrees with itself and not with a coarser
+    one."""
+    few = ["--clips", "1", "--grid", "2"]
+    motion.main([*few, "--inversion-steps", "1", "--motion", "0.5"])
+    titles, _, row, *_, travel = capsys.readouterr().out.splitlines()
+    assert row.startswith("| 999 | ") and row.count("|") == titles.count("|") == 11
+    assert travel.startswith("Things go ")
+
+    motion.main([*few, "--inversion-steps", "2", "--coarser", "2", "--coarser", "1"])
+    row = capsys.readouterr().out.splitlines()[2]
+    assert row.startswith("| 999 | +1.000 ± nan, 1.00, 0% | ") and row.count("1.00, 0%") == 1
