@@ -116,6 +116,16 @@ def zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
+class SiLU(nn.Module):
+    """x sigmoid(x), in place where no graph is recorded: what comes before it, a norm, made x for it alone."""
+
+    def forward(self, x):
+        return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+silu = SiLU()
+
+
 class FrameConv(nn.Module):
     """3x3 convolution of every frame, which may halve (stride 2) or first double H and W."""
 
@@ -131,6 +141,20 @@ class FrameConv(nn.Module):
         return batch_to_frames(self.conv(x), B)
 
 
+class TimeConv(nn.Conv3d):
+    """Convolution along T. On a CPU as an image convolution over (T, H*W), with the same result.
+
+    On one thread torch takes a 3x1x1 kernel, by its last two sizes, for pointwise, and runs it through copies
+    of its input (im2col): at half the speed, and not channels-last.
+    """
+
+    def forward(self, x):
+        if x.device.type != "cpu":
+            return super().forward(x)
+        h = F.conv2d(x.flatten(3), self.weight.flatten(3), self.bias, padding=self.padding[:2])
+        return h.unflatten(3, x.shape[3:])
+
+
 class TemporalConv(nn.Module):
     """Four convolutions over three frames each, residual; normalised over all frames together."""
 
@@ -138,8 +162,8 @@ class TemporalConv(nn.Module):
         super().__init__()
 
         def layer(*between):
-            return nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), *between,
-                                 nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0)))
+            return nn.Sequential(nn.GroupNorm(groups, channels), SiLU(), *between,
+                                 TimeConv(channels, channels, (3, 1, 1), padding=(1, 0, 0)))
 
         self.conv1 = layer()
         # nn.Identity is where the teachers had dropout: the convolution keeps its public name, conv2.3
@@ -165,9 +189,9 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb, c):
         """x (B, Cin, T, H, W), emb (B, 1 or T, 4 channels) -> (B, Cout, T, H, W); c is for Transformers."""
-        h = per_frame(lambda x: self.conv1(F.silu(self.norm1(x))), x)
+        h = per_frame(lambda x: self.conv1(silu(self.norm1(x))), x)
         h = h + self.emb(emb).transpose(1, 2)[..., None, None]
-        h = per_frame(lambda h: self.conv2(F.silu(self.norm2(h))), h)
+        h = per_frame(lambda h: self.conv2(silu(self.norm2(h))), h)
         return self.temporal(per_frame(self.skip, x) + h)
 
 
@@ -226,7 +250,11 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """Feed-forward layer, four times as wide inside, whose one half gates the other (Shazeer, 2020)."""
+    """Feed-forward layer, four times as wide inside, whose one half gates the other (Shazeer, 2020).
+
+    Where no graph is recorded it takes some tokens at a time: what is inside would be the most that is held.
+    """
+    tokens = 4096
 
     def __init__(self, width: int):
         super().__init__()
@@ -234,6 +262,11 @@ class GEGLU(nn.Module):
         self.out = nn.Linear(4 * width, width)
 
     def forward(self, x):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.gated(x)
+        return torch.cat([self.gated(part) for part in x.split(self.tokens, dim=1)], dim=1)
+
+    def gated(self, x):
         value, gate = self.proj(x).chunk(2, dim=-1)
         return self.out(value * F.gelu(gate))
 
@@ -366,7 +399,7 @@ class UNet3D(nn.Module):
         self.init_attn = Block(self.transformer("time", width, config.init_heads))
         self.middle_block = middle
         self.output_blocks = nn.ModuleList(up)
-        self.out = nn.Sequential(nn.GroupNorm(config.groups, width * config.mult[0]), nn.SiLU(),
+        self.out = nn.Sequential(nn.GroupNorm(config.groups, width * config.mult[0]), SiLU(),
                                  zero(nn.Conv2d(width * config.mult[0], config.in_channels, 3, padding=1)))
         channels_last(self)
 
@@ -407,7 +440,8 @@ class UNet3D(nn.Module):
             skips.append(h)
         h = self.run(self.middle_block, h, emb, c)
         for block in self.output_blocks:
-            h = self.run(block, torch.cat([h, skips.pop()], dim=1), emb, c)
+            h = torch.cat([h, skips.pop()], dim=1)
+            h = self.run(block, h, emb, c)
         return per_frame(self.last, h).to(z.dtype)
 
     def embed(self, z, t, c, w, fps, motion):
@@ -530,8 +564,10 @@ class VAEResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(silu(self.norm1(x)))
+        h = silu(self.norm2(h))
+        h = self.conv2(h)
+        return self.nin_shortcut(x) + h
 
 
 class VAEAttention(nn.Module):
@@ -594,7 +630,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for layer in (*self.down, self.mid):
             h = layer(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
@@ -618,7 +654,7 @@ class Decoder(nn.Module):
         h = self.conv_in(z)
         for layer in (self.mid, *reversed(self.up)):
             h = layer(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(silu(self.norm_out(h)))
 
 
 class VAE(nn.Module):
@@ -886,7 +922,7 @@ def lora_shapes(config: UNetConfig) -> weights.Shapes:
     with weights.without_memory():
         unet = getattr(config, "network", UNet3D)(config)               # the toy's is its own
     takes_lora = (nn.Linear, nn.Conv2d, nn.Conv3d)
-    return {name: m.weight.shape for name, m in unet.named_modules() if type(m) in takes_lora}
+    return {name: m.weight.shape for name, m in unet.named_modules() if isinstance(m, takes_lora)}
 
 
 def layout_of(config: UNetConfig) -> str:

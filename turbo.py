@@ -471,7 +471,7 @@ def inject(unet: nn.Module, rank: int, skip: tuple[str, ...] = ()) -> list[nn.Pa
     """
     unet.requires_grad_(False)
     for name, module in list(unet.named_modules()):
-        if type(module) in (nn.Linear, nn.Conv2d, nn.Conv3d) and name not in skip:
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) and name not in skip:
             parent, _, child = name.rpartition(".")
             setattr(unet.get_submodule(parent), child, LoRA(module, rank))
     return [p for p in unet.parameters() if p.requires_grad]
