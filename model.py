@@ -117,7 +117,7 @@ def zero(layer: nn.Module) -> nn.Module:
 
 
 class SiLU(nn.Module):
-    """x sigmoid(x), in place where no graph is recorded: what comes before it, a norm, made x for it alone."""
+    """x sigmoid(x), in place where no graph is recorded: the norm before it made x for it alone."""
 
     def forward(self, x):
         return F.silu(x, inplace=not torch.is_grad_enabled())
@@ -651,9 +651,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], 3 * config.patch ** 2, 3, padding=1)
 
     def forward(self, z):
-        h = self.conv_in(z)
-        for layer in (self.mid, *reversed(self.up)):
-            h = layer(h)
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            for layer in (*level.block, *level[1:]):        # one by one: nobody holds the level's input
+                h = layer(h)
         return self.conv_out(silu(self.norm_out(h)))
 
 

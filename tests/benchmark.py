@@ -2,34 +2,42 @@
 
     python tests/benchmark.py                       # one UNet pass and one decoded clip, 16 frames of 256x256
     python tests/benchmark.py --what unet --size 320 512 --dtype bfloat16 --compile
+    python tests/benchmark.py --what unet --table   # seconds and FLOP/s of our pass, by kind of operation
+    python tests/benchmark.py --what processes      # the toy's training step on two processes, and on one
 
 Every measurement is a process of its own, so that its memory is its own: resident on a CPU, allocated on a
 GPU. On a CPU the ratio is that of processor time, which a busy machine distorts less. `floor` is how many
 times longer a pass takes than its FLOP (counted on fake tensors) at the rate of a large matrix product in the
-same process; `activations` is the peak less what was held before the pass.
+same process; `activations` is the peak less what was held before the pass, `tensors` the part of it that is
+tensors (counted on fake ones, too: without what kernels take for themselves).
 """
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import MODELSCOPE, VAE, UNet3D, channels_last  # noqa: E402
-from plumbing.dryrun import simulation  # noqa: E402
+from plumbing.dryrun import build, simulation  # noqa: E402
 
-RATIOS = {"time": "busy", "memory": "peak", "activations": "activations"}
+RATIOS = {"time": "busy", "memory": "peak", "activations": "activations", "tensors": "tensors"}
+KINDS = {"convolution": "convolution", "mm": "linear", "attention": "attention", "norm": "norm"}
 
 
 def options():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--what", nargs="+", choices=["unet", "vae"], default=["unet", "vae"])
+    parser.add_argument("--what", nargs="+", choices=["unet", "vae", "processes"], default=["unet", "vae"])
     parser.add_argument("--size", nargs=2, type=int, default=[256, 256], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--chunk", type=int, default=1, help="frames decoded at once")
@@ -37,6 +45,8 @@ def options():
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
     parser.add_argument("--compile", action="store_true", help="ours with torch.compile, too")
+    parser.add_argument("--table", action="store_true", help="only ours, by kind of operation")
+    parser.add_argument("--batch", type=int, default=8, help="clips per step of two processes, or of one")
     parser.add_argument("--one", help=argparse.SUPPRESS)    # measure this one, in this process
     return parser.parse_args()
 
@@ -71,12 +81,41 @@ def one_pass(net, which, what, args):
 
 
 @torch.no_grad()
-def count(what, args) -> int:
-    """FLOP of our pass."""
+def count(which, what, args) -> tuple[int, int]:
+    """FLOP of a pass, and bytes of the tensors that it holds at its peak."""
+    simulated = argparse.Namespace(**vars(args) | dict(device="cpu"))
     with simulation() as counter:
-        simulated = argparse.Namespace(**vars(args) | dict(device="cpu", dtype="float32"))
-        one_pass(network("ours", what, "cpu"), "ours", what, simulated)()
-    return counter.flops
+        with build("cpu", getattr(torch, args.dtype)):
+            net = network(which, what, "cpu")
+        run = one_pass(net, which, what, simulated)
+        before = counter.reset()
+        run()
+    return counter.flops, counter.peak - before
+
+
+class Kinds(TorchDispatchMode):
+    """Seconds and FLOP by kind of operation, on a CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds, self.flops = Counter(), Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name, kwargs = op.overloadpacket.__name__, kwargs or {}
+        kind = next((kind for part, kind in KINDS.items() if part in name), "rest")
+        if kind == "convolution":
+            kind += " " + "x".join(str(n) for n in args[1].shape[2:])
+        start = time.process_time()
+        out = op(*args, **kwargs)
+        self.seconds[kind] += time.process_time() - start
+        if op.overloadpacket in flop_registry:
+            self.flops[kind] += flop_registry[op.overloadpacket](*args, **kwargs, out_val=out)
+        return out
+
+    def show(self, rate: float) -> None:
+        for kind, seconds in self.seconds.most_common():
+            share = f"{self.flops[kind] / seconds / rate:6.0%} of a product's rate" * bool(self.flops[kind])
+            print(f"  {kind:20}{seconds:8.2f} s{self.flops[kind] / 1e12:8.3f} TFLOP{share}")
 
 
 def product_rate(args) -> float:
@@ -108,9 +147,8 @@ def held(args) -> float:
     return pages * resource.getpagesize() / 2 ** 30
 
 
-@torch.no_grad()
-def measure(which, what, args):
-    """{"seconds", "busy" (of the processor), "peak", "activations" (GiB) of a pass, "rate" of a product}"""
+def prepare(which, what, args):
+    """A pass with random weights, ready to run."""
     torch.manual_seed(0)
     net = network(which, what).to(getattr(torch, args.dtype)).to_empty(device=args.device).eval()
     for p in net.parameters():
@@ -119,7 +157,13 @@ def measure(which, what, args):
         channels_last(net)
     if which == "compiled":
         net = torch.compile(net)
-    run, wait = one_pass(net, which, what, args), clocks(args)[0]
+    return one_pass(net, which, what, args)
+
+
+@torch.no_grad()
+def measure(which, what, args):
+    """{"seconds", "busy" (of the processor), "peak", "activations" (GiB) of a pass, "rate" of a product}"""
+    run, wait = prepare(which, what, args), clocks(args)[0]
     rate, before = product_rate(args), held(args)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -136,24 +180,90 @@ def measure(which, what, args):
                 activations=peak - before)
 
 
+@torch.no_grad()
+def table(what, args) -> None:
+    """Prints where our pass spends its time."""
+    run, rate = prepare("ours", what, args), product_rate(args)
+    with Kinds() as kinds:
+        run()
+    rate = (rate + product_rate(args)) / 2                  # before and after: a busy machine changes it
+    seconds, flops = sum(kinds.seconds.values()), sum(kinds.flops.values())
+    print(f"{what}: {seconds:.1f} s, floor x{seconds * rate / flops:.2f} of {rate / 1e9:.0f} GFLOP/s")
+    kinds.show(rate)
+
+
+# ---- several processes -------------------------------------------------------------------------------------
+
+
+def train_steps(batch: int) -> dict:
+    """Of the toy, by this process or with the others that torchrun started -> what each step took."""
+    import train
+    from plumbing.run import Group
+
+    sent = Counter()
+
+    def counted(method, name):
+        def call(group, x, *args):
+            sent[name] += x.nbytes * (group.world > 1)
+            return method(group, x, *args)
+        return call
+
+    Group.sum, Group.share = counted(Group.sum, "summed"), counted(Group.share, "shared")
+    torch.set_num_threads(1)
+    start, steps = time.process_time(), 3
+    parts = train.main(["--preset", "shapes", "--dry-run", str(steps), "--batch", str(batch),
+                        "--micro", str(batch), "--device", "cpu"])
+    return dict(seconds=sum(parts.seconds.values()) / steps, busy=time.process_time() - start,
+                **{name: n / (1 + steps) for name, n in sent.items()})
+
+
+def processes(args) -> None:
+    """Prints a step of `--batch` clips on one process, and on two that talk by gloo, a thread each."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    for n in (1, 2):
+        command = torchrun + [f"--nproc_per_node={n}", __file__, "--what", "processes", "--one", "train",
+                              "--batch", str(args.batch)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        result = json.loads(done.stdout.splitlines()[-1])
+        print(f"{n} process{'es' * (n > 1)}, {args.batch} clips a step: {args.batch / result['seconds']:.2f} "
+              f"clips per second; a process and step: {result['busy']:.2f} s of processor, "
+              f"{result['summed'] / 1e6:.2f} MB summed, {result['shared'] / 1e6:.2f} MB shared", flush=True)
+
+
 def main():
     args = options()
+    if args.one == "train":
+        result = train_steps(args.batch)
+        if os.environ["RANK"] == "0":
+            print(json.dumps(result))
+        return
     if args.one:
         return print(json.dumps(measure(*args.one.split(":"), args)))
     print(f"{args.frames} frames of {args.size[0]}x{args.size[1]}, {args.dtype} on {args.device}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for what in args.what:
-        base, flops = None, count(what, args)
-        print(f"{what}: {flops / 1e12:.2f} TFLOP a pass")
-        for which in ["diffusers", "ours"] + ["compiled"] * args.compile:
-            done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", f"{which}:{what}"],
-                                  stdout=subprocess.PIPE, text=True, check=True)
-            result = json.loads(done.stdout.splitlines()[-1])
-            base = base or result
-            print(f"{what:5}{which:10}{1000 * result['seconds']:10.0f} ms{result['peak']:8.2f} GiB"
-                  + "".join(f"   {name} x{result[key] / base[key]:.2f}" for name, key in RATIOS.items())
-                  + f"   floor x{result['busy'] * result['rate'] / flops:.2f}"
-                  f" of {result['rate'] / 1e9:.0f} GFLOP/s", flush=True)
+        if what == "processes":
+            processes(args)
+        elif args.table:
+            table(what, args)
+        else:
+            compare(what, args)
+
+
+def compare(what, args) -> None:
+    """Prints a pass of diffusers' and of our network."""
+    base, flops = None, count("ours", what, args)[0]
+    print(f"{what}: {flops / 1e12:.2f} TFLOP a pass")
+    for which in ["diffusers", "ours"] + ["compiled"] * args.compile:
+        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", f"{which}:{what}"],
+                              stdout=subprocess.PIPE, text=True, check=True)
+        result = json.loads(done.stdout.splitlines()[-1])
+        result["tensors"] = count(which, what, args)[1]
+        base = base or result
+        print(f"{what:5}{which:10}{1000 * result['seconds']:10.0f} ms{result['peak']:8.2f} GiB"
+              + "".join(f"   {name} x{result[key] / base[key]:.2f}" for name, key in RATIOS.items())
+              + f"   floor x{result['busy'] * result['rate'] / flops:.2f}"
+              f" of {result['rate'] / 1e9:.0f} GFLOP/s", flush=True)
 
 
 if __name__ == "__main__":

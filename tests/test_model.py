@@ -3,12 +3,14 @@
 Reference numbers come from the T2V-Turbo code, run once on SMALL with the weights of `deterministic` (fp32,
 CPU).
 """
+import argparse
 import copy
 import hashlib
 import re
 import zlib
 from dataclasses import replace
 
+import benchmark
 import diffusers
 import pytest
 import torch
@@ -239,6 +241,36 @@ def test_folds_copy_nothing():
     )
     assert frames.is_contiguous(memory_format=torch.channels_last) and tokens.is_contiguous()
     assert torch.equal(frames[4], x[1, :, 1]) and torch.equal(tokens_to_pixels(tokens, 3, 4, 5), x)
+
+
+def test_some_tokens_at_a_time_change_nothing(unet_pair, monkeypatch):
+    """Without a graph the feed-forward layers take parts, and activations work in place."""
+    ours, inputs = unet_pair[1], (randn(1, 2, 4, 4, 8, 8), torch.tensor([500, 20]), randn(2, 2, 7, 24))
+    whole = ours(*inputs)
+    monkeypatch.setattr(model.GEGLU, "tokens", 48)
+    assert close(ours(*inputs), whole, 0)
+    with torch.no_grad():
+        assert close(ours(*inputs), whole, 1e-6)
+
+
+@pytest.mark.parametrize("kernel", [3, 1])
+def test_convolution_along_time(kernel):
+    """As an image convolution: the 3D one's result and gradient, channels-last as its input."""
+    conv = model.TimeConv(24, 16, (kernel, 1, 1), padding=(kernel // 2, 0, 0))
+    x = randn(0, 2, 24, 5, 4, 6).to(memory_format=torch.channels_last_3d).requires_grad_()
+    expected = F.conv3d(x, conv.weight, conv.bias, padding=conv.padding)
+    assert close(conv(x), expected) and conv(x).is_contiguous(memory_format=torch.channels_last_3d)
+
+    to = (x, conv.weight, conv.bias)
+    gradients = (torch.autograd.grad(y.square().sum(), to) for y in (conv(x), expected))
+    assert all(close(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("what, most, theirs", [("unet", 0.5, 665), ("vae", 0.9, 204)])
+def test_activations_are_smaller_than_diffusers(what, most, theirs):
+    """A full-size pass without a graph, in fake tensors. theirs: MiB, as benchmark.count says."""
+    args = argparse.Namespace(size=[256, 256], frames=16, chunk=1, dtype="float32", device="cpu")
+    assert benchmark.count("ours", what, args)[1] / 2 ** 20 <= most * theirs
 
 
 def test_half_precision(unet_pair):
