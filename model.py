@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from plumbing import weights
@@ -202,13 +203,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v over (N, heads, L, d)
 
     By torch's fused kernel, except for short bf16 sequences on a CPU, where that takes twice as long as the
-    formula, and with its backward pass five times.
+    formula, and with its backward pass five times. Fake tensors are on the CPU, and play a GPU's.
     """
     most = max(CUDA_GRID // len(q), 1)
     if q.shape[1] > most:                   # over time pixels count as heads: 73,728 at 576x1024
         parts = zip(q.split(most, 1), k.split(most, 1), v.split(most, 1), strict=True)
         return torch.cat([attention(*part) for part in parts], dim=1)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[-2] <= 512:
+    short = q.dtype == torch.bfloat16 and k.shape[-2] <= 512
+    if q.device.type == "cpu" and short and not isinstance(q, FakeTensor):
         return attention_map(q, k) @ v
     return F.scaled_dot_product_attention(q, k, v)
 

@@ -196,24 +196,28 @@ def table(what, args) -> None:
 
 
 def train_steps(batch: int) -> dict:
-    """Of the toy, by this process or with the others that torchrun started -> what each step took."""
+    """Of the toy, by this process or with the others that torchrun started -> what each step took.
+
+    Processor time is counted from where the first step, which is extra, has its gradient.
+    """
     import train
     from plumbing.run import Group
 
-    sent = Counter()
+    sent, starts = Counter(), []
 
     def counted(method, name):
         def call(group, x, *args):
+            starts.append(time.process_time())
             sent[name] += x.nbytes * (group.world > 1)
             return method(group, x, *args)
         return call
 
     Group.sum, Group.share = counted(Group.sum, "summed"), counted(Group.share, "shared")
     torch.set_num_threads(1)
-    start, steps = time.process_time(), 3
+    steps = 3
     parts = train.main(["--preset", "shapes", "--dry-run", str(steps), "--batch", str(batch),
                         "--micro", str(batch), "--device", "cpu"])
-    return dict(seconds=sum(parts.seconds.values()) / steps, busy=time.process_time() - start,
+    return dict(seconds=sum(parts.seconds.values()) / steps, busy=(time.process_time() - starts[0]) / steps,
                 **{name: n / (1 + steps) for name, n in sent.items()})
 
 
