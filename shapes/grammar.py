@@ -75,6 +75,7 @@ PHRASES = {"colours": list(COLOURS), "shapes": sum(SHAPES.values(), []), "motion
            "backgrounds": list(BACKGROUNDS)}
 VOCABULARY = sorted({*" ".join(sum(PHRASES.values(), ["a and on background"])).split()})
 VOCABULARY_SIZE = len(VOCABULARY) + 3   # and 0, which pads, 1, which starts, the largest, which ends
+FIRST_WORD = 2                          # the id of VOCABULARY's first
 CONTEXT_LENGTH = 24                     # tokens of a caption
 
 KNOWN = "; ".join(f"{kind}: {', '.join(phrases)}" for kind, phrases in PHRASES.items())
@@ -246,6 +247,6 @@ def token_ids(caption: str) -> list[int]:
     Raises ValueError like `understand`.
     """
     said = read_caption(caption)[1].split() if caption else []
-    known = [2 + VOCABULARY.index(word) for word in said][:CONTEXT_LENGTH - 2]
+    known = [FIRST_WORD + VOCABULARY.index(word) for word in said][:CONTEXT_LENGTH - 2]
     ids = [1, *known, VOCABULARY_SIZE - 1]
     return ids + [0] * (CONTEXT_LENGTH - len(ids))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import model
 import rewards as reward_models
 from plumbing import weights
-from shapes import STUDENTS, WEIGHTS, student, world
+from shapes import STUDENTS, WEIGHTS, grammar, student, world
 from solver import Sampling, Schedule
 
 
@@ -27,7 +27,7 @@ class Config(model.UNetConfig):
         return UNet
 
 
-TOY = Config(in_channels=8, channels=32, mult=(2, 3), res_blocks=1, attention_levels=(0, 1), head_dim=32,
+TOY = Config(in_channels=8, channels=32, mult=(2, 3), res_blocks=1, attention_levels=(1,), head_dim=32,
              context_dim=128, init_heads=1, groups=8)
 TOY_VAE = model.VAEConfig(channels=48, mult=(1, 1), res_blocks=1, latent=8, groups=8, patch=4)
 SAMPLING = {                            # how clips are made, unless the command line says otherwise
@@ -37,10 +37,17 @@ SAMPLING = {                            # how clips are made, unless the command
 FAMILY = model.Family(TOY, world.SIZE, world.SIZE, fps=8, sampling=SAMPLING, frames=world.FRAMES, vae=TOY_VAE)
 
 
+STATES = 3                              # the last tokens of c: first thing, second thing, background
+
+
 class SpaceTime(nn.Module):
-    """Tells the toy where and when: caption-modulated functions of (t, y, x), added to the first features and
-    to what each attention over the clip sees, and one of t, added to the timestep embedding of every frame.
-    Normalised, so that they are as large as the features they join.
+    """Tells the toy where and when: functions of (t, y, x), one modulated by each thing that the caption names
+    and one by the background, added to the first features and to what each attention over the clip sees; and
+    functions of t alone, added to the timestep embedding of every frame. Normalised, so that they are as large
+    as the features they join.
+
+    Attention over the clip has tokens, and each of them chooses whose function it reads: what is red moves as
+    the red thing moves. Elsewhere their mean is read.
 
     The published UNets know neither place (only what zero padding leaks) nor time (their temporal attention
     has no positions). A billion weights cope with that; a small network that must move a shape "from left to
@@ -49,26 +56,37 @@ class SpaceTime(nn.Module):
 
     octaves = 4
 
-    def __init__(self, axes: int, width: int, context_dim: int, channels: int):
+    def __init__(self, axes: int, width: int, context_dim: int, channels: int, choose: bool = False):
         super().__init__()
         self.features = nn.Linear(axes * (1 + 2 * self.octaves), width)
         self.modulation = nn.Linear(context_dim, 2 * width)
         self.hidden = nn.Linear(width, width)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.out = nn.Linear(width, channels)
+        if choose:
+            self.norm = nn.LayerNorm(channels)
+            self.query, self.key = nn.Linear(channels, 64), nn.Linear(context_dim, 64)
 
-    def forward(self, c: Tensor, *sizes: int) -> Tensor:
-        """c (B, L, D), its last token the whole caption; sizes T or T, H, W -> (B, sizes..., channels)"""
+    def forward(self, c: Tensor, *sizes: int, tokens: Tensor | None = None) -> Tensor:
+        """c (B, L, D); sizes T or T, H, W; tokens (B, THW, channels), which choose -> (B, THW, channels)"""
         # positions and their sinusoids
         axes = [torch.linspace(-1, 1, n, device=c.device) for n in sizes]
-        place = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)               # (T, H, W, axes)
+        place = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)    # (THW, axes)
         waves = [f(math.pi * 2 ** k * place) for k in range(self.octaves) for f in (torch.sin, torch.cos)]
-        h = self.norm1(self.features(torch.cat([place, *waves], dim=-1).to(c.dtype)))   # (T, H, W, D)
+        h = self.norm1(self.features(torch.cat([place, *waves], dim=-1).to(c.dtype)))       # (THW, D)
 
-        # modulated by the caption
-        scale, shift = self.modulation(c[:, -1]).view(len(c), *[1] * len(sizes), -1).chunk(2, dim=-1)
-        h = F.silu(h * (1 + scale) + shift)                                             # (B, T, H, W, D)
-        return self.out(self.norm2(F.silu(self.hidden(h))))
+        # one function for each state
+        states = c[:, -STATES:]
+        scale, shift = self.modulation(states)[:, :, None].chunk(2, dim=-1)                 # (B, K, 1, D)
+        h = F.silu(h * (1 + scale) + shift)                                                 # (B, K, THW, D)
+        h = self.norm2(F.silu(self.hidden(h)))
+        if tokens is None:
+            return self.out(h.mean(1))
+
+        # each token chooses
+        likeness = self.query(self.norm(tokens)) @ self.key(states).transpose(1, 2) / 8     # (B, THW, K)
+        share = likeness.softmax(-1).transpose(1, 2)[..., None]                             # (B, K, THW, 1)
+        return self.out((share * h).sum(1))
 
 
 class ClipTransformer(model.Transformer):
@@ -79,13 +97,14 @@ class ClipTransformer(model.Transformer):
     """
 
     def __init__(self, channels: int, config: Config):
-        place = SpaceTime(3, config.spacetime, config.context_dim, channels)
+        place = SpaceTime(3, config.spacetime, config.context_dim, channels, choose=True)
         heads = channels // config.head_dim
         super().__init__(channels, heads, config.head_dim, "all", config.context_dim, config.groups)
         self._modules = {"place": place, **self._modules}   # optimizer states and LoRA go by this order
 
     def tokens(self, x, c):
-        return super().tokens(x, c) + self.place(c, *x.shape[2:]).flatten(1, 3)
+        tokens = super().tokens(x, c)
+        return tokens + self.place(c, *x.shape[2:], tokens=tokens)
 
 
 class UNet(model.UNet3D):
@@ -111,7 +130,7 @@ class UNet(model.UNet3D):
 
     def first(self, z, emb, c):
         h = self.run(self.input_blocks[0], z, emb, c)
-        h = h + self.spacetime(c, *h.shape[2:]).permute(0, 4, 1, 2, 3)
+        h = h + self.spacetime(c, *h.shape[2:]).transpose(1, 2).unflatten(2, h.shape[2:])
         return self.run(self.init_attn, h, emb, c)
 
     def motion_attentions(self) -> list[model.Attention]:
@@ -130,11 +149,11 @@ class UNet(model.UNet3D):
 
 
 class CaptionEncoder(nn.Module):
-    """Captions -> c (B, 49, 128): the states of 24 tokens in CLIP's text tower, the same in ViCLIP's, and
-    ViCLIP's embedding of the whole caption.
+    """Captions -> c (B, 51, 128): the states of 24 tokens in CLIP's text tower, the same in ViCLIP's, and one
+    state for each thing and one for the background.
 
-    A tower that was trained on pictures does not say which of two things a motion belongs to; ViCLIP's,
-    trained on clips, does.
+    Which colour, shape and motion belong together is what small text towers blur: of the embedding of a whole
+    caption the toy's network could not learn whose motion is whose. So each thing gets a state of its own.
     """
 
     def __init__(self, clip: reward_models.CLIP, viclip: reward_models.ViCLIP):
@@ -148,10 +167,25 @@ class CaptionEncoder(nn.Module):
     @torch.no_grad()
     def forward(self, captions: list[str]) -> Tensor:
         ids = world.tokenize(captions).to(self.clip.ln_final.weight.device)
-        states = self.viclip.states(ids)
-        whole = self.viclip.whole(ids, states)
-        whole = whole / whole.norm(dim=1, keepdim=True) * whole.shape[1] ** 0.5         # unit variance
-        return torch.cat([self.clip.penultimate(ids), states, whole[:, None]], 1)
+        return torch.cat([self.clip.penultimate(ids), self.viclip.states(ids), self.things(ids)], 1)
+
+    def things(self, ids: Tensor) -> Tensor:
+        """Token ids (B, L) -> (B, STATES, D): the sum of ViCLIP's embeddings of the words that describe each
+        thing, and of those that describe the background; 0 where there is none."""
+        first, count = grammar.FIRST_WORD, len(grammar.VOCABULARY)
+        embedding = self.viclip.token_embedding.weight[first:first + count]
+        embedding = (embedding - embedding.mean(0)) / embedding.std() / 2
+
+        # which words say something, and of what: the second thing follows "and", the background "on"
+        number = {word: first + i for i, word in enumerate(grammar.VOCABULARY)}
+        describes = (ids >= first) & (ids < first + count)
+        for word in ("a", "and", "on", "background"):
+            describes = describes & (ids != number[word])
+        whose = (ids == number["and"]).cumsum(1)
+        whose = torch.where((ids == number["on"]).cumsum(1) > 0, STATES - 1, whose)
+
+        vectors = embedding[(ids - first).clamp(0, count - 1)]
+        return torch.stack([(vectors * (describes & (whose == k))[..., None]).sum(1) for k in range(STATES)], 1)
 
 
 # ---- loading -----------------------------------------------------------------------------------------------
