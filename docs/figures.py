@@ -3,6 +3,7 @@
     python docs/figures.py                    # all of them, into docs/
     python docs/figures.py guidance jumps     # some
 """
+import math
 import random
 import sys
 from dataclasses import dataclass, replace
@@ -214,23 +215,24 @@ def attention(seed: int) -> "pyplot.Figure":
         eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(seed))
         _, maps = models.unet.with_maps(schedule.add_noise(z0, eps, t), t, models.text([caption]))
 
-        # that of the pixel in the middle of the thing
-        T, h, w = z0.shape[2:]
+        # that of the token in the middle of the thing; the layer sees w x w tokens a frame
+        T = world.FRAMES
+        w = math.isqrt(maps[layer].shape[-1] // T)
         centre = world.track(world.things_in(clip)[0]["red"])[:2, frame] * w / world.SIZE
         x, y = centre.int().tolist()
-        seen = maps[layer][0, head, (frame * h + y) * w + x].view(T, h, w)
+        seen = maps[layer][0, head, (frame * w + y) * w + x].view(T, w, w)
 
         # drawn
         marked = frames(clip)
         for picture, key in zip(marked, seen.flatten(1).argmax(1).tolist()):
-            outline(picture, key % w, key // w, 255)
-        outline(marked[frame], x, y, 0)
+            outline(picture, key % w, key // w, 255, world.SIZE // w)
+        outline(marked[frame], x, y, 0, world.SIZE // w)
         rows |= {motion: marked, "its attention" + " " * len(rows): as_heat(seen)}
     return strips(rows, [f"frame {i}" for i in range(T)])
 
 
-def outline(picture: Tensor, x: int, y: int, level: int, side: int = 8) -> None:
-    """Draws the edge of a latent pixel, `side` wide, into a picture (3, H, W), in a gray level."""
+def outline(picture: Tensor, x: int, y: int, level: int, side: int) -> None:
+    """Draws the edge of a token, `side` wide, into a picture (3, H, W), in a gray level."""
     pixel = picture[:, y * side:(y + 1) * side, x * side:(x + 1) * side]
     inside = pixel[:, 2:-2, 2:-2].clone()
     pixel[:] = level
@@ -241,7 +243,8 @@ def as_heat(seen: Tensor) -> list[Tensor]:
     """Attention (T, h, w) as pictures, the largest of all frames brightest."""
     colours = matplotlib.colormaps["magma"]((seen / seen.max()).numpy())[..., :3]      # (T, h, w, 3)
     pixels = torch.from_numpy(colours * 255).byte().permute(0, 3, 1, 2)
-    return list(pixels.repeat_interleave(8, 2).repeat_interleave(8, 3))
+    side = world.SIZE // seen.shape[-1]
+    return list(pixels.repeat_interleave(side, 2).repeat_interleave(side, 3))
 
 
 def students(seed: int) -> "pyplot.Figure":

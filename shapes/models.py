@@ -41,10 +41,10 @@ STATES = 3                              # the last tokens of c: first thing, sec
 
 
 class SpaceTime(nn.Module):
-    """Tells the toy where and when: functions of (t, y, x), one modulated by each thing that the caption names
-    and one by the background, added to the first features and to what each attention over the clip sees; and
-    functions of t alone, added to the timestep embedding of every frame. Normalised, so that they are as large
-    as the features they join.
+    """Tells the toy where and when: functions of (t, y, x), one modulated by each thing that the caption
+    names and one by the background, added to the first features and to what each attention over the clip
+    sees; and functions of t alone, added to the timestep embedding of every frame. Normalised, so that they
+    are as large as the features they join.
 
     Attention over the clip has tokens, and each of them chooses whose function it reads: what is red moves as
     the red thing moves. Elsewhere their mean is read.
@@ -134,8 +134,8 @@ class UNet(model.UNet3D):
         return self.run(self.init_attn, h, emb, c)
 
     def motion_attentions(self) -> list[model.Attention]:
-        """The first attention over the clip of every block on the way up: where in all frames a pixel finds
-        what it shows. The only attention of a pixel's own frames, `init_attn`, stands before the network
+        """The first attention over the clip of every block on the way up that has one: where in all frames a
+        pixel finds what it shows. The only attention of a pixel's own frames, `init_attn`, stands before the network
         knows what moves."""
         return [m.attn1 for m in self.output_blocks.modules() if isinstance(m, ClipTransformer)]
 
@@ -185,7 +185,8 @@ class CaptionEncoder(nn.Module):
         whose = torch.where((ids == number["on"]).cumsum(1) > 0, STATES - 1, whose)
 
         vectors = embedding[(ids - first).clamp(0, count - 1)]
-        return torch.stack([(vectors * (describes & (whose == k))[..., None]).sum(1) for k in range(STATES)], 1)
+        states = [(vectors * (describes & (whose == k))[..., None]).sum(1) for k in range(STATES)]
+        return torch.stack(states, 1)
 
 
 # ---- loading -----------------------------------------------------------------------------------------------
