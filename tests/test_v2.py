@@ -10,7 +10,7 @@ from functools import partial
 import motion
 import pytest
 import torch
-from tiny import Clips, configure, die, last, log, networks, run, same, start, unsharded
+from tiny import UNET, Clips, configure, die, last, log, networks, run, same, start, unsharded
 
 import data
 import plumbing.run
@@ -110,9 +110,12 @@ def test_all_draws_of_a_clip_share_one_inversion(tmp_path, monkeypatch):
     assert len(calls) == 2 and max(calls) <= 3, "one per four clips"
 
 
-def test_a_clip_does_not_depend_on_those_beside_it(cache, tmp_path):
-    make(tmp_path, train.dataclasses.replace(PLAN, micro=1))
-    one, four = data.Cache(tmp_path), data.Cache(cache)
+def test_a_clip_does_not_depend_on_those_beside_it(tmp_path):
+    two_levels = partial(networks, unet=train.dataclasses.replace(UNET, mult=(1, 2)))
+    for micro in (1, 4):
+        plan = train.dataclasses.replace(PLAN, micro=micro)
+        make(tmp_path / f"{micro}", plan, clips=12, networks=two_levels)
+    one, four = data.Cache(tmp_path / "1"), data.Cache(tmp_path / "4")
     for index in range(len(one)):
         a, b = one.get(index), four.get(index)
         assert a["t"] == b["t"] and torch.equal(a["z_t"], b["z_t"])
