@@ -135,8 +135,8 @@ class UNet(model.UNet3D):
 
     def motion_attentions(self) -> list[model.Attention]:
         """The first attention over the clip of every block on the way up that has one: where in all frames a
-        pixel finds what it shows. The only attention of a pixel's own frames, `init_attn`, stands before the network
-        knows what moves."""
+        pixel finds what it shows. The only attention of a pixel's own frames, `init_attn`, stands before the
+        network knows what moves."""
         return [m.attn1 for m in self.output_blocks.modules() if isinstance(m, ClipTransformer)]
 
     schedule: Schedule | None = None            # made in the first pass, where the latents are
