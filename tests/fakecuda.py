@@ -525,7 +525,7 @@ CASES = {
                                            show=preset == "shapes")
        for preset in ("shapes", "shapes-v2", *ALL)},
     **{f"train {preset} --lora 0": partial(training, preset, "--lora", "0", again=preset == "vcm-ms")
-       for preset in ALL},
+       for preset in ("vcm-ms", "turbo-v2")},
     "train turbo-vc2 --offload": partial(training, "turbo-vc2", "--offload", show=True),
     "train turbo-v2 --offload": partial(training, "turbo-v2", "--offload", again=True),
     "train turbo-vc2 --lora 0 on 2 GPUs": partial(training, "turbo-vc2", "--lora", "0", gpus=2, again=True),
