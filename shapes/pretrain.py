@@ -50,7 +50,7 @@ class Config:
     vae_steps: cli.Count = 1500         # batches of 64 frames
     clip_steps: cli.Count = 1200        # batches of 64 frames and captions
     viclip_steps: cli.Count = 2000      # batches of 32 clips and captions
-    teacher_steps: cli.Count = 6000     # batches of 96 frames in the first 2/9, then of 16 clips
+    teacher_steps: cli.Count = 7500     # batches of 96 frames in the first 2/15, then of 16 clips
     save_every: cli.Count = 100         # steps between checkpoints
     device: str = ""                    # cpu, cuda or cuda:NUMBER; empty: CUDA where there is a GPU
 
@@ -78,12 +78,13 @@ LossOf = Callable[[random.Random, float], tuple[Tensor, dict]]
 
 
 def fit(name: str, network: nn.Module, loss_of: LossOf, steps: int, config: Config, lr: float = 1e-3,
-        ema: float = 0.995, group: Group | None = None, restart: float = 1.0) -> None:
-    """AdamW, warm-up and cosine, exact resumption. Leaves an average of the weights in the network.
+        ema: float = 0.995, group: Group | None = None, warmup: float = 0.05,
+        cosines: tuple[tuple[float, float], ...] = ((0, 1),)) -> None:
+    """AdamW, exact resumption. Leaves an average of the weights in the network.
 
     loss_of(rng, progress) -> (loss, figures to log) draws its batch from rng, which depends on the step
-    alone; progress is 0..1. With a group of processes each takes its share of the batch. At the share
-    `restart` of the steps the cosine starts over.
+    alone; progress is 0..1. With a group of processes each takes its share of the batch. The learning rate
+    grows during the share `warmup` of the steps, and falls by `cosines`, see learning_rate.
     """
     out, first = Path(config.out), group is None or group.rank == 0
     params = [p for p in network.parameters() if p.requires_grad]
@@ -94,7 +95,8 @@ def fit(name: str, network: nn.Module, loss_of: LossOf, steps: int, config: Conf
 
     for step in (bar := tqdm(range(start, steps), name, initial=start, total=steps, disable=not first)):
         for param_group in optimizer.param_groups:
-            param_group["lr"] = learning_rate(lr, step, steps, restart)
+            warm = min(1, (step + 1) / (warmup * steps))
+            param_group["lr"] = lr * warm * learning_rate(step / steps, cosines)
 
         # Gradient of this step's batch, over all processes
         torch.manual_seed(config.seed * 1_000_003 + step)
@@ -121,13 +123,11 @@ def fit(name: str, network: nn.Module, loss_of: LossOf, steps: int, config: Conf
     average._exchange()
 
 
-def learning_rate(lr: float, step: int, steps: int, restart: float) -> float:
-    """Warm-up over 5 % of the steps, a cosine to 2 % that starts over at the share `restart` of the steps."""
-    if step < restart * steps:
-        done = step / steps
-    else:
-        done = (step / steps - restart) / (1 - restart)
-    return lr * min(1, (step + 1) / (0.05 * steps)) * (0.51 + 0.49 * math.cos(math.pi * done))
+def learning_rate(progress: float, cosines: tuple[tuple[float, float], ...]) -> float:
+    """A cosine from 1 to 2 %. Each of `cosines` is (where it begins, how long it is), in shares of all steps;
+    where one begins, the one before ends."""
+    start, length = [cosine for cosine in cosines if cosine[0] <= progress][-1]
+    return 0.51 + 0.49 * math.cos(math.pi * (progress - start) / length)
 
 
 def resume(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, average: EMA) -> int:
@@ -173,7 +173,7 @@ class Log:
 # ---- batches -----------------------------------------------------------------------------------------------
 
 
-def draw(rng: random.Random, count: int, T: int, vary: str = "", pairs: float = PAIRS
+def draw(rng: random.Random, count: int, T: int, vary: str = ""
          ) -> tuple[Tensor, list[str], list[grammar.Scene]]:
     """A batch of training clips in [-1, 1] (B, 3, T, H, W), captions, scenes.
 
@@ -182,7 +182,7 @@ def draw(rng: random.Random, count: int, T: int, vary: str = "", pairs: float = 
     """
     scenes = []
     while len(scenes) < count:
-        scenes.append(grammar.draw_scene(rng, pairs=pairs))
+        scenes.append(grammar.draw_scene(rng, pairs=PAIRS))
         if vary:
             scenes.append(variation(scenes[-1], rng, vary.split()))
     captions = [grammar.describe(scene, rng) for scene in scenes]
@@ -362,19 +362,17 @@ class Phase:
     until: float                        # share of all steps at which it ends
     batch: int
     frames: int
-    pairs: float                        # share of scenes that are drawn with two things
     lesson: tuple[int, int]             # timesteps at which the lesson is decided
     uniform: int                        # one timestep in this many is any, the others are of the lesson
 
 
 PHASES = (
-    # colours and shapes; coherent clips; how one thing moves; which of two things moves how
-    Phase(2 / 9, batch=96, frames=1, pairs=PAIRS, lesson=(200, 800), uniform=2),
-    Phase(0.35, batch=16, frames=8, pairs=grammar.PAIRS, lesson=(700, 1000), uniform=2),
-    Phase(2 / 3, batch=16, frames=8, pairs=grammar.PAIRS, lesson=(600, 1000), uniform=4),
-    Phase(1, batch=16, frames=8, pairs=PAIRS, lesson=(600, 1000), uniform=4),
+    # colours and shapes; coherent clips; what moves how
+    Phase(2 / 15, batch=96, frames=1, lesson=(200, 800), uniform=2),
+    Phase(0.21, batch=16, frames=8, lesson=(700, 1000), uniform=2),
+    Phase(1, batch=16, frames=8, lesson=(600, 1000), uniform=4),
 )
-RESTART = PHASES[1].until               # where the learning rate starts over
+COSINES = ((0, 0.6), (0.21, 0.39), (0.6, 0.4))      # of the learning rate: it starts over twice
 
 
 def teacher(config: Config, group: Group) -> None:
@@ -396,7 +394,7 @@ def teacher(config: Config, group: Group) -> None:
     def loss_of(rng, progress):
         phase = next(phase for phase in PHASES if progress < phase.until)
         B, T = phase.batch, phase.frames
-        clips, captions, _ = draw(rng, B, max(T, 2), pairs=phase.pairs)
+        clips, captions, _ = draw(rng, B, max(T, 2))
         if T == 1:
             clips = some_frame(clips, rng)[:, :, None]
 
@@ -416,7 +414,8 @@ def teacher(config: Config, group: Group) -> None:
         some = error.detach()
         return error.mean(), dict(extra=some[1::2].mean(), uniform=some[::phase.uniform].mean())
 
-    fit("teacher", network, loss_of, config.teacher_steps, config, ema=0.997, group=group, restart=RESTART)
+    fit("teacher", network, loss_of, config.teacher_steps, config, ema=0.997, group=group,
+        warmup=0.03, cosines=COSINES)
     if group.rank == 0:
         save(Path(config.out) / "teacher.safetensors", network.state_dict(), asdict(network.config))
 
