@@ -24,7 +24,7 @@ from plumbing.weights import save_checkpoint
 from shapes import grammar, world
 
 HOUSE = Path(sample.__file__).parent
-PROMPT = "a red circle moving right and a blue square moving up"
+PROMPT = "a red circle rising and a blue square falling"
 
 
 def run(*args):
