@@ -521,8 +521,7 @@ SAMPLED = {
     "vc2 turbo": DTYPES, "vc2 v2": DTYPES, "vc2 teacher": DTYPES, "ms turbo": DTYPES, "ms teacher": DTYPES,
     "shapes turbo": DTYPES, "shapes teacher": ("bfloat16",)}
 CASES = {
-    **{f"train {preset} --lora 4": partial(training, preset, "--lora", "4", again=preset == "vcm-vc2",
-                                           show=preset == "shapes")
+    **{f"train {preset} --lora 4": partial(training, preset, "--lora", "4", again=preset == "vcm-vc2")
        for preset in ("shapes", "shapes-v2", *ALL)},
     **{f"train {preset} --lora 0": partial(training, preset, "--lora", "0", again=preset == "vcm-ms")
        for preset in ("vcm-ms", "turbo-v2")},
