@@ -4,7 +4,7 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")           # each computes on one core
 
-LONGEST = ("fakecuda", "resume", "v2", "train", "loading", "sample", "end_to_end", "model", "gpu", "shapes", "docs")
+LONGEST = "fakecuda resume v2 train loading sample end_to_end model gpu shapes docs".split()
 
 
 def pytest_collection_modifyitems(items):

@@ -261,7 +261,6 @@ def shallow(make, header):
 
 def training(preset: str, *options: str, gpus: int = 1, again: bool = False, show: bool = False) -> dict:
     """A step. again: another one, from the state that a file held. show: the run's sample clips."""
-    import shapes.world
     import train
     from plumbing import dryrun
     from plumbing.run import Group
@@ -289,7 +288,6 @@ def training(preset: str, *options: str, gpus: int = 1, again: bool = False, sho
             check_devices(trainer, group.device)
         if show:
             train.video.write_video = lambda path, clip, fps: assert_on(clip, "cpu")
-            shapes.world.accuracy = partial(shapes.world.accuracy, count=2)
             trainer.config = dataclasses.replace(config, prompt=config.prompt[:1])
             train.show(trainer, Path(out))
     return {"copies": dict(copies)}
