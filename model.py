@@ -16,15 +16,16 @@ import sys
 from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from plumbing import weights
+from plumbing.run import on_cpu
 from solver import Sampling
 
 
@@ -150,7 +151,7 @@ class TimeConv(nn.Conv3d):
     """
 
     def forward(self, x):
-        if x.device.type != "cpu":
+        if not on_cpu(x):
             return super().forward(x)
         h = F.conv2d(x.flatten(3), self.weight.flatten(3), self.bias, padding=self.padding[:2])
         return h.unflatten(3, x.shape[3:])
@@ -203,14 +204,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v over (N, heads, L, d)
 
     By torch's fused kernel, except for short bf16 sequences on a CPU, where that takes twice as long as the
-    formula, and with its backward pass five times. Fake tensors are on the CPU, and play a GPU's.
+    formula, and with its backward pass five times.
     """
     most = max(CUDA_GRID // len(q), 1)
     if q.shape[1] > most:                   # over time pixels count as heads: 73,728 at 576x1024
         parts = zip(q.split(most, 1), k.split(most, 1), v.split(most, 1), strict=True)
         return torch.cat([attention(*part) for part in parts], dim=1)
-    short = q.dtype == torch.bfloat16 and k.shape[-2] <= 512
-    if q.device.type == "cpu" and short and not isinstance(q, FakeTensor):
+    if on_cpu(q) and q.dtype == torch.bfloat16 and k.shape[-2] <= 512:
         return attention_map(q, k) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
@@ -566,10 +566,59 @@ class VAEResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
+        if too_large(x):
+            h = norm_silu_conv(self.norm1, self.conv1, x)
+            h = norm_silu_conv(self.norm2, self.conv2, h, out=h)
+            for rows, h_rows in zip(x.split(ROWS, dim=2), h.split(ROWS, dim=2), strict=True):
+                h_rows += self.nin_shortcut(rows)
+            return h
+
         h = self.conv1(silu(self.norm1(x)))
         h = silu(self.norm2(h))
         h = self.conv2(h)
         return self.nin_shortcut(x) + h
+
+
+LARGE = 2 ** 24                             # numbers of an image whose copies would be the most that is held
+ROWS = 16                                   # of it that are normalised at a time
+
+
+def too_large(x: Tensor) -> bool:
+    """Are images (N, C, H, W) taken by rows? On a CPU, where no graph keeps the copies anyway."""
+    large = x[0].numel() >= LARGE and x.shape[2] % ROWS == 0
+    return large and on_cpu(x) and not torch.is_grad_enabled()
+
+
+def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """conv(silu(norm(x))) of a 3x3 convolution, by rows. out: where the result goes; it may be x itself."""
+    N, _, H, W = x.shape
+    scale, shift = scale_and_shift(norm, x)
+    if out is None:
+        out = x.new_empty(N, H, W, conv.out_channels).permute(0, 3, 1, 2)
+
+    window = x.new_zeros(N, ROWS + 2, W, x.shape[1]).permute(0, 3, 1, 2)        # and a row above and below
+    for top in range(0, H, ROWS):
+        window[:, :, 0] = window[:, :, ROWS]                # of the rows before these; zero above the first
+        rows = x[:, :, top:top + ROWS + 1]
+        inside = window[:, :, 1:1 + rows.shape[2]]
+        F.silu(torch.addcmul(shift, rows, scale, out=inside), inplace=True)
+        if rows.shape[2] == ROWS:                           # the last ones
+            window[:, :, -1] = 0
+        out[:, :, top:top + ROWS] = F.conv2d(window, conv.weight, conv.bias, padding=(0, 1))
+    return out
+
+
+def scale_and_shift(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A group norm as a product and a sum: x (N, C, H, W) -> (N, C, 1, 1) twice, in float32."""
+    groups = x.unflatten(1, (norm.num_groups, -1))
+    parts = [torch.var_mean(rows.float(), (2, 3, 4), correction=0) for rows in groups.split(ROWS, dim=3)]
+    variances, means = map(torch.stack, zip(*parts))        # of equally many rows each
+    variance = variances.mean(0) + means.var(0, correction=0)
+
+    each = norm.num_channels // norm.num_groups
+    scale = (variance + norm.eps).rsqrt().repeat_interleave(each, dim=1) * norm.weight
+    shift = norm.bias - means.mean(0).repeat_interleave(each, dim=1) * scale
+    return scale[..., None, None], shift[..., None, None]
 
 
 class VAEAttention(nn.Module):
@@ -597,9 +646,41 @@ def vae_down(width):
     return dict(downsample=named(pad=pad, conv=nn.Conv2d(width, width, 3, stride=2)))
 
 
+class VAEUpsample(nn.Module):
+    """Doubles H and W, each pixel four times, and convolves. (N, C, H, W) -> (N, C, 2H, 2W)"""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        if on_cpu(x) and not torch.is_grad_enabled():
+            return self.folded(x)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+    def folded(self, x):
+        """The same with 4/9 of the products, and without the doubled image: nine of its pixels are four of x.
+
+        The pixels of the result in even and odd rows and columns are four convolutions of x, 2x2 each.
+        """
+        N, C, H, W = x.shape
+        out = x.new_empty(N, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
+        for i, j in product((0, 1), repeat=2):
+            kernel = fold_kernel(fold_kernel(self.conv.weight, i, dim=2), j, dim=3)
+            shifted = slice(i, i + H), slice(j, j + W)                          # of (H + 1, W + 1)
+            out[:, :, i::2, j::2] = F.conv2d(x, kernel, self.conv.bias, padding=1)[:, :, *shifted]
+        return out
+
+
+def fold_kernel(kernel: Tensor, odd: int, dim: int) -> Tensor:
+    """Sums the two of three weights that fall on the same pixel before doubling: the last two in even rows or
+    columns, the first two in odd ones."""
+    a, b, c = kernel.split(1, dim)
+    return torch.cat([a + b, c] if odd else [a, b + c], dim)
+
+
 def vae_up(width):
-    nearest = nn.Upsample(scale_factor=2.0)
-    return dict(upsample=named(nearest=nearest, conv=nn.Conv2d(width, width, 3, padding=1)))
+    return dict(upsample=VAEUpsample(width))
 
 
 def vae_level(cin, cout, count, groups, resample):

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
+from plumbing import run
 from plumbing.run import Offload, Parts
 
 GIB = 2 ** 30
@@ -106,19 +107,20 @@ class CountedParts(Parts):
 
 
 @contextmanager
-def simulation():
-    """Within the block tensors are fake, and are counted as a GPU would hold them -> the counter.
+def simulation(plays: str = "cuda"):
+    """Within the block tensors are fake, on the CPU, and are counted as a GPU would hold them -> the counter.
 
     The meta device plays the host of --offload: what is there is not counted, and fails where it is used.
+    plays: "cpu" to count what a CPU holds.
     """
     fake, counter, home = FakeTensorMode(), LiveBytes(), Offload.home
     fake.__deepcopy__ = lambda memo: fake                       # copies of fake tensors stay in the one mode
-    Offload.home = torch.device("meta")
+    Offload.home, run.cpu_plays = torch.device("meta"), plays
     try:
         with fake, like_cuda(), counter:
             yield counter
     finally:
-        Offload.home = home
+        Offload.home, run.cpu_plays = home, "cpu"
 
 
 @contextmanager

@@ -44,6 +44,14 @@ def pick_device(text: str = "") -> torch.device:
     return torch.device(text)
 
 
+cpu_plays = "cpu"               # in a simulation tensors on the CPU may play those of a GPU: "cuda"
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Does a CPU compute x?"""
+    return x.device.type == cpu_plays == "cpu"
+
+
 class Group:
     """The processes of a run, as torchrun started them; without torchrun, one.
 
