@@ -667,8 +667,8 @@ class VAEUpsample(nn.Module):
         out = x.new_empty(N, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
         for i, j in product((0, 1), repeat=2):
             kernel = fold_kernel(fold_kernel(self.conv.weight, i, dim=2), j, dim=3)
-            shifted = slice(i, i + H), slice(j, j + W)                          # of (H + 1, W + 1)
-            out[:, :, i::2, j::2] = F.conv2d(x, kernel, self.conv.bias, padding=1)[:, :, *shifted]
+            corner = (..., slice(i, i + H), slice(j, j + W))                    # of (H + 1, W + 1)
+            out[:, :, i::2, j::2] = F.conv2d(x, kernel, self.conv.bias, padding=1)[corner]
         return out
 
 
