@@ -3,6 +3,7 @@
 A row is a network, a sampler and a number of steps. All rows are asked the same captions with the same seeds,
 so that two of them can be compared clip by clip.
 """
+import functools
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 import rewards
 import shapes
-from model import to_clip
+from model import Models, to_clip
 from plumbing import stats
 from plumbing.files import atomic
 from plumbing.run import pick_device
@@ -103,13 +104,14 @@ def make(config) -> list[dict]:
     titles = [*PERCENT.values(), *SCORES.values(), "travel"] + ["spread"] * bool(spread)
     print("| | steps | passes | clips | " + " | ".join(titles) + " | s/clip |")
     print("|---" * (len(titles) + 5) + "|")
-    means = []
+    means, clips = [], {}
     for row in rows:
-        measured = stored.get(row) or stored.add(row, measure(row, config, device, scorers, spread))
+        measured = measure(row, config, device, scorers, spread, stored)
+        clips[row.name, row.steps] = measured["clips"]
         means.append(average(row, measured))
         print(line(means[-1], bool(spread)), flush=True)
 
-    differences = paired({(row.name, row.steps): stored.get(row)["clips"] for row in rows})
+    differences = paired(clips)
     if differences:
         titles = ["same captions and seeds", "clips", *COMPARED]
         print("\n| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
@@ -138,33 +140,49 @@ def chosen(text: str, folder: str | None) -> list[Row]:
 # ---- measuring ---------------------------------------------------------------------------------------------
 
 
-def measure(row: Row, config, device: torch.device, scorers: dict, spread: "Spread | None") -> dict:
-    """Samples and judges a row's clips: {"clips": [figures of a clip, ...], "spread": share or None}."""
-    models = shapes.load(row.student, config.folder, device)
-    sampling = row.sampling(config.guidance, config.teacher_guidance, models.header)
+def measure(row: Row, config, device: torch.device, scorers: dict, spread: "Spread | None",
+            stored: "Stored") -> dict:
+    """Samples and judges those of a row's clips that are not stored yet, and stores them as they come.
+
+    -> {"clips": [figures of a clip, ...], "spread": share or None}
+    """
+    @functools.cache
+    def models() -> Models:
+        return shapes.load(row.student, config.folder, device)
 
     def sample(captions: list[str], seeds: list[int]) -> Tensor:
+        sampling = row.sampling(config.guidance, config.teacher_guidance, models().header)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, config.dtype == "bfloat16"):
-            z = generate(models, captions, seeds, models.size, sampling)
-        return to_clip(models.vae, z).cpu()
+            z = generate(models(), captions, seeds, models().size, sampling)
+        return to_clip(models().vae, z).cpu()
 
-    clips = []
-    for split, count in (("train", (config.clips + 1) // 2), ("held-out", config.clips // 2)):
-        asked = shapes.Clips(split)
-        for start in tqdm(range(0, count, config.batch), f"{row.name} {row.steps}, {split}", leave=False):
-            indices = range(start, min(start + config.batch, count))
-            captions = [asked.scene(grammar.TABLE + index)[1] for index in indices]
-            seeds = [config.seed + index for index in indices]
-            began = time.perf_counter()
-            shown = sample(captions, seeds)
-            seconds = (time.perf_counter() - began) / len(shown)
-            for record, seed in zip(judge(captions, shown, scorers), seeds):
-                clips.append(dict(split=split, seed=seed, **record, seconds=seconds))
+    # what is asked for, and what there is of it
+    counts = {"train": (config.clips + 1) // 2, "held-out": config.clips // 2}
+    wanted = [(split, config.seed + index) for split, count in counts.items() for index in range(count)]
+    kept = stored.row(row)
+    there = {(clip["split"], clip["seed"]): clip for clip in kept["clips"]}
+    missing = [place for place in wanted if place not in there]
 
-    found = dict(clips=clips)
-    if spread:
-        found["spread"] = spread.of(sample, config.seed)
-    return found
+    for start in tqdm(range(0, len(missing), config.batch), f"{row.name} {row.steps}", leave=False):
+        places = missing[start:start + config.batch]
+        captions = [caption_of(split, seed - config.seed) for split, seed in places]
+        began = time.perf_counter()
+        shown = sample(captions, [seed for _, seed in places])
+        seconds = (time.perf_counter() - began) / len(shown)
+        for (split, seed), record in zip(places, judge(captions, shown, scorers), strict=True):
+            there[split, seed] = dict(split=split, seed=seed, **record, seconds=seconds)
+        kept["clips"] = list(there.values())
+        stored.write()
+
+    if spread and "spread" not in kept:
+        kept["spread"] = spread.of(sample, config.seed)
+        stored.write()
+    return dict(kept, clips=[there[place] for place in wanted])
+
+
+def caption_of(split: str, index: int) -> str:
+    """One of the table's captions."""
+    return shapes.Clips(split).scene(grammar.TABLE + index)[1]
 
 
 @torch.no_grad()
@@ -329,8 +347,9 @@ def paired(clips: dict[tuple[str, int], list[dict]]) -> list[list[str]]:
 
 
 class Stored:
-    """The measured rows, in memory and in --out. A row counts for the options and weights that made it."""
-    OPTIONS = ("clips", "diversity", "teacher_guidance", "guidance", "seed", "dtype")
+    """The measured clips of all rows, in memory and in --out. They count for the options and weights that
+    made them; --clips may grow."""
+    OPTIONS = ("diversity", "teacher_guidance", "guidance", "seed", "dtype")
 
     def __init__(self, config):
         if config.out and Path(config.out).suffix != ".json":
@@ -358,17 +377,14 @@ class Stored:
                              "give the same, or another --out")
         self.rows = rows
 
-    def get(self, row: Row) -> dict | None:
-        """A row that was measured with the very weights that are there now."""
-        found = self.rows.get((row.name, row.steps))
-        return found if found and found["weights"] == self.weights(row) else None
-
-    def add(self, row: Row, measured: dict) -> dict:
-        """Keeps a row, in the file as well."""
-        measured = dict(name=row.name, steps=row.steps, weights=self.weights(row), **measured)
-        self.rows[row.name, row.steps] = measured
-        self.write()
-        return measured
+    def row(self, row: Row) -> dict:
+        """What is known of a row, to be added to: nothing, or figures from the very weights of now."""
+        weights = self.weights(row)
+        known = self.rows.get((row.name, row.steps))
+        if not known or known["weights"] != weights:
+            known = dict(name=row.name, steps=row.steps, weights=weights, clips=[])
+            self.rows[row.name, row.steps] = known
+        return known
 
     def write(self) -> None:
         """Writes the file, if there is to be one."""

@@ -515,9 +515,7 @@ def test_rows_of_other_options_or_weights_are_not_printed_again(world_for_sample
     config = evaluate.ShapesConfig(clips=2, diversity=0, rows="turbo 1", out=str(out), folder=str(tmp_path))
     evaluate.shapes_table(config)
     made = json.loads(out.read_text())["rows"]
-    with pytest.raises(ValueError, match=r"t\.json holds rows made with --clips 2; give the same"):
-        evaluate.shapes_table(replace(config, clips=4))
-    with pytest.raises(ValueError, match="--guidance 2.0, --seed 4000000000"):
+    with pytest.raises(ValueError, match="holds rows made with --guidance 2.0, --seed 4000000000; give the"):
         evaluate.shapes_table(replace(config, guidance=3.0, seed=5))
 
     evaluate.shapes_table(config)
@@ -527,6 +525,30 @@ def test_rows_of_other_options_or_weights_are_not_printed_again(world_for_sample
     save_checkpoint(tmp_path / "turbo.safetensors", tensors, header | {"retrained": True})
     evaluate.shapes_table(config)
     assert json.loads(out.read_text())["rows"][0]["weights"] != made[0]["weights"]
+
+
+def test_clips_of_a_row_are_kept(world_for_samples, tmp_path, monkeypatch):
+    """A row that was interrupted goes on, a larger one takes over what there is, a smaller one reads it."""
+    asked, generate = [], table.generate
+
+    def interrupted(models, captions, seeds, size, sampling):
+        asked.append(len(captions))
+        if sum(asked) == 6:
+            raise KeyboardInterrupt
+        return generate(models, captions, seeds, size, sampling)
+
+    monkeypatch.setattr(table, "generate", interrupted)
+    out = tmp_path / "t.json"
+    config = evaluate.ShapesConfig(clips=7, diversity=0, rows="turbo 1", batch=3, out=str(out))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.shapes_table(config)
+    made = [evaluate.shapes_table(replace(config, clips=clips))[0] for clips in (7, 10, 4)]
+    assert asked == [3, 3, 3, 1, 3] and [row["clips"] for row in made] == [7, 10, 4]
+
+    seeds = {split: [] for split in ("train", "held-out")}
+    for clip in json.loads(out.read_text())["rows"][0]["clips"]:
+        seeds[clip["split"]].append(clip["seed"] - config.seed)
+    assert {split: sorted(found) for split, found in seeds.items()} == dict.fromkeys(seeds, [0, 1, 2, 3, 4])
 
 
 def test_the_table_samples_what_the_commands_sample(tmp_path):
