@@ -36,6 +36,7 @@ class Config:
     fps: Annotated[int, Within(1, 240)] = 16    # of clips, told to VC2's UNet; released code: 16; MS: 8
     # Algorithm 1
     grid: Annotated[int, Within(1, 1000)] = 50  # N, the solver's steps; released code, num_ddim_timesteps
+    noisier: Share = 0.0            # of clips, t from the grid's noisier half; papers: t is uniform
     w_min: NotNegative = 5.0        # ω ~ U[w_min, w_max]; paper, Sec. 4
     w_max: NotNegative = 15.0       # same
     image_weight: NotNegative = 1.0     # β_img; paper, Sec. 4: 1 (VC2), 2 (MS); 0: VCM, or without R_img
@@ -59,7 +60,8 @@ class Config:
     batch: Count = 8                # clips per step, all processes together; paper, Sec. 4: 1 per GPU
     micro: Count = 1                # clips per forward pass of a process: memory against speed
     sums: Count = 1                 # of the gradient, per process: one process with 2 adds as two do
-    lr: Annotated[float, Within(0, 1, above=True)] = 1e-5  # of AdamW (0.9, 0.999), constant; paper, Sec. 4
+    lr: Annotated[float, Within(0, 1, above=True)] = 1e-5  # of AdamW (0.9, 0.999); paper, Sec. 4
+    lr_fall: Share = 0.0            # last share of the steps, over which it falls to 0; papers: constant
     lora: Size = 64                 # rank; paper: 64 (VC2); released weights: 32 (MS); 0: train all weights
     clip: Positive = 1.0            # largest gradient norm; released code
     dtype: Literal["float32", "bfloat16"] = "bfloat16"     # of the networks; losses, LoRA, EMA: float32
@@ -98,8 +100,8 @@ PRESETS = {
 PATHS = {"teacher", "data", "reward", "out", "resume", "device"}   # of this machine, not of the student
 PREPARING = {"prepare", "reward_data", "prepare_clips", "draws", "inversion_steps"}
 MAY_CHANGE = PATHS | PREPARING | {                                  # when a run is resumed; nothing else may
-    "dry_run", "steps", "micro", "sums", "lr", "checkpointing", "offload", "chunk", "workers", "save_every",
-    "keep", "sample_every", "prompt", "guidance", "merge", "export_lora"}
+    "dry_run", "steps", "micro", "sums", "lr", "lr_fall", "checkpointing", "offload", "chunk", "workers",
+    "save_every", "keep", "sample_every", "prompt", "guidance", "merge", "export_lora"}
 
 
 def is_toy(config: Config) -> bool:
@@ -186,6 +188,7 @@ def check_effect(config: Config, given: set[str]) -> None:
         ("export_lora", config.lora, "--lora"),
         ("resume", config.dry_run is None, "training; --dry-run begins anew"),
         ("ema", not is_v2(config), "--preset turbo-vc2 and the like; v2's target is the student itself"),
+        ("noisier", not is_v2(config), "--preset turbo-vc2 and the like; v2 draws t when it prepares"),
         ("offload", not config.prepare, "training"),
         ("sums", not config.prepare and config.dry_run is None, "training"),
         ("resume", not config.prepare, "training; preparing goes on by itself"),

@@ -58,6 +58,7 @@ from presets import (
     planned_rewards,
     told_motion,
 )
+from shapes import grammar
 from solver import Sampling, Schedule
 from turbo import (
     EMA,
@@ -181,13 +182,14 @@ class Trainer:
             metrics = self.group.sum(torch.cat([metrics, metrics.new_tensor([batch["bad"]])]))
             norm = self.gradient.norm()
             values = self.to_host(torch.cat([metrics, norm[None].double()]))
-            self.update(norm, all(map(math.isfinite, values)))
+            lr = learning_rate(self.config, self.done)
+            self.update(norm, lr, all(map(math.isfinite, values)))
         self.done += 1
 
         names = ["loss", "loss_cd", *(term.name for term in self.terms), "clips_skipped", "grad_norm"]
         record = dict(zip(names, values, strict=True))
         record["clips_skipped"] = self.clips_skipped + int(record["clips_skipped"])
-        return record | {"lr": self.config.lr, "steps_skipped": self.skipped}
+        return record | {"lr": lr, "steps_skipped": self.skipped}
 
     def gradients(self, batch: dict, part: int = 0) -> Tensor:
         """The gradient of one part of --sums of this process's clips -> its share of the metrics: loss, L_CD,
@@ -219,7 +221,7 @@ class Trainer:
 
         # t, ω and ε; the teacher's step from z_t to ẑ_s; L_CD
         with self.parts("distill"), self.offload(*self.networks, then=self.judges[:1]):
-            step = Step.draw(z0, self.schedule, (config.w_min, config.w_max), generators)
+            step = Step.draw(z0, self.schedule, (config.w_min, config.w_max), generators, config.noisier)
             loss_cd, z0_hat = distill(self.student, self.teacher, self.ema, self.schedule, step, z0, c,
                                       self.null.expand_as(c), fps=config.fps)
 
@@ -250,12 +252,12 @@ class Trainer:
         vae = self.models.vae.config
         return vae.latent, T, H // vae.factor, W // vae.factor
 
-    def update(self, norm: Tensor, finite: bool) -> None:
+    def update(self, norm: Tensor, lr: float, finite: bool) -> None:
         """AdamW and EMA; neither if anything is inf or nan: the sums then are so on all processes alike."""
         if finite:
             self.skipped = 0
             self.gradient *= (self.config.clip / (norm + 1e-6)).clamp(max=1)
-            self.optimizer.step()
+            self.optimizer.step(lr)
             if self.ema:
                 self.ema.update()
             return
@@ -355,6 +357,12 @@ class CachedTrainer(Trainer):
         return solved, w, samples["c"].to(device).float(), motion
 
 
+def learning_rate(config: Config, done: int) -> float:
+    """Of the step after `done` ones: constant, or falling to 0 over the last share of the run."""
+    left = 1 - done / config.steps
+    return config.lr * min(left / config.lr_fall, 1) if config.lr_fall else config.lr
+
+
 def short_captions(samples: dict) -> list[str]:
     """What rewards read: the reward caption of each clip where it has one."""
     pairs = zip(samples["reward_caption"], samples["caption"], strict=True)
@@ -375,7 +383,7 @@ def load_world(config: Config, group: Group) -> tuple[Models, object, list[Rewar
     if is_v2(config):
         clips = data.Cache(config.data, expected(config))
     elif is_toy(config):
-        clips = shapes.Clips(frames=config.frames, size=config.height)
+        clips = shapes.Clips(frames=config.frames, size=config.height, pairs=grammar.TAUGHT_PAIRS)
     else:
         clips = open_clips(config, config.data, group)
     terms = reward_terms(config, load_reward)

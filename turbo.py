@@ -92,10 +92,15 @@ class Step:
 
     @classmethod
     def draw(cls, z0: Tensor, schedule: Schedule, w_range: tuple[float, float],
-             generators: list[torch.Generator]) -> "Step":
-        """One CPU generator per clip: its draws do not depend on how a batch is split over processes."""
-        w_min, w_max = w_range
-        index = torch.cat([torch.randint(len(schedule.grid), (1,), generator=g) for g in generators])
+             generators: list[torch.Generator], noisier: float = 0.0) -> "Step":
+        """One CPU generator per clip: its draws do not depend on how a batch is split over processes.
+
+        noisier: share of the clips whose t is from the noisier half of the grid. Papers: t is uniform, 0.
+        """
+        n, (w_min, w_max) = len(schedule.grid), w_range
+        least = [n // 2 if noisier and torch.rand(1, generator=g) < noisier else 0 for g in generators]
+        index = torch.cat([torch.randint(low, n, (1,), generator=g)
+                           for low, g in zip(least, generators, strict=True)])
         w = torch.cat([torch.rand(1, generator=g) for g in generators]) * (w_max - w_min) + w_min
         eps = torch.stack([torch.randn(z0.shape[1:], generator=g) for g in generators])
         return cls(schedule.grid[index.to(schedule.grid.device)], w.to(z0.device), eps.to(z0.device))

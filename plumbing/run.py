@@ -313,8 +313,10 @@ class FlatAdamW:
         pieces = flat.split([p.numel() for p in self.params])
         return [piece.as_strided(p.shape, p.stride()) for piece, p in zip(pieces, self.params, strict=True)]
 
-    def step(self) -> None:
-        """Updates the own share of the weights and fetches the others'."""
+    def step(self, lr: float | None = None) -> None:
+        """Updates the own share of the weights and fetches the others'. lr: from now on."""
+        if lr is not None:
+            self.adam.param_groups[0]["lr"] = lr
         with self.offload(self):
             self.adam.step()
         self.put_away()

@@ -17,6 +17,7 @@ from torch import Tensor
 from shapes.grammar import (
     BACKGROUNDS,
     COLOURS,
+    PAIRS,
     SHAPES,
     Scene,
     Thing,
@@ -262,8 +263,9 @@ def judge(asked: Scene, clip: Tensor) -> dict[str, float]:
 class Clips:
     """Captioned clips without end, drawn when asked for, by index: a dataset for `data.loader`."""
 
-    def __init__(self, split: str = "train", frames: int = FRAMES, size: int = SIZE):
-        self.split, self.frames, self.size = split, frames, size    # split: train or held-out combinations
+    def __init__(self, split: str = "train", frames: int = FRAMES, size: int = SIZE, pairs: float = PAIRS):
+        """split: train or held-out combinations; pairs: share of scenes with two things."""
+        self.split, self.frames, self.size, self.pairs = split, frames, size, pairs
 
     def __len__(self) -> int:
         return 1_000_000
@@ -271,7 +273,7 @@ class Clips:
     def scene(self, index: int) -> tuple[Scene, str, Tensor]:
         """Scene, caption and clip (3, T, H, W) number `index`."""
         rng = random.Random(f"{self.split} {index}")
-        scene = draw_scene(rng, self.split == "held-out")
+        scene = draw_scene(rng, self.split == "held-out", self.pairs)
         return scene, describe(scene, rng), render(scene, rng, self.frames, self.size)
 
     def get(self, index: int, generator=None) -> dict:

@@ -163,11 +163,12 @@ def test_an_older_checkpoint_begins_another_future(tmp_path):
     run = tmp_path / "run"
     assert tiny.run(run, "--steps", 6, "--keep", 3)[0] == 0
     assert [path.name[-4:-3] for path in checkpoints(run)] == ["2", "4", "6"]
-    options = ["--steps", 4, "--resume", run / "checkpoint-0000002.pt", "--lr", 1, "--keep", 1]
+    options = ["--steps", 4, "--resume", run / "checkpoint-0000002.pt", "--lr", 1, "--lr-fall", 0.5,
+               "--keep", 1]
     assert tiny.run(run, *options)[0] == 0
     assert [path.name[-4:-3] for path in checkpoints(run)] == ["4"]
-    assert [line["lr"] for line in tiny.log(run)] == [1e-4, 1e-4, 1.0, 1.0]
-    assert tiny.last(run)["optimizer"]["param_groups"][0]["lr"] == 1
+    assert [line["lr"] for line in tiny.log(run)] == [1e-4, 1e-4, 1.0, 0.5]
+    assert tiny.last(run)["optimizer"]["param_groups"][0]["lr"] == 0.5
 
 
 def test_copies_of_checkpoints_are_nobodys(tmp_path):

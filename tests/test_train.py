@@ -75,6 +75,13 @@ def test_presets_are_the_papers():
     assert typed.reward == ("pickscore=a.bin:0.5", "viclip") and typed.lr == 1e-4 and typed.video_weight == 3
 
 
+def test_the_learning_rate_falls_where_it_is_told():
+    config = train.Config(steps=10, lr=2.0)
+    assert [train.learning_rate(config, done) for done in (0, 9)] == [2, 2]
+    falling = dataclasses.replace(config, lr_fall=0.5)
+    assert [train.learning_rate(falling, done) for done in (0, 5, 6, 9)] == pytest.approx([2, 2, 1.6, 0.4])
+
+
 def test_every_option_has_its_help():
     text = cli.field_help(train.Config)
     assert all(text[field.name] for field in dataclasses.fields(train.Config))

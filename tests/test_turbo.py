@@ -123,6 +123,14 @@ def test_draws_do_not_depend_on_the_split():
     assert set(whole.t.tolist()) <= set(schedule.grid.tolist()) and 5 <= whole.w.min() and whole.w.max() <= 15
 
 
+@pytest.mark.parametrize("noisier, expected", [(0, 0.5), (0.5, 0.75), (1, 1)])
+def test_timesteps_may_be_drawn_from_the_noisier_half(noisier, expected):
+    z0, schedule, n = torch.zeros(1000, 1, 1, 1, 1), Schedule(50), 1000
+    t = Step.draw(z0, schedule, (5.0, 15.0), [torch.Generator().manual_seed(i) for i in range(n)], noisier).t
+    assert (t >= 500).float().mean().item() == pytest.approx(expected, abs=0.05)
+    assert t.max() == 999 and t.min() == (519 if noisier == 1 else 19)
+
+
 def test_distillation_loss_is_eq_6():
     """Against Eq. 5 to 7 written out, with LoRA off for the teacher and θ⁻ for the target."""
     (z0, c, null), schedule, network = batch(), Schedule(50), unet()
