@@ -165,6 +165,10 @@ class Watch(TorchDispatchMode):
         self.project, self.networks = str(project), networks
         self.copies, self.in_networks = collections.Counter(), collections.Counter()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False                                        # nothing is compiled here; asking costs time
+
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         aten, kwargs = torch.ops.aten, kwargs or {}
         if op is aten._local_scalar_dense.default:
@@ -208,10 +212,9 @@ class Watch(TorchDispatchMode):
 @contextmanager
 def fake_gpu(watch: Watch):
     """Within the block all tensors are fake, and may be on "cuda"."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from plumbing.dryrun import Fake
 
-    fake = FakeTensorMode()
-    fake.__deepcopy__ = lambda memo: fake
+    fake = Fake()
     with fake, watch:
         yield fake
 
