@@ -4,6 +4,7 @@
     python tests/benchmark.py --what unet --size 320 512 --dtype bfloat16 --compile
     python tests/benchmark.py --what unet --table   # seconds and FLOP/s of our pass, by kind of operation
     python tests/benchmark.py --what processes      # the toy's training step on two processes, and on one
+    python tests/benchmark.py --what checkpointing  # what recomputing saves and costs, counted for 512x320
 
 Every measurement is a process of its own, so that its memory is its own: resident on a CPU, allocated on a
 GPU. On a CPU the ratio is that of processor time, which a busy machine distorts less. `floor` is how many
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,8 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model import MODELSCOPE, VAE, UNet3D, channels_last  # noqa: E402
+from model import MODELSCOPE, VAE, VC2, UNet3D, channels_last  # noqa: E402
 from plumbing.dryrun import build, simulation  # noqa: E402
+from turbo import inject  # noqa: E402
 
 RATIOS = {"time": "busy", "memory": "peak", "activations": "activations", "tensors": "tensors"}
 KINDS = {"convolution": "convolution", "mm": "linear", "attention": "attention", "norm": "norm"}
@@ -37,7 +40,8 @@ def options():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--what", nargs="+", choices=["unet", "vae", "processes"], default=["unet", "vae"])
+    parser.add_argument("--what", nargs="+", choices=["unet", "vae", "processes", "checkpointing"],
+                        default=["unet", "vae"])
     parser.add_argument("--size", nargs=2, type=int, default=[256, 256], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--chunk", type=int, default=1, help="frames decoded at once")
@@ -192,6 +196,36 @@ def table(what, args) -> None:
     kinds.show(rate)
 
 
+# ---- what recomputing saves and costs ----------------------------------------------------------------------
+
+
+def checkpointing() -> None:
+    """Prints what the levels of VideoCrafter2 with LoRA 64 would keep for the backward pass, one clip of
+    512x320 in bf16, and the FLOP that recomputing costs instead; counted as a GPU would hold it."""
+    kept, flops = Counter(), Counter()
+    with simulation() as counter:
+        with build("cpu", torch.bfloat16):
+            unet = UNet3D(replace(VC2, guidance=True))
+        inject(unet, 64)
+
+        def run(block, h, *others):
+            held, done = counter.live, counter.flops
+            out = block(h, *others)
+            kept[h.shape[-2:]] += counter.live - held - out.nbytes
+            flops[h.shape[-2:]] += counter.flops - done
+            return out
+
+        unet.run = run
+        z, c = torch.randn(1, 4, 16, 40, 64), torch.randn(1, 77, 1024)
+        with torch.autocast("cpu", torch.bfloat16):
+            unet(z, torch.tensor([999]), c, w=torch.tensor([7.5]), fps=16)
+
+    for (H, W), held in kept.items():
+        gib, tflop = held / 2 ** 30, flops[H, W] / 1e12
+        print(f"blocks at {H}x{W}: {gib:.2f} GiB less, {tflop:.2f} TFLOP more, {gib / tflop:.2f} GiB/TFLOP")
+    print(f"together {sum(kept.values()) / 2 ** 30:.2f} GiB, {sum(flops.values()) / 1e12:.2f} TFLOP")
+
+
 # ---- several processes -------------------------------------------------------------------------------------
 
 
@@ -243,11 +277,14 @@ def main():
         return
     if args.one:
         return print(json.dumps(measure(*args.one.split(":"), args)))
-    print(f"{args.frames} frames of {args.size[0]}x{args.size[1]}, {args.dtype} on {args.device}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    if {"unet", "vae"} & set(args.what):
+        print(f"{args.frames} frames of {args.size[0]}x{args.size[1]}, {args.dtype} on {args.device}, "
+              f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for what in args.what:
         if what == "processes":
             processes(args)
+        elif what == "checkpointing":
+            checkpointing()
         elif args.table:
             table(what, args)
         else:
