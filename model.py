@@ -16,6 +16,7 @@ import sys
 from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -804,6 +805,13 @@ class TextConfig:
 VIT_H = TextConfig()
 
 
+@cache
+def clip_tokenizer():
+    """OpenCLIP's byte pairs."""
+    import open_clip  # here, as it takes seconds, which the toy saves
+    return open_clip.get_tokenizer("ViT-H-14")
+
+
 class TextEncoder(nn.Module):
     """Captions -> states of all L tokens before CLIP's last layer, (B, L, D).
 
@@ -813,10 +821,10 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextConfig = VIT_H, tokenizer=None):
         super().__init__()
-        import open_clip  # here, as it takes seconds, which the toy saves
+        import open_clip
 
         self.config, width = config, config.width
-        self.tokenizer = tokenizer or open_clip.get_tokenizer("ViT-H-14")
+        self.tokenizer = tokenizer or clip_tokenizer()
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.randn(config.context_length, width) * 0.01)
         self.transformer = open_clip.transformer.Transformer(width, config.layers - 1, config.heads)
@@ -1001,6 +1009,7 @@ def read_teacher(path: str | Path, text_layers: int) -> list[tuple[weights.State
     return list(zip((unet, vae, text), files, strict=True))
 
 
+@cache
 def lora_shapes(config: UNetConfig) -> weights.Shapes:
     """{layer: shape of its weight} of all layers that take LoRA, in the UNet's order."""
     with weights.without_memory():

@@ -1,5 +1,7 @@
 """Every public file layout, in small, into our networks; and every way in which a file can be wrong."""
+import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -8,14 +10,11 @@ import sys
 import time
 from dataclasses import replace
 
-import diffusers
 import huggingface_hub
-import open_clip
-import peft
 import pytest
 import safetensors.torch
 import torch
-import transformers
+from oracles import diffusers, open_clip, peft, transformers
 from test_model import (
     INPUTS,
     SMALL,
@@ -89,9 +88,21 @@ def vae():
 
 def videocrafter():
     """The content of a model.ckpt."""
+    return torch.load(io.BytesIO(model_ckpt()), weights_only=True)
+
+
+def write_teacher(folder):
+    """videocrafter() as a file."""
+    (folder / "model.ckpt").write_bytes(model_ckpt())
+
+
+@functools.cache
+def model_ckpt():
     unet = {"model.diffusion_model." + key: x for key, x in deterministic(original_shapes(FPS)).items()}
     text = {"cond_stage_model.model." + key: x for key, x in clip().items()}
-    return unet | vae() | text | dict(betas=torch.zeros(1000), scale_arr=torch.zeros(1400))
+    file = io.BytesIO()
+    torch.save(unet | vae() | text | dict(betas=torch.zeros(1000), scale_arr=torch.zeros(1400)), file)
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +234,7 @@ def test_original_modelscope_files(tmp_path):
     torch.save(clip(vision=True), tmp_path / "open_clip_pytorch_model.bin")
     models = load("ms", tmp_path)
 
-    torch.save(videocrafter(), tmp_path / "model.ckpt")
+    write_teacher(tmp_path)
     other = load("vc2", tmp_path / "model.ckpt")
     for part in ("unet", "vae", "text"):
         ours, theirs = getattr(models, part).state_dict(), getattr(other, part).state_dict()
@@ -232,7 +243,7 @@ def test_original_modelscope_files(tmp_path):
 
 
 def test_dtype_and_memory_format(tmp_path):
-    torch.save(videocrafter(), tmp_path / "model.ckpt")
+    write_teacher(tmp_path)
     models = load("vc2", tmp_path, dtype=torch.bfloat16)
     dtypes = {name: p.dtype for name, p in models.unet.named_parameters()}
     assert {dtype for name, dtype in dtypes.items() if name.startswith("out.")} == {torch.float32}
@@ -243,7 +254,7 @@ def test_dtype_and_memory_format(tmp_path):
 
 
 def test_new_student(tmp_path):
-    torch.save(videocrafter(), tmp_path / "model.ckpt")
+    write_teacher(tmp_path)
     student = load("vc2", tmp_path, guidance=True, motion=True).unet
     w = torch.tensor([5.0, 9.0])
     with torch.no_grad():
@@ -272,7 +283,7 @@ def test_videocrafter_lora_as_published(tmp_path):
     config = replace(FPS, guidance=True)
     tensors = public_list(config, "vc2")
     assert len(tensors) == 2 * 574                          # one skip convolution fewer than in full size
-    torch.save(videocrafter(), tmp_path / "model.ckpt")
+    write_teacher(tmp_path)
     torch.save([nn.Parameter(x) for x in tensors], tmp_path / "unet_lora.pt")
     models = load("vc2", tmp_path, tmp_path / "unet_lora.pt")
     assert models.sampling.grid == 50
@@ -361,7 +372,7 @@ def test_merge_equals_peft():
 @pytest.mark.parametrize("motion", [True, False])
 def test_second_version(tmp_path, motion):
     """unet_mg.pt and unet_no_mg.pt: a whole UNet; VAE and text come from the teacher's file."""
-    torch.save(videocrafter(), tmp_path / "model.ckpt")
+    write_teacher(tmp_path)
     torch.save(
         deterministic(original_shapes(replace(FPS, guidance=True, motion=motion))), tmp_path / "unet.pt"
     )
@@ -389,7 +400,7 @@ def merged_videocrafter():
 
 def test_merged_first_version(tmp_path):
     """t2v_turbo_vc2.pt needs no other file: a student of the 50-step grid, told 16 frames a second."""
-    torch.save(videocrafter(), tmp_path / "model.ckpt")
+    write_teacher(tmp_path)
     torch.save(merged_videocrafter(), tmp_path / "t2v_turbo_vc2.pt")
     models = load("vc2", turbo=tmp_path / "t2v_turbo_vc2.pt")
     teacher = load("vc2", tmp_path, guidance=True)
@@ -404,7 +415,7 @@ def test_merged_first_version(tmp_path):
 
 
 def test_own_checkpoints(tmp_path):
-    torch.save(videocrafter(), tmp_path / "model.ckpt")
+    write_teacher(tmp_path)
     config = replace(FPS, guidance=True)
     shapes = lora_shapes(config)
     lora = dict(zip(shapes, zip(*[iter(lora_list(shapes.values()))] * 2, strict=True), strict=True))
@@ -446,7 +457,7 @@ def student_file(path, header, motion=False):
 
 @pytest.fixture
 def teacher_file(tmp_path):
-    torch.save(videocrafter(), tmp_path / "model.ckpt")
+    write_teacher(tmp_path)
     return tmp_path / "model.ckpt"
 
 
@@ -685,7 +696,7 @@ def test_public_files_are_fetched(modelscope, tmp_path, monkeypatch):
         asked.append(file)
         return str((modelscope[0] if "text-to-video" in repository else tmp_path) / file)
 
-    torch.save(videocrafter(), tmp_path / "model.ckpt")
+    write_teacher(tmp_path)
     torch.save(public_list(replace(FPS, guidance=True), "vc2"), tmp_path / "unet_lora.pt")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
     torch.save(merged_videocrafter(), tmp_path / "t2v_turbo_vc2.pt")

@@ -5,17 +5,16 @@ CPU).
 """
 import argparse
 import copy
+import functools
 import hashlib
 import re
 import zlib
 from dataclasses import replace
 
 import benchmark
-import diffusers
 import pytest
 import torch
-import transformers
-from torch._dynamo.utils import counters
+from oracles import diffusers, transformers
 from torch.nn import functional as F
 
 import model
@@ -71,6 +70,7 @@ def original_name(key):
         ".ff.out.", ".transformer_blocks.0.ff.net.2.")
 
 
+@functools.cache
 def original_shapes(config):
     """{VideoCrafter2's name: shape}"""
     with torch.device("meta"):
@@ -382,7 +382,7 @@ def test_layout_of_the_published_unets():
 
 def test_layers_compile_without_a_graph_break():
     """As sample.py --compile has them, in a training step: LoRA on and off, recomputed, under autocast."""
-    unet = original(replace(SMALL, mult=(1, 2), attention_levels=(0,), fps=True, guidance=True))
+    unet = original(replace(TINY, attention_levels=(0,), fps=True, guidance=True))
     trained = inject(unet, 4)
     for p in trained:
         p.data = 0.1 * torch.randn_like(p)
@@ -405,6 +405,7 @@ def test_layers_compile_without_a_graph_break():
 @pytest.mark.slow
 def test_a_full_size_step_compiles_without_a_graph_break():
     """T2V-Turbo (VC2) at 512x320 with LoRA, without contents: 23 graphs for the 56 layers."""
+    from torch._dynamo.utils import counters
     with torch.device("meta"):
         unet = UNet3D(replace(VC2, guidance=True))
     inject(unet, 64)

@@ -1,4 +1,5 @@
 """A run that is killed and resumed is the run that was not killed; and what was saved stays whole."""
+import functools
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ import pytest
 import tiny
 import torch
 import torch.distributed as dist
+import torch.distributed.run as torchrun_itself
 from safetensors.torch import load_file
 
 import train
@@ -58,11 +60,28 @@ def killed_at(position):
     return before
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """undisturbed(*options, world=1) -> folder of a run with these options, made once; not to be changed."""
+    @functools.cache
+    def folder_of(*options, world=1):
+        out = tmp_path_factory.mktemp("undisturbed") / "run"
+        code, text = tiny.run(out, *options, world=world)
+        assert code == 0, text
+        return out
+    return folder_of
+
+
+@pytest.fixture
+def two_steps(undisturbed, tmp_path):
+    """two_steps(name) -> folder tmp_path/name with a run of two steps."""
+    return lambda name: shutil.copytree(undisturbed("--steps", 2), tmp_path / name)
+
+
 @pytest.mark.parametrize("world, options", [
     (1, []), (2, []), (1, ["--lora", 0, "--ema", 0]), (2, ["--lora", 0])])
-def test_two_steps_a_kill_and_two_more_are_four_steps(tmp_path, world, options):
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert tiny.run(one, *options, world=world)[0] == 0
+def test_two_steps_a_kill_and_two_more_are_four_steps(undisturbed, tmp_path, world, options):
+    one, two = undisturbed(*options, world=world), tmp_path / "two"
     assert tiny.run(two, *options, world=world, before=killed_at(2 * 6 // world + 1))[0] == -signal.SIGKILL
     assert tiny.last(two)["step"] == 2 and not (two / "turbo.safetensors").exists()
     code, text = tiny.run(two, *options, "--resume", "auto", world=world)
@@ -73,7 +92,7 @@ def test_two_steps_a_kill_and_two_more_are_four_steps(tmp_path, world, options):
     assert tiny.same(load_file(one / "turbo.safetensors"), load_file(two / "turbo.safetensors"))
 
 
-def test_killed_while_a_checkpoint_is_written(tmp_path):
+def test_killed_while_a_checkpoint_is_written(undisturbed, tmp_path):
     def before(rank):
         whole = torch.save
 
@@ -84,12 +103,11 @@ def test_killed_while_a_checkpoint_is_written(tmp_path):
                 tiny.die()
         torch.save = half
 
-    assert tiny.run(tmp_path / "one")[0] == 0
     assert tiny.run(tmp_path / "two", before=before)[0] == -signal.SIGKILL
     assert [path.name for path in checkpoints(tmp_path / "two")] == ["checkpoint-0000002.pt"]
     assert list((tmp_path / "two").glob(".*.part"))
     assert tiny.run(tmp_path / "two", "--resume", "auto")[0] == 0
-    assert tiny.same(tiny.last(tmp_path / "one"), tiny.last(tmp_path / "two"))
+    assert tiny.same(tiny.last(undisturbed()), tiny.last(tmp_path / "two"))
     assert not list((tmp_path / "two").glob(".*.part"))
 
 
@@ -111,21 +129,21 @@ def test_a_signal_saves_and_ends(tmp_path, number, world):
     assert tiny.run(tmp_path / "run", "--resume", "auto", "--steps", state["step"] + 1, world=world)[0] == 0
 
 
-def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(tmp_path):
+def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(two_steps, tmp_path):
     """A limit on the size of a file, reached by the second checkpoint only, stands in for the disk."""
-    assert tiny.run(tmp_path / "run", "--steps", 2)[0] == 0
-    size, before = checkpoints(tmp_path / "run")[0].stat().st_size, tiny.last(tmp_path / "run")
+    run = two_steps("run")
+    size, before = checkpoints(run)[0].stat().st_size, tiny.last(run)
 
     def full(rank):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
 
-    code, text = tiny.run(tmp_path / "run", "--resume", "auto", before=full)
+    code, text = tiny.run(run, "--resume", "auto", before=full)
     assert code == 2 and "checkpoint-0000004.pt cannot be written" in text and "Traceback" not in text
-    assert tiny.same(tiny.last(tmp_path / "run"), before) and not list((tmp_path / "run").glob(".*.part"))
-    assert tiny.run(tmp_path / "run", "--resume", "auto")[0] == 0
+    assert tiny.same(tiny.last(run), before) and not list(run.glob(".*.part"))
+    assert tiny.run(run, "--resume", "auto")[0] == 0
 
 
-def test_what_can_be_said_before_training_is_said_before(tmp_path):
+def test_what_can_be_said_before_training_is_said_before(two_steps, tmp_path):
     (tmp_path / "file").write_text("")
     code, text = tiny.run(tmp_path / "a", "--out", tmp_path / "file" / "run")
     assert code == 2 and "cannot be made" in text and "Traceback" not in text
@@ -136,20 +154,19 @@ def test_what_can_be_said_before_training_is_said_before(tmp_path):
     code, text = tiny.run(tmp_path / "b", before=little)
     assert code == 2 and "make room" in text and not (tmp_path / "b" / "log.jsonl").exists()
 
-    assert tiny.run(tmp_path / "c", "--steps", 2)[0] == 0
+    two_steps("c")
     for options, told in (((), "--resume auto"), (("--resume", tmp_path / "c" / "x.pt"), "the last one is"),
                           (("--resume", "auto", "--batch", 4), "this run began with --batch 6")):
         code, text = tiny.run(tmp_path / "c", "--steps", 3, *options)
         assert code == 2 and told in text.splitlines()[-1] and "Traceback" not in text
 
 
-def test_a_restart_goes_on_with_its_own_run_only(tmp_path):
+def test_a_restart_goes_on_with_its_own_run_only(two_steps):
     """torchrun counts its attempts; the first may have been refused a folder that holds an older run."""
     def second_attempt(rank):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
 
-    run = tmp_path / "run"
-    assert tiny.run(run, "--steps", 2)[0] == 0
+    run = two_steps("run")
     settings = json.loads((run / "config.json").read_text())
     assert settings["launcher"] == os.getpid()
     (run / "config.json").write_text(json.dumps(settings | {"launcher": 1}))
@@ -171,10 +188,9 @@ def test_an_older_checkpoint_begins_another_future(tmp_path):
     assert tiny.last(run)["optimizer"]["param_groups"][0]["lr"] == 0.5
 
 
-def test_copies_of_checkpoints_are_nobodys(tmp_path):
+def test_copies_of_checkpoints_are_nobodys(two_steps):
     """Names that only begin like a checkpoint's are neither resumed nor deleted."""
-    run = tmp_path / "run"
-    assert tiny.run(run, "--steps", 2)[0] == 0
+    run = two_steps("run")
     copies = [run / "checkpoint-best.pt", run / "checkpoint-0000004 (copy).pt", run / "checkpoint-9.pt"]
     for copy in copies:
         shutil.copy(run / "checkpoint-0000002.pt", copy)
@@ -183,10 +199,9 @@ def test_copies_of_checkpoints_are_nobodys(tmp_path):
     assert all(copy.exists() for copy in copies)
 
 
-def test_options_of_the_whole_run_do_not_change(tmp_path):
+def test_options_of_the_whole_run_do_not_change(undisturbed, tmp_path):
     """On resume; steps, learning rate and the like may, see the tests above."""
-    run = tmp_path / "run"
-    assert tiny.run(run)[0] == 0
+    run = shutil.copytree(undisturbed(), tmp_path / "run")
     weights = (run / "turbo.safetensors").stat()
     for options, told in {
         ("--steps", 2): "checkpoint-0000004.pt is at step 4, past --steps 2",
@@ -199,15 +214,15 @@ def test_options_of_the_whole_run_do_not_change(tmp_path):
         ("--reward", "shapes-clip:3", "--reward", "shapes-viclip"):
             "the rewards shapes-clip (1), shapes-viclip (2), not shapes-clip (3), shapes-viclip (2)",
     }.items():
-        code, text = tiny.run(tmp_path / "run", "--steps", 5, *options, "--resume", "auto")
+        code, text = tiny.run(run, "--steps", 5, *options, "--resume", "auto")
         assert code == 2 and told in text.splitlines()[-1] and "Traceback" not in text
     assert (run / "turbo.safetensors").stat() == weights
 
 
-def test_a_checkpoint_in_another_folder(tmp_path):
+def test_a_checkpoint_in_another_folder(undisturbed, tmp_path):
     """It begins a log of its own there, and spares what another run has saved."""
-    first, fresh, other = tmp_path / "first", tmp_path / "fresh", tmp_path / "other"
-    assert tiny.run(first)[0] == tiny.run(other, "--steps", 2, "--seed", 1)[0] == 0
+    first, fresh, other = undisturbed(), tmp_path / "fresh", tmp_path / "other"
+    assert tiny.run(other, "--steps", 2, "--seed", 1)[0] == 0
     fresh.mkdir()
     (fresh / "log.jsonl").write_text('{"step": 1, "loss": 0}\n')       # of a run that left no checkpoint
     argv = ["--steps", 6, "--resume", first / "checkpoint-0000004.pt"]
@@ -226,10 +241,9 @@ def test_a_checkpoint_in_another_folder(tmp_path):
     assert [line["step"] for line in tiny.log(fresh)] == [4, 5, 6, 7]
 
 
-def test_what_a_kill_leaves_is_cleaned_up(tmp_path):
+def test_what_a_kill_leaves_is_cleaned_up(undisturbed, two_steps):
     """Half a line in the log, and files that were being written."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert tiny.run(one)[0] == tiny.run(two, "--steps", 2)[0] == 0
+    one, two = undisturbed(), two_steps("two")
     with open(two / "log.jsonl", "a") as file:
         file.write('{"step": 2, "lo')
     for name in ("turbo.safetensors", "samples/step-000002-0.gif"):
@@ -351,17 +365,15 @@ def test_checkpoints_are_mapped_not_read(tmp_path):
     assert state["params"]["w"][-1] == 1
 
 
-def test_a_checkpoint_of_the_first_version_is_resumed(tmp_path):
+def test_a_checkpoint_of_the_first_version_is_resumed(undisturbed, two_steps):
     """Without a record, and with options that it did not know."""
-    run = tmp_path / "run"
-    assert tiny.run(run, "--steps", 2)[0] == 0
+    run = two_steps("run")
     state = tiny.last(run)
     del state["record"], state["config"]["device"]
     state["config"]["reward"] = ("hpsv2", "internvideo2")               # the toy did not look at it
     torch.save(state, run / "checkpoint-0000002.pt")
     assert tiny.run(run, "--resume", "auto")[0] == 0
-    assert tiny.run(tmp_path / "one")[0] == 0
-    assert tiny.same(tiny.last(run)["params"], tiny.last(tmp_path / "one")["params"])
+    assert tiny.same(tiny.last(run)["params"], tiny.last(undisturbed())["params"])
 
 
 def test_all_processes_go_on_from_the_same_step(tmp_path):
@@ -410,16 +422,23 @@ def test_processes_meet_their_own_attempt_only():
     assert len(names) == 4 and names[0] == names[1] != names[2] == names[3]
 
 
-def test_torchrun_restarts_from_the_last_checkpoint_by_itself(tmp_path):
+def test_torchrun_restarts_from_the_last_checkpoint_by_itself(undisturbed, tmp_path):
     """One of two processes dies in step 4 of the first attempt; torchrun ends the other and starts again."""
-    command = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=1", "--monitor-interval=0.1",
-                       ROOT / "tests" / "tiny.py", "--out", tmp_path / "two")
-    environment = ENVIRONMENT | {"CRASH": str(3 * 3 + 1)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert tiny.run(tmp_path / "one", world=2)[0] == 0
-    assert tiny.same(tiny.last(tmp_path / "one"), tiny.last(tmp_path / "two"))
-    assert tiny.log(tmp_path / "one") == tiny.log(tmp_path / "two")
+    words = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--rdzv-id=run", "--nproc-per-node=2",
+             "--max-restarts=1", "--monitor-interval=0.1", "tiny.py"]
+
+    def agent():
+        sys.argv[1:], os.environ["CRASH"] = ["--out", str(tmp_path / "two")], str(3 * 3 + 1)
+        config, *_ = torchrun_itself.config_from_args(torchrun_itself.parse_args(words))
+        config.start_method = "fork"                        # in place of four starts of Python and PyTorch
+        torchrun_itself.elastic_launch(config, tiny.program)()
+
+    process = multiprocessing.get_context("fork").Process(target=agent)
+    process.start()
+    process.join(600)
+    assert process.exitcode == 0
+    one, two = undisturbed(world=2), tmp_path / "two"
+    assert tiny.same(tiny.last(one), tiny.last(two)) and tiny.log(one) == tiny.log(two)
 
 
 @pytest.mark.slow

@@ -14,19 +14,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.functional as tv
-import transformers
+from oracles import open_clip, transformers
+from oracles import torchvision as tv
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rewards
 import turbo
-
-BICUBIC = tv.InterpolationMode.BICUBIC
 
 
 # ---- public names and shapes, written down independently ---------------------------------------------------
@@ -427,14 +424,15 @@ def test_clip_tokens_of_viclip_are_cut_to_32():
 # ---- pixels ------------------------------------------------------------------------------------------------
 def torchvision_views(x, S):
     """What the original code does to frames (N, 3, H, W), with torchvision."""
+    bicubic = tv.InterpolationMode.BICUBIC
     H, W = x.shape[-2:]
     side = [max(1, round(n * S / max(H, W))) for n in (H, W)]
     h, w = S - side[0], S - side[1]
-    bars = tv.pad(tv.resize(x, side, BICUBIC), [w // 2, h // 2, w - w // 2, h - h // 2])
-    shorter = tv.resize(x, [round(n * S / min(H, W)) for n in (H, W)], BICUBIC)
-    return {rewards.pad: bars, rewards.squash: tv.resize(x, [S, S], BICUBIC),
+    bars = tv.pad(tv.resize(x, side, bicubic), [w // 2, h // 2, w - w // 2, h - h // 2])
+    shorter = tv.resize(x, [round(n * S / min(H, W)) for n in (H, W)], bicubic)
+    return {rewards.pad: bars, rewards.squash: tv.resize(x, [S, S], bicubic),
             rewards.window: tv.center_crop(shorter, [S, S]),
-            rewards.centre: tv.center_crop(tv.resize(x, S, BICUBIC), [S, S])}
+            rewards.centre: tv.center_crop(tv.resize(x, S, bicubic), [S, S])}
 
 
 @pytest.mark.parametrize("H, W", [(320, 512), (256, 256), (65, 31), (28, 28), (40, 28), (5, 97)])

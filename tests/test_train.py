@@ -161,7 +161,7 @@ def test_a_step_is_algorithm_1(lora):
     for p, average in zip((p for p in target.parameters() if p.requires_grad), made.ema.average, strict=True):
         p.data = average.clone()
     total, parts, gradient = by_hand(made, teacher, target, clips, range(6))
-    made.update = lambda norm, finite: None
+    made.update = lambda norm, lr, finite: None
     record = made.step(clips)
     assert record["loss"] == pytest.approx(total.item(), rel=1e-4)
     for name, value in zip(("loss_cd", "image", "video"), parts.tolist(), strict=True):
@@ -185,7 +185,7 @@ def test_an_update_is_adamw_and_ema():
             q.grad = p.grad.clone()
         nn.utils.clip_grad_norm_(theirs, 1.0)
         adam.step()
-        made.update(made.gradient.norm(), True)
+        made.update(made.gradient.norm(), 1e-2, True)
         average = [0.95 * a + 0.05 * q.detach() for a, q in zip(average, theirs, strict=True)]
     for p, q, a, b in zip(made.params, theirs, made.ema.average, average, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
@@ -498,7 +498,7 @@ def test_the_reward_gradient_lowers_the_peak():
 def tiny_family(monkeypatch):
     vae = model.VAEConfig(channels=32, mult=(1, 1), res_blocks=1, patch=2)
     text = model.TextConfig(width=16, layers=2, heads=2)
-    unet = dataclasses.replace(tiny.UNET, fps=True)
+    unet = dataclasses.replace(tiny.MOTION, fps=True)
     family = dataclasses.replace(model.FAMILIES["vc2"], unet=unet, vae=vae, text=text)
     monkeypatch.setitem(model.FAMILIES, "vc2", family)
     return "--preset vcm-vc2 --height 16 --width 16 --frames 4 --batch 2 --lora 4".split()

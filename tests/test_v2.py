@@ -9,8 +9,9 @@ from functools import partial
 
 import motion
 import pytest
+import tiny
 import torch
-from tiny import UNET, Clips, configure, die, last, log, networks, run, same, start, unsharded
+from tiny import MOTION, Clips, configure, die, last, log, run, same, start, unsharded
 
 import data
 import plumbing.run
@@ -20,6 +21,7 @@ from plumbing.run import Group
 
 PLAN = prepare.Plan(grid=50, draws=2, inversion_steps=10, motion_share=0.5, fps=8, seed=0, micro=4)
 V2 = ("--preset", "shapes-v2")
+networks = partial(tiny.networks, unet=MOTION)
 
 
 def make(folder, plan=PLAN, rank=0, world=1, clips=24, networks=networks):
@@ -111,7 +113,7 @@ def test_all_draws_of_a_clip_share_one_inversion(tmp_path, monkeypatch):
 
 
 def test_a_clip_does_not_depend_on_those_beside_it(tmp_path):
-    two_levels = partial(networks, unet=train.dataclasses.replace(UNET, mult=(1, 2)))
+    two_levels = partial(networks, unet=train.dataclasses.replace(MOTION, mult=(1, 2)))
     for micro in (1, 4):
         plan = train.dataclasses.replace(PLAN, micro=micro)
         make(tmp_path / f"{micro}", plan, clips=12, networks=two_levels)
@@ -219,7 +221,6 @@ def trainer(cache, *argv):
 
 @pytest.fixture(autouse=True)
 def tiny_world(monkeypatch):
-    import tiny
     monkeypatch.setattr(train, "load_world", tiny.load_world)
 
 

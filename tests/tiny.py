@@ -2,6 +2,7 @@
 
 As a program it is train.py in that world: `torchrun tests/tiny.py --out DIR`.
 """
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -30,8 +31,9 @@ T, H, W = 4, 16, 16
 SETTINGS = (f"--frames {T} --height {H} --width {W} --image-frames 2 --video-frames 2 --batch 6 --micro 3 "
             "--lora 4 --steps 4 --save-every 2 --sample-every 0 --dtype float32 --lr 1e-4 --grid 50 "
             "--w-min 5 --w-max 15 --image-weight 1 --video-weight 2").split()
-UNET = model.UNetConfig(channels=32, mult=(1,), res_blocks=1, attention_levels=(0,), head_dim=16,
+UNET = model.UNetConfig(channels=32, mult=(1,), res_blocks=1, attention_levels=(), head_dim=16,
                         context_dim=16, init_heads=2, groups=8)
+MOTION = dataclasses.replace(UNET, attention_levels=(0,))       # has the attention that v2's energy reads
 
 
 class Text(nn.Module):
@@ -85,7 +87,7 @@ def load_world(config, group):
     for term in terms:
         term.name = term.reward.name
     clips = data.Cache(config.data, train.expected(config)) if train.is_v2(config) else Clips()
-    return networks(), clips, terms
+    return networks(unet=MOTION if train.is_v2(config) else UNET), clips, terms
 
 
 def configure(*argv):
@@ -189,7 +191,8 @@ def same(a, b, near=None):
     return a == b if near is None or not isinstance(a, float) else abs(a - b) <= near * abs(a)
 
 
-if __name__ == "__main__":
+def program():
+    """This file as a program, where torchrun has told it its place."""
     first, rank = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0", os.environ["RANK"]
     if first and rank == "1" and "CRASH" in os.environ:
         seen = []
@@ -198,3 +201,7 @@ if __name__ == "__main__":
     if not first and rank == "0":
         time.sleep(1)  # late: the other one comes upon the first attempt's address in torchrun's store
     main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    program()

@@ -1,0 +1,20 @@
+"""The independent libraries that tests compare with, each imported where it is first used: it takes seconds,
+and of the processes of `pytest -n` only the one that needs them spends them (see conftest.py)."""
+from importlib import import_module
+
+import torch
+
+
+class Late:
+    """A module that is imported when something is asked of it."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __getattr__(self, attribute: str):
+        with torch.device("cpu"):                           # its own tensors, where a test's are on "meta"
+            return getattr(import_module(self.name), attribute)
+
+
+diffusers, open_clip, peft, transformers = map(Late, ("diffusers", "open_clip", "peft", "transformers"))
+torchvision = Late("torchvision.transforms.functional")
