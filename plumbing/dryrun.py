@@ -46,6 +46,8 @@ class LiveBytes(TorchDispatchMode):
         self.known = set()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops.prim.device.default:
+            return device_of(args[0])
         kwargs = kwargs or {}
         out = op(*args, **kwargs)
         formula = flop_registry.get(op.overloadpacket)
@@ -187,6 +189,11 @@ class Fake(FakeTensorMode):
             shape, strides, dtype, device = told
             made = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
         return FakeTensor(self, made, device)
+
+
+def device_of(x: FakeTensor) -> torch.device:
+    """What Fake answers to `x.device`, which is half of all that modes are asked."""
+    return torch.device("meta") if x.fake_mode.in_kernel_invocation else x.fake_device
 
 
 def tensors_of(tree) -> list[torch.Tensor]:

@@ -21,6 +21,7 @@ import time
 import traceback
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -164,12 +165,15 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.project, self.networks = str(project), networks
         self.copies, self.in_networks = collections.Counter(), collections.Counter()
+        self.device_of = import_module("plumbing.dryrun").device_of
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False                                        # nothing is compiled here; asking costs time
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op is torch.ops.prim.device.default:
+            return self.device_of(args[0])
         aten, kwargs = torch.ops.aten, kwargs or {}
         if op is aten._local_scalar_dense.default:
             return one(args[0].dtype)
@@ -469,10 +473,12 @@ ATTENTION = F.scaled_dot_product_attention              # PyTorch's own
 
 def watched(case) -> dict:
     """A case, and "peak": the most bytes that it held on the GPU."""
-    from plumbing.dryrun import LiveBytes
+    from plumbing.dryrun import LiveBytes, device_of
 
     class OnTheGpu(LiveBytes):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op is torch.ops.prim.device.default:
+                return device_of(args[0])
             out = op(*args, **(kwargs or {}))
             for x in tree_leaves(out):
                 if isinstance(x, torch.Tensor) and x.device.type == "cuda":

@@ -12,6 +12,8 @@ class Late:
         self.name = name
 
     def __getattr__(self, attribute: str):
+        if attribute.startswith("_"):                       # pytest's, which looks whether this is a fixture
+            raise AttributeError(attribute)
         with torch.device("cpu"):                           # its own tensors, where a test's are on "meta"
             return getattr(import_module(self.name), attribute)
 
