@@ -382,7 +382,7 @@ def test_layout_of_the_published_unets():
 
 def test_layers_compile_without_a_graph_break():
     """As sample.py --compile has them, in a training step: LoRA on and off, recomputed, under autocast."""
-    unet = original(replace(TINY, attention_levels=(0,), fps=True, guidance=True))
+    unet = original(replace(TINY, mult=(1,), attention_levels=(0,), fps=True, guidance=True))
     trained = inject(unet, 4)
     for p in trained:
         p.data = 0.1 * torch.randn_like(p)
