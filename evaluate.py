@@ -43,7 +43,7 @@ class ShapesConfig:
     guidance: NotNegative = 2.0         # ω of the students' rows
     batch: Count = 50                   # clips at once
     seed: Seed = grammar.TABLE          # of the first clip
-    out: str | None = None              # .json with every clip's verdict; an interrupted run goes on from it
+    out: str | None = None              # .json of every clip's verdict; what is in it is not measured again
     dtype: Literal["bfloat16", "float32"] = "bfloat16"    # of the UNet
     device: str = ""                    # cuda or cpu [cuda if there]
 

@@ -84,15 +84,16 @@ MS = dict(
 VCM = dict(image_weight=0.0, video_weight=0.0)
 SHAPES = dict(
     frames=8, height=64, width=64, fps=8,
-    grid=8, w_min=0.5, w_max=3.0, reward=("shapes-clip", "shapes-viclip"), image_frames=4, video_frames=4,
-    steps=200, batch=8, micro=8, lr=1e-3, lora=7, checkpointing=False, chunk=0,
-    workers=0, save_every=50, sample_every=50, guidance=2.0,
+    grid=8, noisier=0.75, w_min=0.5, w_max=3.0, reward=("shapes-clip", "shapes-viclip"), image_frames=4,
+    video_frames=4, steps=400, batch=8, micro=8, lr=1e-3, lr_fall=1.0, lora=7, checkpointing=False, chunk=0,
+    workers=0, save_every=50, sample_every=100, guidance=2.0,
     prompt=("a red circle moving right", "a blue square rising on white"))
 V2 = dict(
     fps=8, grid=200, ema=0.0, image_weight=0.2, video_weight=0.5, reward=("hpsv2", "clip", "internvideo2"),
     image_frames=2, video_frames=4, steps=8000, batch=24, reward_batch=8, lora=0)
 SHAPES_V2 = SHAPES | dict(
-    ema=0.0, batch=6, reward_batch=2, prepare_clips=400, draws=4)
+    noisier=0.0, ema=0.0, steps=200, batch=6, reward_batch=2, lr_fall=0.0, prepare_clips=400, draws=4,
+    sample_every=50)
 PRESETS = {
     "shapes": SHAPES, "turbo-vc2": {}, "vcm-vc2": VCM, "turbo-ms": MS, "vcm-ms": MS | VCM, "turbo-v2": V2,
     "shapes-v2": SHAPES_V2}

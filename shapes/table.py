@@ -174,8 +174,8 @@ def measure(row: Row, config, device: torch.device, scorers: dict, spread: "Spre
         kept["clips"] = list(there.values())
         stored.write()
 
-    if spread and "spread" not in kept:
-        kept["spread"] = spread.of(sample, config.seed)
+    if spread and kept.get("diversity") != config.diversity:
+        kept |= dict(spread=spread.of(sample, config.seed), diversity=config.diversity)
         stored.write()
     return dict(kept, clips=[there[place] for place in wanted])
 
@@ -348,8 +348,8 @@ def paired(clips: dict[tuple[str, int], list[dict]]) -> list[list[str]]:
 
 class Stored:
     """The measured clips of all rows, in memory and in --out. They count for the options and weights that
-    made them; --clips may grow."""
-    OPTIONS = ("diversity", "teacher_guidance", "guidance", "seed", "dtype")
+    made them; --clips and --diversity may grow."""
+    OPTIONS = ("teacher_guidance", "guidance", "seed", "dtype")
 
     def __init__(self, config):
         if config.out and Path(config.out).suffix != ".json":
