@@ -319,9 +319,9 @@ def line(mean: dict, spread: bool) -> str:
     return "| " + " | ".join(first + cells) + f" | {mean['seconds']:.3f} |"
 
 
-def margin(half: float, unit: float = 100) -> str:
+def margin(half: float, unit: float = 100, digits: int = 1) -> str:
     """Half of a 95 % interval, in percent or another unit; nothing for a single clip."""
-    return "" if math.isnan(half) else f" ± {unit * half:.1f}"
+    return "" if math.isnan(half) else f" ± {unit * half:.{digits}f}"
 
 
 def paired(clips: dict[tuple[str, int], list[dict]]) -> list[list[str]]:

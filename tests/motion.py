@@ -29,7 +29,7 @@ from model import to_clip
 from plumbing import cli, stats
 from plumbing.cli import Count, NotNegative, Within
 from shapes import grammar, world
-from shapes.table import travel
+from shapes.table import margin, travel
 from solver import Sampling, Schedule, ddim_invert, ddim_sample
 from turbo import guided_eps, motion_gradient, motion_push, solve, teacher_eps
 
@@ -59,9 +59,9 @@ def moving_clips(count: int) -> tuple[list[grammar.Scene], list[str], Tensor]:
 
 
 def cosine(a: Tensor, b: Tensor) -> str:
-    """Mean over clips and its 95 % interval."""
+    """Mean over clips and its 95 % interval, if there are several."""
     mean, half = stats.mean_interval(torch.cosine_similarity(a.flatten(1), b.flatten(1)).tolist())
-    return f"{mean:+.3f} ± {half:.3f}"
+    return f"{mean:+.3f}{margin(half, unit=1, digits=3)}"
 
 
 class Check:
