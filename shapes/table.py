@@ -157,8 +157,7 @@ def measure(row: Row, config, device: torch.device, scorers: dict, spread: "Spre
         return to_clip(models().vae, z).cpu()
 
     # what is asked for, and what there is of it
-    counts = {"train": (config.clips + 1) // 2, "held-out": config.clips // 2}
-    wanted = [(split, config.seed + index) for split, count in counts.items() for index in range(count)]
+    wanted = [(("train", "held-out")[i % 2], config.seed + i // 2) for i in range(config.clips)]
     kept = stored.row(row)
     there = {(clip["split"], clip["seed"]): clip for clip in kept["clips"]}
     missing = [place for place in wanted if place not in there]
