@@ -139,9 +139,9 @@ class Trainer:
         else:
             if not is_v2(config):           # whose teacher is a cache
                 self.teacher = copy.deepcopy(unet).requires_grad_(False)
-                for p in self.teacher.parameters():
-                    p.data = p.data.to(getattr(torch, config.dtype))
-                self.teacher.out.float()    # see UNet3D.last
+                for name, p in self.teacher.named_parameters():
+                    precise = name.startswith("out.")                   # see UNet3D.last
+                    p.data = p.data.to(torch.float32 if precise else getattr(torch, config.dtype))
             unet.requires_grad_(True)
         unet.checkpointing = config.checkpointing
 

@@ -165,7 +165,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.project, self.networks = str(project), networks
         self.copies, self.in_networks = collections.Counter(), collections.Counter()
-        self.device_of = import_module("plumbing.dryrun").device_of
+        self.device_of = import_module("fakes").device_of
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -216,7 +216,7 @@ class Watch(TorchDispatchMode):
 @contextmanager
 def fake_gpu(watch: Watch):
     """Within the block all tensors are fake, and may be on "cuda"."""
-    from plumbing.dryrun import Fake
+    from fakes import Fake
 
     fake = Fake()
     with fake, watch:
@@ -473,7 +473,9 @@ ATTENTION = F.scaled_dot_product_attention              # PyTorch's own
 
 def watched(case) -> dict:
     """A case, and "peak": the most bytes that it held on the GPU."""
-    from plumbing.dryrun import LiveBytes, device_of
+    from fakes import device_of
+
+    from plumbing.dryrun import LiveBytes
 
     class OnTheGpu(LiveBytes):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):

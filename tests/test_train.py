@@ -504,9 +504,10 @@ def tiny_family(monkeypatch):
     return "--preset vcm-vc2 --height 16 --width 16 --frames 4 --batch 2 --lora 4".split()
 
 
-def test_the_simulation_agrees_with_the_steps_it_simulates(tiny_family, capsys):
+@pytest.mark.parametrize("lora", ["4", "0"])
+def test_the_simulation_agrees_with_the_steps_it_simulates(tiny_family, capsys, lora):
     """Live bytes of fake tensors against those of real ones, float32 on the CPU, part by part."""
-    options = [*tiny_family, "--dtype", "float32", "--batch", "1", "--dry-run"]
+    options = [*tiny_family, "--lora", lora, "--dtype", "float32", "--batch", "1", "--dry-run"]
     fake, real = [train.main([*options, n]) for n in ("0", "1")]
     assert fake.peak.keys() == real.peak.keys() == {"encode", "distill", "backward", "update"}
     assert fake.peak == pytest.approx(real.peak, rel=0.01)
