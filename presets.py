@@ -14,7 +14,8 @@ from plumbing.cli import Count, NotNegative, Positive, Seed, Share, Size, Within
 from shapes import grammar
 from solver import Schedule
 
-Preset = Literal["shapes", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms", "turbo-v2", "shapes-v2"]
+Preset = Literal[
+    "shapes", "shapes-vcm", "shapes-v2", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms", "turbo-v2"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Config:
     image_frames: Count = 6         # M, random frames for an image reward; paper, Sec. 4 (released code: 5)
     video_frames: Count = 8         # evenly strided frames for a video reward; paper, Sec. 4
     ema: Share = 0.95               # decay of the target network θ⁻; v1 Eq. 6; 0: θ itself (released code)
+    pairs: Share = 0.3              # shapes: of clips with two things, which teach what belongs to what
     # T2V-Turbo-v2
     prepare: str = ""               # folder for the cache that v2 trains from; makes it, and does not train
     reward_data: str = ""           # --prepare: more clips, as --data; then only these carry rewards (WebVid)
@@ -84,19 +86,19 @@ MS = dict(
 VCM = dict(image_weight=0.0, video_weight=0.0)
 SHAPES = dict(
     frames=8, height=64, width=64, fps=8,
-    grid=8, noisier=0.75, w_min=0.5, w_max=3.0, reward=("shapes-clip", "shapes-viclip"), image_frames=4,
-    video_frames=4, steps=400, batch=8, micro=8, lr=1e-3, lr_fall=1.0, lora=7, checkpointing=False, chunk=0,
-    workers=0, save_every=50, sample_every=100, guidance=2.0,
+    grid=8, w_min=0.5, w_max=3.0, reward=("shapes-clip", "shapes-viclip"), image_frames=4, video_frames=4,
+    steps=200, batch=8, micro=8, lr=1e-3, lora=7, checkpointing=False, chunk=0,
+    workers=0, save_every=50, sample_every=50, guidance=2.0,
     prompt=("a red circle moving right", "a blue square rising on white"))
+SHAPES_LONGER = dict(steps=400, lr_fall=1.0, noisier=0.75, pairs=0.7)     # VCM alone does not survive it
 V2 = dict(
     fps=8, grid=200, ema=0.0, image_weight=0.2, video_weight=0.5, reward=("hpsv2", "clip", "internvideo2"),
     image_frames=2, video_frames=4, steps=8000, batch=24, reward_batch=8, lora=0)
 SHAPES_V2 = SHAPES | dict(
-    noisier=0.0, ema=0.0, steps=200, batch=6, reward_batch=2, lr_fall=0.0, prepare_clips=400, draws=4,
-    sample_every=50)
+    ema=0.0, batch=6, reward_batch=2, prepare_clips=400, draws=4)
 PRESETS = {
-    "shapes": SHAPES, "turbo-vc2": {}, "vcm-vc2": VCM, "turbo-ms": MS, "vcm-ms": MS | VCM, "turbo-v2": V2,
-    "shapes-v2": SHAPES_V2}
+    "shapes": SHAPES | SHAPES_LONGER, "shapes-vcm": SHAPES | VCM, "shapes-v2": SHAPES_V2,
+    "turbo-vc2": {}, "vcm-vc2": VCM, "turbo-ms": MS, "vcm-ms": MS | VCM, "turbo-v2": V2}
 
 PATHS = {"teacher", "data", "reward", "out", "resume", "device"}   # of this machine, not of the student
 PREPARING = {"prepare", "reward_data", "prepare_clips", "draws", "inversion_steps"}
@@ -179,7 +181,7 @@ def check_effect(config: Config, given: set[str]) -> None:
     kinds = {planned.kind for planned in planned_rewards(config)}
     public = "--preset turbo-vc2, vcm-vc2, turbo-ms or vcm-ms"
     needs = (                                       # option, does it take effect, what it belongs to
-        ("data", config.preset != "shapes" and not (is_toy(config) and config.prepare),
+        ("data", not is_toy(config) or is_v2(config) and not config.prepare,
          f"{public}; the toy draws its own clips"),
         ("image_frames", "image" in kinds, "an image reward; --image-weight is 0"),
         ("video_frames", "video" in kinds, "a video reward; --video-weight is 0"),
@@ -190,6 +192,7 @@ def check_effect(config: Config, given: set[str]) -> None:
         ("resume", config.dry_run is None, "training; --dry-run begins anew"),
         ("ema", not is_v2(config), "--preset turbo-vc2 and the like; v2's target is the student itself"),
         ("noisier", not is_v2(config), "--preset turbo-vc2 and the like; v2 draws t when it prepares"),
+        ("pairs", is_toy(config) and (config.prepare or not is_v2(config)), "the toy where it draws clips"),
         ("offload", not config.prepare, "training"),
         ("sums", not config.prepare and config.dry_run is None, "training"),
         ("resume", not config.prepare, "training; preparing goes on by itself"),

@@ -58,7 +58,6 @@ from presets import (
     planned_rewards,
     told_motion,
 )
-from shapes import grammar
 from solver import Sampling, Schedule
 from turbo import (
     EMA,
@@ -383,7 +382,7 @@ def load_world(config: Config, group: Group) -> tuple[Models, object, list[Rewar
     if is_v2(config):
         clips = data.Cache(config.data, expected(config))
     elif is_toy(config):
-        clips = shapes.Clips(frames=config.frames, size=config.height, pairs=grammar.TAUGHT_PAIRS)
+        clips = toy_clips(config)
     else:
         clips = open_clips(config, config.data, group)
     terms = reward_terms(config, load_reward)
@@ -406,6 +405,10 @@ def load_models(config: Config, device: torch.device) -> Models:
     models.vae.to(dtype)
     models.text.to(dtype)
     return models
+
+
+def toy_clips(config: Config) -> shapes.Clips:
+    return shapes.Clips(frames=config.frames, size=config.height, pairs=config.pairs)
 
 
 def open_clips(config: Config, spec: str, group: Group) -> data.ClipDataset:
@@ -650,8 +653,7 @@ def prepare_cache(config: Config, group: Group) -> None:
     """v2 Algorithm 1: what the teacher says about each clip, into the folder --prepare (see prepare.py)."""
     plan = plan_of(config)
     if is_toy(config):                      # every second clip carries rewards, as in v2's mixture of data
-        clips = Chosen([shapes.Clips(frames=config.frames, size=config.height)] * 2, config.prepare_clips,
-                       config.seed)
+        clips = Chosen([toy_clips(config)] * 2, config.prepare_clips, config.seed)
     else:
         specs = [spec for spec in (config.data, config.reward_data) if spec]
         clips = Chosen([open_clips(config, spec, group) for spec in specs], config.prepare_clips, config.seed)

@@ -19,7 +19,6 @@ MOTIONS = {
     "still": ["standing still", "at rest"], "growing": ["growing", "getting bigger"],
 }
 PAIRS = 0.3                             # share of scenes with two things; of one colour, they become one
-TAUGHT_PAIRS = 0.7                      # in training: they teach what belongs to what
 TABLE = 4_000_000_000                   # scenes and seeds from here on: evaluate.py's table, nothing else
 
 

@@ -178,7 +178,7 @@ EVALUATE = [                            # what is typed behind evaluate.py -> wh
     ("shapes --device foo", "--device foo: no such device"),
     ("shapes --folder {empty}", "--folder {empty}: no teacher.safetensors"),
     ("shapes --out {list}", "--out {list}: holds something else than rows"),
-    ("shapes --out {rows} --seed 1", "{rows} holds rows made with --clips None"),
+    ("shapes --out {rows} --seed 1", "{rows} holds rows made with --teacher-guidance None"),
     ("shapes --out o.txt", "--out o.txt: rows are stored as .json"),
     ("shapes --out {file}/o.json", "{file}/o.json cannot be written"),
     ("score", "score takes clips and at least one --reward NAME=FILE"),
