@@ -1,5 +1,5 @@
 """The independent libraries that tests compare with, each imported where it is first used: it takes seconds,
-and of the processes of `pytest -n` only the one that needs them spends them (see conftest.py)."""
+and a process of `pytest -n` that does not need them does not spend them."""
 from importlib import import_module
 
 import torch
