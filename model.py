@@ -585,7 +585,8 @@ ROWS = 16                                   # of it that are normalised at a tim
 
 
 def too_large(x: Tensor) -> bool:
-    """Are images (N, C, H, W) taken by rows? On a CPU, where no graph keeps the copies anyway."""
+    """Are images (N, C, H, W) taken by rows? On a CPU, where no graph is recorded, which would keep what norm
+    and SiLU make of them anyway."""
     large = x[0].numel() >= LARGE and x.shape[2] % ROWS == 0
     return large and on_cpu(x) and not torch.is_grad_enabled()
 

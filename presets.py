@@ -37,7 +37,7 @@ class Config:
     fps: Annotated[int, Within(1, 240)] = 16    # of clips, told to VC2's UNet; released code: 16; MS: 8
     # Algorithm 1
     grid: Annotated[int, Within(1, 1000)] = 50  # N, the solver's steps; released code, num_ddim_timesteps
-    noisier: Share = 0.0            # of clips, t from the grid's noisier half; papers: t is uniform
+    noisier: Share = 0.0            # of clips, t from the grid's noisier half; others: any t (papers)
     w_min: NotNegative = 5.0        # ω ~ U[w_min, w_max]; paper, Sec. 4
     w_max: NotNegative = 15.0       # same
     image_weight: NotNegative = 1.0     # β_img; paper, Sec. 4: 1 (VC2), 2 (MS); 0: VCM, or without R_img

@@ -95,7 +95,8 @@ class Step:
              generators: list[torch.Generator], noisier: float = 0.0) -> "Step":
         """One CPU generator per clip: its draws do not depend on how a batch is split over processes.
 
-        noisier: share of the clips whose t is from the noisier half of the grid. Papers: t is uniform, 0.
+        noisier: share of the clips whose t is from the noisier half of the grid; that of the others is from
+        all of it. Papers: 0.
         """
         n, (w_min, w_max) = len(schedule.grid), w_range
         least = [n // 2 if noisier and torch.rand(1, generator=g) < noisier else 0 for g in generators]
