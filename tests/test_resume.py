@@ -394,6 +394,7 @@ def test_a_closed_terminal_saves_and_ends(tmp_path):
     child, terminal = pty.fork()
     if child == 0:
         os.environ |= {"PYTHONPATH": str(ROOT), "RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0"}
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)            # also where pytest itself ignores it (nohup)
         os.execv(sys.executable, [sys.executable, str(ROOT / "tests" / "tiny.py"), *options])
     os.set_blocking(terminal, False)
     while not (run / "log.jsonl").exists() or not (run / "log.jsonl").read_text():
