@@ -1,6 +1,8 @@
 """Several processes of `pytest -n` share the cores and the tests, file by file."""
 import os
 
+import pytest
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")           # each computes on one core
 
@@ -11,3 +13,12 @@ def pytest_collection_modifyitems(items):
     """Files that take long come first, so that the processes end together."""
     place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.fixture(autouse=True)
+def quick_simulation(monkeypatch):
+    """Simulations with fake tensors whose results are remembered, in half of the time."""
+    from fakes import Fake
+
+    from plumbing import dryrun
+    monkeypatch.setattr(dryrun, "FakeTensorMode", Fake)

@@ -1,4 +1,5 @@
-"""Fake tensors whose results are remembered: the fake GPU's thousands of layers are mostly alike."""
+"""Fake tensors whose results are remembered, for the fake GPU and for simulations: thousands of layers are
+mostly alike."""
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
