@@ -37,7 +37,7 @@ class Config:
     fps: Annotated[int, Within(1, 240)] = 16    # of clips, told to VC2's UNet; released code: 16; MS: 8
     # Algorithm 1
     grid: Annotated[int, Within(1, 1000)] = 50  # N, the solver's steps; released code, num_ddim_timesteps
-    noisier: Share = 0.0            # of clips, t from the grid's noisier half; others: any t (papers)
+    on_policy: Share = 0.0          # of clips: z_t where the student's own 4-step sampling comes; papers: 0
     w_min: NotNegative = 5.0        # ω ~ U[w_min, w_max]; paper, Sec. 4
     w_max: NotNegative = 15.0       # same
     image_weight: NotNegative = 1.0     # β_img; paper, Sec. 4: 1 (VC2), 2 (MS); 0: VCM, or without R_img
@@ -90,7 +90,7 @@ SHAPES = dict(
     steps=200, batch=8, micro=8, lr=1e-3, lora=7, checkpointing=False, chunk=0,
     workers=0, save_every=50, sample_every=50, guidance=2.0,
     prompt=("a red circle moving right", "a blue square rising on white"))
-SHAPES_LONGER = dict(steps=400, lr_fall=1.0, noisier=0.75, pairs=0.7)     # VCM alone does not survive it
+SHAPES_LONGER = dict(steps=800, lr_fall=1.0, on_policy=0.5, pairs=0.7)     # VCM alone does not survive it
 V2 = dict(
     fps=8, grid=200, ema=0.0, image_weight=0.2, video_weight=0.5, reward=("hpsv2", "clip", "internvideo2"),
     image_frames=2, video_frames=4, steps=8000, batch=24, reward_batch=8, lora=0)
@@ -191,7 +191,7 @@ def check_effect(config: Config, given: set[str]) -> None:
         ("export_lora", config.lora, "--lora"),
         ("resume", config.dry_run is None, "training; --dry-run begins anew"),
         ("ema", not is_v2(config), "--preset turbo-vc2 and the like; v2's target is the student itself"),
-        ("noisier", not is_v2(config), "--preset turbo-vc2 and the like; v2 draws t when it prepares"),
+        ("on_policy", not is_v2(config), "--preset turbo-vc2 and the like; v2 draws t when it prepares"),
         ("pairs", is_toy(config) and (config.prepare or not is_v2(config)), "the toy where it draws clips"),
         ("offload", not config.prepare, "training"),
         ("sums", not config.prepare and config.dry_run is None, "training"),

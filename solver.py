@@ -62,7 +62,7 @@ class Schedule:
         point from the top."""
         if not 1 <= n <= self.steps:
             raise ValueError(f"{n} sampling steps on a grid of {self.steps}; choose 1 to {self.steps}")
-        return self.grid.flip(0)[::self.steps // n][:n].tolist()
+        return [999 - i * (self.steps // n) * self.k for i in range(n)]
 
 
 # ---- equations ---------------------------------------------------------------------------------------------

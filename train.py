@@ -72,6 +72,7 @@ from turbo import (
     lora_state,
     merge,
     motion_strength,
+    on_policy,
     reward_gradient,
     total_loss,
 )
@@ -220,7 +221,9 @@ class Trainer:
 
         # t, ω and ε; the teacher's step from z_t to ẑ_s; L_CD
         with self.parts("distill"), self.offload(*self.networks, then=self.judges[:1]):
-            step = Step.draw(z0, self.schedule, (config.w_min, config.w_max), generators, config.noisier)
+            step = Step.draw(z0, self.schedule, (config.w_min, config.w_max), generators)
+            if config.on_policy:
+                z0, step = self.on_policy(z0, c, step, positions, generators)
             loss_cd, z0_hat = distill(self.student, self.teacher, self.ema, self.schedule, step, z0, c,
                                       self.null.expand_as(c), fps=config.fps)
 
@@ -238,6 +241,21 @@ class Trainer:
 
         loss = loss_cd.detach() - sum(term.weight * scores[term.name] for term in self.terms)
         return share * torch.stack([loss, loss_cd.detach(), *scores.values()]).double()
+
+    def on_policy(self, z0: Tensor, c: Tensor, step: Step, positions: range,
+                  generators: list[torch.Generator]) -> tuple[Tensor, Step]:
+        """A share of the clips goes where the student comes when it samples, after 0, 1, 2 and 3 jumps in
+        turn; they are spread evenly over the run."""
+        share, n = self.config.on_policy, min(4, self.config.grid)
+        before = [int(position * share) for position in positions]
+        up_to = [int((position + 1) * share) for position in positions]
+        jumps = [i % n if j > i else None for i, j in zip(before, up_to, strict=True)]
+
+        def f(z, t, clips):
+            return consistency(self.student, self.schedule, z, t, step.w[clips], c[clips],
+                               fps=self.config.fps)
+
+        return on_policy(f, self.schedule, z0, step, jumps, n, generators)
 
     def encode(self, micro_batch: dict, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Latents z0 (B, C, T, h, w), drawn from the VAE's posterior, and caption embeddings c."""

@@ -9,7 +9,7 @@ one-step generation, null the embedding of the empty caption, motion λ' (the st
 """
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -92,19 +92,38 @@ class Step:
 
     @classmethod
     def draw(cls, z0: Tensor, schedule: Schedule, w_range: tuple[float, float],
-             generators: list[torch.Generator], noisier: float = 0.0) -> "Step":
-        """One CPU generator per clip: its draws do not depend on how a batch is split over processes.
-
-        noisier: share of the clips whose t is from the noisier half of the grid; that of the others is from
-        all of it. Papers: 0.
-        """
+             generators: list[torch.Generator]) -> "Step":
+        """One CPU generator per clip: its draws do not depend on how a batch is split over processes."""
         n, (w_min, w_max) = len(schedule.grid), w_range
-        least = [n // 2 if noisier and torch.rand(1, generator=g) < noisier else 0 for g in generators]
-        index = torch.cat([torch.randint(low, n, (1,), generator=g)
-                           for low, g in zip(least, generators, strict=True)])
+        index = torch.cat([torch.randint(n, (1,), generator=g) for g in generators])
         w = torch.cat([torch.rand(1, generator=g) for g in generators]) * (w_max - w_min) + w_min
         eps = torch.stack([torch.randn(z0.shape[1:], generator=g) for g in generators])
         return cls(schedule.grid[index.to(schedule.grid.device)], w.to(z0.device), eps.to(z0.device))
+
+
+@torch.no_grad()
+def on_policy(f, schedule: Schedule, z0: Tensor, step: Step, jumps: list[int | None], n: int,
+              generators: list[torch.Generator]) -> tuple[Tensor, Step]:
+    """Takes clips of a batch to where the student comes when it samples in n jumps -> their z0, and the step.
+
+    The papers noise training clips only: whatever is asked for can be seen in z_t already. Here z_t holds the
+    student's own mistakes, for L_CD and rewards to mend. (Not in the papers; as "backward simulation" in
+    DMD2, arXiv 2405.14867.)
+
+    jumps: how many of the n each clip has behind it, 0 to n - 1; None: it stays a training clip.
+    f(z, t, clips) -> ẑ0 of the clips with these numbers.
+    """
+    timesteps, moved = schedule.few_steps(n), [i for i, done in enumerate(jumps) if done is not None]
+    z0, t = z0.clone(), step.t.clone()
+    z0[moved], t[moved] = 0, timesteps[0]                                   # z_999 is noise alone
+    for jump, s in enumerate(timesteps[1:]):
+        going = [i for i in moved if jumps[i] > jump]
+        if not going:
+            break
+        noise = torch.stack([torch.randn(z0.shape[1:], generator=generators[i]) for i in going])
+        z = schedule.add_noise(z0[going], noise.to(z0.device), t[going])
+        z0[going], t[going] = f(z, t[going], going), s                      # Eq. D
+    return z0, replace(step, t=t)
 
 
 def distill(student, teacher, ema, schedule: Schedule, step: Step, z0: Tensor, c: Tensor, null: Tensor,

@@ -224,7 +224,8 @@ def test_any_split_of_the_batch_trains_the_same(tmp_path):
     runs = {}
     for world, micro, sums in ((1, 6, 1), (2, 2, 1), (3, 1, 1), (1, 2, 2)):
         out = tmp_path / f"{world}-{micro}"
-        code, text = tiny.run(out, "--steps", 2, "--micro", micro, "--sums", sums, world=world)
+        options = ("--steps", 2, "--micro", micro, "--sums", sums, "--on-policy", 0.7)
+        code, text = tiny.run(out, *options, world=world)
         assert code == 0, text
         runs[world, micro] = tiny.log(out), tiny.last(out)
     assert tiny.same(runs[1, 2], runs[2, 2])

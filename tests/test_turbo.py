@@ -123,12 +123,34 @@ def test_draws_do_not_depend_on_the_split():
     assert set(whole.t.tolist()) <= set(schedule.grid.tolist()) and 5 <= whole.w.min() and whole.w.max() <= 15
 
 
-@pytest.mark.parametrize("noisier, expected", [(0, 0.5), (0.5, 0.75), (1, 1)])
-def test_timesteps_may_be_drawn_from_the_noisier_half(noisier, expected):
-    z0, schedule, n = torch.zeros(1000, 1, 1, 1, 1), Schedule(50), 1000
-    t = Step.draw(z0, schedule, (5.0, 15.0), [torch.Generator().manual_seed(i) for i in range(n)], noisier).t
-    assert (t >= 500).float().mean().item() == pytest.approx(expected, abs=0.05)
-    assert t.max() == 999 and t.min() == (519 if noisier == 1 else 19)
+def test_on_policy_clips_are_where_sampling_comes():
+    """Each of them, with its own noise, against a sampler written out for it alone; others stay."""
+    schedule, z0 = Schedule(8), torch.randn(6, 1, 1, 2, 2)
+
+    def generators():
+        return [torch.Generator().manual_seed(i) for i in range(6)]
+
+    def f(z, t, clips):
+        seen.extend(clips)
+        return torch.tanh(z) + t.view(-1, 1, 1, 1, 1) / 1000
+
+    seen, streams = [], generators()
+    drawn = Step.draw(z0, schedule, (5.0, 15.0), streams)
+    jumps = [None, 0, 3, 1, None, 2]
+    made, step = turbo.on_policy(f, schedule, z0, drawn, jumps, 4, streams)
+
+    streams = generators()
+    Step.draw(z0, schedule, (5.0, 15.0), streams)
+    for i, done in enumerate(jumps):
+        t, expected = drawn.t[i], z0[i:i + 1]
+        if done is not None:
+            t, expected = 999, torch.zeros(1, 1, 1, 2, 2)
+            for s in (749, 499, 249)[:done]:
+                noise = torch.randn(1, 1, 2, 2, generator=streams[i])[None]
+                z = schedule.add_noise(expected, noise, torch.tensor([t]))
+                expected, t = torch.tanh(z) + t / 1000, s
+        assert step.t[i] == t and torch.allclose(made[i:i + 1], expected, atol=1e-6)
+    assert sorted(seen) == [2, 2, 2, 3, 5, 5] and torch.equal(step.eps, drawn.eps)
 
 
 def test_distillation_loss_is_eq_6():
