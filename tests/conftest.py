@@ -6,7 +6,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")           # each computes on one core
 
-LONGEST = "fakecuda loading v2 train resume model end_to_end sample gpu docs shapes evaluate".split()
+LONGEST = "fakecuda v2 train resume sample loading model end_to_end docs shapes gpu evaluate".split()
 
 
 def pytest_collection_modifyitems(items):

@@ -266,16 +266,17 @@ def shallow(make, header):
     return cut(make(header))
 
 
-def training(preset: str, *options: str, gpus: int = 1, again: bool = False, show: bool = False) -> dict:
+def training(preset: str, *options: str, gpus: int = 1, clips: int = 1, again: bool = False,
+             show: bool = False) -> dict:
     """A step. again: another one, from the state that a file held. show: the run's sample clips."""
     import train
     from plumbing import dryrun
     from plumbing.run import Group
 
-    clips = str(gpus)
-    argv = ["--preset", preset, "--batch", clips, "--micro", "1", "--chunk", "16", *options]
+    batch = str(gpus * clips)
+    argv = ["--preset", preset, "--batch", batch, "--micro", str(clips), "--chunk", "16", *options]
     if preset.endswith("v2") and preset != "turbo-vc2":
-        argv += ["--reward-batch", clips]
+        argv += ["--reward-batch", batch]
     if show:
         argv += ["--grid", "2"]                             # and so sample clips of two steps
     with tempfile.TemporaryDirectory() as out:
@@ -285,7 +286,7 @@ def training(preset: str, *options: str, gpus: int = 1, again: bool = False, sho
         models, terms = world(config, group)
         trainer = trainer_class(config, models, terms, group)
         dryrun.pick_worst(terms)                        # frames, as the dry run does
-        batch = dryrun.random_batch(config, models, 1)
+        batch = dryrun.random_batch(config, models, clips)
         with counting() as copies:
             trainer.step(batch)
         if again:
@@ -538,6 +539,7 @@ CASES = {
        for preset in ("shapes", "shapes-v2", *ALL)},
     **{f"train {preset} --lora 0": partial(training, preset, "--lora", "0", again=preset == "vcm-ms")
        for preset in ("vcm-ms", "turbo-v2")},
+    "train vcm-ms --on-policy 1": partial(training, "vcm-ms", "--on-policy", "1", clips=2),
     "train turbo-vc2 --offload": partial(training, "turbo-vc2", "--offload", show=True),
     "train turbo-v2 --offload": partial(training, "turbo-v2", "--offload", again=True),
     "train turbo-vc2 --lora 0 on 2 GPUs": partial(training, "turbo-vc2", "--lora", "0", gpus=2, again=True),
