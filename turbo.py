@@ -104,18 +104,18 @@ class Step:
 @torch.no_grad()
 def on_policy(f, schedule: Schedule, z0: Tensor, step: Step, jumps: list[int | None], n: int,
               generators: list[torch.Generator]) -> tuple[Tensor, Step]:
-    """Takes clips of a batch to where the student comes when it samples in n jumps -> their z0, and the step.
+    """Moves clips to timesteps of the student's own sampling in n jumps -> z0, and the step with their t.
 
-    The papers noise training clips only: whatever is asked for can be seen in z_t already. Here z_t holds the
-    student's own mistakes, for L_CD and rewards to mend. (Not in the papers; as "backward simulation" in
-    DMD2, arXiv 2405.14867.)
+    The papers noise training clips only, and unless t is near 999 the clip can be seen in z_t. Here z_t is made
+    of the student's last answer, whose mistakes L_CD and rewards can mend. (Not in the papers; DMD2, arXiv
+    2405.14867, calls it backward simulation.)
 
     jumps: how many of the n each clip has behind it, 0 to n - 1; None: it stays a training clip.
     f(z, t, clips) -> ẑ0 of the clips with these numbers.
     """
     timesteps, moved = schedule.few_steps(n), [i for i, done in enumerate(jumps) if done is not None]
     z0, t = z0.clone(), step.t.clone()
-    z0[moved], t[moved] = 0, timesteps[0]                                   # z_999 is noise alone
+    z0[moved], t[moved] = 0, timesteps[0]                                   # z_999 = σ_999 ε, σ_999 = 0.998
     for jump, s in enumerate(timesteps[1:]):
         going = [i for i in moved if jumps[i] > jump]
         if not going:
