@@ -106,9 +106,9 @@ def on_policy(f, schedule: Schedule, z0: Tensor, step: Step, jumps: list[int | N
               generators: list[torch.Generator]) -> tuple[Tensor, Step]:
     """Moves clips to timesteps of the student's own sampling in n jumps -> z0, and the step with their t.
 
-    The papers noise training clips only, and unless t is near 999 the clip can be seen in z_t. Here z_t is made
-    of the student's last answer, whose mistakes L_CD and rewards can mend. (Not in the papers; DMD2, arXiv
-    2405.14867, calls it backward simulation.)
+    The papers noise training clips only, and unless t is near 999 the clip can be seen in z_t. Here z_t is
+    made of the student's last answer, whose mistakes L_CD and rewards can mend. (Not in the papers; DMD2,
+    arXiv 2405.14867, calls it backward simulation.)
 
     jumps: how many of the n each clip has behind it, 0 to n - 1; None: it stays a training clip.
     f(z, t, clips) -> ẑ0 of the clips with these numbers.
