@@ -90,7 +90,7 @@ SHAPES = dict(
     steps=200, batch=8, micro=8, lr=1e-3, lora=7, checkpointing=False, chunk=0,
     workers=0, save_every=50, sample_every=50, guidance=2.0,
     prompt=("a red circle moving right", "a blue square rising on white"))
-SHAPES_LONGER = dict(steps=800, lr_fall=1.0, on_policy=0.5, pairs=0.7)     # VCM alone does not survive it
+SHAPES_LONGER = dict(steps=800, lr_fall=1.0, on_policy=0.5, pairs=0.7)     # without rewards it gets worse
 V2 = dict(
     fps=8, grid=200, ema=0.0, image_weight=0.2, video_weight=0.5, reward=("hpsv2", "clip", "internvideo2"),
     image_frames=2, video_frames=4, steps=8000, batch=24, reward_batch=8, lora=0)

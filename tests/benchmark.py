@@ -11,9 +11,10 @@ GPU. On a CPU the ratio is that of processor time, which a busy machine distorts
 times longer a pass takes than its FLOP (counted on fake tensors) at the rate of a large matrix product in the
 same process; `activations` is the peak less what was held before the pass, `tensors` the part of it that is
 tensors (counted on fake ones, too: without what kernels take for themselves). glibc keeps freed blocks of up
-to 32 MB; here it gives them back (MALLOC_*), for both networks, so that what is resident is in use.
+to 32 MB; while memory is measured it gives them back, for both networks, so that what is resident is in use.
 """
 import argparse
+import ctypes
 import json
 import os
 import resource
@@ -34,7 +35,6 @@ from plumbing.dryrun import build, simulation  # noqa: E402
 from turbo import inject  # noqa: E402
 
 RATIOS = {"time": "busy", "memory": "peak", "activations": "activations", "tensors": "tensors"}
-GIVE_BACK = dict(MALLOC_MMAP_THRESHOLD_="262144", MALLOC_TRIM_THRESHOLD_="262144", MALLOC_TOP_PAD_="0")
 KINDS = {"convolution": "convolution", "mm": "linear", "attention": "attention", "norm": "norm"}
 
 
@@ -166,6 +166,14 @@ def prepare(which, what, args):
     return one_pass(net, which, what, args)
 
 
+def give_back(size: int) -> None:
+    """From now on glibc gives freed blocks of so many bytes back at once. Nothing happens elsewhere."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-3, size)                                   # M_MMAP_THRESHOLD
+        mallopt(-1, size)                                   # M_TRIM_THRESHOLD
+
+
 @torch.no_grad()
 def measure(which, what, args):
     """{"seconds", "busy" (of the processor), "peak", "activations" (GiB) of a pass, "rate" of a product}"""
@@ -173,15 +181,18 @@ def measure(which, what, args):
     rate, before = product_rate(args), held(args)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    give_back(2 ** 18)
     run(), wait()
+    peak = torch.cuda.max_memory_allocated() / 2 ** 30 if args.device == "cuda" else (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+
+    give_back(2 ** 25)
     start, start_busy = time.perf_counter(), time.process_time()
     for _ in range(args.repeat):
         run()
     wait()
     seconds = (time.perf_counter() - start) / args.repeat
     busy = (time.process_time() - start_busy) / args.repeat
-    peak = torch.cuda.max_memory_allocated() / 2 ** 30 if args.device == "cuda" else (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
     return dict(seconds=seconds, busy=seconds if args.device == "cuda" else busy, peak=peak, rate=rate,
                 activations=peak - before)
 
@@ -299,7 +310,7 @@ def compare(what, args) -> None:
     print(f"{what}: {flops / 1e12:.2f} TFLOP a pass")
     for which in ["diffusers", "ours"] + ["compiled"] * args.compile:
         done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", f"{which}:{what}"],
-                              env=GIVE_BACK | os.environ, stdout=subprocess.PIPE, text=True, check=True)
+                              stdout=subprocess.PIPE, text=True, check=True)
         result = json.loads(done.stdout.splitlines()[-1])
         result["tensors"] = count(which, what, args)[1]
         base = base or result
