@@ -301,16 +301,7 @@ def test_the_page_in_a_browser(folders, tmp_path):
         assert "vcm" not in text and "turbo" not in text
 
         plays_in_step(page)
-
-        # Keys; the next pair comes after the third answer.
-        for key in ("ArrowLeft", "ArrowRight"):
-            page.press(key)
-        assert page.run("answersOf(0)") == ["left", "right", None]
-        page.press("Backspace")
-        page.press("ArrowDown")
-        page.press("ArrowLeft")
-        page.wait("shown === 1")
-        page.press("ArrowRight")
+        answers_by_keys(page)
 
         # A reload goes on where it was, on a phone too.
         page.look(390, 844, dark=True, phone=True)
@@ -342,6 +333,18 @@ def test_the_page_in_a_browser(folders, tmp_path):
     assert votes[0].answers == (left[0], "same", left[0])
     assert votes[1].answers == (other[left[1]], "same", left[1])
     assert {vote.judge for vote in votes} == {"ann"} and votes[0].names == ("vcm", "turbo")
+
+
+def answers_by_keys(page):
+    """The next pair comes after the third answer."""
+    for key in ("ArrowLeft", "ArrowRight"):
+        page.press(key)
+    assert page.run("answersOf(0)") == ["left", "right", None]
+    page.press("Backspace")
+    page.press("ArrowDown")
+    page.press("ArrowLeft")
+    page.wait("shown === 1")
+    page.press("ArrowRight")
 
 
 def plays_in_step(page):
