@@ -18,7 +18,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def quick_simulation(monkeypatch):
-    """Simulations with fake tensors whose results are remembered, in half of the time."""
+    """Simulations with fake tensors whose results are remembered, in half of the time (test_train.py has one
+    without)."""
     from fakes import Fake
 
     from plumbing import dryrun
