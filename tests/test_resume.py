@@ -52,11 +52,18 @@ def half_a_file(path):
         tiny.die()
 
 
-def killed_at(position):
-    """The process that reads the clip at this position of the run dies of it."""
+def killed_at(position, out):
+    """The process that reads the clip at this position of the run dies of it, once the first one has saved
+    what was before."""
     def before(rank):
+        def on_get(index):
+            if next(count) == position:
+                while not checkpoints(out):
+                    time.sleep(0.01)
+                tiny.die()
+
         count = iter(range(10 ** 6))
-        tiny.Clips.on_get = staticmethod(lambda index: next(count) == position and tiny.die())
+        tiny.Clips.on_get = staticmethod(on_get)
     return before
 
 
@@ -82,7 +89,8 @@ def two_steps(undisturbed, tmp_path):
     (1, []), (2, []), (1, ["--lora", 0, "--ema", 0]), (2, ["--lora", 0])])
 def test_two_steps_a_kill_and_two_more_are_four_steps(undisturbed, tmp_path, world, options):
     one, two = undisturbed(*options, world=world), tmp_path / "two"
-    assert tiny.run(two, *options, world=world, before=killed_at(2 * 6 // world + 1))[0] == -signal.SIGKILL
+    before = killed_at(2 * 6 // world + 1, two)
+    assert tiny.run(two, *options, world=world, before=before)[0] == -signal.SIGKILL
     assert tiny.last(two)["step"] == 2 and not (two / "turbo.safetensors").exists()
     code, text = tiny.run(two, *options, "--resume", "auto", world=world)
     assert code == 0, text
