@@ -69,6 +69,8 @@ DIFFERENCES = [                         # compared clip by clip: (name, steps) m
     (("VCM", 4), ("teacher DDIM", 50)),
     (("T2V-Turbo", 1), ("VCM", 1)),
     (("T2V-Turbo", 8), ("teacher DDIM", 50)),
+    (("VCM + R_img", 4), ("VCM", 4)),
+    (("VCM + R_vid", 4), ("VCM", 4)),
     (("T2V-Turbo-v2", 4), ("v2 without motion guidance", 4)),
     (("T2V-Turbo-v2", 4), ("v2 without rewards", 4)),
     (("v2 + R_img", 4), ("v2 without rewards", 4)),
@@ -79,7 +81,8 @@ DIFFERENCES = [                         # compared clip by clip: (name, steps) m
 
 COMPARED = {                            # heading: figure of a clip, of clips with so many things, its unit
     "all right, points": ("all", (1, 2), 100), "motion, one thing": ("motion", (1,), 100),
-    "motion, two things": ("motion", (2,), 100), "travel, px": ("travel", (1, 2), 1),
+    "motion, two things": ("motion", (2,), 100), "quality, points": ("quality", (1, 2), 100),
+    "travel, px": ("travel", (1, 2), 1),
 }
 
 PERCENT = {                             # a clip's verdicts, or a share of right clips: heading

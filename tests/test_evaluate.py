@@ -481,11 +481,13 @@ def world_for_samples(monkeypatch):
 
 def test_rows_are_compared_clip_by_clip():
     def clip(seed, right, travel):
-        return dict(caption="a", seed=seed, things=1 + seed, all=right, motion=right, travel=travel)
+        return dict(caption="a", seed=seed, things=1 + seed, all=right, motion=right, quality=right / 4,
+                    travel=travel)
 
     new, old = table.DIFFERENCES[0]
     rows = {new: [clip(0, 1, 20.0), clip(1, 1, None)], old: [clip(1, 0, None), clip(0, 1, 18.0)]}
-    assert table.paired(rows) == [["T2V-Turbo 4 - VCM 4", "2", "+50.0 ± 98.0", "+0.0", "+100.0", "+2.0"]]
+    assert table.paired(rows) == [
+        ["T2V-Turbo 4 - VCM 4", "2", "+50.0 ± 98.0", "+0.0", "+100.0", "+12.5 ± 24.5", "+2.0"]]
 
 
 def test_the_table_counts_right(world_for_samples, capsys, tmp_path):
