@@ -57,8 +57,8 @@ class Row:
 ROWS = [Row("teacher DDIM", None, "ddim", steps) for steps in (50, 8, 4)]
 ROWS += [Row("teacher, few-step sampler", None, "jumps", steps) for steps in (1, 2, 4, 8)]
 ROWS += [Row(name, student, "student", steps) for name, student in
-         (("VCM", "vcm"), ("VCM + R_img", "vcm-img"), ("VCM + R_vid", "vcm-vid"), ("T2V-Turbo", "turbo"),
-          ("T2V-Turbo-v2", "v2"), ("v2 without motion guidance", "v2-no-mg"),
+         (("VCM", "vcm"), ("VCM + R_img", "vcm-img"), ("VCM + R_vid", "vcm-vid"), ("VCM + both", "vcm-both"),
+          ("T2V-Turbo", "turbo"), ("T2V-Turbo-v2", "v2"), ("v2 without motion guidance", "v2-no-mg"),
           ("v2 without rewards", "v2-vcm"), ("v2 + R_img", "v2-img"), ("v2 + R_vid", "v2-vid"),
           ("v2 rewards on all", "v2-all"), ("v2 disjoint", "v2-disjoint"))
          for steps in (1, 2, 4, 8)]
@@ -71,6 +71,8 @@ DIFFERENCES = [                         # compared clip by clip: (name, steps) m
     (("T2V-Turbo", 8), ("teacher DDIM", 50)),
     (("VCM + R_img", 4), ("VCM", 4)),
     (("VCM + R_vid", 4), ("VCM", 4)),
+    (("VCM + both", 4), ("VCM", 4)),
+    (("T2V-Turbo", 4), ("VCM + both", 4)),
     (("T2V-Turbo-v2", 4), ("v2 without motion guidance", 4)),
     (("T2V-Turbo-v2", 4), ("v2 without rewards", 4)),
     (("v2 + R_img", 4), ("v2 without rewards", 4)),
