@@ -83,7 +83,7 @@ DIFFERENCES = [                         # compared clip by clip: (name, steps) m
 
 COMPARED = {                            # heading: figure of a clip, of clips with so many things, its unit
     "all right, points": ("all", (1, 2), 100), "motion, one thing": ("motion", (1,), 100),
-    "motion, two things": ("motion", (2,), 100), "quality, points": ("quality", (1, 2), 100),
+    "motion, two things": ("motion", (2,), 100), "quality, hundredths": ("quality", (1, 2), 100),
     "travel, px": ("travel", (1, 2), 1),
 }
 
