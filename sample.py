@@ -39,6 +39,7 @@ class Config:
     model: Literal["shapes", "vc2", "ms"] | None = None  # toy, VideoCrafter2, ModelScope [--turbo's; shapes]
     method: Literal["turbo", "vcm", "teacher"] = "turbo"  # a student, one without rewards, the teacher's DDIM
     steps: Annotated[int, Within(1, 1000)] | None = None  # network passes [turbo: 4; v2: 16; teacher: 50]
+    timesteps: str | None = None        # of students' steps instead of even ones, e.g. 999,624,499,374
     guidance: NotNegative | None = None  # ω, 0 = none [students: 7.5; teachers: vc2 11, ms 8; shapes: 2]
     motion: NotNegative | None = None   # λ', told to a T2V-Turbo-v2 with motion guidance [as trained: 0.05]
     motion_share: Share | None = None   # τ: λ' is told at t >= 1000 (1 - τ), and 0 below [as trained: 0.5]
@@ -79,6 +80,7 @@ def check(config: Config) -> None:
         raise ValueError(f"there are no public VCM weights for {config.model}; give your own: --turbo FILE")
     check_suffixes(config)
     check_effects(config)
+    check_timesteps(config)
 
 
 def check_effects(config: Config) -> None:
@@ -87,7 +89,7 @@ def check_effects(config: Config) -> None:
     of_v2 = "a student of T2V-Turbo-v2; name its file with --turbo"
     without_effect = [                  # (where, options, what they belong to)
         (not teacher, ["eta", "motion_from", "motion_prompt"], "--method teacher"),
-        (teacher, ["turbo", "lora_scale"], "students, not to --method teacher"),
+        (teacher, ["timesteps", "turbo", "lora_scale"], "students, not to --method teacher"),
         (teacher and not follows, ["motion", "motion_share"], "students, or to --motion-from"),
         (not teacher and not config.turbo, ["motion", "motion_share"], of_v2),
         (config.prompts == "-", ["sheet", "latents", "batch"], "a known number of clips, not to --prompts -"),
@@ -99,6 +101,26 @@ def check_effects(config: Config) -> None:
                 raise ValueError(f"{cli.flag_of(option)} belongs to {owner}")
     if follows != bool(config.motion_prompt):
         raise ValueError("--motion-from CLIP and --motion-prompt \"what it shows\" belong together")
+
+
+def check_timesteps(config: Config) -> None:
+    """Raises ValueError unless --timesteps falls from 999 or less to 1 or more, and is as long as --steps."""
+    if config.timesteps is None:
+        return
+    try:
+        times = timesteps_of(config)
+    except ValueError:
+        times = ()
+    if not times or list(times) != sorted(set(times), reverse=True) or times[0] > 999 or times[-1] < 1:
+        raise ValueError(f"--timesteps {config.timesteps:.60}: give falling whole numbers from 999 to 1, "
+                         "with commas between; e.g. 999,624,499,374")
+    if config.steps not in (None, len(times)):
+        raise ValueError(f"--timesteps has {len(times)} steps, --steps says {config.steps}; leave one out")
+
+
+def timesteps_of(config: Config) -> tuple[int, ...]:
+    """The numbers of --timesteps. Raises ValueError where something else is in it."""
+    return tuple(map(int, config.timesteps.split(","))) if config.timesteps is not None else ()
 
 
 def suffix_of(path: str | None) -> str:
@@ -226,6 +248,8 @@ def sampling_of(models: Models, config: Config) -> Sampling:
         raise ValueError(f"--motion belongs to T2V-Turbo-v2 with motion guidance; {config.turbo} has none")
     names = ["steps", "guidance", "eta", "motion", "motion_share"] + (["fps"] if takes.fps else [])
     typed = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    if config.timesteps is not None:
+        typed |= dict(timesteps=timesteps_of(config), steps=len(timesteps_of(config)))
     default = {"motion": 0.05} if follows else {}                           # v2's λ'
     sampling = replace(models.sampling, **default | typed)
 

@@ -347,12 +347,13 @@ class Noise:
 
 
 @torch.no_grad()
-def sample(f, schedule: Schedule, noise: Noise, n: int, progress=iter) -> Tensor:
-    """Multistep consistency sampling, n jumps: to the end of the ODE path, new noise, and from there again.
+def sample(f, schedule: Schedule, noise: Noise, timesteps: list[int], progress=iter) -> Tensor:
+    """Multistep consistency sampling: jump to the end of the ODE path, new noise, and from there again.
 
-    f(z, t) -> ẑ0 with t (B,). As in the released sampler noise is drawn in every step, unused in the last.
+    f(z, t) -> ẑ0 with t (B,). timesteps: of the jumps, noisiest first. As in the released sampler noise is
+    drawn in every step, unused in the last.
     """
-    z, timesteps = noise(), schedule.few_steps(n)
+    z = noise()
     for t, s in zip(progress(timesteps), [*timesteps[1:], None]):
         z0_hat = f(z, torch.full((len(z),), t, device=z.device))
         fresh = noise()
@@ -386,14 +387,14 @@ def generate(models, captions: list[str], seeds: list[int], size: tuple[int, int
     # the student's f, in few jumps
     if sampling.method == "student":
         f = student_f(models.unet, schedule, c, sampling)
-        return sample(f, schedule, noise, sampling.steps, progress)
+        return sample(f, schedule, noise, sampling.jumps(schedule), progress)
 
     # the teacher's guided ẑ0 in its place
     eps_model = guided_eps(models.unet, c, models.text([""] * len(captions)), sampling)
     if sampling.method == "jumps":
         def z0_model(z, t):
             return predict_z0(z, eps_model(z, t), *schedule.at(t))
-        return sample(z0_model, schedule, noise, sampling.steps, progress)
+        return sample(z0_model, schedule, noise, sampling.jumps(schedule), progress)
 
     # the teacher's ODE
     timesteps = schedule.few_steps(sampling.steps) if sampling.on_grid else ddim_timesteps(sampling.steps)

@@ -192,7 +192,7 @@ def jumps(seed: int) -> "pyplot.Figure":
         return seen[-1][1]
 
     noise = Noise([seed], (models.vae.config.latent, world.FRAMES, 8, 8))
-    sample(watched, schedule, noise, 4)
+    sample(watched, schedule, noise, schedule.few_steps(4))
     rows = {}
     for number, (t, z0_hat) in enumerate(seen, 1):
         rows[f"jump {number}, from t = {t}"] = frames(to_clip(models.vae, z0_hat)[0])

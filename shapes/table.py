@@ -36,6 +36,7 @@ class Row:
     student: str | None                 # its file; None: the teacher
     method: str                         # as in solver.Sampling
     steps: int
+    timesteps: tuple[int, ...] = ()     # of a few-step sampler; (): evenly spaced
 
     @property
     def passes(self) -> int:
@@ -47,10 +48,11 @@ class Row:
         student = SAMPLING["turbo"]
         teacher = replace(SAMPLING["teacher"], steps=self.steps, guidance=teacher_guidance)
         if self.student:
-            return replace(student, steps=self.steps, guidance=guidance, grid=header["steps"],
-                           motion=header.get("motion"), motion_share=header.get("motion_share"))
+            return replace(student, steps=self.steps, timesteps=self.timesteps, guidance=guidance,
+                           grid=header["steps"], motion=header.get("motion"),
+                           motion_share=header.get("motion_share"))
         if self.method == "jumps":                          # at the students' timesteps
-            return replace(teacher, method="jumps", grid=student.grid)
+            return replace(teacher, method="jumps", timesteps=self.timesteps, grid=student.grid)
         return teacher
 
 
@@ -62,6 +64,10 @@ ROWS += [Row(name, student, "student", steps) for name, student in
           ("v2 without rewards", "v2-vcm"), ("v2 + R_img", "v2-img"), ("v2 + R_vid", "v2-vid"),
           ("v2 rewards on all", "v2-all"), ("v2 disjoint", "v2-disjoint"))
          for steps in (1, 2, 4, 8)]
+LATER = (999, 624, 499, 374)            # most jumps where most is decided: chosen on captions of its own
+ROWS += [Row(f"{name}, later", student, method, 4, LATER) for name, student, method in
+         (("teacher, few-step sampler", None, "jumps"), ("VCM", "vcm", "student"),
+          ("T2V-Turbo", "turbo", "student"))]
 
 DIFFERENCES = [                         # compared clip by clip: (name, steps) minus (name, steps)
     (("T2V-Turbo", 4), ("VCM", 4)),
@@ -69,6 +75,9 @@ DIFFERENCES = [                         # compared clip by clip: (name, steps) m
     (("VCM", 4), ("teacher DDIM", 50)),
     (("T2V-Turbo", 1), ("VCM", 1)),
     (("T2V-Turbo", 8), ("teacher DDIM", 50)),
+    (("T2V-Turbo, later", 4), ("VCM, later", 4)),
+    (("T2V-Turbo, later", 4), ("teacher DDIM", 50)),
+    (("T2V-Turbo, later", 4), ("T2V-Turbo", 4)),
     (("VCM + R_img", 4), ("VCM", 4)),
     (("VCM + R_vid", 4), ("VCM", 4)),
     (("VCM + both", 4), ("VCM", 4)),
@@ -398,8 +407,9 @@ class Stored:
                 temporary.write_text(json.dumps(content, indent=1))
 
     def weights(self, row: Row) -> str:
-        """A fingerprint of the files that a row is made from."""
+        """A fingerprint of the files that a row is made from, and of timesteps of its own."""
         files = [self.folder / f"{name}.safetensors" for name in ("teacher", "vae", "clip", "viclip")]
         files += [shapes.student(row.student, self.folder)] if row.student else []
         hashes = [hashlib.sha256(file.read_bytes()).digest() for file in files]
+        hashes += [repr(row.timesteps).encode()] if row.timesteps else []
         return hashlib.sha256(b"".join(hashes)).hexdigest()[:16]

@@ -133,6 +133,18 @@ def test_a_clip_depends_on_its_seed_and_not_on_its_batch(method):
     assert (together[0] - together[2]).abs().max() > 0.1
 
 
+def test_timesteps_of_ones_own(tmp_path):
+    """Even ones, typed, make the clip that --steps makes; others another one."""
+    def latents(*args):
+        run(PROMPT, *args, "--latents", tmp_path / "z.safetensors", "--out", tmp_path / "clip.png")
+        return load_file(tmp_path / "z.safetensors")["latents"]
+
+    even = latents()
+    assert torch.equal(latents("--timesteps", "999,749,499,249"), even)
+    assert not torch.equal(latents("--timesteps", "999,624,499,374"), even)
+    assert torch.equal(latents("--timesteps", "999,499"), latents("--steps", 2))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_toy_runs_in_half_precision(tmp_path, dtype):
     run("a red circle moving right", "--seed", 1, "--dtype", dtype, "--out", tmp_path / "out.safetensors")
