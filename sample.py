@@ -39,7 +39,7 @@ class Config:
     model: Literal["shapes", "vc2", "ms"] | None = None  # toy, VideoCrafter2, ModelScope [--turbo's; shapes]
     method: Literal["turbo", "vcm", "teacher"] = "turbo"  # a student, one without rewards, the teacher's DDIM
     steps: Annotated[int, Within(1, 1000)] | None = None  # network passes [turbo: 4; v2: 16; teacher: 50]
-    timesteps: str | None = None        # of students' steps instead of even ones, e.g. 999,624,499,374
+    timesteps: str | None = None        # of students' steps [shapes: 999,624,499,374, else evenly spaced]
     guidance: NotNegative | None = None  # ω, 0 = none [students: 7.5; teachers: vc2 11, ms 8; shapes: 2]
     motion: NotNegative | None = None   # λ', told to a T2V-Turbo-v2 with motion guidance [as trained: 0.05]
     motion_share: Share | None = None   # τ: λ' is told at t >= 1000 (1 - τ), and 0 below [as trained: 0.5]
@@ -250,6 +250,8 @@ def sampling_of(models: Models, config: Config) -> Sampling:
     typed = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     if config.timesteps is not None:
         typed |= dict(timesteps=timesteps_of(config), steps=len(timesteps_of(config)))
+    elif config.steps is not None:
+        typed["timesteps"] = ()                                             # evenly spaced
     default = {"motion": 0.05} if follows else {}                           # v2's λ'
     sampling = replace(models.sampling, **default | typed)
 

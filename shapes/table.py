@@ -24,7 +24,7 @@ from plumbing import stats
 from plumbing.files import atomic
 from plumbing.run import pick_device
 from shapes import grammar, world
-from shapes.models import SAMPLING
+from shapes.models import LATER, SAMPLING
 from solver import Sampling
 from turbo import generate
 
@@ -64,8 +64,7 @@ ROWS += [Row(name, student, "student", steps) for name, student in
           ("v2 without rewards", "v2-vcm"), ("v2 + R_img", "v2-img"), ("v2 + R_vid", "v2-vid"),
           ("v2 rewards on all", "v2-all"), ("v2 disjoint", "v2-disjoint"))
          for steps in (1, 2, 4, 8)]
-LATER = (999, 624, 499, 374)            # most jumps where most is decided: chosen on captions of its own
-ROWS += [Row(f"{name}, later", student, method, 4, LATER) for name, student, method in
+ROWS += [Row(f"{name} later", student, method, 4, LATER) for name, student, method in
          (("teacher, few-step sampler", None, "jumps"), ("VCM", "vcm", "student"),
           ("T2V-Turbo", "turbo", "student"))]
 
@@ -75,9 +74,9 @@ DIFFERENCES = [                         # compared clip by clip: (name, steps) m
     (("VCM", 4), ("teacher DDIM", 50)),
     (("T2V-Turbo", 1), ("VCM", 1)),
     (("T2V-Turbo", 8), ("teacher DDIM", 50)),
-    (("T2V-Turbo, later", 4), ("VCM, later", 4)),
-    (("T2V-Turbo, later", 4), ("teacher DDIM", 50)),
-    (("T2V-Turbo, later", 4), ("T2V-Turbo", 4)),
+    (("T2V-Turbo later", 4), ("VCM later", 4)),
+    (("T2V-Turbo later", 4), ("teacher DDIM", 50)),
+    (("T2V-Turbo later", 4), ("T2V-Turbo", 4)),
     (("VCM + R_img", 4), ("VCM", 4)),
     (("VCM + R_vid", 4), ("VCM", 4)),
     (("VCM + both", 4), ("VCM", 4)),
