@@ -944,7 +944,9 @@ class Models:
             return self.family.sampling["teacher"]
         default, config = default_sampling(self.family, self.header["method"]), self.unet.config
         guidance = min(max(default.guidance, self.header["w_min"]), self.header["w_max"])
+        same_grid = self.header["steps"] == default.grid
         return replace(default, guidance=guidance, grid=self.header["steps"],
+                       timesteps=default.timesteps if same_grid else (),
                        fps=self.header["fps"] if config.fps else None,
                        motion=self.header["motion"] if config.motion else None,
                        motion_share=self.header["motion_share"])

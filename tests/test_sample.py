@@ -21,6 +21,7 @@ from model import UNet3D, UNetConfig, compile_layers, to_clip
 from plumbing import cli, prompts, video
 from plumbing.weights import save_checkpoint
 from shapes import grammar, world
+from shapes.models import LATER
 
 PROMPT = "a red circle rising and a blue square falling"
 
@@ -143,6 +144,11 @@ def test_timesteps_of_ones_own(tmp_path):
     assert torch.equal(latents("--timesteps", "999,749,499,249"), even)
     assert torch.equal(latents("--timesteps", "999,624,499,374"), usual) and not torch.equal(usual, even)
     assert torch.equal(latents("--timesteps", "999,499"), latents("--steps", 2))
+
+    models = sample.load_models(sample.Config())
+    assert models.sampling.timesteps == LATER
+    models.header["steps"] = 10                             # a student of another grid never saw them
+    assert (models.sampling.grid, models.sampling.timesteps) == (10, ())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
