@@ -1,6 +1,6 @@
 """Text to video in a few steps.
 
-    python sample.py "a red circle rising and a blue square falling"   # the embedded toy, no download
+    python sample.py "a red circle rising and a blue square falling on white"  # the toy, nothing downloaded
     python sample.py "An astronaut riding a horse." --model vc2                # T2V-Turbo, downloaded once
     python sample.py "An astronaut riding a horse." --model vc2 --turbo vc2-turbo-v2           # T2V-Turbo-v2
     python sample.py --prompts VBench_full_info.json --model vc2 --out clips/  # VBench's PROMPT-i.mp4
