@@ -119,7 +119,7 @@ def check_timesteps(config: Config) -> None:
 
 
 def timesteps_of(config: Config) -> tuple[int, ...]:
-    """The numbers of --timesteps. Raises ValueError where something else is in it."""
+    """The numbers of --timesteps, none without it. Raises ValueError where something else is in it."""
     return tuple(map(int, config.timesteps.split(","))) if config.timesteps is not None else ()
 
 
@@ -248,8 +248,8 @@ def sampling_of(models: Models, config: Config) -> Sampling:
         raise ValueError(f"--motion belongs to T2V-Turbo-v2 with motion guidance; {config.turbo} has none")
     names = ["steps", "guidance", "eta", "motion", "motion_share"] + (["fps"] if takes.fps else [])
     typed = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    if config.timesteps is not None:
-        typed |= dict(timesteps=timesteps_of(config), steps=len(timesteps_of(config)))
+    if timesteps := timesteps_of(config):
+        typed |= dict(timesteps=timesteps, steps=len(timesteps))
     elif config.steps is not None:
         typed["timesteps"] = ()                                             # evenly spaced
     default = {"motion": 0.05} if follows else {}                           # v2's λ'
@@ -411,7 +411,7 @@ def budget(config: Config) -> CountedParts:
 
     usual = family.sampling["turbo" if student else "teacher"]
     T, H, W = config.frames or family.frames, config.height or family.height, config.width or family.width
-    steps = config.steps or usual.steps
+    steps = len(timesteps_of(config)) or config.steps or usual.steps
     title = f"{config.model} {config.method}, {config.batch or 1} x {W}x{H}, {T} frames, {steps} steps"
     work = {"captions": captions, "one step": step, "decode": decode}
     work = {name: dryrun.Work(do, steps if name == "one step" else 1) for name, do in work.items()}

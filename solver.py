@@ -199,7 +199,7 @@ class Sampling:
     eta: float = 0.0                # ddim: share of fresh noise in each step
     on_grid: bool = False           # ddim: at 999, ... of the grid; False: the public samplers' 981, ..., 1
     scale_z0: bool = False          # ddim: VideoCrafter2's own scaling of ẑ0
-    timesteps: tuple[int, ...] = () # student, jumps: of the evaluations, noisiest first; (): evenly spaced
+    timesteps: tuple[int, ...] = ()  # student, jumps: of the steps, noisiest first; (): evenly spaced
 
     def jumps(self, schedule: Schedule) -> list[int]:
         """The timesteps of few-step sampling: those given, or `steps` evenly spaced ones."""
