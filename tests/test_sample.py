@@ -362,6 +362,9 @@ def test_the_budget_of_a_clip_needs_no_files(monkeypatch, capsys):
     sample.main(["a dog", "--model", "vc2", "--dry-run"])
     out = capsys.readouterr().out
     assert all(word in out for word in ("UNet", "captions", "one step", "decode", "TFLOP", "H100", "most: "))
+    assert "4 frames, 4 steps" in out
+    sample.main(["a dog", "--model", "vc2", "--dry-run", "--timesteps", "999,519"])
+    assert "4 frames, 2 steps" in capsys.readouterr().out
 
 
 def test_motion_of_another_clip(tmp_path, monkeypatch):
