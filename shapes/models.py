@@ -30,9 +30,9 @@ class Config(model.UNetConfig):
 TOY = Config(in_channels=8, channels=32, mult=(2, 3), res_blocks=1, attention_levels=(1,), head_dim=32,
              context_dim=128, init_heads=1, groups=8)
 TOY_VAE = model.VAEConfig(channels=48, mult=(1, 1), res_blocks=1, latent=8, groups=8, patch=4)
-LATER = (999, 624, 499, 374)            # where most is decided; evenly spaced: 999, 749, 499, 249
+TIMESTEPS = (999, 624, 499, 374)        # where most is decided; evenly spaced: 999, 749, 499, 249
 SAMPLING = {                            # how clips are made, unless the command line says otherwise
-    "turbo": Sampling("student", steps=4, guidance=2.0, grid=8, timesteps=LATER),
+    "turbo": Sampling("student", steps=4, guidance=2.0, grid=8, timesteps=TIMESTEPS),
     "teacher": Sampling("ddim", steps=50, guidance=2.0, grid=50, on_grid=True),
 }
 FAMILY = model.Family(TOY, world.SIZE, world.SIZE, fps=8, sampling=SAMPLING, frames=world.FRAMES, vae=TOY_VAE)

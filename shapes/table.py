@@ -24,7 +24,7 @@ from plumbing import stats
 from plumbing.files import atomic
 from plumbing.run import pick_device
 from shapes import grammar, world
-from shapes.models import LATER, SAMPLING
+from shapes.models import SAMPLING, TIMESTEPS
 from solver import Sampling
 from turbo import generate
 
@@ -36,23 +36,27 @@ class Row:
     student: str | None                 # its file; None: the teacher
     method: str                         # as in solver.Sampling
     steps: int
-    timesteps: tuple[int, ...] = ()     # of a few-step sampler; (): evenly spaced
+    even: bool = False                  # evenly spaced timesteps instead of the toy's own four
 
     @property
     def passes(self) -> int:
         """Evaluations of the UNet for a clip; guidance costs the teacher two a step."""
         return self.steps if self.student else 2 * self.steps
 
-    def sampling(self, guidance: float, teacher_guidance: float, header: dict) -> Sampling:
-        """The row's `solver.Sampling`. header: of the student's file."""
-        student = SAMPLING["turbo"]
-        teacher = replace(SAMPLING["teacher"], steps=self.steps, guidance=teacher_guidance)
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """Of few-step sampling: the toy's own where there are four; (): evenly spaced."""
+        own = self.method != "ddim" and self.steps == len(TIMESTEPS) and not self.even
+        return TIMESTEPS if own else ()
+
+    def sampling(self, guidance: float, teacher_guidance: float, models: Models) -> Sampling:
+        """The row's `solver.Sampling`. A student of another grid than the toy's is sampled evenly."""
         if self.student:
-            return replace(student, steps=self.steps, timesteps=self.timesteps, guidance=guidance,
-                           grid=header["steps"], motion=header.get("motion"),
-                           motion_share=header.get("motion_share"))
-        if self.method == "jumps":                          # at the students' timesteps
-            return replace(teacher, method="jumps", timesteps=self.timesteps, grid=student.grid)
+            timesteps = self.timesteps if models.sampling.timesteps else ()
+            return replace(models.sampling, steps=self.steps, guidance=guidance, timesteps=timesteps)
+        teacher = replace(SAMPLING["teacher"], steps=self.steps, guidance=teacher_guidance)
+        if self.method == "jumps":                          # as a student
+            return replace(teacher, method="jumps", timesteps=self.timesteps, grid=SAMPLING["turbo"].grid)
         return teacher
 
 
@@ -64,7 +68,7 @@ ROWS += [Row(name, student, "student", steps) for name, student in
           ("v2 without rewards", "v2-vcm"), ("v2 + R_img", "v2-img"), ("v2 + R_vid", "v2-vid"),
           ("v2 rewards on all", "v2-all"), ("v2 disjoint", "v2-disjoint"))
          for steps in (1, 2, 4, 8)]
-ROWS += [Row(f"{name} later", student, method, 4, LATER) for name, student, method in
+ROWS += [Row(f"{name} even", student, method, 4, even=True) for name, student, method in
          (("teacher, few-step sampler", None, "jumps"), ("VCM", "vcm", "student"),
           ("T2V-Turbo", "turbo", "student"))]
 
@@ -74,9 +78,10 @@ DIFFERENCES = [                         # compared clip by clip: (name, steps) m
     (("VCM", 4), ("teacher DDIM", 50)),
     (("T2V-Turbo", 1), ("VCM", 1)),
     (("T2V-Turbo", 8), ("teacher DDIM", 50)),
-    (("T2V-Turbo later", 4), ("VCM later", 4)),
-    (("T2V-Turbo later", 4), ("teacher DDIM", 50)),
-    (("T2V-Turbo later", 4), ("T2V-Turbo", 4)),
+    (("T2V-Turbo even", 4), ("VCM even", 4)),
+    (("T2V-Turbo even", 4), ("teacher DDIM", 50)),
+    (("T2V-Turbo", 4), ("T2V-Turbo even", 4)),
+    (("VCM", 4), ("VCM even", 4)),
     (("VCM + R_img", 4), ("VCM", 4)),
     (("VCM + R_vid", 4), ("VCM", 4)),
     (("VCM + both", 4), ("VCM", 4)),
@@ -164,7 +169,7 @@ def measure(row: Row, config, device: torch.device, scorers: dict, spread: "Spre
         return shapes.load(row.student, config.folder, device)
 
     def sample(captions: list[str], seeds: list[int]) -> Tensor:
-        sampling = row.sampling(config.guidance, config.teacher_guidance, models().header)
+        sampling = row.sampling(config.guidance, config.teacher_guidance, models())
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, config.dtype == "bfloat16"):
             z = generate(models(), captions, seeds, models().size, sampling)
         return to_clip(models().vae, z).cpu()

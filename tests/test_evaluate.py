@@ -23,6 +23,7 @@ import shapes
 from plumbing import judging, stats, vbench, video
 from plumbing.weights import read_checkpoint, save_checkpoint
 from shapes import grammar, table, world
+from shapes.models import SAMPLING
 
 # ---- VBench ------------------------------------------------------------------------------------------------
 
@@ -467,7 +468,7 @@ def world_for_samples(monkeypatch):
     shown = {}
 
     def load(student, folder, device):
-        return SimpleNamespace(vae=None, header={"steps": 8}, size=(8, 64, 64))
+        return SimpleNamespace(vae=None, size=(8, 64, 64), sampling=SAMPLING["turbo"])
 
     def generate(models, captions, seeds, size, sampling):
         return [shown[caption] if caption in shown else drawn(caption, seed)
@@ -556,16 +557,27 @@ def test_clips_of_a_row_are_kept(world_for_samples, tmp_path, monkeypatch):
     assert {split: sorted(found) for split, found in seeds.items()} == dict.fromkeys(seeds, [0, 1, 2, 3, 4])
 
 
-def test_the_table_samples_what_the_commands_sample(tmp_path):
+@pytest.mark.parametrize("row, options", [
+    (table.Row("", "vcm", "student", 2), ["--method", "vcm", "--steps", "2"]),
+    (table.Row("", "turbo", "student", 4), []),
+    (table.Row("", "turbo", "student", 4, even=True), ["--steps", "4"]),
+    (table.Row("", None, "ddim", 2), ["--method", "teacher", "--steps", "2"])])
+def test_the_table_samples_what_the_commands_sample(tmp_path, row, options):
     """The real networks: a student's row and a teacher's give the clip that sample.py gives."""
-    caption = shapes.Clips("train").scene(grammar.TABLE)[1]
-    for row, options in ((table.Row("", "vcm", "student", 2), ["--method", "vcm"]),
-                         (table.Row("", None, "ddim", 2), ["--method", "teacher"])):
-        models = shapes.load(row.student)
-        z = table.generate(models, [caption], [7], models.size, row.sampling(2.0, 2.0, models.header))
-        out = str(tmp_path / "a.safetensors")
-        sample.main([caption, "--steps", "2", "--seed", "7", "--out", out, *options])
-        assert torch.equal(table.to_clip(models.vae, z)[0], video.read_clip(tmp_path / "a.safetensors"))
+    caption, models = shapes.Clips("train").scene(grammar.TABLE)[1], shapes.load(row.student)
+    z = table.generate(models, [caption], [7], models.size, row.sampling(2.0, 2.0, models))
+    sample.main([caption, "--seed", "7", "--out", str(tmp_path / "a.safetensors"), *options])
+    assert torch.equal(table.to_clip(models.vae, z)[0], video.read_clip(tmp_path / "a.safetensors"))
+
+
+def test_rows_at_the_toys_own_timesteps():
+    """Those of four steps, but even ones and students of another grid."""
+    models, own = shapes.load("turbo"), SAMPLING["turbo"].timesteps
+    for row in table.ROWS:
+        wanted = own if row.steps == 4 and "DDIM" not in row.name and not row.name.endswith("even") else ()
+        assert row.sampling(2.0, 2.0, models).timesteps == wanted
+    models.header["steps"] = 10
+    assert table.Row("", "turbo", "student", 4).sampling(2.0, 2.0, models).timesteps == ()
 
 
 def test_spread_of_the_world_and_of_one_clip():

@@ -21,7 +21,7 @@ from model import UNet3D, UNetConfig, compile_layers, to_clip
 from plumbing import cli, prompts, video
 from plumbing.weights import save_checkpoint
 from shapes import grammar, world
-from shapes.models import LATER
+from shapes.models import TIMESTEPS
 
 PROMPT = "a red circle rising and a blue square falling"
 
@@ -146,7 +146,7 @@ def test_timesteps_of_ones_own(tmp_path):
     assert torch.equal(latents("--timesteps", "999,499"), latents("--steps", 2))
 
     models = sample.load_models(sample.Config())
-    assert models.sampling.timesteps == LATER
+    assert models.sampling.timesteps == TIMESTEPS
     models.header["steps"] = 10                             # a student of another grid never saw them
     assert (models.sampling.grid, models.sampling.timesteps) == (10, ())
 
