@@ -44,7 +44,7 @@ class ShapesConfig:
     batch: Count = 50                   # clips at once
     seed: Seed = grammar.TABLE          # of the first clip
     out: str | None = None              # .json of every clip's verdict; what is in it is not measured again
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"    # of the UNet
+    dtype: Literal["bfloat16", "float32"] | None = None     # of the UNet [the faster one on the device]
     device: str = ""                    # cuda or cpu [cuda if there]
 
 

@@ -11,11 +11,14 @@ import shapes
 from model import FAMILIES, Family, check_size
 from plumbing import cli
 from plumbing.cli import Count, NotNegative, Positive, Seed, Share, Size, Within
+from plumbing.run import pick_device, usual_dtype
 from shapes import grammar
 from solver import Schedule
 
 Preset = Literal[
     "shapes", "shapes-vcm", "shapes-v2", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms", "turbo-v2"]
+
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Config:
     lr_fall: Share = 0.0            # last share of the steps, over which it falls to 0; papers: constant
     lora: Size = 64                 # rank; paper: 64 (VC2); released weights: 32 (MS); 0: train all weights
     clip: Positive = 1.0            # largest gradient norm; released code
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"     # of the networks; losses, LoRA, EMA: float32
+    dtype: Dtype | None = "bfloat16"    # of the networks, shapes: float32 where it is faster; losses: float32
     checkpointing: bool = True      # recompute the UNet's activations in the backward pass
     offload: bool = False           # what a part of a step does not need waits in host memory: for small GPUs
     chunk: Size = 2                 # frames whose decoder graph is held at a time; 0: all, decoded once
@@ -88,7 +91,7 @@ SHAPES = dict(
     frames=8, height=64, width=64, fps=8,
     grid=8, w_min=0.5, w_max=3.0, reward=("shapes-clip", "shapes-viclip"), image_frames=4, video_frames=4,
     steps=200, batch=8, micro=8, lr=1e-3, lora=7, checkpointing=False, chunk=0,
-    workers=0, save_every=50, sample_every=50, guidance=2.0,
+    dtype=None, workers=0, save_every=50, sample_every=50, guidance=2.0,
     prompt=("a red circle moving right", "a blue square rising on white"))
 SHAPES_LONGER = dict(steps=800, lr_fall=1.0, on_policy=0.5, pairs=0.7)     # without rewards it gets worse
 V2 = dict(
@@ -141,6 +144,8 @@ def configure(argv: list[str] | None = None, description: str = "") -> Config:
     config = cli.parse(Config, argv, description, defaults={"out": f"runs/{preset}"} | PRESETS[preset])
     check_values(config)
     check_effect(config, cli.given(Config, argv))
+    if config.dtype is None:
+        config = dataclasses.replace(config, dtype=usual_dtype(pick_device(config.device)))
     return config
 
 

@@ -33,7 +33,7 @@ import rewards
 import shapes
 from plumbing import cli, weights
 from plumbing.files import atomic, remove_leftovers
-from plumbing.run import Group, pick_device
+from plumbing.run import Group, pick_device, usual_dtype
 from shapes import grammar, world
 from shapes.models import TOY, TOY_VAE, UNet
 from solver import Schedule
@@ -69,6 +69,11 @@ VICLIP = rewards.ViCLIPConfig(
 def save(path: Path, tensors: dict[str, Tensor], config: dict) -> None:
     """Weights as float16, with their configuration in the header."""
     weights.save_checkpoint(path, {key: tensor.half() for key, tensor in tensors.items()}, config)
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Products in bfloat16, where the device multiplies in it."""
+    return torch.autocast(device.type, torch.bfloat16, usual_dtype(device) == "bfloat16")
 
 
 # ---- the training loop of all stages -----------------------------------------------------------------------
@@ -306,7 +311,7 @@ def clip(config: Config, group: Group) -> None:
     def loss_of(rng, progress):
         clips, captions, scenes = draw(rng, 64, 2, "colour shape")
         frames = roughen(some_frame(clips, rng), progress).to(group.device)
-        with torch.autocast(group.device.type, torch.bfloat16):
+        with mixed_precision(group.device):
             images = network.encode_image(frames)
             texts = network.encode_text(world.tokenize(captions).to(group.device))
         return contrast(images, texts, scenes, network.namer, network.logit_scale)
@@ -343,7 +348,7 @@ def viclip(config: Config, group: Group) -> None:
     def loss_of(rng, progress):
         clips, captions, scenes = draw(rng, 32, world.FRAMES, "colour shape motion motion")
         clips = roughen(clips[:, :, rng.randrange(2)::2], progress)     # strided, as the reward will see them
-        with torch.autocast(group.device.type, torch.bfloat16):
+        with mixed_precision(group.device):
             videos = network.encode_video(clips.transpose(1, 2).to(group.device))
             texts = network.encode_text(world.tokenize(captions).to(group.device))
         return contrast(videos, texts, scenes, network.namer, logit_scale)
@@ -408,7 +413,7 @@ def teacher(config: Config, group: Group) -> None:
 
         with torch.no_grad():
             z0 = pixels.encode(clips[mine].to(group.device), noise)
-        with torch.autocast(group.device.type, torch.bfloat16):
+        with mixed_precision(group.device):
             eps_hat = network(schedule.add_noise(z0, eps, t), t, c)
             error = (eps_hat - eps).pow(2).flatten(1).mean(1) / schedule.alpha[t] ** 2
         some = error.detach()

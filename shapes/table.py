@@ -22,7 +22,7 @@ import shapes
 from model import Models, to_clip
 from plumbing import stats
 from plumbing.files import atomic
-from plumbing.run import pick_device
+from plumbing.run import pick_device, usual_dtype
 from shapes import grammar, world
 from shapes.models import SAMPLING, TIMESTEPS
 from solver import Sampling
@@ -115,6 +115,7 @@ def make(config) -> list[dict]:
         raise ValueError(f"--folder {config.folder}: no teacher.safetensors of the toy in it")
     rows = chosen(config.rows, config.folder)
     device = pick_device(config.device)
+    config = replace(config, dtype=config.dtype or usual_dtype(device))
     stored = Stored(config)
     scorers = shapes.rewards(device, config.folder)
     spread = Spread(config.diversity) if config.diversity else None

@@ -300,28 +300,30 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 
 
 def test_a_lock_of_another_machine(tmp_path, monkeypatch):
-    """Whose processes cannot be seen from here: it counts as long as its heartbeat goes on."""
-    monkeypatch.setattr(folder, "WATCH", 0.4)
-    path = tmp_path / "lock"
-    path.write_text(json.dumps(dict(host="elsewhere", process=7, beat=3)))
-    with folder.Lock(tmp_path):                                         # dead
-        assert json.loads(path.read_text())["process"] == os.getpid()
-    assert path.read_text() == ""
+    """Whose processes cannot be seen from here: it counts as long as its heartbeat goes on. The watch's own
+    pauses are the other machine's clock, so that nothing depends on how fast this one is."""
+    path, pauses = tmp_path / "lock", []
 
-    def beat():
-        for i in range(100):
-            path.write_text(json.dumps(dict(host="elsewhere", process=7, beat=i)))
-            if ended.wait(0.05):
-                break
+    def other_machine(beat):
+        path.write_text(json.dumps(dict(host="elsewhere", process=7, beat=beat)))
 
-    ended = threading.Event()
-    thread = threading.Thread(target=beat)
-    thread.start()
-    time.sleep(0.1)
+    def pause(seconds):
+        pauses.append(seconds)
+        if beating and len(pauses) == 15:
+            other_machine(beat=4)
+
+    monkeypatch.setattr(time, "sleep", pause)
+    other_machine(beat=3)
+    beating = True
     with pytest.raises(ValueError, match="is in use by process 7 on elsewhere; wait until it ends"):
         folder.Lock(tmp_path).__enter__()
-    ended.set()
-    thread.join()
+    assert len(pauses) == 15                                            # it does not wait for the rest
+
+    beating = False
+    pauses.clear()
+    with folder.Lock(tmp_path):                                         # dead
+        assert json.loads(path.read_text())["process"] == os.getpid()
+    assert path.read_text() == "" and sum(pauses) == pytest.approx(folder.WATCH)
 
 
 BROKEN = {

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import evaluate
 import model
 import prepare
 import rewards
@@ -22,7 +23,8 @@ import turbo
 from data import BadClip
 from plumbing import cli, dryrun, video, weights
 from plumbing.folder import checkpoints
-from plumbing.run import FlatAdamW, Group, own_gpu, pick_device
+from plumbing.run import FlatAdamW, Group, own_gpu, pick_device, usual_dtype
+from shapes.pretrain import mixed_precision
 from solver import Schedule
 from turbo import consistency, pseudo_huber, solve, teacher_eps
 
@@ -74,6 +76,25 @@ def test_presets_are_the_papers():
     typed = train.configure(["--preset", "turbo-ms", "--reward", "pickscore=a.bin:0.5", "--reward", "viclip",
                              "--lr", "1e-4"])
     assert typed.reward == ("pickscore=a.bin:0.5", "viclip") and typed.lr == 1e-4 and typed.video_weight == 3
+
+
+@pytest.mark.parametrize("native, toy", [(True, "bfloat16"), (False, "float32")])
+def test_the_toy_works_in_what_the_processor_is_fast_in(monkeypatch, tmp_path, native, toy):
+    """Where bfloat16 is imitated, a step of the toy takes five times as long as in float32."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    cpu = ["--device", "cpu"]
+    for preset in ("shapes", "shapes-vcm", "shapes-v2"):
+        assert train.configure(["--preset", preset, *cpu]).dtype == toy
+        assert train.configure(["--preset", preset, *cpu, "--dtype", "bfloat16"]).dtype == "bfloat16"
+    assert train.configure(["--preset", "turbo-vc2", *cpu]).dtype == "bfloat16"
+    assert usual_dtype(torch.device("cuda")) == "bfloat16"
+
+    with mixed_precision(torch.device("cpu")):
+        assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == getattr(torch, toy)
+    rows = tmp_path / "rows.json"
+    evaluate.main(["shapes", *cpu, "--clips", "1", "--diversity", "0", "--rows", "vcm 1", "--out", str(rows)])
+    assert json.loads(rows.read_text())["options"]["dtype"] == toy
 
 
 def test_the_learning_rate_falls_where_it_is_told():
