@@ -63,8 +63,10 @@ class Row:
 ROWS = [Row("teacher DDIM", None, "ddim", steps) for steps in (50, 8, 4)]
 ROWS += [Row("teacher, few-step sampler", None, "jumps", steps) for steps in (1, 2, 4, 8)]
 ROWS += [Row(name, student, "student", steps) for name, student in
-         (("VCM", "vcm"), ("VCM + R_img", "vcm-img"), ("VCM + R_vid", "vcm-vid"), ("VCM + both", "vcm-both"),
-          ("T2V-Turbo", "turbo"), ("T2V-Turbo-v2", "v2"), ("v2 without motion guidance", "v2-no-mg"),
+         (("VCM", "vcm"), ("VCM seed 1", "vcm-1"), ("VCM seed 2", "vcm-2"), ("VCM longer", "vcm-longer"),
+          ("VCM + R_img", "vcm-img"), ("VCM + R_vid", "vcm-vid"), ("VCM + both", "vcm-both"),
+          ("T2V-Turbo", "turbo"), ("T2V-Turbo seed 1", "turbo-1"), ("T2V-Turbo seed 2", "turbo-2"),
+          ("T2V-Turbo-v2", "v2"), ("v2 without motion guidance", "v2-no-mg"),
           ("v2 without rewards", "v2-vcm"), ("v2 + R_img", "v2-img"), ("v2 + R_vid", "v2-vid"),
           ("v2 rewards on all", "v2-all"), ("v2 disjoint", "v2-disjoint"))
          for steps in (1, 2, 4, 8)]
@@ -72,12 +74,18 @@ ROWS += [Row(f"{name} even", student, method, 4, even=True) for name, student, m
          (("teacher, few-step sampler", None, "jumps"), ("VCM", "vcm", "student"),
           ("T2V-Turbo", "turbo", "student"))]
 
+SEEDS = {name: (name, f"{name} seed 1", f"{name} seed 2") for name in ("VCM", "T2V-Turbo")}
 DIFFERENCES = [                         # compared clip by clip: (name, steps) minus (name, steps)
     (("T2V-Turbo", 4), ("VCM", 4)),
     (("T2V-Turbo", 4), ("teacher DDIM", 50)),
     (("VCM", 4), ("teacher DDIM", 50)),
     (("T2V-Turbo", 1), ("VCM", 1)),
     (("T2V-Turbo", 8), ("teacher DDIM", 50)),
+    (("T2V-Turbo, mean of seeds", 4), ("VCM, mean of seeds", 4)),
+    (("T2V-Turbo, mean of seeds", 4), ("teacher DDIM", 50)),
+    (("T2V-Turbo", 4), ("VCM longer", 4)),
+    (("T2V-Turbo", 4), ("VCM seed 1", 4)),
+    (("T2V-Turbo", 4), ("VCM seed 2", 4)),
     (("T2V-Turbo even", 4), ("VCM even", 4)),
     (("T2V-Turbo even", 4), ("teacher DDIM", 50)),
     (("T2V-Turbo", 4), ("T2V-Turbo even", 4)),
@@ -345,7 +353,7 @@ def margin(half: float, unit: float = 100, digits: int = 1) -> str:
 def paired(clips: dict[tuple[str, int], list[dict]]) -> list[list[str]]:
     """What is compared, how many clips, and the mean difference of each of COMPARED, clip by clip, with its
     95 % interval; of the rows that there are."""
-    found = []
+    found, clips = [], clips | means_over_seeds(clips)
     for a, b in DIFFERENCES:
         if a not in clips or b not in clips:
             continue
@@ -359,6 +367,29 @@ def paired(clips: dict[tuple[str, int], list[dict]]) -> list[list[str]]:
             cells.append(f"{unit * mean:+.1f}{margin(half, unit)}" if gains else "-")
         found.append(cells)
     return found
+
+
+def means_over_seeds(clips: dict[tuple[str, int], list[dict]]) -> dict[tuple[str, int], list[dict]]:
+    """Rows ("NAME, mean of seeds", steps): each figure of COMPARED, of each clip, is the mean over the
+    students of one recipe. Of recipes of which at least two students were measured."""
+    means = {}
+    for name, rows in SEEDS.items():
+        for steps in sorted({steps for row, steps in clips if row in rows}):
+            measured = [clips[row, steps] for row in rows if (row, steps) in clips]
+            if len(measured) > 1:
+                same_clip = list(zip(*measured, strict=True))           # as all rows have the same captions
+                means[f"{name}, mean of seeds", steps] = [mean_clip(group) for group in same_clip]
+    return means
+
+
+def mean_clip(group: tuple[dict, ...]) -> dict:
+    """Means of the figures of a clip that several students made. A figure that the caption leaves out is
+    None for all of them."""
+    first, figures = group[0], [figure for figure, _, _ in COMPARED.values()]
+    assert all((clip["caption"], clip["seed"]) == (first["caption"], first["seed"]) for clip in group)
+    means = {key: None if first[key] is None else statistics.mean(clip[key] for clip in group)
+             for key in figures}
+    return first | means
 
 
 # ---- the file of rows --------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import tarfile
-import time
 import warnings
 from io import BytesIO
 from multiprocessing import Process
@@ -710,12 +709,3 @@ def test_many_processes_append_to_one_log(tmp_path):
     for process in processes:
         process.join()
     assert [json.loads(line) for line in log.read_text().splitlines()] == rows * 4
-
-
-def test_speed(mp4, capsys):
-    start = time.perf_counter()
-    for seed in range(10):
-        read_video(mp4, 16, 16, 32, 48, generator=torch.Generator().manual_seed(seed))
-    with capsys.disabled():
-        print(f"\nread_video: {10 / (time.perf_counter() - start):.0f} clips/s of 16 frames at 48x32 "
-              "(tests/bench_data.py: full size)")

@@ -491,6 +491,22 @@ def test_rows_are_compared_clip_by_clip():
         ["T2V-Turbo 4 - VCM 4", "2", "+50.0 ± 98.0", "+0.0", "+100.0", "+12.5 ± 24.5", "+2.0"]]
 
 
+def test_students_of_one_recipe_are_averaged_clip_by_clip():
+    """Two seeds of T2V-Turbo, one of them right in a clip, against one VCM, of which there is no mean."""
+    def clips(*right):
+        return [dict(caption="a", seed=i, things=1, all=x, motion=1, quality=x / 2, travel=None)
+                for i, x in enumerate(right)]
+
+    rows = {("T2V-Turbo", 4): clips(1, 0), ("T2V-Turbo seed 2", 4): clips(1, 1), ("VCM", 4): clips(0, 1),
+            ("teacher DDIM", 50): clips(0, 1)}
+    means = table.means_over_seeds(rows)
+    assert means == {("T2V-Turbo, mean of seeds", 4): clips(1, 0.5)}
+    printed = {cells[0]: cells[2] for cells in table.paired(rows)}
+    mean, half = stats.mean_interval([1, -0.5])
+    assert printed["T2V-Turbo, mean of seeds 4 - teacher DDIM 50"] == f"{100 * mean:+.1f} ± {100 * half:.1f}"
+    assert "T2V-Turbo, mean of seeds 4 - VCM, mean of seeds 4" not in printed
+
+
 def test_the_table_counts_right(world_for_samples, capsys, tmp_path):
     """With the world's own clips every row is all right; two spoiled ones count, also in the differences."""
     out = tmp_path / "t.json"

@@ -1,11 +1,8 @@
 """sample.py with the embedded toy: files, seeds, prompts, messages."""
 import io
 import json
-import os
-import resource
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 
@@ -70,35 +67,22 @@ def test_one_thing_is_right(tmp_path):
     )
 
 
-def test_loading_and_four_steps_take_less_than_five_seconds():
-    began = time.perf_counter()
-    config = sample.Config(PROMPT)
-    models = sample.load_models(config)
-    to_clip(models.vae, generate(models, [PROMPT], [0], config))
-    assert time.perf_counter() - began < 5
-
-
-def measured(*argv):
-    """A command -> seconds of processor time, start of Python included (a wall clock's on an idle machine);
-    the modules that it imported."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def imported(*argv):
+    """The modules that a command imports."""
     done = subprocess.run([sys.executable, "-X", "importtime", sample.__file__, *map(str, argv)], text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                          capture_output=True)
     assert "Traceback" not in done.stderr, done.stderr
     imports = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
-    modules = {line.rpartition("|")[2].strip() for line in imports}
-    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, modules
+    return {line.rpartition("|")[2].strip() for line in imports}
 
 
 def test_answers_come_at_once(tmp_path):
-    """Help and mistakes without torch, the toy's clip without torch's compiler and open_clip."""
-    for argv, limit in ((["--help"], 0.5), ([PROMPT, "--frame", 3], 1), (["a dog running"], 1),
-                        ([PROMPT, "--eta", 1], 1)):
-        seconds, modules = measured(*argv)
-        assert seconds < limit and "argparse" in modules and "torch" not in modules
-    seconds, modules = measured(PROMPT, "--out", tmp_path / "out.mp4")
-    assert seconds < 5                                      # 3 where two processes do not share a core
+    """Help and mistakes without torch, the toy's clip without torch's compiler, open_clip and imageio: it is
+    these that take seconds."""
+    for argv in (["--help"], [PROMPT, "--frame", 3], ["a dog running"], [PROMPT, "--eta", 1]):
+        modules = imported(*argv)
+        assert "argparse" in modules and "torch" not in modules
+    modules = imported(PROMPT, "--out", tmp_path / "out.mp4")
     assert "torch" in modules and modules.isdisjoint({"torch._dynamo", "open_clip", "imageio"})
 
 
