@@ -62,7 +62,7 @@ class Config:
     batch: Count | None = None          # clips at once [shapes: 16, else 1]
     chunk: Count | None = None          # frames that the VAE decodes at once [shapes: all, else 4]
     device: str = ""                    # cuda, cuda:1, cpu, mps [cuda if there]
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # networks' [cuda: bfloat16, else float32]
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # [GPU: bfloat16 or float16, else float32]
     compile: bool = False               # torch.compile the UNet's layers: a slow first step, then faster
     dry_run: bool = False               # vc2, ms: print what a clip would take; nothing is downloaded
 
@@ -222,11 +222,14 @@ def load_models(config: Config) -> Models:
     import torch
 
     import model
-    from plumbing.run import pick_device
+    from plumbing.run import has_bfloat16, pick_device
     device = pick_device(config.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", cli.place()[2])
-    dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    usual = "float32"
+    if device.type == "cuda":
+        usual = "bfloat16" if has_bfloat16(device) else "float16"
+    dtype = getattr(torch, config.dtype or usual)
     scale = 1.0 if config.lora_scale is None else config.lora_scale
 
     name, student = model_of(config), None if config.method == "teacher" else config.turbo or config.method

@@ -44,12 +44,18 @@ def pick_device(text: str = "") -> torch.device:
     return torch.device(text)
 
 
-def usual_dtype(device: torch.device) -> str:
-    """The dtype that the toy's networks work in unless told otherwise: bfloat16 where the device multiplies
-    in it, as GPUs and processors with AVX-512 BF16 or AMX do. Others imitate it, at a fiftieth of the rate.
-    """
+def has_bfloat16(device: torch.device) -> bool:
+    """Does the device multiply in bfloat16? GPUs before Ampere, and processors without AVX-512 BF16 or AMX,
+    imitate it; one of these at a fiftieth of its rate in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if device.type == "cuda" or device.type == "cpu" and native else "float32"
+    return device.type == "cpu" and native
+
+
+def usual_dtype(device: torch.device) -> str:
+    """What the toy's networks work in, unless the command line says otherwise."""
+    return "bfloat16" if has_bfloat16(device) else "float32"
 
 
 cpu_plays = "cpu"               # in a simulation tensors on the CPU may play those of a GPU: "cuda"

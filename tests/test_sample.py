@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import model
+import plumbing.run
 import sample
 import turbo
 from model import UNet3D, UNetConfig, compile_layers, to_clip
@@ -84,6 +85,15 @@ def test_answers_come_at_once(tmp_path):
         assert "argparse" in modules and "torch" not in modules
     modules = imported(PROMPT, "--out", tmp_path / "out.mp4")
     assert "torch" in modules and modules.isdisjoint({"torch._dynamo", "open_clip", "imageio"})
+
+
+@pytest.mark.parametrize("native, usual", [(True, "bfloat16"), (False, "float16")])
+def test_networks_work_in_what_the_gpu_multiplies_in(monkeypatch, native, usual):
+    monkeypatch.setattr(plumbing.run, "pick_device", lambda text: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    monkeypatch.setattr(sample.shapes, "load", lambda student, folder, device, dtype, scale: dtype)
+    assert sample.load_models(sample.Config(PROMPT)) == getattr(torch, usual)
+    assert sample.load_models(sample.Config(PROMPT, dtype="float32")) == torch.float32
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".safetensors", ".png", ""])

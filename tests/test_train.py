@@ -83,12 +83,13 @@ def test_the_toy_works_in_what_the_processor_is_fast_in(monkeypatch, tmp_path, n
     """Where bfloat16 is imitated, a step of the toy takes five times as long as in float32."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     cpu = ["--device", "cpu"]
     for preset in ("shapes", "shapes-vcm", "shapes-v2"):
         assert train.configure(["--preset", preset, *cpu]).dtype == toy
         assert train.configure(["--preset", preset, *cpu, "--dtype", "bfloat16"]).dtype == "bfloat16"
     assert train.configure(["--preset", "turbo-vc2", *cpu]).dtype == "bfloat16"
-    assert usual_dtype(torch.device("cuda")) == "bfloat16"
+    assert usual_dtype(torch.device("cuda")) == toy
 
     with mixed_precision(torch.device("cpu")):
         assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == getattr(torch, toy)
