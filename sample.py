@@ -29,6 +29,7 @@ if TYPE_CHECKING:                       # imported where they are needed: --help
     from solver import Sampling
     from turbo import Reference
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 SUFFIXES = (".mp4", ".gif", ".png", ".safetensors")
 
 
@@ -62,7 +63,7 @@ class Config:
     batch: Count | None = None          # clips at once [shapes: 16, else 1]
     chunk: Count | None = None          # frames that the VAE decodes at once [shapes: all, else 4]
     device: str = ""                    # cuda, cuda:1, cpu, mps [cuda if there]
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # [GPU: bfloat16 or float16, else float32]
+    dtype: Dtype | None = None          # of the networks [GPU: bfloat16, before Ampere float16; else float32]
     compile: bool = False               # torch.compile the UNet's layers: a slow first step, then faster
     dry_run: bool = False               # vc2, ms: print what a clip would take; nothing is downloaded
 
