@@ -43,7 +43,7 @@ from model import (
 from plumbing import cli, dryrun, video, weights
 from plumbing.files import atomic
 from plumbing.folder import Lock, Log, check_room, checkpoints, open_folder, read_checkpoint
-from plumbing.run import FlatAdamW, Group, Offload, Parts, listen, shielded
+from plumbing.run import FlatAdamW, Group, Offload, Parts, has_bfloat16, listen, shielded
 from prepare import Chosen, Plan, prepare, teacher_identity, work
 from presets import (
     PATHS,
@@ -705,6 +705,10 @@ def main(argv: list[str] | None = None):
     if config.dry_run is None:
         check_files(config)
     group = Group(config.device)
+    imitated = config.dtype == "bfloat16" and not has_bfloat16(group.device)
+    if imitated and config.dry_run != 0 and group.rank == 0:
+        print("--dtype bfloat16: this device only imitates it; float32 takes more memory and much less time",
+              file=sys.stderr)
     torch.manual_seed(config.seed)                                  # LoRA starts alike on all processes
     if config.dry_run is not None:
         if config.prepare:

@@ -98,6 +98,16 @@ def test_the_toy_works_in_what_the_processor_is_fast_in(monkeypatch, tmp_path, n
     assert json.loads(rows.read_text())["options"]["dtype"] == toy
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_a_device_that_imitates_bfloat16_is_told_of(monkeypatch, capsys, native):
+    monkeypatch.setattr(train, "has_bfloat16", lambda device: native)
+    monkeypatch.setattr(train.dryrun, "report", lambda *args: None)
+    for steps, dtype in (("1", "bfloat16"), ("1", "float32"), ("0", "bfloat16")):
+        train.main(["--preset", "turbo-vc2", "--device", "cpu", "--dtype", dtype, "--dry-run", steps])
+        told = "--dtype bfloat16: this device only imitates it" in capsys.readouterr().err
+        assert told == (not native and (steps, dtype) == ("1", "bfloat16"))
+
+
 def test_the_learning_rate_falls_where_it_is_told():
     config = train.Config(steps=10, lr=2.0)
     assert [train.learning_rate(config, done) for done in (0, 9)] == [2, 2]
