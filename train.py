@@ -615,6 +615,13 @@ def resumed(config: Config, path: Path | None, group: Group) -> dict | None:
     return state
 
 
+def tell_of_imitation(config: Config, group: Group) -> None:
+    """Where steps in bfloat16 will be slow. Said before the first one, when nothing is wrong otherwise."""
+    if config.dtype == "bfloat16" and not has_bfloat16(group.device) and group.rank == 0:
+        print("--dtype bfloat16: this device only imitates it; float32 takes more memory and much less time",
+              file=sys.stderr)
+
+
 def run(trainer: Trainer, clips, out: Path, record: dict) -> int | None:
     """Steps until --steps or a signal -> the signal's number. record: that of the step resumed from."""
     config, group, parts = trainer.config, trainer.group, trainer.parts
@@ -705,15 +712,13 @@ def main(argv: list[str] | None = None):
     if config.dry_run is None:
         check_files(config)
     group = Group(config.device)
-    imitated = config.dtype == "bfloat16" and not has_bfloat16(group.device)
-    if imitated and config.dry_run != 0 and group.rank == 0:
-        print("--dtype bfloat16: this device only imitates it; float32 takes more memory and much less time",
-              file=sys.stderr)
     torch.manual_seed(config.seed)                                  # LoRA starts alike on all processes
     if config.dry_run is not None:
         if config.prepare:
             return prepare_budget(config)
         world = load_world if is_toy(config) else random_world
+        if config.dry_run:
+            tell_of_imitation(config, group)
         return dryrun.report(config, group, world, CachedTrainer if is_v2(config) else Trainer)
 
     if config.prepare:
@@ -730,6 +735,7 @@ def main(argv: list[str] | None = None):
         checkpoint_size = trainer.gradient.nbytes * (4 if trainer.ema else 3)
         check_room(out, checkpoint_size, config.keep, export_size(trainer))
 
+        tell_of_imitation(config, group)
         stopped = run(trainer, clips, out, record)
         if stopped is None and group.rank == 0:
             with trainer.offload(trainer.student):
