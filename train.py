@@ -618,7 +618,7 @@ def resumed(config: Config, path: Path | None, group: Group) -> dict | None:
 def tell_of_imitation(config: Config, group: Group) -> None:
     """Where steps in bfloat16 will be slow. Said before the first one, when nothing is wrong otherwise."""
     if config.dtype == "bfloat16" and not has_bfloat16(group.device) and group.rank == 0:
-        print("--dtype bfloat16: this device only imitates it; float32 takes more memory and much less time",
+        print("--dtype bfloat16: this device only imitates it; float32 takes more memory, and may be faster",
               file=sys.stderr)
 
 

@@ -46,7 +46,7 @@ def pick_device(text: str = "") -> torch.device:
 
 def has_bfloat16(device: torch.device) -> bool:
     """Does the device multiply in bfloat16? GPUs before Ampere, and processors without AVX-512 BF16 or AMX,
-    imitate it: a product then takes up to fifty times as long as in float32 (a processor with AVX2)."""
+    imitate it, and may be slower than in float32 (measured: shapes/README.md)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

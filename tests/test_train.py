@@ -80,7 +80,7 @@ def test_presets_are_the_papers():
 
 @pytest.mark.parametrize("native, toy", [(True, "bfloat16"), (False, "float32")])
 def test_the_toy_works_in_what_the_processor_is_fast_in(monkeypatch, tmp_path, native, toy):
-    """Where bfloat16 is imitated, a step of the toy takes five times as long as in float32."""
+    """Where bfloat16 is imitated, a step of the toy takes six times as long as in float32."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
