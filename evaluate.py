@@ -39,6 +39,8 @@ class ShapesConfig:
     diversity: Size = 16                # captions, with 8 seeds each, for the column `spread`; 0 = no column
     folder: str | None = None           # weights made by shapes/pretrain.py and train.py [the embedded ones]
     rows: str = ""                      # only rows whose name and steps contain this, e.g. "vcm 4,turbo 4"
+    things: Literal[1, 2] | None = None    # only captions of one thing, or of two
+    split: Literal["train", "held-out"] | None = None   # only of trained, or of held-out combinations
     teacher_guidance: NotNegative = 2.0    # ω of the teacher's rows
     guidance: NotNegative = 2.0         # ω of the students' rows
     batch: Count = 50                   # clips at once

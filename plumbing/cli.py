@@ -136,7 +136,7 @@ def parser_for(cls, description: str = "", positional: str | None = None, prog: 
             parser.add_argument(flag, nargs="?", const=True, type=boolean, default=default, help=text,
                                 metavar="BOOL")
         elif option.choices:
-            parser.add_argument(flag, choices=option.choices, default=default, help=text)
+            parser.add_argument(flag, type=option.convert, choices=option.choices, default=default, help=text)
         else:
             parser.add_argument(flag, type=option.convert, default=default, help=text, metavar=metavar)
     return parser

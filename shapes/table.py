@@ -5,6 +5,7 @@ so that two of them can be compared clip by clip.
 """
 import functools
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -63,7 +64,9 @@ class Row:
 ROWS = [Row("teacher DDIM", None, "ddim", steps) for steps in (50, 8, 4)]
 ROWS += [Row("teacher, few-step sampler", None, "jumps", steps) for steps in (1, 2, 4, 8)]
 ROWS += [Row(name, student, "student", steps) for name, student in
-         (("VCM", "vcm"), ("VCM seed 1", "vcm-1"), ("VCM seed 2", "vcm-2"), ("VCM longer", "vcm-longer"),
+         (("VCM", "vcm"), ("VCM seed 1", "vcm-1"), ("VCM seed 2", "vcm-2"),
+          ("VCM longer", "vcm-longer"), ("VCM longer seed 1", "vcm-longer-1"),
+          ("VCM longer seed 2", "vcm-longer-2"),
           ("VCM + R_img", "vcm-img"), ("VCM + R_vid", "vcm-vid"), ("VCM + both", "vcm-both"),
           ("T2V-Turbo", "turbo"), ("T2V-Turbo seed 1", "turbo-1"), ("T2V-Turbo seed 2", "turbo-2"),
           ("T2V-Turbo-v2", "v2"), ("v2 without motion guidance", "v2-no-mg"),
@@ -74,7 +77,7 @@ ROWS += [Row(f"{name} even", student, method, 4, even=True) for name, student, m
          (("teacher, few-step sampler", None, "jumps"), ("VCM", "vcm", "student"),
           ("T2V-Turbo", "turbo", "student"))]
 
-SEEDS = {name: (name, f"{name} seed 1", f"{name} seed 2") for name in ("VCM", "T2V-Turbo")}
+SEEDS = {name: (name, f"{name} seed 1", f"{name} seed 2") for name in ("VCM", "VCM longer", "T2V-Turbo")}
 DIFFERENCES = [                         # compared clip by clip: (name, steps) minus (name, steps)
     (("T2V-Turbo", 4), ("VCM", 4)),
     (("T2V-Turbo", 4), ("teacher DDIM", 50)),
@@ -84,6 +87,8 @@ DIFFERENCES = [                         # compared clip by clip: (name, steps) m
     (("T2V-Turbo, mean of seeds", 4), ("VCM, mean of seeds", 4)),
     (("T2V-Turbo, mean of seeds", 4), ("teacher DDIM", 50)),
     (("T2V-Turbo", 4), ("VCM, mean of seeds", 4)),
+    (("T2V-Turbo, mean of seeds", 4), ("VCM longer, mean of seeds", 4)),
+    (("T2V-Turbo", 4), ("VCM longer, mean of seeds", 4)),
     (("T2V-Turbo", 4), ("VCM longer", 4)),
     (("T2V-Turbo even", 4), ("VCM even", 4)),
     (("T2V-Turbo even", 4), ("teacher DDIM", 50)),
@@ -183,14 +188,14 @@ def measure(row: Row, config, device: torch.device, scorers: dict, spread: "Spre
         return to_clip(models().vae, z).cpu()
 
     # what is asked for, and what there is of it
-    wanted = [(("train", "held-out")[i % 2], config.seed + i // 2) for i in range(config.clips)]
+    wanted = places_of(config)
     kept = stored.row(row)
     there = {(clip["split"], clip["seed"]): clip for clip in kept["clips"]}
     missing = [place for place in wanted if place not in there]
 
     for start in tqdm(range(0, len(missing), config.batch), f"{row.name} {row.steps}", leave=False):
         places = missing[start:start + config.batch]
-        captions = [caption_of(split, seed - config.seed) for split, seed in places]
+        captions = [caption_of(split, seed, config) for split, seed in places]
         began = time.perf_counter()
         shown = sample(captions, [seed for _, seed in places])
         seconds = (time.perf_counter() - began) / len(shown)
@@ -205,9 +210,23 @@ def measure(row: Row, config, device: torch.device, scorers: dict, spread: "Spre
     return dict(kept, clips=[there[place] for place in wanted])
 
 
-def caption_of(split: str, index: int) -> str:
-    """One of the table's captions."""
-    return shapes.Clips(split).scene(grammar.TABLE + index)[1]
+def places_of(config) -> list[tuple[str, int]]:
+    """(split, seed) of each clip, in order: of both splits in turn, those that --split and --things leave."""
+    splits = (config.split,) if config.split else ("train", "held-out")
+    places = ((split, config.seed + index) for index in itertools.count() for split in splits)
+    if config.things:
+        places = (place for place in places if things_asked(caption_of(*place, config)) == config.things)
+    return list(itertools.islice(places, config.clips))
+
+
+def caption_of(split: str, seed: int, config) -> str:
+    """The caption of a clip: one of the table's."""
+    return shapes.Clips(split).caption(grammar.TABLE + seed - config.seed)
+
+
+def things_asked(caption: str) -> int:
+    """How many things a caption asks for."""
+    return len(grammar.understand(caption).things)
 
 
 @torch.no_grad()
@@ -257,8 +276,8 @@ class Spread:
         """Captions that ask for one thing, behind those of the table."""
         index, captions, asked = grammar.TABLE + 10 ** 6, [], shapes.Clips("train")
         while len(captions) < count:
-            caption = asked.scene(index)[1]
-            if len(grammar.understand(caption).things) == 1 and caption not in captions:
+            caption = asked.caption(index)
+            if things_asked(caption) == 1 and caption not in captions:
                 captions.append(caption)
             index += 1
         return captions

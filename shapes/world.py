@@ -272,9 +272,18 @@ class Clips:
 
     def scene(self, index: int) -> tuple[Scene, str, Tensor]:
         """Scene, caption and clip (3, T, H, W) number `index`."""
+        scene, caption, rng = self.draw(index)
+        return scene, caption, render(scene, rng, self.frames, self.size)
+
+    def caption(self, index: int) -> str:
+        """The caption alone; nothing is rendered."""
+        return self.draw(index)[1]
+
+    def draw(self, index: int) -> tuple[Scene, str, random.Random]:
+        """Scene and caption, and the generator that goes on to draw what they leave open."""
         rng = random.Random(f"{self.split} {index}")
         scene = draw_scene(rng, self.split == "held-out", self.pairs)
-        return scene, describe(scene, rng), render(scene, rng, self.frames, self.size)
+        return scene, describe(scene, rng), rng
 
     def get(self, index: int, generator=None) -> dict:
         _, caption, clip = self.scene(index)
@@ -288,7 +297,7 @@ def accuracy(generate, count: int = 32) -> float:
     generate(captions, seeds) -> clips uint8 (B, 3, T, H, W) on any device.
     """
     splits = [Clips("train"), Clips("held-out")]
-    captions = [split.scene(2 * 10 ** 9 + i)[1] for i in range(count // 2) for split in splits]
+    captions = [split.caption(2 * 10 ** 9 + i) for i in range(count // 2) for split in splits]
     clips = generate(captions, list(range(len(captions))))
     verdicts = [judge(understand(caption), clip) for caption, clip in zip(captions, clips)]
     return sum(verdict["all"] for verdict in verdicts) / len(verdicts)

@@ -516,7 +516,7 @@ def test_the_table_counts_right(world_for_samples, capsys, tmp_path):
     assert rows[0]["quality"] > 0.98 and rows[0]["passes"] == 4 and rows[0]["clips"] == 8
 
     for i in range(2):
-        caption = shapes.Clips("train").scene(grammar.TABLE + i)[1]
+        caption = shapes.Clips("train").caption(grammar.TABLE + i)
         world_for_samples[caption] = torch.zeros(3, 8, 64, 64, dtype=torch.uint8)
     capsys.readouterr()
     rows = evaluate.shapes_table(replace(config, rows="VCM 4,turbo 4"))
@@ -528,6 +528,23 @@ def test_the_table_counts_right(world_for_samples, capsys, tmp_path):
     assert f"| T2V-Turbo 4 - VCM 4 | 8 | {100 * mean:+.1f} ± {100 * half:.1f} |" in printed
     assert "teacher DDIM 50" not in printed
     assert table.margin(stats.mean_interval([1])[1]) == ""              # one clip has no interval
+
+
+def test_a_row_of_one_kind_of_caption(world_for_samples, tmp_path):
+    """--things and --split leave out the other captions of the table, and share its file."""
+    out = tmp_path / "t.json"
+    config = evaluate.ShapesConfig(clips=40, diversity=0, rows="turbo 1", out=str(out))
+    evaluate.shapes_table(config)
+    every = json.loads(out.read_text())["rows"][0]["clips"]
+    wanted = [(clip["split"], clip["seed"]) for clip in every
+              if (clip["things"], clip["split"]) == (2, "train")]
+    assert len(wanted) > 2
+
+    [row] = evaluate.shapes_table(replace(config, things=2, split="train", clips=len(wanted) + 1))
+    assert row["clips"] == len(wanted) + 1 and "two held-out" not in row and "one" not in row
+    [more] = json.loads(out.read_text())["rows"][0]["clips"][len(every):]
+    assert (more["things"], more["split"]) == (2, "train") and more["seed"] >= config.seed + len(every) // 2
+    assert table.places_of(replace(config, things=2, split="train", clips=len(wanted))) == wanted
 
 
 def test_rows_of_other_options_or_weights_are_not_printed_again(world_for_samples, tmp_path):
@@ -580,7 +597,7 @@ def test_clips_of_a_row_are_kept(world_for_samples, tmp_path, monkeypatch):
     (table.Row("", None, "ddim", 2), ["--method", "teacher", "--steps", "2"])])
 def test_the_table_samples_what_the_commands_sample(tmp_path, row, options):
     """The real networks: a student's row and a teacher's give the clip that sample.py gives."""
-    caption, models = shapes.Clips("train").scene(grammar.TABLE)[1], shapes.load(row.student)
+    caption, models = shapes.Clips("train").caption(grammar.TABLE), shapes.load(row.student)
     z = table.generate(models, [caption], [7], models.size, row.sampling(2.0, 2.0, models))
     sample.main([caption, "--seed", "7", "--out", str(tmp_path / "a.safetensors"), *options])
     assert torch.equal(table.to_clip(models.vae, z)[0], video.read_clip(tmp_path / "a.safetensors"))
