@@ -10,6 +10,7 @@ import sys
 import typing
 from dataclasses import dataclass
 
+from plumbing.errors import UserError
 
 @dataclass(frozen=True)
 class Within:
@@ -209,12 +210,9 @@ def main(command):
         except BrokenPipeError:
             discard_output()
             sys.exit(141)
-        except (ValueError, OSError, MemoryError, RuntimeError) as error:
-            complaint = complaint_of(error)
-            if complaint is None:                           # a defect of ours: with its traceback
-                raise
+        except UserError as error:
             close_bars()
-            print(f"{program}: {complaint}", file=sys.stderr)
+            print(f"{program}: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             close_bars()
@@ -227,19 +225,6 @@ def main(command):
 def discard_output() -> None:
     """What Python still writes at its exit goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def complaint_of(error: Exception) -> str | None:
-    """What to tell the user about an error, in one line; None if it is not the user's."""
-    text = " ".join(str(error).split())
-    full = isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    if full or isinstance(error, MemoryError):
-        return "out of memory; try smaller or fewer clips (--batch, --frames, --height, --width, --chunk)"
-    if isinstance(error, UnicodeDecodeError):
-        return f"text that is not utf-8: {text}"
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return text if isinstance(error, (ValueError, OSError)) else None
 
 
 def close_bars() -> None:
