@@ -15,7 +15,6 @@ B clips, T frames, H W pixels, S side of the model's square input, N patches of 
 E features.
 """
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -28,8 +27,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from plumbing.clip import OPENCLIP_BLOCKS, BlockStack, LayerNorm, TextTower, TowerBlock, attend
 from plumbing.weights import (
     download,
     fill,
@@ -183,13 +182,6 @@ def frames_for(reward: Reward, clips: Tensor) -> Tensor:
 
 
 # ---- parts that the networks share -------------------------------------------------------------------------
-class LayerNorm(nn.LayerNorm):
-    """In float32, whatever the dtype of the tokens; its parameters stay float32 too (see `FLOAT32`)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float()).to(x.dtype)
-
-
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float()).to(x.dtype)
@@ -221,43 +213,6 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, **options) -> Tensor:
-    """Multi-head attention of queries (B, L, D) to keys and values (B, M, D)."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))      # (B, heads, L, D/heads)
-    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2).flatten(2)
-
-
-class SelfAttention(nn.Module):
-    """Tokens (B, L, D) attend to all tokens; if causal, to those before them."""
-
-    def __init__(self, width: int, heads: int, causal: bool = False):
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.q_norm = self.k_norm = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return self.proj(attend(self.q_norm(q), self.k_norm(k), v, self.heads, is_causal=self.causal))
-
-
-class TowerBlock(nn.Module):
-    """The pre-norm transformer block of CLIP, ViCLIP and BLIP."""
-
-    def __init__(self, width: int, heads: int, hidden: int, act: Callable[[], nn.Module] = nn.GELU,
-                 norm: Callable[[int], nn.Module] = LayerNorm, causal: bool = False):
-        super().__init__()
-        self.norm1, self.norm2 = norm(width), norm(width)
-        self.attn = SelfAttention(width, heads, causal)
-        fc1, fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=act(), fc2=fc2))
-        self.ls1 = self.ls2 = nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
-
-
 class InternVideo2Block(TowerBlock):
     """The same with RMSNorm, also of queries and keys (over all heads at once), no qkv bias, and LayerScale.
 
@@ -269,19 +224,6 @@ class InternVideo2Block(TowerBlock):
         self.attn.qkv = nn.Linear(width, 3 * width, bias=False)
         self.attn.q_norm, self.attn.k_norm = RMSNorm(width, eps=1e-6), RMSNorm(width, eps=1e-6)
         self.ls1, self.ls2 = LayerScale(width), LayerScale(width)
-
-
-class BlockStack(nn.ModuleList):
-    """Blocks in a row. With `grad_checkpointing` the backward pass recomputes each instead of keeping its
-    activations."""
-
-    grad_checkpointing = False
-
-    def forward(self, x: Tensor, *args) -> Tensor:
-        recompute = self.grad_checkpointing and torch.is_grad_enabled()
-        for block in self:
-            x = checkpoint(block, x, *args, use_reentrant=False) if recompute else block(x, *args)
-        return x
 
 
 def patches(conv: nn.Conv2d, frames: Tensor) -> Tensor:
@@ -366,37 +308,6 @@ class VisionTower(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj
 
 
-class TextTower(nn.Module):
-    """CLIP's text encoder: causal, read at the end-of-text token, which has the vocabulary's highest id."""
-
-    def __init__(self, config: CLIPConfig, act: type[nn.Module]):
-        super().__init__()
-        D, heads, layers = config.text_width, config.text_heads, config.text_layers
-        self.token_embedding = nn.Embedding(config.vocab_size, D)
-        self.positional_embedding = nn.Parameter(torch.zeros(config.context_length, D))
-        self.blocks = BlockStack(TowerBlock(D, heads, 4 * D, act, causal=True) for _ in range(layers))
-        self.ln_final = LayerNorm(D)
-        self.text_projection = nn.Parameter(torch.zeros(D, config.embed_dim))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.whole(ids, self.states(ids))
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]]
-
-    def states(self, ids: Tensor) -> Tensor:
-        """Token ids (B, L) -> what the tower makes of each token (B, L, D)."""
-        return self.ln_final(self.blocks(self.embed(ids)))
-
-    def penultimate(self, ids: Tensor) -> Tensor:
-        """The same without the last block: what latent diffusion conditions on."""
-        return self.ln_final(self.blocks[:-1](self.embed(ids)))
-
-    def whole(self, ids: Tensor, states: Tensor) -> Tensor:
-        """The states of each token -> the embedding of the caption (B, E)."""
-        return states[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)] @ self.text_projection
-
-
 class CLIP(nn.Module):
     """Image-text contrast (Radford et al., 2021): two towers whose features are compared."""
     act = nn.GELU                                                   # of the towers' blocks
@@ -404,7 +315,9 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.config, self.image_size, self.frames = config, config.image_size, config.frames
-        self.vision_encoder, self.text_encoder = VisionTower(config, self.act), TextTower(config, self.act)
+        self.vision_encoder = VisionTower(config, self.act)
+        self.text_encoder = TextTower(config.text_width, config.text_layers, config.text_heads,
+                                      config.context_length, config.vocab_size, config.embed_dim, self.act)
         self.init()
 
     @torch.no_grad()
@@ -425,7 +338,7 @@ class CLIP(nn.Module):
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Token ids (B, L), L <= context_length -> features (B, E), not of unit length."""
-        return self.text_encoder(ids)
+        return self.text_encoder.pooled(ids)
 
     text = encode_text
 
@@ -632,9 +545,6 @@ def stretch(table: Tensor, frames: int, N: int) -> Tensor:
 
 
 # ---- names in the public files -> ours ---------------------------------------------------------------------
-OPENCLIP_BLOCKS = [
-    (r"transformer\.resblocks", "blocks"), (r"\.ln_(\d)", r".norm\1"), (r"\.attn\.in_proj_", ".attn.qkv."),
-    (r"\.attn\.out_proj", ".attn.proj"), (r"\.mlp\.c_fc", ".mlp.fc1"), (r"\.mlp\.c_proj", ".mlp.fc2")]
 OPENCLIP = [
     (r"^visual\.", "vision_encoder."),
     (r"^(transformer|token_embedding|positional_embedding|ln_final|text_projection)\b", r"text_encoder.\1"),
