@@ -26,23 +26,19 @@ class Schedule:
 
     β is "scaled linear" as in Stable Diffusion, VideoCrafter2 and ModelScopeT2V. All tables are computed in
     float64 and handed out in float32: in bfloat16 √(1-ᾱ_t) would be off by up to 5 % at small t.
-    `steps` is N, the teacher's DDIM steps that one consistency step may skip over: 50 in T2V-Turbo, 200 in
-    v2. It divides 1000, so that the grid ends at t = 999, where sampling starts from pure noise.
+    N counts the teacher's DDIM steps, one of which a consistency step spans: 50 in T2V-Turbo, 200 in v2. It
+    divides 1000, so that the grid ends at t = 999, where sampling starts from pure noise.
     """
 
-    def __init__(self, steps: int = 50, device="cpu"):
-        if steps < 1 or 1000 % steps:
-            divisors = [n for n in range(1, 1001) if 1000 % n == 0]
-            near = {max([1, *(n for n in divisors if n < steps)]),
-                    min([1000, *(n for n in divisors if n > steps)])}
-            raise ValueError(f"a grid of {steps} steps misses t = 999; choose a divisor of 1000, such as "
-                             + " or ".join(map(str, sorted(near))))
+    def __init__(self, N: int = 50, device="cpu"):
+        if N < 1 or 1000 % N:
+            raise ValueError(f"a grid of {N} timesteps misses t = 999; choose a divisor of 1000")
         betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.float64) ** 2
         self.alpha_bar = torch.cumprod(1 - betas, 0)                        # float64 (1000,)
         self.alpha = self.alpha_bar.sqrt().float().to(device)               # float32 (1000,)
         self.sigma = (1 - self.alpha_bar).sqrt().float().to(device)
-        self.steps, self.k = steps, 1000 // steps
-        self.grid = ((torch.arange(steps) + 1) * self.k - 1).to(device)     # 19, 39, ..., 999 for N = 50
+        self.N, self.k = N, 1000 // N
+        self.grid = ((torch.arange(N) + 1) * self.k - 1).to(device)         # 19, 39, ..., 999 for N = 50
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t of timesteps t (B,), shaped (B, 1, 1, 1, 1) to scale latents."""
@@ -60,9 +56,9 @@ class Schedule:
     def few_steps(self, n: int) -> list[int]:
         """The n timesteps, noisiest first, at which few-step sampling evaluates f: every (N // n)-th grid
         point from the top."""
-        if not 1 <= n <= self.steps:
-            raise ValueError(f"{n} sampling steps on a grid of {self.steps}; choose 1 to {self.steps}")
-        return [999 - i * (self.steps // n) * self.k for i in range(n)]
+        if not 1 <= n <= self.N:
+            raise ValueError(f"{n} sampling steps on a grid of {self.N}; choose 1 to {self.N}")
+        return [999 - i * (self.N // n) * self.k for i in range(n)]
 
 
 # ---- equations ---------------------------------------------------------------------------------------------
@@ -145,37 +141,29 @@ def ddim_sample(schedule: Schedule, eps_model: EpsModel, z: Tensor, timesteps: l
 
 
 @torch.no_grad()
-def ddim_invert(schedule: Schedule, eps_model: EpsModel, z0: Tensor, wanted: list[Tensor]) -> list[Tensor]:
-    """Deterministic noising of z0: DDIM backwards, with the noise predicted at the new time (v2, Sec. 3.3).
+def ddim_invert(schedule: Schedule, eps_model: EpsModel, z0: Tensor,
+                timesteps: list[int]) -> dict[int, Tensor]:
+    """Deterministic noising: DDIM backwards, with the noise predicted at the new time (v2, Sec. 3.3).
 
-    wanted: timesteps (B,) in 1..999, on the schedule's grid or not -> the latents at each of them. The grid
-    is walked once, as far as the latest asks, and each wanted timestep is one step from the last grid point
-    before it: what a clip becomes depends neither on the other timesteps nor on the clips beside it. Costs
-    one pass per grid point and one per wanted timestep.
-
-    Measured on the toy against a walk of 200 steps as in the released code (tests/motion.py --coarser):
-    cosine of the motion gradient at t = 624, 749, 874, 999 after 50 steps 0.69, 0.69, 0.87, 0.81, after 25
-    steps 0.73, 0.58, 0.69, 0.52. The latents are 26 % off after 50 steps, 25 % already at t = 624.
+    timesteps: in 1..999, on the schedule's grid or not -> {timestep: latents there, like z0}. The grid is
+    walked once, up to the latest of them, and each is one step from the last grid point before it: what a
+    clip becomes does not depend on the other timesteps. Costs one pass per grid point and timestep.
     """
-    grid, start = schedule.grid.tolist(), torch.zeros(len(z0), dtype=torch.long, device=z0.device)
-
     def step(z, s, t):
-        return ddim_step(z, eps_model(z, t), schedule.at(s), schedule.at(t))
+        times_s, times_t = (torch.full((len(z),), time, device=z.device) for time in (s, t))
+        return ddim_step(z, eps_model(z, times_t), schedule.at(times_s), schedule.at(times_t))
 
-    # along the grid
-    latest = max((int(t.max()) for t in wanted), default=0)
-    times, path = [start], [z0]
-    for t in grid[:sum(t < latest for t in grid)]:
-        times.append(torch.full_like(start, t))
-        path.append(step(path[-1], times[-2], times[-1]))
-
-    # and to each wanted timestep
-    times, path, clip = torch.stack(times), torch.stack(path), torch.arange(len(z0), device=z0.device)
-    result = []
-    for t in wanted:
-        before = (times < t).sum(0) - 1                     # (B,) last point of the path before t
-        result.append(step(path[before, clip], times[before, clip], t))
-    return result
+    grid, latest = set(schedule.grid.tolist()), max(timesteps, default=0)
+    inverted, z, s = {}, z0, 0
+    for t in sorted(grid.union(timesteps)):
+        if t > latest:
+            break
+        z_t = step(z, s, t)
+        if t in timesteps:
+            inverted[t] = z_t
+        if t in grid:
+            z, s = z_t, t
+    return inverted
 
 
 # ---- how to sample -----------------------------------------------------------------------------------------
@@ -183,8 +171,7 @@ def ddim_invert(schedule: Schedule, eps_model: EpsModel, z0: Tensor, wanted: lis
 
 @dataclass(frozen=True)
 class Sampling:
-    """How latents are made from noise: all that `turbo.generate` is told besides networks, captions, seeds
-    and size.
+    """How latents are made from noise: what `turbo.generate` needs besides networks, captions, seeds, size.
 
     method: "student" evaluates f in few jumps (Eq. D between them); "ddim" walks the teacher's guided ODE (v1
     Eq. 7); "jumps" samples as a student does, with the teacher's guided ẑ0 (Eq. B) in place of f.
@@ -199,8 +186,10 @@ class Sampling:
     eta: float = 0.0                # ddim: share of fresh noise in each step
     on_grid: bool = False           # ddim: at 999, ... of the grid; False: the public samplers' 981, ..., 1
     scale_z0: bool = False          # ddim: VideoCrafter2's own scaling of ẑ0
-    timesteps: tuple[int, ...] = ()  # student, jumps: of the steps, noisiest first; (): evenly spaced
+    timesteps: tuple[int, ...] = ()  # student, jumps: those of len(timesteps) steps; else evenly spaced
 
     def jumps(self, schedule: Schedule) -> list[int]:
-        """The timesteps of few-step sampling: those given, or `steps` evenly spaced ones."""
-        return list(self.timesteps) or schedule.few_steps(self.steps)
+        """The timesteps of few-step sampling, noisiest first: the given ones if they are `steps`, else evenly
+        spaced ones."""
+        own = len(self.timesteps) == self.steps
+        return list(self.timesteps) if own else schedule.few_steps(self.steps)

@@ -62,11 +62,11 @@ from solver import Sampling, Schedule
 from turbo import (
     EMA,
     RewardTerm,
-    Solved,
     Step,
+    TeacherOutput,
     consistency,
     distill,
-    distill_solved,
+    distill_cached,
     generate,
     inject,
     lora_state,
@@ -233,6 +233,7 @@ class Trainer:
             with self.parts("rewards"):
                 g, scores = reward_gradient(z0_hat, short_captions(micro_batch), self.decode,
                                             self.terms, generators, config.chunk)
+                scores = {name: score.mean() for name, score in scores.items()}
 
         # gradient of L = L_CD - β_img J_img - β_vid J_vid
         share = len(positions) / config.batch
@@ -246,16 +247,11 @@ class Trainer:
                   generators: list[torch.Generator]) -> tuple[Tensor, Step]:
         """A share of the clips goes where the student comes when it samples, after 0, 1, 2 and 3 jumps in
         turn; they are spread evenly over the run."""
-        share, n = self.config.on_policy, min(4, self.config.grid)
-        before = [int(position * share) for position in positions]
-        up_to = [int((position + 1) * share) for position in positions]
-        jumps = [i % n if j > i else None for i, j in zip(before, up_to, strict=True)]
-
-        def f(z, t, clips):
-            return consistency(self.student, self.schedule, z, t, step.w[clips], c[clips],
+        def f(z, t, i):
+            return consistency(self.student, self.schedule, z, t, step.w[i:i + 1], c[i:i + 1],
                                fps=self.config.fps)
 
-        return on_policy(f, self.schedule, z0, step, jumps, n, generators)
+        return on_policy(f, self.schedule, z0, step, self.config.on_policy, min(4, self.config.grid), generators)
 
     def encode(self, micro_batch: dict, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Latents z0 (B, C, T, h, w), drawn from the VAE's posterior, and caption embeddings c."""
@@ -333,7 +329,7 @@ class CachedTrainer(Trainer):
         """L_CD of some samples."""
         solved, w, c, motion = self.read(samples, positions, self.config.seed)
         with self.parts("distill"):
-            loss_cd, _ = distill_solved(self.student, self.schedule, solved, w, c, motion,
+            loss_cd, _ = distill_cached(self.student, self.schedule, solved, w, c, motion,
                                         self.config.released_motion, fps=self.config.fps)
         share = len(positions) / self.config.batch
         with self.parts("backward"):
@@ -353,6 +349,7 @@ class CachedTrainer(Trainer):
         with self.parts("rewards"):
             g, scores = reward_gradient(z0_hat, short_captions(samples), self.decode, self.terms,
                                         generators, self.config.chunk)
+            scores = {name: score.mean() for name, score in scores.items()}
         share = len(positions) / self.config.reward_batch
         with self.parts("backward"), self.offload(self.student):
             (share * total_loss(0.0, z0_hat, g)).backward()
@@ -361,12 +358,12 @@ class CachedTrainer(Trainer):
         return share * torch.stack([-weighted, torch.zeros_like(weighted), *scores.values()]).double()
 
     def read(self, samples: dict, positions: range, seed: int
-             ) -> tuple[Solved, Tensor, Tensor, Tensor | None]:
+             ) -> tuple[TeacherOutput, Tensor, Tensor, Tensor | None]:
         """What the cache says, on the device in float32; ω drawn anew; and λ' of each sample, or None."""
         config, device = self.config, self.group.device
         names = ("z_t", "eps_c", "eps_u", "gradient")
         t = samples["t"].to(device)
-        solved = Solved(t, *(samples[name].to(device).float() for name in names))
+        solved = TeacherOutput(t, *(samples[name].to(device).float() for name in names))
 
         uniform = [torch.rand(1, generator=generator(seed, position)) for position in positions]
         w = (torch.cat(uniform) * (config.w_max - config.w_min) + config.w_min).to(device)

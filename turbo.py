@@ -5,7 +5,8 @@ It knows nothing of architectures, files or processes. A denoiser is any callabl
 ε, a decoder maps latents to pixels, a reward maps (clips, captions, generators) to scores.
 
 Symbols and equation numbers are those of solver.py. Beside them: f the consistency function, ẑ0 (z0_hat) its
-one-step generation, null the embedding of the empty caption, motion λ' (the strength of motion guidance).
+one-step generation, uncond the embedding of the empty caption, motion λ' (the strength of motion guidance).
+What goes beyond the papers stands in a section of that name, at the end.
 """
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -58,10 +59,10 @@ def pseudo_huber(a: Tensor, b: Tensor, bend: float = 0.001) -> Tensor:
 # ---- the teacher's step ------------------------------------------------------------------------------------
 
 
-def teacher_eps(teacher, z: Tensor, t: Tensor, c: Tensor, null: Tensor,
+def teacher_eps(teacher, z: Tensor, t: Tensor, c: Tensor, uncond: Tensor,
                 **conditions) -> tuple[Tensor, Tensor]:
     """ε(c) and ε(∅) of the teacher, both passes in one batch of 2 B."""
-    eps = teacher(torch.cat([z, z]), torch.cat([t, t]), torch.cat([c, null]), **conditions).to(z.dtype)
+    eps = teacher(torch.cat([z, z]), torch.cat([t, t]), torch.cat([c, uncond]), **conditions).to(z.dtype)
     eps_c, eps_u = eps.chunk(2)
     return eps_c, eps_u
 
@@ -101,41 +102,17 @@ class Step:
         return cls(schedule.grid[index.to(schedule.grid.device)], w.to(z0.device), eps.to(z0.device))
 
 
-@torch.no_grad()
-def on_policy(f, schedule: Schedule, z0: Tensor, step: Step, jumps: list[int | None], n: int,
-              generators: list[torch.Generator]) -> tuple[Tensor, Step]:
-    """Moves clips to timesteps of the student's own sampling in n jumps -> z0, and the step with their t.
-
-    The papers noise training clips only, and unless t is near 999 the clip can be seen in z_t. Here z_t is
-    made of the student's last answer, whose mistakes L_CD and rewards can mend. (Not in the papers; DMD2,
-    arXiv 2405.14867, calls it backward simulation.)
-
-    jumps: how many of the n each clip has behind it, 0 to n - 1; None: it stays a training clip.
-    f(z, t, clips) -> ẑ0 of the clips with these numbers.
-    """
-    timesteps, moved = schedule.few_steps(n), [i for i, done in enumerate(jumps) if done is not None]
-    z0, t = z0.clone(), step.t.clone()
-    z0[moved], t[moved] = 0, timesteps[0]                                   # z_999 = σ_999 ε, σ_999 = 0.998
-    for jump, s in enumerate(timesteps[1:]):
-        going = [i for i in moved if jumps[i] > jump]
-        if not going:
-            break
-        noise = torch.stack([torch.randn(z0.shape[1:], generator=generators[i]) for i in going])
-        z = schedule.add_noise(z0[going], noise.to(z0.device), t[going])
-        z0[going], t[going] = f(z, t[going], going), s                      # Eq. D
-    return z0, replace(step, t=t)
-
-
-def distill(student, teacher, ema, schedule: Schedule, step: Step, z0: Tensor, c: Tensor, null: Tensor,
+def distill(student, teacher, ema, schedule: Schedule, step: Step, z0: Tensor, c: Tensor, uncond: Tensor,
             **conditions) -> tuple[Tensor, Tensor]:
     """L_CD and the student's one-step generation ẑ0 = f_θ(z_t, ω, c, t), with gradients to θ.
 
-    teacher may be the student's own network, which is the teacher with its LoRA off. ema: of θ, or None.
+    teacher: the student's own network, which is the teacher with its LoRA off, or another one. ema: of θ, or
+    None.
     """
     t, s = step.t, schedule.previous(step.t)
     z_t = schedule.add_noise(z0, step.eps, t)                               # Eq. A
     with torch.no_grad(), lora_off(teacher):
-        eps_c, eps_u = teacher_eps(teacher, z_t, t, c, null, **conditions)
+        eps_c, eps_u = teacher_eps(teacher, z_t, t, c, uncond, **conditions)
     z_s = solve(schedule, z_t, t, s, step.w, eps_c, eps_u)
     return consistency_loss(student, ema, schedule, z_t, t, z_s, s, w=step.w, c=c, **conditions)
 
@@ -210,7 +187,7 @@ def motion_push(schedule: Schedule, t: Tensor, gradient: Tensor, motion: Tensor,
 
 
 @dataclass
-class Solved:
+class TeacherOutput:
     """What the teacher says about noised clips, computed once before training (v2 Algorithm 1)."""
     t: Tensor           # (B,) from the grid
     z_t: Tensor         # (B, C, T, H, W), and so the other three
@@ -219,32 +196,31 @@ class Solved:
     gradient: Tensor    # ∂G/∂z_t; 0 where motion guidance is off
 
     @classmethod
-    def by(cls, teacher, schedule: Schedule, z0: Tensor, eps: Tensor, t: Tensor, z_ref: Tensor, c: Tensor,
-           null: Tensor, share: float, **conditions) -> "Solved":
-        """With motion guidance at t >= 1000 (1 - τ). z_ref: z0 inverted to t (`solver.ddim_invert`)."""
+    def of(cls, teacher, schedule: Schedule, z0: Tensor, eps: Tensor, t: Tensor, z_ref: Tensor | None,
+           c: Tensor, uncond: Tensor, **conditions) -> "TeacherOutput":
+        """z_ref: z0 inverted to t (`solver.ddim_invert`), whose motion guides; None: no motion guidance."""
         z_t = schedule.add_noise(z0, eps, t)                                # Eq. A
         with torch.no_grad():
-            eps_c, eps_u = teacher_eps(teacher, z_t, t, c, null, **conditions)
-
-        gradient, on = torch.zeros_like(z_t), motion_strength(t, 1.0, share).bool()
-        if on.any():
-            gradient[on] = motion_gradient(teacher, z_t[on], z_ref[on], t[on], c[on], **conditions)[0]
+            eps_c, eps_u = teacher_eps(teacher, z_t, t, c, uncond, **conditions)
+        gradient = torch.zeros_like(z_t)
+        if z_ref is not None:
+            gradient, _ = motion_gradient(teacher, z_t, z_ref, t, c, **conditions)
         return cls(t, z_t, eps_c, eps_u, gradient)
 
 
-def distill_solved(student, schedule: Schedule, solved: Solved, w: Tensor, c: Tensor,
+def distill_cached(student, schedule: Schedule, cached: TeacherOutput, w: Tensor, c: Tensor,
                    motion: Tensor | None = None, released: bool = False,
                    **conditions) -> tuple[Tensor, Tensor]:
     """`distill` without a teacher in memory (v2 Algorithm 2): L_CD and ẑ0. As guidance is linear in ε(c) and
     ε(∅), ω is drawn anew in each step.
 
-    motion: λ' of each clip (`motion_strength`), which the student is told; None: v2 without motion guidance.
+    motion: λ' of each clip (`motion_strength`), an input of the student; None: v2 without motion guidance.
     """
-    t, z_t, s, push = solved.t, solved.z_t, schedule.previous(solved.t), None
+    t, z_t, s, push = cached.t, cached.z_t, schedule.previous(cached.t), None
     if motion is not None:
-        push = motion_push(schedule, t, solved.gradient, motion, released)
+        push = motion_push(schedule, t, cached.gradient, motion, released)
         conditions["motion"] = motion
-    z_s = solve(schedule, z_t, t, s, w, solved.eps_c, solved.eps_u, push)
+    z_s = solve(schedule, z_t, t, s, w, cached.eps_c, cached.eps_u, push)
     return consistency_loss(student, None, schedule, z_t, t, z_s, s, w=w, c=c, **conditions)
 
 
@@ -278,48 +254,53 @@ class RewardTerm:
 
 def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[RewardTerm],
                     generators: list[torch.Generator], chunk: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
-    """g = ∂(β_img J_img + β_vid J_vid)/∂ẑ0 and each reward's mean score.
+    """g = ∂(β_img J_img + β_vid J_vid)/∂ẑ0 and each reward's score of each clip, (B,).
 
-    Rewards reach the network only through ẑ0, so their gradient is taken on a detached ẑ0 and handed to the
-    UNet's backward as L_CD - ⟨g, ẑ0⟩: the chain rule, in three stages that never share memory.
-    decode: (B, C, T, h, w) -> (B, 3, T, H, W) in [-1, 1], frame by frame; the wanted frames of all clips are
-    given to it as one clip of P frames. generators: one per clip, on the CPU, for its frames and then its
-    crop windows. J is the mean over a clip's frames and over the batch. chunk: frames of which the decoder's
-    graph is held at a time, when they are decoded again; 0: all are decoded once, and all graphs held.
+    J is the mean over a clip's frames and over the batch. Rewards reach the network only through ẑ0, so their
+    gradient is taken on a detached ẑ0 and handed to the UNet's backward as L_CD - ⟨g, ẑ0⟩.
+
+    decode: latents (1, C, P, h, w) -> pixels (1, 3, P, H, W) in [-1, 1], frame by frame. generators: one per
+    clip, on the CPU, for its frames and then its crop windows. chunk: frames of which the decoder's graph is
+    held at a time, when they are decoded again; 0: all, decoded once.
     """
-    B, _, T, _, _ = z0_hat.shape
-    z0_hat = z0_hat.detach()
-    picks = [[(b, i) for b in range(B) for i in term.pick(T, generators[b])] for term in terms]
-    wanted = sorted(set().union(*picks))                                    # P pairs (clip, frame)
-    row = {pair: i for i, pair in enumerate(wanted)}
-    clip, frame = torch.tensor(wanted, device=z0_hat.device).unbind(1)
+    gradients, scores = [], []
+    for z0, caption, generator in zip(z0_hat.detach().split(1), captions, generators, strict=True):
+        g, score = clip_gradient(z0, caption, decode, terms, generator, chunk)
+        gradients.append(g)
+        scores.append(score)
+    by_name = {term.name: torch.stack([score[term.name] for score in scores]) for term in terms}
+    return torch.cat(gradients) / len(gradients), by_name
 
-    # 1 decode the frames that any reward wants
-    latents = z0_hat[clip, :, frame].transpose(0, 1)[None]                  # (1, C, P, h, w)
-    chunks = [z.detach().requires_grad_() for z in latents.split(chunk or len(wanted), dim=2)]
+
+def clip_gradient(z0: Tensor, caption: str, decode, terms: list[RewardTerm], generator: torch.Generator,
+                  chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """`reward_gradient` of one clip (1, C, T, h, w): the chain rule in three stages that share no memory."""
+    frames_of = [term.pick(z0.shape[2], generator) for term in terms]
+    frames = sorted(set().union(*frames_of))                                # P that any reward looks at
+
+    # 1 decode them
+    latents = [z.detach().requires_grad_() for z in z0[:, :, frames].split(chunk or len(frames), dim=2)]
     with torch.set_grad_enabled(not chunk):
-        decoded = [decode(z).to(z.dtype) for z in chunks]
-    pixels = torch.cat(decoded, dim=2).detach()                             # (1, 3, P, H, W)
-    frames = pixels[0].transpose(0, 1)                                      # (P, 3, H, W)
+        decoded = [decode(z).to(z.dtype) for z in latents]
+    pixels = torch.cat(decoded, dim=2).detach().requires_grad_()            # (1, 3, P, H, W)
 
     # 2 rewards -> pixels, one after the other
-    frames.requires_grad_()
-    g_frames, scores = torch.zeros_like(frames), {}
-    for term, pick in zip(terms, picks, strict=True):
-        shown = frames[[row[pair] for pair in pick]].unflatten(0, (B, -1))  # (B, M, 3, H, W)
-        score = term.reward((shown / 2 + 0.5).clamp(0, 1), captions, generators).to(z0_hat.dtype).mean()
-        g_frames += term.weight * torch.autograd.grad(score, frames)[0]     # v1 Eq. 8, v1 Eq. 9
+    g_pixels, scores = torch.zeros_like(pixels), {}
+    for term, numbers in zip(terms, frames_of, strict=True):
+        shown = pixels[:, :, [frames.index(number) for number in numbers]].transpose(1, 2)
+        score, = term.reward((shown / 2 + 0.5).clamp(0, 1), [caption], [generator]).to(z0.dtype)
+        g_pixels += term.weight * torch.autograd.grad(score, pixels)[0]     # v1 Eq. 8, v1 Eq. 9
         scores[term.name] = score.detach()
 
-    # 3 pixels -> ẑ0, through the decoder, `chunk` frames at a time
-    g_pixels, g_latents = g_frames.transpose(0, 1)[None], []
-    for z, pixels, g_chunk in zip(chunks, decoded, g_pixels.split(chunk or len(wanted), dim=2), strict=True):
+    # 3 pixels -> ẑ0, through the decoder
+    g_latents = []
+    for z, x, g_x in zip(latents, decoded, g_pixels.split(chunk or len(frames), dim=2), strict=True):
         if chunk:
             with torch.enable_grad():
-                pixels = decode(z).to(z.dtype)
-        g_latents.append(torch.autograd.grad(pixels, z, g_chunk)[0])
-    g = torch.zeros_like(z0_hat)
-    g[clip, :, frame] = torch.cat(g_latents, dim=2)[0].transpose(0, 1)
+                x = decode(z).to(z.dtype)
+        g_latents.append(torch.autograd.grad(x, z, g_x)[0])
+    g = torch.zeros_like(z0)
+    g[:, :, frames] = torch.cat(g_latents, dim=2)
     return g, scores
 
 
@@ -390,7 +371,8 @@ def generate(models, captions: list[str], seeds: list[int], size: tuple[int, int
         return sample(f, schedule, noise, sampling.jumps(schedule), progress)
 
     # the teacher's guided ẑ0 in its place
-    eps_model = guided_eps(models.unet, c, models.text([""] * len(captions)), sampling)
+    uncond = models.text([""] * len(captions))
+    eps_model = guided_eps(models.unet, c, uncond, sampling)
     if sampling.method == "jumps":
         def z0_model(z, t):
             return predict_z0(z, eps_model(z, t), *schedule.at(t))
@@ -418,12 +400,12 @@ def student_f(unet, schedule: Schedule, c: Tensor, sampling: Sampling) -> Callab
     return f
 
 
-def guided_eps(unet, c: Tensor, null: Tensor, sampling: Sampling) -> Callable[[Tensor, Tensor], Tensor]:
+def guided_eps(unet, c: Tensor, uncond: Tensor, sampling: Sampling) -> Callable[[Tensor, Tensor], Tensor]:
     """The teacher as eps_model(z, t) -> guided ε; without guidance, one pass instead of two."""
     def eps_model(z, t):
         if not sampling.guidance:
             return unet(z, t, c, fps=sampling.fps).float()
-        eps_c, eps_u = teacher_eps(unet, z, t, c, null, fps=sampling.fps)
+        eps_c, eps_u = teacher_eps(unet, z, t, c, uncond, fps=sampling.fps)
         return cfg(eps_c, eps_u, sampling.guidance)                         # Eq. C
 
     return eps_model
@@ -437,12 +419,10 @@ def motion_transfer(unet, schedule: Schedule, c: Tensor, reference: Reference, t
     def eps_model(z, t):
         return unet(z, t, reference.c, fps=sampling.fps).float()
 
-    # the reference at every guided timestep, by one inversion
-    wanted = [torch.full((1,), t, device=c.device) for t in guided]
-    inverted = dict(zip(guided, ddim_invert(schedule, eps_model, reference.z0, wanted), strict=True))
+    inverted = ddim_invert(schedule, eps_model, reference.z0, guided)
 
     def push(z, t):
-        z_ref = inverted.get(t[0].item())
+        z_ref = inverted.get(int(t[0]))
         if z_ref is None:
             return None
         c_ref, motion = reference.c.expand_as(c), torch.full((len(z),), sampling.motion, device=z.device)
@@ -565,3 +545,114 @@ class EMA:
     def _exchange(self) -> None:
         for i, p in enumerate(self.params):
             p.data, self.average[i] = self.average[i], p.data
+
+
+# ---- beyond the papers: clips on the student's own path ----------------------------------------------------
+
+
+@torch.no_grad()
+def on_policy(f, schedule: Schedule, z0: Tensor, step: Step, share: float, n: int,
+              generators: list[torch.Generator]) -> tuple[Tensor, Step]:
+    """Moves a share of the clips to where the student comes when it samples in n jumps -> z0, and the step
+    with their t.
+
+    The papers noise training clips only, and unless t is near 999 the clip can be seen in z_t. Here z_t is
+    made of the student's last answer, whose mistakes L_CD and rewards can mend; DMD2 (arXiv 2405.14867) calls
+    it backward simulation. Each clip's generator draws whether it moves and how many jumps it has behind it,
+    0 to n - 1. f(z, t, i) -> ẑ0 of clip i, all with a batch axis of 1.
+    """
+    z0, t = z0.clone(), step.t.clone()
+    for i, generator in enumerate(generators):
+        if torch.rand(1, generator=generator) >= share:
+            continue
+        jumps = int(torch.randint(n, (1,), generator=generator))
+        answer, times = torch.zeros_like(z0[i:i + 1]), t.new_tensor(schedule.few_steps(n)).split(1)
+        for time in times[:jumps]:                          # z_999 = σ_999 ε, σ_999 = 0.998
+            noise = torch.randn(answer.shape, generator=generator).to(z0.device)
+            answer = f(schedule.add_noise(answer, noise, time), time, i)    # Eq. D
+        z0[i:i + 1], t[i:i + 1] = answer, times[jumps]
+    return z0, replace(step, t=t)
+
+
+# ---- beyond the papers: rewards at test time ---------------------------------------------------------------
+
+
+def chain_gradient(f, schedule: Schedule, noises: list[Tensor], timesteps: list[int],
+                   gradient_at: Callable) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Reward gradient through the whole few-step sampler, exact, in the memory of one jump.
+
+    noises: of each jump (B, C, T, h, w). gradient_at(ẑ0) -> g = ∂R/∂ẑ0 and R (B,). Returns the gradient of
+    each noise, the last ẑ0 and R. The sampler runs without a graph and keeps z of each jump; then g walks
+    back: through f to z = α ẑ0 + σ ε, and from there to the jump's noise and to the ẑ0 before.
+    """
+    times = [torch.full((len(noises[0]),), t, device=noises[0].device) for t in timesteps]
+    path = [noises[0]]                                      # z_999 is noise alone
+    with torch.no_grad():
+        for i, noise in enumerate(noises[1:], 1):
+            path.append(schedule.add_noise(f(path[-1], times[i - 1]), noise, times[i]))     # Eq. D
+        z0_hat = f(path[-1], times[-1])
+    g, reward = gradient_at(z0_hat)
+
+    gradients = []
+    for z, t in zip(reversed(path), reversed(times)):
+        z = z.detach().requires_grad_()
+        with torch.enable_grad():
+            g_z, = torch.autograd.grad(f(z, t), z, g)
+        alpha, sigma = schedule.at(t)
+        gradients.append(sigma * g_z)
+        g = alpha * g_z
+    gradients[-1] = g_z                                     # of the first noise, which is z itself
+    return gradients[::-1], z0_hat, reward
+
+
+def refine(f, schedule: Schedule, noises: list[Tensor], timesteps: list[int], gradient_at: Callable,
+           steps: int, rate: float = 0.03, progress=iter) -> tuple[Tensor, list[Tensor]]:
+    """Optimises the noises of all jumps by reward -> the ẑ0 of each clip with the highest reward, and R (B,)
+    before each step and after the last (NoisEasier, 2026; ReNO, arXiv 2406.04312).
+
+    Adam on the noises, each rescaled to its first norm afterwards, so that it stays as large as noise is.
+    """
+    noises = [noise.clone() for noise in noises]
+    norms = [noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1) for noise in noises]
+    adam = torch.optim.Adam(noises, lr=rate, maximize=True)
+    best, best_reward, rewards = None, None, []
+    for i in progress(range(steps + 1)):
+        gradients, z0_hat, reward = chain_gradient(f, schedule, noises, timesteps, gradient_at)
+        rewards.append(reward)
+        if best is None:
+            best, best_reward = z0_hat, reward
+        better = reward > best_reward
+        best = torch.where(better.view(-1, 1, 1, 1, 1), z0_hat, best)
+        best_reward = torch.where(better, reward, best_reward)
+
+        if i < steps:
+            for noise, gradient in zip(noises, gradients, strict=True):
+                noise.grad = gradient
+            adam.step()
+            for noise, norm in zip(noises, norms, strict=True):
+                noise *= norm / noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
+    return best, rewards
+
+
+def generate_refined(models, captions: list[str], seeds: list[int], size: tuple[int, int, int],
+                     sampling: Sampling, terms: list[RewardTerm], steps: int, chunk: int = 1,
+                     progress=iter) -> tuple[Tensor, list[Tensor]]:
+    """`generate` of a student with its noises refined by rewards -> latents (B, C, T, h, w), R (B,) per step.
+
+    Each clip is shown to the rewards by the same frames in every step.
+    """
+    T, H, W = size
+    vae, device = models.vae.config, next(models.unet.parameters()).device
+    noise = Noise(seeds, (vae.latent, T, H // vae.factor, W // vae.factor), device)
+    schedule = Schedule(sampling.grid, device)
+    timesteps = sampling.jumps(schedule)
+    with torch.no_grad():
+        f = student_f(models.unet, schedule, models.text(captions), sampling)
+
+    def gradient_at(z0_hat):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        g, scores = reward_gradient(z0_hat, captions, models.vae.decode, terms, generators, chunk)
+        return len(captions) * g, sum(term.weight * scores[term.name] for term in terms)
+
+    noises = [noise() for _ in timesteps]
+    return refine(f, schedule, noises, timesteps, gradient_at, steps, progress=progress)

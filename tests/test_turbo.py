@@ -125,32 +125,31 @@ def test_draws_do_not_depend_on_the_split():
 
 def test_on_policy_clips_are_where_sampling_comes():
     """Each of them, with its own noise, against a sampler written out for it alone; others stay."""
-    schedule, z0 = Schedule(8), torch.randn(6, 1, 1, 2, 2)
+    schedule, z0, n = Schedule(8), torch.randn(40, 1, 1, 2, 2), 4
 
     def generators():
-        return [torch.Generator().manual_seed(i) for i in range(6)]
+        return [torch.Generator().manual_seed(i) for i in range(len(z0))]
 
-    def f(z, t, clips):
-        seen.extend(clips)
-        return torch.tanh(z) + t.view(-1, 1, 1, 1, 1) / 1000
+    def f(z, t, i):
+        return torch.tanh(z) + t.view(-1, 1, 1, 1, 1) / 1000 + i
 
-    seen, streams = [], generators()
+    streams, jumps_made = generators(), []
     drawn = Step.draw(z0, schedule, (5.0, 15.0), streams)
-    jumps = [None, 0, 3, 1, None, 2]
-    made, step = turbo.on_policy(f, schedule, z0, drawn, jumps, 4, streams)
+    made, step = turbo.on_policy(f, schedule, z0, drawn, 0.5, n, streams)
 
     streams = generators()
     Step.draw(z0, schedule, (5.0, 15.0), streams)
-    for i, done in enumerate(jumps):
+    for i, stream in enumerate(streams):
         t, expected = drawn.t[i], z0[i:i + 1]
-        if done is not None:
+        if torch.rand(1, generator=stream) < 0.5:
+            jumps_made.append(torch.randint(n, (1,), generator=stream).item())
             t, expected = 999, torch.zeros(1, 1, 1, 2, 2)
-            for s in (749, 499, 249)[:done]:
-                noise = torch.randn(1, 1, 2, 2, generator=streams[i])[None]
+            for s in (749, 499, 249)[:jumps_made[-1]]:
+                noise = torch.randn(1, 1, 1, 2, 2, generator=stream)
                 z = schedule.add_noise(expected, noise, torch.tensor([t]))
-                expected, t = torch.tanh(z) + t / 1000, s
+                expected, t = torch.tanh(z) + t / 1000 + i, s
         assert step.t[i] == t and torch.allclose(made[i:i + 1], expected, atol=1e-6)
-    assert sorted(seen) == [2, 2, 2, 3, 5, 5] and torch.equal(step.eps, drawn.eps)
+    assert set(jumps_made) == {0, 1, 2, 3} and 10 < len(jumps_made) < 30 and torch.equal(step.eps, drawn.eps)
 
 
 def test_distillation_loss_is_eq_6():
@@ -274,7 +273,7 @@ def test_reward_gradient_is_that_of_the_joint_graph(chunk):
         shown = (shown / 2 + 0.5).clamp(0, 1)
         value = term.reward(shown, captions)
         torch.testing.assert_close(
-            torch.as_tensor(scores[term.name]).double().mean(), value.mean().detach(), rtol=1e-6, atol=1e-9
+            scores[term.name].double(), value.detach(), rtol=1e-6, atol=1e-9
         )
         joint = joint - term.weight * value.mean()
     expected = torch.autograd.grad(joint, params, allow_unused=True)
@@ -447,10 +446,13 @@ def test_a_stored_step_equals_a_step_with_the_teacher(motion):
     network, teacher = unet(0, dtype, replace(SMALL, motion=motion is not None)), unet(3, dtype)
     t, w = torch.tensor([999, 499]), torch.tensor([5.0, 9.0], dtype=dtype)
     eps, z_ref = torch.randn_like(z0), torch.randn_like(z0)
-    solved = turbo.Solved.by(teacher, schedule, z0, eps, t, z_ref, c, null, share=0.5, fps=8)
-    assert solved.gradient[0].any() and not solved.gradient[1].any()            # t = 499 < 1000 (1 - τ)
-    told = None if motion is None else turbo.motion_strength(t, motion, share=0.5)
-    loss, z0_hat = turbo.distill_solved(network, schedule, solved, w, c, told, fps=8)
+    outputs = [turbo.TeacherOutput.of(teacher, schedule, z0[i:i + 1], eps[i:i + 1], t[i:i + 1], reference,
+                                      c[i:i + 1], null[i:i + 1], fps=8)
+               for i, reference in enumerate((z_ref[:1], None))]                # t = 499 < 1000 (1 - τ)
+    cached = turbo.TeacherOutput(*(torch.cat([getattr(output, name) for output in outputs])
+                                   for name in vars(outputs[0])))
+    strength = None if motion is None else turbo.motion_strength(t, motion, share=0.5)
+    loss, z0_hat = turbo.distill_cached(network, schedule, cached, w, c, strength, fps=8)
     gradients = torch.autograd.grad(loss + z0_hat.mean(), network.parameters(), allow_unused=True)
 
     conditions = {} if motion is None else dict(motion=torch.tensor([motion, 0.0]))
@@ -580,7 +582,7 @@ def test_motion_transfer_is_guidance_towards_another_clip():
     assert torch.equal(plain, transferred(0.0, reference))
 
     z, t = Noise([3], (4, 3, 4, 4))(), torch.tensor([999])
-    z_ref, = solver.ddim_invert(schedule, lambda z, t: network(z, t, c_ref, fps=8), clip, [t])
+    z_ref = solver.ddim_invert(schedule, lambda z, t: network(z, t, c_ref, fps=8), clip, [999])[999]
     gradient = turbo.motion_gradient(network, z, z_ref, t, c, c_ref, fps=8)[0]
     for t, s, motion in ((999, 499, 1e4), (499, 0, 0.0)):
         t, s = torch.tensor([t]), torch.tensor([s])
@@ -610,3 +612,70 @@ def test_crop_windows_do_not_depend_on_the_micro_batch():
     torch.testing.assert_close(
         gradient(slice(0, 3)), torch.cat([gradient(slice(0, 1)), gradient(slice(1, 3))])
     )
+
+
+# ---- rewards at test time ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora, checkpointing, dtype, tolerance", [
+    (0, False, torch.float64, 1e-10), (4, True, torch.float64, 1e-10), (4, False, torch.float32, 1e-6)])
+def test_the_gradient_of_all_noises_is_that_of_the_whole_chain(lora, checkpointing, dtype, tolerance):
+    """Jump by jump, and by autograd through the sampler, the decoder and both rewards in one graph."""
+    (_, c, _), schedule, network = batch(dtype=dtype), Schedule(50), unet(dtype=dtype)
+    schedule.alpha, schedule.sigma = schedule.alpha.to(dtype), schedule.sigma.to(dtype)
+    if lora:
+        inject(network, lora)
+        network.to(dtype)
+        shake(network)
+    network.requires_grad_(False).checkpointing = checkpointing
+    f = turbo.student_f(network, schedule, c, Sampling(guidance=7.5, fps=16))
+    timesteps, terms = [999, 759, 519, 279], [RewardTerm(brightness, 1.5, 3), RewardTerm(flicker, 2.0, 3, True)]
+    noises = [torch.randn(2, 4, 3, 4, 4, dtype=dtype, requires_grad=True) for _ in timesteps]
+
+    def gradient_at(z0_hat):
+        g, scores = turbo.reward_gradient(z0_hat, ["a", "bcd"], decode, terms, [torch.Generator()] * 2)
+        return 2 * g, sum(term.weight * scores[term.name] for term in terms)
+
+    for i, term in enumerate(terms):
+        term.name = str(i)
+    plain = [noise.detach() for noise in noises]
+    gradients, z0_hat, reward = turbo.chain_gradient(f, schedule, plain, timesteps, gradient_at)
+
+    z = noises[0]
+    for i, t in enumerate(timesteps):
+        answer = f(z, torch.full((2,), t))
+        if i < 3:
+            z = schedule.add_noise(answer, noises[i + 1], torch.full((2,), timesteps[i + 1]))
+    pixels = (decode(answer) / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+    value = sum(term.weight * term.reward(pixels, ["a", "bcd"]) for term in terms)
+    torch.testing.assert_close(z0_hat, answer.detach(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(reward, value.detach(), rtol=10 * tolerance, atol=tolerance)
+    for ours, joint in zip(gradients, torch.autograd.grad(value.sum(), noises), strict=True):
+        assert joint.abs().max() > 0 and (ours - joint).abs().max() <= tolerance * joint.abs().max()
+
+
+def test_refining_raises_the_reward_and_keeps_noise_as_large_as_noise():
+    """A clip does not depend on those beside it, and the best iterate of each is kept."""
+    schedule, target, sizes = Schedule(50), torch.randn(2, 1, 1, 4, 4), []
+    noises = [torch.randn(2, 1, 1, 4, 4) for _ in range(2)]
+
+    def f(z, t):
+        sizes.append(z.flatten(1).norm(dim=1) if t[0] == 999 else None)
+        return torch.tanh(z)
+
+    def refined(clips, steps, rate):
+        def gradient_at(z0_hat):
+            error = z0_hat - target[clips]
+            return -2 * error, -error.pow(2).flatten(1).sum(1)
+
+        some = [noise[clips] for noise in noises]
+        return turbo.refine(f, schedule, some, [999, 499], gradient_at, steps, rate)
+
+    best, rewards = refined(slice(0, 2), 30, 0.03)
+    assert len(rewards) == 31 and (rewards[-1] > rewards[0] + 0.2).all()
+    for size in sizes[::4]:
+        torch.testing.assert_close(size, noises[0].flatten(1).norm(dim=1))
+    torch.testing.assert_close(best[1:], refined(slice(1, 2), 30, 0.03)[0])
+    best, rewards = refined(slice(0, 2), 12, 3.0)                               # a rate that overshoots
+    top = torch.stack(rewards).amax(0)
+    torch.testing.assert_close(-(best - target).pow(2).flatten(1).sum(1), top)
