@@ -2,13 +2,16 @@
 
 A scene is one or two things of different colours, each with a shape and a motion, on a plain background.
 `describe` says a scene in the words that the networks were trained on. `understand` reads a caption back, in
-these and in many other words ("a ball rolls left"); `token_ids` hands it to the networks in words they know,
-with a colour and a shape for things that have none ("something falls").
+these and in many other words ("a ball rolls left"); `fill_in` adds what a caption leaves unsaid; `token_ids`
+hands it to the networks in words they know.
 """
 import random
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import product
+
+from plumbing.errors import UserError
 
 COLOURS = ("red", "yellow", "green", "blue")
 BACKGROUNDS = ("black", "gray", "white")
@@ -70,76 +73,87 @@ def describe(scene: Scene, rng: random.Random) -> str:
 
 # ---- words -------------------------------------------------------------------------------------------------
 
-
-PHRASES = {"colours": list(COLOURS), "shapes": sum(SHAPES.values(), []), "motions": sum(MOTIONS.values(), []),
-           "backgrounds": list(BACKGROUNDS)}
-VOCABULARY = sorted({*" ".join(sum(PHRASES.values(), ["a and on background"])).split()})
+SHAPE_WORDS = sum(SHAPES.values(), [])
+VOCABULARY = sorted({*" ".join([*COLOURS, *BACKGROUNDS, *SHAPE_WORDS, *sum(MOTIONS.values(), []),
+                                "a and on background"]).split()})
 VOCABULARY_SIZE = len(VOCABULARY) + 3   # and 0, which pads, 1, which starts, the largest, which ends
 FIRST_WORD = 2                          # the id of VOCABULARY's first
 CONTEXT_LENGTH = 24                     # tokens of a caption
 
-KNOWN = "; ".join(f"{kind}: {', '.join(phrases)}" for kind, phrases in PHRASES.items())
-HINT = (f"the shapes world knows {KNOWN}"
-        + '; e.g. "a red circle moving right and a blue square rising on a white background"')
+HINT = """
+  things: red, yellow, green or blue circles (ring, ball, disc), squares (box, cube), triangles; one or two
+  motions: moving left, right, up (rising) or down (falling), standing still, growing
+  backgrounds: black, gray, white; e.g. "a red circle moving right and a blue square rising on white\""""
 
 # What people type -> words of this world; nothing at all for words that change nothing.
 ALSO = {
     "a": "an, the, some, this, something",
-    "": "one, thing, object, shape, is, are, that, which, it, slowly, quickly, both",
+    "": "one, thing, object, shape, is, are, that, which, it, its, both",
     "and": "while, with, plus, beside, next to",
     "on": "against, over, in front of",
-    "gray": "grey",
-    "background": "backgrounds, backdrop",
+    "gray": "grey", "background": "backgrounds, backdrop",
     "circle": "circles, ball, balls, disc, discs, disk, disks, round",
     "ring": "rings, hoop, donut",
-    "square": "squares",
-    "box": "boxes, cube, cubes, block, blocks",
+    "square": "squares", "box": "boxes, cube, cubes, block, blocks",
     "triangle": "triangles",
     "moving": "move, moves, slide, slides, sliding, roll, rolls, rolling, fly, flies, flying, drift, drifts, "
-              "drifting, float, floats, floating, travel, travels, travelling, traveling, run, runs, "
-              "running, walk, walks, walking",
-    "going": "go, goes",
-    "left": "to the left, leftward, leftwards",
-    "right": "to the right, rightward, rightwards",
-    "up": "upward, upwards",
-    "down": "downward, downwards",
+              "drifting, float, floats, floating, travel, travels, travelling, traveling, run, runs, running",
+    "going": "go, goes", "bigger": "larger",
+    "left": "to the left, leftward, leftwards, from right to left",
+    "right": "to the right, rightward, rightwards, from left to right",
+    "up": "upward, upwards, from bottom to top",
+    "down": "downward, downwards, from top to bottom",
     "rising": "rise, rises, rises up, rising up, climb, climbs, climbing, ascends, ascending",
-    "falling": "fall, falls, falls down, falling down, drop, drops, dropping, sinks, sinking, descends, "
-               "descending",
+    "falling": "fall, falls, falls down, falling down, drop, drops, dropping, sinks, sinking, descending",
     "growing": "grow, grows, expands, expanding",
     "getting": "get, gets, becomes, becoming",
-    "bigger": "larger",
-    "standing still": "stay, stays, staying, stays still, staying still, stays put, stand, stands, "
-                      "standing, stands still, sit, sits, sitting, sits still, sitting still, stopped, "
-                      "motionless, not moving",
+    "standing still": "stay, stays, staying, stays still, staying still, stays put, stand, stands, standing, "
+                      "stands still, sit, sits, sitting, sits still, sitting still, motionless, not moving",
     "at rest": "rests, resting",
 }
 MEANS = {phrase: means for means, phrases in ALSO.items() for phrase in phrases.split(", ")}
-LONGEST_FIRST = sorted(["standing still", *MEANS], key=len, reverse=True)
-MOTION_WORDS = {"left": "left", "right": "right", "up": "up", "rising": "up", "down": "down",
-                "falling": "down", "still": "still", "rest": "still",
-                "growing": "growing", "bigger": "growing"}
+DROPPED = set((                         # left out with a note: this world has no such differences
+    "please, show me, show, make, create, generate, video of, clip of, animation of, picture of, very, "
+    "really, big, large, huge, small, little, tiny, fast, slow, quickly, slowly, smoothly, bright, dark, "
+    "light, solid, plain, simple, beautiful, pretty, nice, cute, shiny, colourful, colorful, cinematic, "
+    "realistic, photorealistic, highly detailed, detailed, high quality, hd, 4k, 8k, 3d").split(", "))
+NOT_HERE = {
+    "colours": ("purple orange pink brown cyan magenta violet golden turquoise", COLOURS),
+    "shapes": ("star heart hexagon pentagon rectangle oval ellipse diamond cross line dot", SHAPES),
+    "motions": ("shrinking shrinks rotating rotates spinning spins turning turns jumping bouncing", MOTIONS)}
+LONGEST_FIRST = sorted(["standing still", *MEANS, *DROPPED], key=len, reverse=True)
+PHRASES = re.compile(r"\b(" + "|".join(LONGEST_FIRST) + r")\b")
+MOTION_WORDS = {"rising": "up", "falling": "down", "rest": "still", "bigger": "growing"}
+MOTION_WORDS |= {motion: motion for motion in MOTIONS}
 MOTION_VERBS = {"moving", "going", "getting", "standing", "at"}       # say no motion by themselves
 
 
-def words(caption: str) -> list[str]:
-    """A caption in words of this world: lower case, no punctuation but commas, which mean "and".
-
-    Raises ValueError for a word that this world lacks.
-    """
+def words(caption: str) -> tuple[list[str], list[str]]:
+    """A caption in words of this world, without punctuation but commas, which mean "and"; and what of DROPPED
+    it held. Raises UserError for a word that this world lacks."""
     plain = re.sub(r"[^\w\s]|_", " ", caption.lower().replace(",", " and "))
-    said_otherwise = r"\b(" + "|".join(LONGEST_FIRST) + r")\b"
-    plain = re.sub(said_otherwise, lambda found: MEANS.get(found[0], found[0]), " ".join(plain.split()))
+    plain = " ".join(plain.split())
+    dropped = [phrase for phrase in PHRASES.findall(plain) if phrase in DROPPED]
+    plain = PHRASES.sub(lambda match: "" if match[0] in DROPPED else MEANS.get(match[0], match[0]), plain)
     for word in plain.split():
         if word not in VOCABULARY:
-            raise ValueError(f"unknown word {word!r:.40}: {HINT}")
+            raise UserError(unknown(word))
     mixed = re.search(r"\b({0}) and ({0})\b".format("|".join(COLOURS)), plain)
     if mixed:
-        raise ValueError(f"{mixed[0]!r}: a thing has one colour; {HINT}")
-    return plain.split()
+        raise UserError(f"{mixed[0]!r}: a thing has one colour")
+    return plain.split(), dropped
 
 
-def clauses(caption: str) -> tuple[list[list[str]], list[str]]:
+def unknown(word: str) -> str:
+    """What to say of a word that this world lacks."""
+    for kind, (others, known) in NOT_HERE.items():
+        if word in others.split():
+            return f"{word!r} is none of this world's {kind}: {', '.join(known)}"
+    near = get_close_matches(word, {*VOCABULARY, *MEANS}, 1, 0.7)
+    return f"unknown word {word!r:.40}" + (f", did you mean {near[0]}?" if near else "") + HINT
+
+
+def clauses(words: list[str]) -> tuple[list[list[str]], list[str]]:
     """A caption's words -> those of each thing, and those of the background; without "a", "and" and "on".
 
     "and" and "a" begin a thing, "on" begins the background. What names neither a colour nor a shape, without
@@ -147,7 +161,7 @@ def clauses(caption: str) -> tuple[list[list[str]], list[str]]:
     """
     # Cut at "and", "on" and "a"; each part with the words that led to it
     parts, leading = [], []
-    for word in words(caption):
+    for word in words:
         if word in ("and", "on", "a"):
             leading.append(word)
         elif leading or not parts:
@@ -158,45 +172,48 @@ def clauses(caption: str) -> tuple[list[list[str]], list[str]]:
 
     things, background = [], []
     for leading, part in parts:
-        behind = "on" in leading or "background" in part
-        if behind:
+        is_background = "on" in leading or "background" in part
+        if is_background:
             background += [word for word in part if word not in {*MOTION_WORDS, *MOTION_VERBS}]
             part = [word for word in part if word in {*MOTION_WORDS, *MOTION_VERBS}]
-        a_thing = "a" in leading and not behind or {*COLOURS, *PHRASES["shapes"]} & {*part}
-        if things and not a_thing:
+        is_thing = "a" in leading and not is_background or {*COLOURS, *SHAPE_WORDS} & {*part}
+        if things and not is_thing:
             things[-1] += part
         elif part:
             things.append(part)
     return things, background
 
 
-def the_only(kind: str, found: list[str], clause: list[str]) -> str | None:
-    """The one value that a clause names, or None. Raises ValueError when it names two."""
-    if len(set(found)) > 1:
-        raise ValueError(f"{' '.join(clause)!r:.60} names more than one {kind}: {HINT}")
-    return found[0] if found else None
+def only(kind: str, clause: list[str], known) -> str | None:
+    """The one value of `known` that a clause names, or None. Raises UserError when it names two."""
+    values = [word for word in clause if word in known]
+    if len(set(values)) > 1:
+        raise UserError(f"{' '.join(clause)!r} names more than one {kind}")
+    return values[0] if values else None
 
 
 def read_thing(clause: list[str]) -> Thing:
-    """The thing that a clause asks for. Raises ValueError when it asks for none, or for two at once."""
+    """The thing that a clause asks for. Raises UserError when it asks for none, or for two at once."""
     for word in {*BACKGROUNDS} & {*clause}:
-        raise ValueError(f"{' '.join(clause)!r:.60}: {word} is a background's colour, not a thing's; {HINT}")
-    colour = the_only("colour", [word for word in clause if word in COLOURS], clause)
-    shape_word = the_only("shape", [word for word in clause if word in PHRASES["shapes"]], clause)
-    motion_word = the_only("motion", [word for word in clause if word in MOTION_WORDS], clause)
+        raise UserError(f"{word} is a background's colour; those of things are {', '.join(COLOURS)}")
+    colour, shape_word = only("colour", clause, COLOURS), only("shape", clause, SHAPE_WORDS)
+    motion_word = only("motion", clause, MOTION_WORDS)
     if not (colour or shape_word or motion_word):
-        raise ValueError(f"{' '.join(clause)!r:.60} names no colour, no shape and no motion: {HINT}")
+        raise UserError(f"{' '.join(clause)!r} names no colour, no shape and no motion" + HINT)
 
     shape = next((name for name, texts in SHAPES.items() if shape_word in texts), None)
     return Thing(colour, shape, MOTION_WORDS.get(motion_word))
 
 
-def complete(thing: Thing, taken: set[str]) -> Thing:
-    """The thing with a shape, and a colour that is not `taken`. Its motion may stay unsaid."""
+def complete(thing: Thing, taken: set[str], rng: random.Random | None) -> Thing:
+    """The thing with a shape, a colour that is not `taken`, and a motion, drawn by rng from the combinations
+    that were trained on; without rng the first of them, and its motion may stay unsaid."""
     colours = [thing.colour] if thing.colour else [colour for colour in COLOURS if colour not in taken]
     shapes = [thing.shape] if thing.shape else list(SHAPES)
-    choices = [Thing(colour, shape, thing.motion) for colour, shape in product(colours, shapes)]
-    return next((choice for choice in choices if not choice.held_out), choices[0])
+    motions = [thing.motion] if thing.motion or not rng else list(MOTIONS)
+    choices = [Thing(*values) for values in product(colours, shapes, motions)]
+    choices = [choice for choice in choices if not choice.held_out] or choices
+    return rng.choice(choices) if rng else choices[0]
 
 
 def say(thing: Thing, clause: list[str]) -> str:
@@ -207,46 +224,53 @@ def say(thing: Thing, clause: list[str]) -> str:
     return f"a {thing.colour} {shape_word} {best}".strip()
 
 
-def read_caption(caption: str) -> tuple[Scene, str]:
-    """A caption -> the scene it asks for, and a caption for the networks, which were trained on whole things.
-
-    Raises ValueError, with what can be said here.
-    """
-    thing_words, background_words = clauses(caption)
+def read_caption(caption: str, rng: random.Random | None = None) -> tuple[Scene, str, list[str]]:
+    """A caption -> the scene it asks for; a caption for the networks, which were trained on whole things,
+    with what is unsaid drawn by rng; notes on what was left out and added. Raises UserError for others."""
+    all_words, dropped = words(caption)
+    thing_words, background_words = clauses(all_words)
     if not thing_words:
-        raise ValueError(f"{caption!r:.60} names no colour, no shape and no motion: {HINT}")
+        raise UserError("the caption names no colour, no shape and no motion" + HINT)
     things = tuple(read_thing(clause) for clause in thing_words)
     colours = [thing.colour for thing in things if thing.colour]
     if len(things) > 2 or len(set(colours)) < len(colours):
-        raise ValueError(f"{caption!r:.60}: at most two things, of different colours; {HINT}")
+        raise UserError(f"{'; '.join(map(' '.join, thing_words))}: at most two things, of different colours")
 
-    backgrounds = [word for word in background_words if word in BACKGROUNDS]
-    background = the_only("background", backgrounds, background_words)
+    background = only("background", background_words, BACKGROUNDS)
     for word in {*background_words} - {*BACKGROUNDS, "background"}:
-        raise ValueError(f"{' '.join(background_words)!r:.60}: {word} is not a background; {HINT}")
+        raise UserError(f"{word} is not a background; those are {', '.join(BACKGROUNDS)}")
 
-    taken, said = set(colours), []
+    # whole things for the networks
+    notes = [f"left out: {', '.join(dropped)}"] if dropped else []
+    taken, phrases = set(colours), []
     for thing, clause in zip(things, thing_words):
-        whole = complete(thing, taken)
+        whole = complete(thing, taken, rng)
         taken.add(whole.colour)
-        said.append(say(whole, clause))
-    again = " and ".join(said)
-    if background:
-        again += f" on a {background} background" if "background" in background_words else f" on {background}"
-    return Scene(things, background), again
+        phrases.append(say(whole, clause))
+        added = [name for name, value in vars(whole).items() if value != getattr(thing, name)]
+        notes += [f"{' and '.join(added)} not given: {phrases[-1]}"] if added else []
+
+    shown = background or (rng and rng.choice(BACKGROUNDS))
+    notes += [f"background not given: {shown}"] if shown and not background else []
+    long = "background" in background_words or not background
+    ending = (f" on a {shown} background" if long else f" on {shown}") if shown else ""
+    return Scene(things, background), " and ".join(phrases) + ending, notes
 
 
 def understand(caption: str) -> Scene:
-    """The scene that a caption asks for; None: left unsaid. Raises ValueError for anything else."""
+    """The scene that a caption asks for; None: left unsaid. Raises UserError for anything else."""
     return read_caption(caption)[0]
 
 
-def token_ids(caption: str) -> list[int]:
-    """A caption, or the empty one -> CONTEXT_LENGTH numbers: 0 pads, 1 starts, the largest ends.
+def fill_in(caption: str, seed: int) -> tuple[str, list[str]]:
+    """The caption in the networks' words, with what it leaves unsaid drawn from the seed; and a note for each
+    thing added or left out: "background not given: black". Raises UserError like `understand`."""
+    return read_caption(caption, random.Random(f"unsaid {seed} {read_caption(caption)[1]}"))[1:]
 
-    Raises ValueError like `understand`.
-    """
-    said = read_caption(caption)[1].split() if caption else []
-    known = [FIRST_WORD + VOCABULARY.index(word) for word in said][:CONTEXT_LENGTH - 2]
+
+def token_ids(caption: str) -> list[int]:
+    """A caption, or the empty one -> CONTEXT_LENGTH numbers: 0 pads, 1 starts, the largest ends."""
+    network_words = read_caption(caption)[1].split() if caption else []
+    known = [FIRST_WORD + VOCABULARY.index(word) for word in network_words][:CONTEXT_LENGTH - 2]
     ids = [1, *known, VOCABULARY_SIZE - 1]
     return ids + [0] * (CONTEXT_LENGTH - len(ids))
