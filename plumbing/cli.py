@@ -1,36 +1,25 @@
-"""Command lines: a frozen dataclass whose fields are the options, and whose comments are the help."""
+"""Command lines: the fields that a frozen dataclass declares are the options, their comments the help."""
 import argparse
 import dataclasses
 import difflib
+import errno
 import inspect
-import math
+import io
 import os
 import re
 import sys
 import typing
-from dataclasses import dataclass
+from functools import partial
 
 from plumbing.errors import UserError
 
-@dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True)
 class Within:
-    """The range of a number, as a type annotation: `steps: Annotated[int, Within(1)] = 4`.
-
-    Every number of a command line must be finite; `above` excludes the lower bound itself.
-    """
-    low: float = -math.inf
-    high: float = math.inf
-    above: bool = False
-
-    def error(self, value: float) -> str | None:
-        """What is wrong with a number, in words that follow it, or None."""
-        if isinstance(value, float) and not math.isfinite(value):
-            return "is not a finite number"
-        if value < self.low or (self.above and value == self.low):
-            return f"must be {'above' if self.above else 'at least'} {self.low:.15g}"
-        if value > self.high:
-            return f"must be at most {self.high:.15g}"
-        return None
+    """The range of a number, as a type annotation: `steps: Annotated[int, Within(1, 1000)]`."""
+    low: float = -1e9
+    high: float = 1e9
+    above: bool = False                                     # the lower bound itself is excluded
 
 
 Count = typing.Annotated[int, Within(1)]                    # 1, 2, 3, ...
@@ -39,68 +28,87 @@ Positive = typing.Annotated[float, Within(0, above=True)]
 NotNegative = typing.Annotated[float, Within(0)]
 Share = typing.Annotated[float, Within(0, 1)]
 Seed = typing.Annotated[int, Within(0, 2 ** 32 - 1)]        # torch reads 32 bits of a CPU generator's seed
+File = typing.Annotated[str, "FILE"]                        # or a folder; ~ is the home folder
+Folder = typing.Annotated[str, "FOLDER"]
+
+# ---- values ------------------------------------------------------------------------------------------------
+
+
+def number(kind: type, within: Within, text: str) -> float:
+    """Text -> a number within a range; nan and infinity are in none."""
+    try:
+        value = kind(text)
+        if within.low <= value <= within.high and not (within.above and value == within.low):
+            return value
+    except ValueError:
+        pass
+    noun, start = "a whole number" if kind is int else "a number", "above" if within.above else "from"
+    bounds = f"{start} {within.low:.15g} to {within.high:.15g}"
+    raise argparse.ArgumentTypeError(f"{text!r:.60} is not {noun} {bounds}")
+
+
+def switch(text: str) -> bool:
+    """The value of a switch that was typed with one."""
+    if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is neither true nor false")
+    return text.lower() in ("1", "true", "yes", "on")
+
+
+def path(text: str) -> str:
+    """A path with ~ expanded; no pipe and no device, which can be read only once."""
+    place = os.path.expanduser(text)
+    if not text.strip() or os.path.exists(place) and not (os.path.isfile(place) or os.path.isdir(place)):
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is neither a file's name nor a folder's")
+    return place
+
+
+class Once(argparse.Action):
+    """Keeps the value of an option; a second one is refused."""
+
+    def __call__(self, parser, namespace, value, flag=None):
+        if hasattr(namespace, self.dest):
+            parser.error(f"{flag} is given twice, as {getattr(namespace, self.dest)} and as {value}")
+        setattr(namespace, self.dest, value)
+
+
+class Collected(argparse.Action):
+    """Keeps all values of a repeatable option."""
+
+    def __call__(self, parser, namespace, value, flag=None):
+        values = value if isinstance(value, list) else [value]
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *values))
+
+
+# ---- fields as options -------------------------------------------------------------------------------------
+
+
+def settings_of(annotation) -> dict:
+    """An annotation for argparse: bool, int, float, str, tuple[...], Literal, Annotated, unions with None."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        kind, note = arguments
+        special = dict(type=partial(number, kind, note)) if kind is not str else dict(type=path, metavar=note)
+        return settings_of(kind) | special
+    if origin is typing.Literal:
+        return dict(action=Once, type=type(arguments[0]), choices=arguments)
+    if arguments:                                           # X | None, tuple[X, ...]
+        return settings_of(arguments[0]) | (dict(action=Collected) if origin is tuple else {})
+    if annotation is bool:
+        return dict(action=Once, type=switch, nargs="?", const=True, metavar="BOOL")
+    if annotation is str:
+        return dict(action=Once, metavar="TEXT")
+    return dict(action=Once, type=partial(number, annotation, Within()), metavar="NUMBER")
 
 
 def field_help(cls) -> dict[str, str]:
-    """The comment behind each field of a dataclass, base classes included: {field name: comment}."""
-    comments = {}
-    for base in reversed(cls.__mro__[:-1]):
-        for name, text in re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(base), re.M):
-            comments[name] = text
-    return comments
+    """{field: the comment behind it}, base classes included."""
+    source = "\n".join(inspect.getsource(base) for base in reversed(cls.__mro__[:-1]))
+    return dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.M))
 
 
-def boolean(text: str) -> bool:
-    """The value of a switch that was typed with one."""
-    if text.lower() in ("1", "true", "yes", "on"):
-        return True
-    if text.lower() in ("0", "false", "no", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-
-
-def number(kind: type, within: Within):
-    """A converter for argparse: text to a finite int or float within a range."""
-    def convert(text: str):
-        try:
-            value = kind(text)
-        except ValueError as error:
-            wanted = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from error
-        wrong = within.error(value)
-        if wrong:
-            raise argparse.ArgumentTypeError(f"{text} {wrong}")
-        return value
-    convert.__name__ = kind.__name__
-    return convert
-
-
-@dataclass(frozen=True)
-class Option:
-    """What a field's annotation says about its option."""
-    kind: type                          # str, int, float or bool
-    repeatable: bool = False            # tuple[...]
-    choices: tuple | None = None        # Literal[...]
-    within: Within = Within()
-
-    @classmethod
-    def of(cls, annotation) -> "Option":
-        """Reads int, bool, float, str, tuple[str, ...], Literal, Annotated, and unions with None."""
-        origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-        if origin is typing.Annotated:
-            return dataclasses.replace(cls.of(arguments[0]), within=arguments[1])
-        if origin is typing.Literal:
-            return cls(type(arguments[0]), choices=arguments)
-        if origin is tuple:
-            return dataclasses.replace(cls.of(arguments[0]), repeatable=True)
-        if type(None) in arguments:
-            return cls.of(next(a for a in arguments if a is not type(None)))
-        return cls(annotation)
-
-    @property
-    def convert(self):
-        """Text to value."""
-        return number(self.kind, self.within) if self.kind in (int, float) else self.kind
+def flag_of(field: str) -> str:
+    """The option of a field."""
+    return "--" + field.replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,126 +118,109 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def flag_of(field: str) -> str:
-    """The option of a field."""
-    return "--" + field.replace("_", "-")
-
-
-def parser_for(cls, description: str = "", positional: str | None = None, prog: str | None = None) -> Parser:
-    """A parser with one --option per field: tuples can be repeated, booleans take an optional value."""
+def parser_for(cls, description="", positional=None, prog=None, defaults=None) -> Parser:
+    """A parser with an --option per field that cls itself declares, in groups titled `# ---- title`."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     comments, annotations = field_help(cls), typing.get_type_hints(cls, include_extras=True)
-
-    for field in dataclasses.fields(cls):
-        option, default = Option.of(annotations[field.name]), field.default
-        shown = "" if default in (None, "", ()) or default is dataclasses.MISSING else f" [{default}]"
-        text = (comments.get(field.name, "") + shown).replace("%", "%%")
-        flag, metavar = flag_of(field.name), option.kind.__name__.upper()
-
-        if field.name == positional:
-            nargs = "*" if option.repeatable else "?"
-            parser.add_argument(field.name, nargs=nargs, default=default, help=text)
-        elif option.repeatable:
-            parser.add_argument(flag, action="append", type=option.convert, default=None, help=text,
-                                metavar=metavar)
-        elif option.kind is bool:
-            parser.add_argument(flag, nargs="?", const=True, type=boolean, default=default, help=text,
-                                metavar="BOOL")
-        elif option.choices:
-            parser.add_argument(flag, type=option.convert, choices=option.choices, default=default, help=text)
-        else:
-            parser.add_argument(flag, type=option.convert, default=default, help=text, metavar=metavar)
+    in_force = {field.name: field.default for field in dataclasses.fields(cls)} | (defaults or {})
+    group = parser
+    for title, name in re.findall(r"^    (?:# ---- ([^-\n]+)|(\w+):)", inspect.getsource(cls), re.M):
+        if title:
+            group = parser.add_argument_group(title.strip())
+        if name not in comments:
+            continue
+        value = ", ".join(in_force[name]) if isinstance(in_force[name], tuple) else in_force[name]
+        text = comments[name] + (f" [{value}]" if value not in (None, "", False, dataclasses.MISSING) else "")
+        settings = settings_of(annotations[name]) | dict(help=text.replace("%", "%%"))
+        if name == positional:
+            settings |= dict(nargs="*" if settings["action"] is Collected else "?", metavar=None)
+        group.add_argument(name if name == positional else flag_of(name), **settings)
     return parser
 
 
 def parse(cls, argv=None, description="", positional=None, defaults=None, prog=None):
-    """Command line -> instance of the dataclass.
-
-    defaults: a preset, which replaces the fields' own; what is typed wins over both.
-    """
-    parser = parser_for(cls, description, positional, prog)
-    defaults = defaults or {}
-    parser.set_defaults(**{name: value for name, value in defaults.items() if not isinstance(value, tuple)})
+    """Command line -> instance of the dataclass. defaults: a preset's, also for inherited fields."""
+    parser = parser_for(cls, description, positional, prog, defaults)
     args, unknown = parser.parse_known_args(argv)
-
     for word in unknown:
-        if word.startswith("--"):
-            near = difflib.get_close_matches(word.split("=")[0], list(parser._option_string_actions), 1)
-            hint = f", did you mean {near[0]}?" if near else ""
-            parser.error(f"unknown option {word.split('=')[0]}{hint}")
-    if unknown:
-        parser.error(f"unexpected argument {unknown[0]!r}" + (" (quote the prompt)" if positional else ""))
+        flag = word.split("=")[0]
+        near = difflib.get_close_matches(flag, list(parser._option_string_actions), 1)
+        if flag.startswith("--"):
+            parser.error(f"unknown option {flag}" + (f", did you mean {near[0]}?" if near else ""))
+        parser.error(f"unexpected argument {word!r}" + (" (quote the prompt)" if positional else ""))
+    return cls(**(defaults or {}) | vars(args))
 
-    values = vars(args)
-    for field in dataclasses.fields(cls):                   # of a repeatable option, None means "not given"
-        if isinstance(field.default, tuple):
-            typed = values[field.name]
-            values[field.name] = defaults.get(field.name, field.default) if typed is None else tuple(typed)
-    return cls(**values)
+
+def typed(cls, argv=None, positional=None) -> dict:
+    """{field: value} of what was typed, whatever the defaults; --help is passed over."""
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word not in ("-h", "--help")]
+    return vars(parser_for(cls, positional=positional).parse_known_args(words)[0])
 
 
 def given(cls, argv=None, positional=None) -> set[str]:
-    """The names of the fields that were typed on the command line, whatever their values."""
-    parser = parser_for(cls, positional=positional)
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return set(vars(parser.parse_known_args(argv)[0]))
+    """The names of the fields that were typed."""
+    return set(typed(cls, argv, positional))
+
+
+# ---- programs ----------------------------------------------------------------------------------------------
 
 
 def place() -> tuple[int, int, int]:
-    """This process among those of torchrun: its rank, how many there are, its rank on this machine.
+    """This process among those of torchrun: its rank, how many there are, its rank on this machine."""
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    texts = [os.environ.get(name, default) for name, default in defaults.items()]
+    if not all(re.fullmatch("[0-9]{1,9}", text) for text in texts) or int(texts[0]) >= int(texts[1]):
+        said = ", ".join(f"{name}={text}" for name, text in zip(defaults, texts))
+        raise UserError(f"the environment says {said}: that is no place among processes; unset them, "
+                        "or start with torchrun, which sets them")
+    return tuple(map(int, texts))
 
-    Without torchrun 0, 1, 0. Raises ValueError for numbers that cannot be."""
-    numbers = []
-    for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        text = os.environ.get(name, usual)
-        if not re.fullmatch("[0-9]{1,9}", text):
-            raise ValueError(f"the environment variable {name} is {text!r}, not a number; unset it, "
-                             "or start with torchrun, which sets it")
-        numbers.append(int(text))
-    rank, world, local_rank = numbers
-    if rank >= world:
-        raise ValueError(f"the environment says RANK={rank} and WORLD_SIZE={world}, but ranks end at "
-                         "WORLD_SIZE - 1; unset both, or start with torchrun, which sets them")
-    return rank, world, local_rank
+
+class Stream(io.FileIO):
+    """A standard stream that stops no work: what a full disk does not take, or nobody reads, is dropped."""
+    lost = ""                                               # why the last write failed, for standard output
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if self.fileno() == 1 and error.errno != errno.EPIPE:           # `| head` has read enough
+                Stream.lost = f"standard output cannot be written: {error.strerror}"
+            return len(data)
+
+
+def keep_streams() -> None:
+    """Output that is closed or full, or whose letters a terminal lacks, stops no work."""
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        stream = getattr(sys, name)
+        if stream is None:                                  # closed: its number must not become some file's
+            setattr(sys, name, open(os.devnull, "w"))
+        elif stream is getattr(sys, f"__{name}__") and not stream.isatty():
+            buffer = io.BufferedWriter(Stream(number, "w", closefd=False))
+            text = io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=True)
+            setattr(sys, name, text)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def main(command):
-    """Decorator for a program's `main`: a user's mistake ends in one line and status 2, Ctrl-C in 130.
-
-    Where nobody reads on (`| head`), it ends without a word, in 141, as programs that SIGPIPE ends."""
+    """Decorator for a program's `main`: a user's mistake ends in one line and status 2, Ctrl-C in 130."""
     def run(argv=None):
-        program = sys.argv[0].rsplit("/", 1)[-1]
+        keep_streams()
+        status, message = 2, ""
         try:
-            try:
-                return command(argv)
-            finally:
-                if sys.stdout:                              # None where it was closed from the start
-                    sys.stdout.flush()
-        except BrokenPipeError:
-            discard_output()
-            sys.exit(141)
+            result = command(argv)
+            sys.stdout.flush()
+            if not Stream.lost:
+                return result
+            message = Stream.lost
         except UserError as error:
-            close_bars()
-            print(f"{program}: {error}", file=sys.stderr)
-            sys.exit(2)
+            message = str(error)
         except KeyboardInterrupt:
-            close_bars()
-            print(f"{program}: interrupted", file=sys.stderr)
-            sys.exit(130)
+            status, message = 130, "interrupted"
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""   # a progress bar gives way to the message
+        print(f"{clear}{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+        sys.exit(status)
     run.__doc__ = command.__doc__
     return run
-
-
-def discard_output() -> None:
-    """What Python still writes at its exit goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def close_bars() -> None:
-    """Ends the lines of progress bars, so that a message begins on a line of its own."""
-    tqdm = sys.modules.get("tqdm")
-    for bar in list(getattr(tqdm and tqdm.tqdm, "_instances", [])):
-        bar.leave = True
-        bar.close()

@@ -1,114 +1,108 @@
-"""One way to write a file: under its name a file is whole, or it is the one that was there before."""
-import errno
+"""Files that are written: whole or not at all, and never in the place of somebody else's."""
 import itertools
 import json
 import os
 import shutil
-import socket
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from plumbing.errors import UserError, reading
+
 COUNT = itertools.count()               # tells apart the files that one process writes at the same time
-HOUR = 3600.0
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yields a name of the same suffix; the block writes that file, and then it becomes `path`.
 
-    It lies beside `path` in a hidden folder `.NAME.HOST.PROCESS.COUNT.part`, which also takes what a library
-    writes on the way (safetensors has a temporary file of its own) and tells what a killed process left (see
-    `remove_leftovers`). The content reaches the disk before the name does, and the file's mode follows the
-    umask. Raises ValueError, in one line with the path and the reason, where the system refuses to write. """
+    It lies in a hidden folder beside `path`, which also takes the temporary files of libraries.
+    """
     path = Path(path)
-    start = path.name.encode()[:100].decode(errors="ignore")          # a name may have 255 bytes
-    folder = path.with_name(f".{start}.{host()}.{os.getpid()}.{next(COUNT)}.part")
+    if path.is_dir():
+        raise UserError(f"{path} cannot be written: it is a folder")
+    start = path.name.encode()[:100].decode(errors="ignore")            # a name may have 255 bytes
+    folder = path.with_name(f".{start}.{os.getpid()}-{next(COUNT)}.part")
     temporary = folder / f"file{path.suffix}"
-
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
         folder.mkdir(parents=True)
-        mode = folder.stat().st_mode & 0o666                          # what the umask leaves of it
-
         yield temporary
-
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, mode)                                     # safetensors makes files of mode 600
+        os.chmod(temporary, folder.stat().st_mode & 0o666)              # safetensors makes files of mode 600
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())                                     # the content is there before the name
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} cannot be written: {reason}") from error
+        raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Deletes what `atomic` left in a folder when a process was killed while it wrote.
-
-    A leftover is a temporary folder whose process, on this host, is dead; one of another host counts as a
-    leftover when nothing was written to it for an hour."""
+    """Deletes what `atomic` left when a process was killed; nobody else may be writing into the folder."""
     for leftover in Path(folder).glob(".*.part"):
-        parts = leftover.name.split(".")
-        if len(parts) < 6 or not parts[-3].isdigit() or not leftover.is_dir():      # not of `atomic`
-            continue
-        owner, process = parts[-4], int(parts[-3])
-        dead = owner == host() and not is_alive(process)
-        if dead or time.time() - last_write(leftover) > HOUR:
+        if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def host() -> str:
-    """This machine's name without dots, which separate the parts of a temporary name."""
-    return socket.gethostname().replace(".", "-")[:60]
-
-
-def is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)                                           # signal 0 tests, and changes nothing
-    except ProcessLookupError:
-        return False
-    except PermissionError:                                           # it runs, for another user
-        return True
-    return True
-
-
-def last_write(folder: Path) -> float:
-    """When something in a folder was written last, in seconds since 1970; now, if it is gone meanwhile."""
-    try:
-        return max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
-    except OSError:
-        return time.time()
-
-
 def check_writable(folder: str | Path) -> None:
-    """Makes a folder, if it is not there, and raises ValueError where no file can be made in it."""
+    """Makes a folder, if it is not there, and raises UserError where no file can be made in it."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"{folder}: nothing can be written there: {error.strerror}") from error
+        raise UserError(f"{folder}: nothing can be written there: {error.strerror}") from error
 
 
 def read_header(path: str | Path) -> dict:
-    """The JSON header of a .safetensors file of ours; {} where someone else wrote the file. Needs no torch.
+    """The JSON header of a .safetensors file of ours; {} where someone else wrote it. Needs no torch."""
+    with reading(path, "a weight file"), safe_open(path, "np") as file:
+        return {**json.loads((file.metadata() or {}).get("config", "{}"))}
 
-    Raises ValueError for other files.
+
+# ---- the rule about outputs --------------------------------------------------------------------------------
+
+
+def check_outputs(outputs: dict, inputs: dict) -> None:
+    """Raises UserError where something could be lost: an output is no input, two outputs are not one place,
+    nor one within the other, and an existing file is replaced only by one of its own kind.
+
+    outputs, inputs: {option: path, list of paths, or None}.
     """
+    outputs = {option: [Path(path) for path in as_list(paths)] for option, paths in outputs.items()}
+    inputs = {option: [Path(path) for path in as_list(paths)] for option, paths in inputs.items()}
+
+    for (one, paths), (other, other_paths) in itertools.combinations(outputs.items(), 2):
+        for path, other_path in itertools.product(paths, other_paths):
+            a, b = path.resolve(), other_path.resolve()
+            if a == b or a in b.parents or b in a.parents:
+                raise UserError(f"{one} {path} and {other} {other_path} are one place; give each its own")
+
+    for option, path in ((option, path) for option, paths in outputs.items() for path in paths):
+        for source, source_path in ((name, path) for name, paths in inputs.items() for path in paths):
+            linked = path.exists() and source_path.exists() and path.samefile(source_path)
+            if linked or path.resolve() == source_path.resolve():
+                raise UserError(f"{option} {path} is also {source}; an output never replaces an input")
+        if path.is_file() and not replaceable(path):
+            raise UserError(f"{option} {path} exists, and no such command wrote it; choose another name")
+
+
+def as_list(paths) -> list:
+    """No path, one, or several, as a list."""
+    return [] if not paths else [paths] if isinstance(paths, (str, Path)) else list(paths)
+
+
+def replaceable(path: Path) -> bool:
+    """Does an existing file hold what the commands write under its suffix? Of most the suffix is enough."""
     try:
-        with safe_open(path, "np") as file:
-            header = json.loads((file.metadata() or {}).get("config", "{}"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file") from error
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a weight file, or a truncated one ({error})") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: its header is not a JSON object; the file is damaged")
-    return header
+        if path.suffix.lower() == ".safetensors":
+            with safe_open(path, "np") as file:
+                return set(file.keys()) == {"clip"}
+        if path.suffix.lower() == ".json":
+            return not {"scores", "rows"}.isdisjoint(json.loads(path.read_text(encoding="utf-8")))
+    except (SafetensorError, OSError, ValueError, TypeError):
+        return False
+    return path.suffix != ""
