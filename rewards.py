@@ -3,24 +3,20 @@
     reward = load("hpsv2", "HPS_v2.1_compressed.pt", device="cuda")
     scores = reward(clips, captions)
 
-with clips (B, T, 3, H, W) in [0, 1] and B captions gives scores (B,), higher is better.
+with clips (B, T, 3, H, W) in [0, 1] and B captions gives scores (B,), higher is better. The pixels carry
+gradient, so that a generator can climb it; the reward's parameters and captions never do.
 
-The pixels carry gradient, so that a generator can climb it; the reward's parameters and captions never do.
-
-From top to bottom: `Reward`, and how clips are fitted to a model's input; the networks, each with
-`text(ids)`, which sees the captions alone, and `score(frames, text)`; the table RECIPES, in which a new
-reward is one entry; `load`.
-
-B clips, T frames, H W pixels, S side of the model's square input, N patches of a frame, L tokens, D width,
-E features.
+From top to bottom: `Reward`; the table of rewards, in which a new one is one entry; `load`; how clips are
+fitted to a model's input; the networks, with `text(ids)`, which sees the captions alone, and `score(frames,
+text)`; names in the public files. B clips, T frames, H W pixels, S side of a model's square input, N patches
+of a frame, L tokens, D width, E features.
 """
-import math
+import re
+import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -28,21 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plumbing.bert import BERT, BERTConfig, WordPiece
 from plumbing.clip import OPENCLIP_BLOCKS, BlockStack, LayerNorm, TextTower, TowerBlock, attend
-from plumbing.weights import (
-    download,
-    fill,
-    huggingface_text,
-    read_header,
-    read_named,
-    rename,
-    without_memory,
-)
-from plumbing.wordpiece import WordPiece
+from plumbing.errors import UserError, reading
+from plumbing.weights import download, fill, huggingface_text, read_header, read_named, rename, without_memory
 
 Generators = Sequence[torch.Generator] | None           # on the CPU, one per clip: they draw its crop window
 Tokenizer = Callable[[list[str]], Tensor]               # B captions -> token ids (B, L)
 View = Callable[[Tensor, int, Generators], Tensor]      # clips (B, T, 3, H, W) -> (B, T, 3, S, S)
+State = dict[str, Tensor]
 
 
 # ---- a reward ----------------------------------------------------------------------------------------------
@@ -50,47 +40,37 @@ class Reward:
     """reward(clips, captions): clips (B, T, 3, H, W) in [0, 1], any H and W, B captions -> (B,) float32.
 
     An image reward scores each frame with its clip's caption and averages over T; a video reward takes
-    T = `frames`.
+    T = `frames`, or any T >= 2 where that is None.
     """
 
-    def __init__(self, name: str, model: nn.Module, tokenizer: Tokenizer):
+    def __init__(self, name: str, model: nn.Module, tokenizer: Tokenizer,
+                 device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
         recipe = RECIPES[name]
-        self.name, self.kind, self.view = name, recipe.kind, recipe.view
-        self.model, self.tokenizer = model, tokenizer
-        self.frames: int | None = model.frames                      # None: an image reward takes any number
-
-        convolution = next(p for p in model.parameters() if p.ndim == 4)            # that cuts the patches
-        self.device, self.dtype = convolution.device, convolution.dtype
-        self.mean, self.std = (torch.tensor(x, dtype=torch.float32, device=self.device).view(3, 1, 1)
+        self.name, self.kind, self.view, self.text_length = name, recipe.kind, recipe.view, recipe.text_length
+        self.model, self.tokenizer, self.device = model, tokenizer, torch.device(device)
+        self.dtype = dtype if recipe.convert else torch.float32     # differences of frames need their digits
+        self.frames: int | None = model.frames
+        self.mean, self.std = (torch.tensor(x, dtype=torch.float32, device=device).view(3, 1, 1)
                                for x in recipe.pixels)
         self.cache: dict[str, Tensor] = {}                          # caption -> what model.text made of it
-        self.at_work = nullcontext                                  # around each call; train.py --offload
+        self.said_cut = False
 
     def __call__(self, clips: Tensor, captions: list[str], generators: Generators = None) -> Tensor:
         """generators: one per clip, on the CPU, draws the crop window of a video reward; None: the centre."""
-        with torch.autocast(self.device.type, enabled=False), self.at_work():   # not in the caller's bf16
-            frames = self.fit(clips, generators)
-            if isinstance(captions, str) or len(captions) != len(clips):
-                raise ValueError(f"{self.name} takes one caption per clip: "
-                                 f"{len(clips)} clips, captions {captions!r:.60}")
-            return self.model.score(frames, self.text(captions))
+        assert not isinstance(captions, str) and len(captions) == len(clips), \
+            f"{self.name} takes one caption per clip: {len(clips)} clips, captions {captions!r:.60}"
+        with torch.autocast(self.device.type, enabled=False):       # not in the caller's bf16
+            return self.model.score(self.normalised(clips, generators), self.text(captions))
 
     def features(self, clips: Tensor) -> Tensor:
         """Clips -> (B, E) float32 of unit length: what a video reward compares with the caption."""
-        if self.kind != "video":
-            videos = [name for name, recipe in RECIPES.items() if recipe.kind == "video"]
-            raise ValueError(f"{self.name} reads single frames, it has no features of a clip; "
-                             f"take {' or '.join(videos)}")
+        if not hasattr(self.model, "encode_video"):
+            raise UserError(f"{self.name} has no features of a clip; take viclip or internvideo2")
         with torch.autocast(self.device.type, enabled=False):
-            return F.normalize(self.model.encode_video(self.fit(clips)).float(), dim=-1)
+            return F.normalize(self.model.encode_video(self.normalised(clips)).float(), dim=-1)
 
-    def fit(self, clips: Tensor, generators: Generators = None) -> Tensor:
+    def normalised(self, clips: Tensor, generators: Generators = None) -> Tensor:
         """Clips -> the model's input (B, T, 3, S, S): resized, cropped, normalised, in its dtype."""
-        if clips.ndim != 5 or clips.shape[2] != 3:
-            raise ValueError(f"{self.name} takes clips (B, T, 3, H, W), not {tuple(clips.shape)}")
-        if self.frames and clips.shape[1] != self.frames:
-            raise ValueError(f"{self.name} takes {self.frames} frames, not {clips.shape[1]}; "
-                             "pick some, evenly spaced")
         frames = self.view(clips.to(self.device).float(), self.model.image_size, generators)
         return ((frames - self.mean) / self.std).to(self.dtype)
 
@@ -101,14 +81,224 @@ class Reward:
             self.cache.clear()
         new = [caption for caption in dict.fromkeys(captions) if caption not in self.cache]
         if new:
+            self.say_cut(new)
             self.cache.update(zip(new, self.model.text(self.tokenizer(new).to(self.device)), strict=True))
         return torch.stack([self.cache[caption] for caption in captions])
+
+    def say_cut(self, captions: list[str]) -> None:
+        """Says, the first time, that a caption is longer than what the model reads."""
+        encode, marks = getattr(self.tokenizer, "encode", None), getattr(self.tokenizer, "marks", 2)
+        for caption in captions if encode and not self.said_cut else ():
+            length = len(encode(caption)) + marks                   # with start and end
+            if length > self.text_length:
+                print(f"{self.name} reads {self.text_length} tokens of a caption; longer ones are cut, like "
+                      f"this of {length}: {caption[:60]}...", file=sys.stderr)
+                self.said_cut = True
+                break
 
     def checkpoint(self, on: bool = True) -> None:
         """Gradient checkpointing: about a third more time, and the memory of one block instead of all."""
         for module in self.model.modules():
             if isinstance(module, BlockStack):
                 module.grad_checkpointing = on
+
+
+def frames_for(reward: Reward, clips: Tensor) -> Tensor:
+    """Clips uint8 (B, 3, T, H, W) -> (B, M, 3, H, W) in [0, 1]: M evenly spaced frames, as a reward takes."""
+    T, M = clips.shape[2], reward.frames or clips.shape[2]
+    if T < M:
+        raise UserError(f"{reward.name} looks at {M} frames, the clip has {T}")
+    return clips[:, :, [int((i + 0.5) * T / M) for i in range(M)]].transpose(1, 2).float() / 255
+
+
+# ---- the table of rewards ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Recipe:
+    """All that makes a reward."""
+    kind: Literal["image", "video"]             # scores single frames, or a clip
+    model: type[nn.Module]
+    view: View                                  # fits clips to the model's input
+    text_length: int                            # L, tokens of a caption
+    pixels: tuple                               # their mean and standard deviation
+    tokenizer: Callable[[Path | None, int], Tokenizer] | None = None    # (weights, L); None: given to `load`
+    config: Callable[[dict], object] = lambda header: None      # header of the file -> configuration
+    convert: Callable[[State, nn.Module], State] | None = None  # public names -> ours; None: no weights
+    frames: tuple[int, ...] = ()                # T that a video reward can take, the usual first; (): any
+    source: tuple[str, ...] = ()                # public repository and file
+    whole: bool = True                          # the model needs all tensors of the file
+
+    def network(self, header: dict, frames: int | None, config: object = None) -> nn.Module:
+        config = config or self.config(header)
+        return self.model(replace(config, frames=frames) if frames and self.frames else config)
+
+
+CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # mean, std
+IMAGENET_PIXELS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TOY_PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+def recipes() -> dict[str, Recipe]:
+    """The table RECIPES. A function, for Python meets the networks' names further down."""
+    vit_h_14 = dict(kind="image", model=CLIP, config=lambda header: CLIPConfig(), convert=from_clip,
+                    pixels=CLIP_PIXELS, text_length=77, tokenizer=bpe)
+    viclip = dict(kind="video", model=ViCLIP, convert=lambda state, model: rename(state, OPENCLIP_BLOCKS))
+    return {
+        "hpsv2": Recipe(
+            **vit_h_14, view=pad,
+            source=("xswu/HPSv2", "HPS_v2.1_compressed.pt")),
+        "pickscore": Recipe(
+            **vit_h_14, view=squash,
+            source=("yuvalkirstain/PickScore_v1", "model.safetensors")),
+        "clip": Recipe(
+            **vit_h_14, view=squash,
+            source=("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_pytorch_model.bin")),
+        "imagereward": Recipe(
+            kind="image", model=ImageReward, config=lambda header: ImageRewardConfig(), view=centre,
+            convert=lambda state, model: rename(state, IMAGEREWARD), pixels=CLIP_PIXELS, text_length=35,
+            tokenizer=partial(wordpiece, repository="google-bert/bert-base-uncased",
+                              extra=("[DEC]", "[ENC]")),
+            source=("THUDM/ImageReward", "ImageReward.pt"), whole=False),
+        "viclip": Recipe(
+            **viclip, config=lambda header: ViCLIPConfig(), view=window, pixels=IMAGENET_PIXELS,
+            text_length=32, tokenizer=bpe, frames=(8,),
+            source=("OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth")),
+        "internvideo2": Recipe(
+            kind="video", model=InternVideo2, config=lambda header: InternVideo2Config(), view=window,
+            convert=from_internvideo2, pixels=IMAGENET_PIXELS, text_length=40, frames=(8, 4),
+            tokenizer=partial(wordpiece, repository="google-bert/bert-large-uncased", sep=False),
+            source=("OpenGVLab/InternVideo2-Stage2_1B-224p-f4", "InternVideo2-stage2_1b-224p-f4.pt"),
+            whole=False),
+        "motion": Recipe(
+            kind="video", model=Motion, view=squash, pixels=((0, 0, 0), (1, 1, 1)), text_length=1,
+            tokenizer=lambda path, length: lambda captions: torch.zeros(len(captions), length)),
+        "shapes-clip": Recipe(
+            kind="image", model=CLIP, config=toy_clip, convert=from_clip, view=squash, pixels=TOY_PIXELS,
+            text_length=24),
+        "shapes-viclip": Recipe(
+            **viclip, config=lambda header: CLIPConfig(**header), view=squash, pixels=TOY_PIXELS,
+            text_length=24, frames=(4,)),
+    }
+
+
+def recipe_of(name: str) -> Recipe:
+    if name not in RECIPES:
+        near = get_close_matches(name, RECIPES, 1)
+        remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(RECIPES)}"
+        raise UserError(f"no reward {name!r}; {remedy}")
+    return RECIPES[name]
+
+
+def check_frames(name: str, frames: int | None) -> None:
+    """Raises UserError unless the reward can take this number of frames of a clip; None is the usual one."""
+    recipe = recipe_of(name)
+    any_number = recipe.kind == "video" and not recipe.frames
+    if frames is None or frames in recipe.frames or (any_number and frames > 1):
+        return
+    numbers = "2 or more" if any_number else " or ".join(map(str, recipe.frames)) or "single"
+    raise UserError(f"{name} takes {numbers} frames, not {frames}")
+
+
+# ---- loading -----------------------------------------------------------------------------------------------
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+SPEC = re.compile(rf"([^=:]+)(?:=([^:].*?))?(?::({NUMBER}))?")
+
+
+def parse_spec(spec: str) -> tuple[str, str | None, float | None]:
+    """What follows --reward, NAME[=FILE][:WEIGHT] -> (name, path, weight)."""
+    match = SPEC.fullmatch(spec)
+    if not match:
+        raise UserError(f"--reward {spec}: neither NAME nor NAME=FILE, NAME:WEIGHT or NAME=FILE:WEIGHT "
+                        "with a number for WEIGHT; e.g. hpsv2:0.5")
+    name, path, weight = match.groups()
+    recipe_of(name)
+    return name, path, weight and float(weight)
+
+
+def load(name: str, path: str | Path | None = None, device: str | torch.device = "cpu",
+         dtype: torch.dtype | None = None, tokenizer: Tokenizer | None = None, frames: int | None = None,
+         grad_checkpointing: bool = False, config: object = None) -> Reward:
+    """A `Reward`, frozen.
+
+    path: a file, a folder, None = the public file. dtype: None = bfloat16 on CUDA, else float32. tokenizer:
+    which the toy's rewards need. frames: 4 or 8 for internvideo2. config: for models of another size.
+    """
+    # what can be wrong without reading the weights
+    recipe, device = recipe_of(name), torch.device(device)
+    check_frames(name, frames)
+    if not (tokenizer or recipe.tokenizer):
+        raise UserError(f"{name} reads the toy's captions; it goes with the toy alone")
+    if path and not recipe.convert:
+        raise UserError(f"--reward {name}={path}: {name} has no weights; say --reward {name}")
+    path = find(recipe, path) if recipe.convert else None
+    tokenizer = tokenizer or recipe.tokenizer(path, recipe.text_length)
+
+    # no time or memory is spent on initial values
+    header = read_header(path) if path and path.suffix == ".safetensors" else {}
+    with reading(path, f"a file of {name}"), without_memory():
+        model = recipe.network(header, frames, config)
+    if recipe.convert:
+        with reading(path, f"a file of {name}"):
+            state = recipe.convert(needed(read_named(path)), model)
+        fill(model, state, path, device, allow_unused=not recipe.whole)
+
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    reward = Reward(name, freeze(model, device, dtype), tokenizer, device, dtype)
+    reward.checkpoint(grad_checkpointing)
+    return reward
+
+
+def untrained(name: str, device: str | torch.device, dtype: torch.dtype, frames: int | None = None) -> Reward:
+    """A reward without its weights, to count time and memory: centre crop, and one caption for all."""
+    recipe = recipe_of(name)
+    check_frames(name, frames)
+    model, ids = recipe.network({}, frames), torch.ones(1, recipe.text_length, dtype=torch.long)
+    reward = Reward(name, freeze(model, device, dtype), lambda captions: ids.expand(len(captions), -1),
+                    device, dtype)
+    reward.view = lambda clips, S, generators: recipe.view(clips, S)
+    return reward
+
+
+def find(recipe: Recipe, path: str | Path | None) -> Path:
+    """The weights file: `path`, what a folder `path` holds, or (no path) the public one."""
+    if not path:
+        return download(*recipe.source)
+    path = Path(path).expanduser()
+    names = [*recipe.source[1:], "open_clip_model.safetensors", "model.safetensors", "pytorch_model.bin"]
+    file = next((path / name for name in names if (path / name).exists()), path)
+    if not file.is_file():
+        public = f"; it is {recipe.source[1]} of huggingface.co/{recipe.source[0]}" if recipe.source else ""
+        raise UserError(f"there is no file of weights at {path}{public}")
+    return file
+
+
+def freeze(model: nn.Module, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    """Moves the model; its parameters are never trained, and those of FLOAT32 layers keep their precision."""
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            p.data = p.data.to(device, torch.float32 if isinstance(module, FLOAT32) else dtype)
+            p.requires_grad_(False)
+    return model.eval()
+
+
+# ---- tokenizers --------------------------------------------------------------------------------------------
+def bpe(path: Path | None, length: int) -> Tokenizer:
+    """CLIP's tokenizer."""
+    from open_clip.tokenizer import SimpleTokenizer  # here, for it takes seconds
+    return SimpleTokenizer(context_length=length)
+
+
+def wordpiece(path: Path, length: int, repository: str, **options) -> Tokenizer:
+    """BERT's, from the `vocab.txt` beside the weights, else from `repository`."""
+    vocabulary = path.parent / "vocab.txt"
+    if not vocabulary.exists():
+        try:
+            vocabulary = download(repository, "vocab.txt")
+        except ValueError as error:
+            raise UserError(f"there is no {vocabulary} beside the weights, and: {error}") from error
+    tokenizer, words = WordPiece(vocabulary, length, **options), 30522              # of the uncased models
+    if len(tokenizer.ids) != words + len(options.get("extra", ())):
+        raise UserError(f"{vocabulary} does not hold {words} words; take vocab.txt of {repository}")
+    return tokenizer
 
 
 # ---- views: clips (B, T, 3, H, W) -> (B, T, 3, S, S), float32 ----------------------------------------------
@@ -129,19 +319,24 @@ def pad(clips: Tensor, S: int, generators: Generators = None) -> Tensor:
 
 def centre(clips: Tensor, S: int, generators: Generators = None) -> Tensor:
     """The middle square: ImageReward."""
-    return crop(shorter_side(clips, S, int), S)
+    return window(clips, S, to_int=int)
 
 
-def window(clips: Tensor, S: int, generators: Generators = None) -> Tensor:
-    """The middle square, or one that the generators draw: the video rewards were trained on random crops."""
-    return crop(shorter_side(clips, S, round), S, generators)
+def window(clips: Tensor, S: int, generators: Generators = None, to_int: Callable = round) -> Tensor:
+    """The middle square, or one that a clip's generator draws: video rewards were trained on random crops.
 
-
-def shorter_side(clips: Tensor, S: int, to_int: Callable[[float], int]) -> Tensor:
-    """Resized so that the shorter side is S. How the longer one is rounded differs between models."""
+    to_int: how the longer side is rounded differs between models.
+    """
     H, W = clips.shape[-2:]
     shorter = min(H, W)
-    return resize(clips, to_int(H * S / shorter), to_int(W * S / shorter))
+    clips = resize(clips, to_int(H * S / shorter), to_int(W * S / shorter))
+
+    spare = [size - S for size in clips.shape[-2:]]                 # room of the window's corner
+    if generators is None:
+        corners = [[round(room / 2) for room in spare]] * len(clips)
+    else:
+        corners = [[int(torch.randint(room + 1, (), generator=g)) for room in spare] for g in generators]
+    return torch.stack([clip[..., y:y + S, x:x + S] for clip, (y, x) in zip(clips, corners, strict=True)])
 
 
 def resize(clips: Tensor, height: int, width: int) -> Tensor:
@@ -152,50 +347,10 @@ def resize(clips: Tensor, height: int, width: int) -> Tensor:
     return frames.unflatten(0, clips.shape[:2])
 
 
-def crop(clips: Tensor, S: int, generators: Generators = None) -> Tensor:
-    """An S x S window, the same for all frames of a clip, at the centre or where its generator says."""
-    spare_y, spare_x = clips.shape[-2] - S, clips.shape[-1] - S
-    if generators is None:
-        y, x = round(spare_y / 2), round(spare_x / 2)
-        return clips[..., y:y + S, x:x + S]
-
-    windows = []
-    for clip, generator in zip(clips, generators, strict=True):
-        y = int(torch.randint(spare_y + 1, (), generator=generator))
-        x = int(torch.randint(spare_x + 1, (), generator=generator))
-        windows.append(clip[..., y:y + S, x:x + S])
-    return torch.stack(windows)
-
-
-def frames_for(reward: Reward, clips: Tensor) -> Tensor:
-    """Clips uint8 (B, 3, T, H, W) as a reward takes them: (B, T, 3, H, W) in [0, 1].
-
-    All frames, or, evenly spaced, as many as the reward takes.
-    """
-    pixels, T = clips.transpose(1, 2).float() / 255, clips.shape[2]
-    if not reward.frames:
-        return pixels
-    if T < reward.frames:
-        raise ValueError(f"{reward.name} looks at {reward.frames} frames, the clip has {T}")
-    middles = [int((i + 0.5) * T / reward.frames) for i in range(reward.frames)]
-    return pixels[:, middles]
-
-
 # ---- parts that the networks share -------------------------------------------------------------------------
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float()).to(x.dtype)
-
-
-class LayerScale(nn.Module):
-    """How much of a residual branch is let through, per channel."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x.float() * self.gamma).to(x.dtype)
 
 
 class Float32Linear(nn.Linear):
@@ -203,7 +358,7 @@ class Float32Linear(nn.Linear):
         return super().forward(x.float())
 
 
-FLOAT32 = (nn.LayerNorm, RMSNorm, LayerScale, Float32Linear)        # keep float32 parameters in a bf16 model
+FLOAT32 = (nn.LayerNorm, RMSNorm, Float32Linear)    # keep float32 parameters in a bf16 model
 
 
 class QuickGELU(nn.Module):
@@ -214,16 +369,13 @@ class QuickGELU(nn.Module):
 
 
 class InternVideo2Block(TowerBlock):
-    """The same with RMSNorm, also of queries and keys (over all heads at once), no qkv bias, and LayerScale.
-
-    The tanh GELU is the one of the fused kernel that InternVideo2 was trained with.
-    """
+    """With RMSNorm, also of queries and keys (over all heads at once), without qkv bias; the tanh GELU is the
+    one of the fused kernel that InternVideo2 was trained with."""
 
     def __init__(self, width: int, heads: int, hidden: int):
         super().__init__(width, heads, hidden, act=partial(nn.GELU, "tanh"), norm=partial(RMSNorm, eps=1e-6))
         self.attn.qkv = nn.Linear(width, 3 * width, bias=False)
         self.attn.q_norm, self.attn.k_norm = RMSNorm(width, eps=1e-6), RMSNorm(width, eps=1e-6)
-        self.ls1, self.ls2 = LayerScale(width), LayerScale(width)
 
 
 def patches(conv: nn.Conv2d, frames: Tensor) -> Tensor:
@@ -253,29 +405,9 @@ class CLIPConfig:
     vocab_size: int = 49408
     tubelet: int = 1              # toy only: frames that a patch spans (ViViT, Arnab et al., 2021)
 
-    def __post_init__(self):
-        """Raises ValueError for what is no network: the toy's sizes come from a file."""
-        for name, size in vars(self).items():
-            if (type(size) is not int or not 0 < size < 100_000) and (name, size) != ("frames", None):
-                raise ValueError(f"{name} is {size!r}")
-        if self.width % self.heads or self.text_width % self.text_heads:
-            raise ValueError(f"{self.heads} and {self.text_heads} heads for widths {self.width} and "
-                             f"{self.text_width}")
-        if self.layers + self.text_layers > 1000:
-            raise ValueError(f"{self.layers} and {self.text_layers} layers")
 
-
-@dataclass(frozen=True)
-class ViCLIPConfig(CLIPConfig):
-    """The defaults are ViCLIP-L."""
-    frames: int = 8
-    width: int = 1024
-    layers: int = 24
-    embed_dim: int = 768
-    text_width: int = 768
-    text_layers: int = 12
-    text_heads: int = 12
-    context_length: int = 32
+ViCLIPConfig = partial(CLIPConfig, frames=8, width=1024, layers=24, embed_dim=768, text_width=768,
+                       text_layers=12, text_heads=12, context_length=32)        # ViCLIP-L
 
 
 class VisionTower(nn.Module):
@@ -293,7 +425,7 @@ class VisionTower(nn.Module):
             self.temporal_positional_embedding = nn.Parameter(torch.zeros(1, times, D))
         self.ln_pre, self.ln_post = LayerNorm(D), LayerNorm(D)
         self.blocks = BlockStack(TowerBlock(D, config.heads, 4 * D, act) for _ in range(config.layers))
-        self.proj = nn.Parameter(torch.zeros(D, config.embed_dim))
+        self.proj = nn.Parameter(nn.init.normal_(torch.empty(D, config.embed_dim), std=D ** -0.5))
 
     def forward(self, frames: Tensor) -> Tensor:
         """Normalised frames (B, T, 3, S, S), T = 1 without `config.frames` -> features (B, E)."""
@@ -314,37 +446,18 @@ class CLIP(nn.Module):
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
-        self.config, self.image_size, self.frames = config, config.image_size, config.frames
+        self.image_size, self.frames = config.image_size, config.frames
         self.vision_encoder = VisionTower(config, self.act)
         self.text_encoder = TextTower(config.text_width, config.text_layers, config.text_heads,
                                       config.context_length, config.vocab_size, config.embed_dim, self.act)
-        self.init()
 
-    @torch.no_grad()
-    def init(self) -> None:
-        """For training from scratch: linear maps keep the variance, the residual branches start small."""
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                p.zero_()
-            elif "embedding" in name:
-                p.normal_(std=0.02)
-            elif p.ndim > 1:                                        # the rest are norms, ones already
-                residual = name.endswith(("attn.proj.weight", "mlp.fc2.weight"))
-                p.normal_(std=p[0].numel() ** -0.5 * (0.2 if residual else 1.0))
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, S, S) -> features (B, E), not of unit length."""
-        return self.vision_encoder(images[:, None])
-
-    def encode_text(self, ids: Tensor) -> Tensor:
+    def text(self, ids: Tensor) -> Tensor:
         """Token ids (B, L), L <= context_length -> features (B, E), not of unit length."""
         return self.text_encoder.pooled(ids)
 
-    text = encode_text
-
     def score(self, frames: Tensor, text: Tensor) -> Tensor:
-        images = self.encode_image(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])     # (B, T, E)
-        return cosine(images, text[:, None]).mean(dim=1)
+        images = self.vision_encoder(frames.flatten(0, 1)[:, None])             # (B*T, E)
+        return cosine(images.unflatten(0, frames.shape[:2]), text[:, None]).mean(dim=1)
 
 
 class ViCLIP(CLIP):
@@ -353,14 +466,57 @@ class ViCLIP(CLIP):
 
     def encode_video(self, frames: Tensor) -> Tensor:
         """Normalised frames (B, T, 3, S, S) -> features (B, E), not of unit length."""
-        assert frames.shape[1:3] == (self.frames, 3), f"frames {tuple(frames.shape)} for {self.config}"
+        assert frames.shape[1] == self.frames, f"{tuple(frames.shape)} for {self.frames} frames"
         return self.vision_encoder(frames)
 
     def score(self, frames: Tensor, text: Tensor) -> Tensor:
         return cosine(self.encode_video(frames), text)
 
 
-# ---- BERT, BLIP's ViT and ImageReward ----------------------------------------------------------------------
+# ---- motion, without weights -------------------------------------------------------------------------------
+class Motion(nn.Module):
+    """How fast parts of the picture move, beyond what all of it does: 0 (a still) to 1.
+
+    Brightness and contrast of a whole frame, so flicker and fades, pay nothing: gain and offset per channel,
+    fitted by least squares, are taken off first. Change over gradient is then the speed in each cell of the
+    picture, and only what exceeds twice that of the calmer half counts, so that a pan pays little. Each pair
+    of frames saturates: violent changes pay no more than brisk motion.
+
+    What fools it: whatever changes in one part of the picture. A thing that blinks, trembles or boils, noise
+    in a corner, a cut every few frames, a pan below an empty sky; large things count for more than small
+    ones. It reads no caption: take it beside rewards that do, with a small weight.
+    """
+    image_size, frames = 64, None
+    cell, usual = 16, 0.25          # side of a cell in pixels; a speed in pixels per frame that scores 1/2
+
+    def __init__(self, config: None = None):
+        super().__init__()
+
+    def text(self, ids: Tensor) -> Tensor:
+        return ids
+
+    def score(self, frames: Tensor, text: Tensor) -> Tensor:
+        def centred(x):
+            return x - x.mean((-2, -1), keepdim=True)
+
+        def amount(x):                                              # a smooth |x| per cell, (B, T-1, cells)
+            return F.avg_pool2d(((x.square() + 1e-4).sqrt() - 1e-2).mean(2), self.cell).flatten(2)
+
+        # what gain and offset of the whole frame do not explain
+        before, after = frames[:, :-1], frames[:, 1:]
+        change, level = centred(after - before), centred((after + before) / 2)      # (B, T-1, 3, S, S)
+        gain = (change * level).mean((-2, -1)) / (level.square().mean((-2, -1)) + 1e-4)
+        change = change - gain[..., None, None] * level
+
+        # the speed of each cell, beyond that of the calmer half
+        slopes = sum(amount(slope) for slope in torch.gradient(level, dim=(-2, -1)))
+        speed = (amount(change) / (slopes + 0.01)).sort().values
+        calm = speed[..., :speed.shape[-1] // 2].mean(-1, keepdim=True)
+        moved = (speed - 2 * calm).relu().mean(-1)
+        return (moved / (moved + self.usual)).mean(1)
+
+
+# ---- BLIP's ViT and ImageReward ----------------------------------------------------------------------------
 @dataclass(frozen=True)
 class ViTConfig:
     image_size: int
@@ -369,17 +525,6 @@ class ViTConfig:
     layers: int
     heads: int
     hidden: int
-
-
-@dataclass(frozen=True)
-class BERTConfig:
-    vocab_size: int
-    width: int
-    layers: int
-    heads: int
-    hidden: int
-    token_types: int = 0          # 0: the model has no token types; else all tokens are of type 0
-    image_width: int = 0          # of the image tokens that every layer attends to; 0: text only
 
 
 class ViT(nn.Module):
@@ -399,60 +544,6 @@ class ViT(nn.Module):
         return self.blocks(torch.cat([first, x], dim=1) + self.pos_embed)
 
 
-class BERTAttention(nn.Module):
-    """Attention of a text to itself or to an image, with the residual and BERT's norm behind it."""
-
-    def __init__(self, config: BERTConfig, source_width: int):
-        super().__init__()
-        D, self.heads = config.width, config.heads
-        self.query, self.dense = nn.Linear(D, D), nn.Linear(D, D)
-        self.key, self.value = nn.Linear(source_width, D), nn.Linear(source_width, D)
-        self.norm = LayerNorm(D, eps=1e-12)
-
-    def forward(self, x: Tensor, source: Tensor, mask: Tensor | None = None) -> Tensor:
-        y = attend(self.query(x), self.key(source), self.value(source), self.heads, attn_mask=mask)
-        return self.norm(x + self.dense(y))
-
-
-class BERTLayer(nn.Module):
-    """Self-attention, cross-attention to image tokens if any, feed-forward; each with its norm behind it."""
-
-    def __init__(self, config: BERTConfig):
-        super().__init__()
-        D, hidden = config.width, config.hidden
-        self.attention = BERTAttention(config, D)
-        if config.image_width:
-            self.crossattention = BERTAttention(config, config.image_width)
-        self.intermediate, self.output = nn.Linear(D, hidden), nn.Linear(hidden, D)
-        self.norm = LayerNorm(D, eps=1e-12)
-
-    def forward(self, x: Tensor, mask: Tensor, image: Tensor | None = None) -> Tensor:
-        x = self.attention(x, x, mask)
-        if image is not None:
-            x = self.crossattention(x, image)
-        return self.norm(x + self.output(F.gelu(self.intermediate(x))))
-
-
-class BERT(nn.Module):
-    """Token ids (B, L), 0 = padding, perhaps image tokens (B, M, image_width) -> state at [CLS] (B, D)."""
-
-    def __init__(self, config: BERTConfig):
-        super().__init__()
-        D, types = config.width, config.token_types
-        self.word_embeddings = nn.Embedding(config.vocab_size, D)
-        self.position_embeddings = nn.Embedding(512, D)
-        self.token_type_embeddings = nn.Embedding(types, D) if types else None
-        self.norm = LayerNorm(D, eps=1e-12)
-        self.layers = BlockStack(BERTLayer(config) for _ in range(config.layers))
-
-    def forward(self, ids: Tensor, image: Tensor | None = None) -> Tensor:
-        x = self.word_embeddings(ids) + self.position_embeddings.weight[:ids.shape[1]]
-        if self.token_type_embeddings is not None:
-            x = x + self.token_type_embeddings.weight[0]
-        mask = (ids != 0)[:, None, None]                            # (B, 1, 1, L): padding is not attended to
-        return self.layers(self.norm(x), mask, image)[:, 0]
-
-
 @dataclass(frozen=True)
 class ImageRewardConfig:
     vit: ViTConfig = ViTConfig(image_size=224, patch=16, width=1024, layers=24, heads=16, hidden=4096)
@@ -469,8 +560,10 @@ class ImageReward(nn.Module):
         norm = partial(LayerNorm, eps=1e-6)
         self.vision, self.norm = ViT(config.vit, partial(TowerBlock, norm=norm)), norm(config.vit.width)
         self.bert = BERT(config.bert)
-        sizes = [config.bert.width, 1024, 128, 64, 16, 1]           # in training, dropout stood between them
-        self.mlp = nn.Sequential(*(Float32Linear(a, b) for a, b in pairwise(sizes)))
+        drop = nn.Identity()                                        # dropout, in training
+        self.mlp = nn.Sequential(
+            Float32Linear(config.bert.width, 1024), drop, Float32Linear(1024, 128), drop,
+            Float32Linear(128, 64), drop, Float32Linear(64, 16), Float32Linear(16, 1))
 
     def text(self, ids: Tensor) -> Tensor:
         return ids                                              # without an image there is nothing to compute
@@ -544,6 +637,16 @@ def stretch(table: Tensor, frames: int, N: int) -> Tensor:
     return torch.cat([table[:, :1], grid.permute(0, 3, 1, 2).flatten(1, 2)], dim=1)
 
 
+def toy_clip(header: dict) -> CLIPConfig:
+    """The toy's header is a configuration of open_clip."""
+    vision, text = header["vision_cfg"], header["text_cfg"]
+    return CLIPConfig(
+        image_size=vision["image_size"], patch=vision["patch_size"], width=vision["width"],
+        layers=vision["layers"], heads=vision["width"] // vision["head_width"], embed_dim=header["embed_dim"],
+        text_width=text["width"], text_layers=text["layers"], text_heads=text["heads"],
+        context_length=text["context_length"], vocab_size=text["vocab_size"])
+
+
 # ---- names in the public files -> ours ---------------------------------------------------------------------
 OPENCLIP = [
     (r"^visual\.", "vision_encoder."),
@@ -560,268 +663,46 @@ BERT_NAMES = [
     (r"^bert\.(embeddings|encoder)\.", "bert."), (r"\.layer\.", ".layers."),
     (r"attention\.(self|output)\.", "attention."), (r"\.(intermediate|output)\.dense", r".\1"),
     (r"(\.output)?\.LayerNorm", ".norm")]
-MLP_LAYERS = {"0": "0", "2": "1", "4": "2", "6": "3", "7": "4"}     # there, dropout counts as a layer
 IMAGEREWARD = [
     (r"^blip\.visual_encoder\.norm", "norm"), (r"^blip\.visual_encoder", "vision"),
     (r"^blip\.text_encoder", "bert"), (r"patch_embed\.proj", "patch_embed"),
-    (r"^mlp\.layers\.(\d)\b", lambda match: f"mlp.{MLP_LAYERS[match[1]]}"),
-    *BERT_NAMES]
+    (r"^mlp\.layers", "mlp"), *BERT_NAMES]
 INTERNVIDEO2 = [
     (r"^vision_encoder\.clip_projector\.(cross_attn\.)?", "pool."), (r"^pool\.([qkv])_bias", r"pool.\1.bias"),
     (r"^vision_encoder", "vision"), (r"patch_embed\.proj", "patch_embed"), (r"^text_encoder\.bert", "bert"),
     *BERT_NAMES]
 
-State = dict[str, Tensor]
 
-
-def from_clip(state: State, config: CLIPConfig) -> State:
+def from_clip(state: State, model: CLIP) -> State:
     """open_clip's names, or those of transformers' CLIPModel, which also transposes the projections."""
     if any(key.startswith("vision_model.") for key in state):
         state = huggingface_text(rename(state, HUGGINGFACE_VISION))
         state = {key: w.T if key in ("visual.proj", "text_projection") else w for key, w in state.items()}
-    return rename(needed(state), OPENCLIP)
-
-
-def from_viclip(state: State, config: ViCLIPConfig) -> State:
-    return rename(needed(state), OPENCLIP_BLOCKS)
-
-
-def flat(state: State) -> State:
-    """Without the prefix of data-parallel training (HPS), and Conv3d over single frames as Conv2d."""
-    return {key.removeprefix("module."): w.squeeze(2) if w.ndim == 5 else w for key, w in state.items()}
+    return rename(state, OPENCLIP)
 
 
 def needed(state: State) -> State:
-    """Without the temperature of the training loss, and without constants."""
+    """Without the prefix of data-parallel training (HPS), temperatures of training losses and constants, and
+    with Conv3d over single frames as Conv2d."""
     unused = ("logit_scale", "temp", "position_ids", "attn_mask")
-    return {key: w for key, w in state.items() if not key.endswith(unused)}
+    return {key.removeprefix("module."): w.squeeze(2) if w.ndim == 5 else w
+            for key, w in state.items() if not key.endswith(unused)}
 
 
-def from_imagereward(state: State, config: ImageRewardConfig) -> State:
-    return rename(state, IMAGEREWARD)
-
-
-def from_internvideo2(state: State, config: InternVideo2Config) -> State:
+def from_internvideo2(state: State, model: InternVideo2) -> State:
+    """Also stretches the position table, and multiplies LayerScale (gamma, of a residual branch's channels)
+    into the branch's last layer."""
     state, key = rename(state, INTERNVIDEO2), "vision.pos_embed"
-    N = (config.vit.image_size // config.vit.patch) ** 2
-    if key in state and state[key].shape[1:2] != (1 + config.frames * N,):
-        state[key] = stretch(state[key], config.frames, N)
+    size = model.vision.pos_embed.shape[1]
+    if state[key].shape[1] != size:
+        state[key] = stretch(state[key], model.frames, (size - 1) // model.frames)
+
+    for block in (f"vision.blocks.{i}." for i in range(len(model.vision.blocks))):
+        for scale, layer in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
+            gamma = state.pop(f"{block}{scale}.gamma").float()
+            state[f"{block}{layer}.weight"] = gamma[:, None] * state[f"{block}{layer}.weight"].float()
+            state[f"{block}{layer}.bias"] = gamma * state[f"{block}{layer}.bias"].float()
     return state
 
 
-# ---- the table of rewards ----------------------------------------------------------------------------------
-CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # mean, std
-IMAGENET_PIXELS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TOY_PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-BERT_WORDS = 30522                                              # of the uncased models
-
-
-def bpe(path: Path, length: int) -> Tokenizer:
-    """CLIP's tokenizer."""
-    from open_clip.tokenizer import SimpleTokenizer  # here, for it takes seconds
-    return SimpleTokenizer(context_length=length)
-
-
-def wordpiece(path: Path, length: int, repository: str, **options) -> Tokenizer:
-    """BERT's, from the `vocab.txt` beside the weights, else from `repository`."""
-    vocabulary = path.parent / "vocab.txt"
-    if not vocabulary.exists():
-        try:
-            vocabulary = download(repository, "vocab.txt")
-        except ValueError as error:
-            raise ValueError(f"there is no {vocabulary} beside the weights, and: {error}") from error
-    tokenizer = WordPiece(vocabulary, length, **options)
-    words = len(tokenizer.ids) - len(options.get("extra", ()))
-    if words != BERT_WORDS:
-        raise ValueError(f"{vocabulary} holds {words} words, not {BERT_WORDS}; "
-                         f"take vocab.txt of {repository}")
-    return tokenizer
-
-
-def toy_clip(header: dict) -> CLIPConfig:
-    """The toy's header is a configuration of open_clip."""
-    vision, text = header["vision_cfg"], header["text_cfg"]
-    return CLIPConfig(
-        image_size=vision["image_size"], patch=vision["patch_size"], width=vision["width"],
-        layers=vision["layers"], heads=vision["width"] // vision["head_width"], embed_dim=header["embed_dim"],
-        text_width=text["width"], text_layers=text["layers"], text_heads=text["heads"],
-        context_length=text["context_length"], vocab_size=text["vocab_size"])
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that makes a reward."""
-    kind: Literal["image", "video"]             # scores single frames, or a clip
-    model: type[nn.Module]
-    config: Callable[[dict], object]            # header of the file -> configuration of the model
-    convert: Callable[[State, object], State]   # public names -> ours
-    view: View                                  # fits clips to the model's input
-    pixels: tuple                               # their mean and standard deviation
-    text_length: int                            # L, tokens of a caption
-    tokenizer: Callable[[Path, int], Tokenizer] | None = None   # (path of weights, L); None: given to `load`
-    frames: tuple[int, ...] = ()                # T that a video reward can take, the usual one first
-    source: tuple[str, ...] = ()                # public repository and file
-    whole: bool = True                          # the model needs all tensors of the file
-
-
-VIT_H_14 = dict(kind="image", model=CLIP, config=lambda header: CLIPConfig(), convert=from_clip,
-                pixels=CLIP_PIXELS, text_length=77, tokenizer=bpe)
-RECIPES = {
-    "hpsv2": Recipe(
-        **VIT_H_14, view=pad,
-        source=("xswu/HPSv2", "HPS_v2.1_compressed.pt")),
-    "pickscore": Recipe(
-        **VIT_H_14, view=squash,
-        source=("yuvalkirstain/PickScore_v1", "model.safetensors")),
-    "clip": Recipe(
-        **VIT_H_14, view=squash,
-        source=("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_pytorch_model.bin")),
-    "imagereward": Recipe(
-        kind="image", model=ImageReward, config=lambda header: ImageRewardConfig(), convert=from_imagereward,
-        view=centre, pixels=CLIP_PIXELS, text_length=35,
-        tokenizer=partial(wordpiece, repository="google-bert/bert-base-uncased", extra=("[DEC]", "[ENC]")),
-        source=("THUDM/ImageReward", "ImageReward.pt"), whole=False),
-    "viclip": Recipe(
-        kind="video", model=ViCLIP, config=lambda header: ViCLIPConfig(), convert=from_viclip,
-        view=window, pixels=IMAGENET_PIXELS, text_length=32, tokenizer=bpe, frames=(8,),
-        source=("OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth")),
-    "internvideo2": Recipe(
-        kind="video", model=InternVideo2, config=lambda header: InternVideo2Config(),
-        convert=from_internvideo2, view=window, pixels=IMAGENET_PIXELS, text_length=40, frames=(8, 4),
-        tokenizer=partial(wordpiece, repository="google-bert/bert-large-uncased", sep=False),
-        source=("OpenGVLab/InternVideo2-Stage2_1B-224p-f4", "InternVideo2-stage2_1b-224p-f4.pt"),
-        whole=False),
-    "shapes-clip": Recipe(
-        kind="image", model=CLIP, config=toy_clip, convert=from_clip,
-        view=squash, pixels=TOY_PIXELS, text_length=24),
-    "shapes-viclip": Recipe(
-        kind="video", model=ViCLIP, config=lambda header: ViCLIPConfig(**header), convert=from_viclip,
-        view=squash, pixels=TOY_PIXELS, text_length=24, frames=(4,)),
-}
-PUBLIC = [name for name, recipe in RECIPES.items() if recipe.source]
-
-
-def recipe_of(name: str) -> Recipe:
-    if name not in RECIPES:
-        near = get_close_matches(name, RECIPES, 1)
-        remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(PUBLIC)}"
-        raise ValueError(f"no reward {name!r}; {remedy}")
-    return RECIPES[name]
-
-
-def check_frames(name: str, frames: int | None) -> None:
-    """Raises ValueError unless the reward can take this number of frames; None is the usual one."""
-    allowed = recipe_of(name).frames
-    if frames is not None and frames not in allowed:
-        raise ValueError(f"{name} takes {' or '.join(map(str, allowed)) or 'single'} frames, not {frames}")
-
-
-# ---- loading -----------------------------------------------------------------------------------------------
-def parse_spec(spec: str) -> tuple[str, str | None, float | None]:
-    """What follows --reward: NAME, NAME=FILE, NAME:WEIGHT or NAME=FILE:WEIGHT -> (name, path, weight)."""
-    name, equals, path = spec.partition("=")
-    if equals:
-        file, colon, tail = path.rpartition(":")
-        if colon and is_number(tail):                       # else the colon belongs to the file's name
-            path, weight = file, float(tail)
-        else:
-            weight = None
-        if not path:
-            raise ValueError(f"--reward {spec} names no file; without one, --reward {name} downloads it")
-    else:
-        name, colon, tail = spec.partition(":")
-        if colon and not is_number(tail):
-            raise ValueError(f"--reward {spec}: the weight {tail!r} is not a number; e.g. {name}:0.5")
-        weight = float(tail) if colon else None
-
-    recipe_of(name)
-    if weight is not None and not math.isfinite(weight):
-        raise ValueError(f"the weight {tail} of reward {name!r} is not a finite number")
-    return name, path or None, weight
-
-
-def is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def load(name: str, path: str | Path | None = None, device: str | torch.device = "cpu",
-         dtype: torch.dtype | None = None, tokenizer: Tokenizer | None = None, frames: int | None = None,
-         grad_checkpointing: bool = False, config: object = None) -> Reward:
-    """A `Reward`, frozen.
-
-    path: a file, a folder, None = the public file. dtype: None = bfloat16 on CUDA, else float32. tokenizer:
-    which the toy's rewards need. frames: 4 or 8 for internvideo2. config: for models of another size.
-    """
-    # what can be wrong without reading the weights
-    recipe, device = recipe_of(name), torch.device(device)
-    check_frames(name, frames)
-    if not (tokenizer or recipe.tokenizer):
-        raise ValueError(f"{name} reads the toy's captions; real clips take {', '.join(PUBLIC)}")
-    path = find(recipe, path)
-    tokenizer = tokenizer or recipe.tokenizer(path, recipe.text_length)
-
-    # the model's configuration
-    state, header = read_named(path), read_header(path) if path.suffix == ".safetensors" else {}
-    try:
-        config = config or recipe.config(header)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} is not a file of {name}: its header says {header!s:.120} "
-                         f"({error})") from error
-    if frames:
-        config = replace(config, frames=frames)
-
-    # its weights: no time or memory is spent on an initialisation
-    with without_memory():
-        model = recipe.model(config)
-    try:
-        state = recipe.convert(flat(state), config)
-    except (KeyError, RuntimeError, IndexError) as error:   # names or shapes that no such model has
-        raise ValueError(f"{path}: not the weights of this {recipe.model.__name__}, or not all: "
-                         f"{str(error).splitlines()[0]}") from error
-    fill(model, state, path, device, allow_unused=not recipe.whole)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    reward = Reward(name, freeze(model, device, dtype), tokenizer)
-    reward.checkpoint(grad_checkpointing)
-    return reward
-
-
-def untrained(name: str, device: str | torch.device, dtype: torch.dtype, frames: int | None = None) -> Reward:
-    """A reward without its weights, to count time and memory: centre crop, and one caption for all."""
-    recipe = recipe_of(name)
-    check_frames(name, frames)
-    config = recipe.config({})
-    if frames:
-        config = replace(config, frames=frames)
-    ids = torch.ones(1, recipe.text_length, dtype=torch.long)
-    model = freeze(recipe.model(config), device, dtype)
-    reward = Reward(name, model, lambda captions: ids.expand(len(captions), -1))
-    reward.view = lambda clips, S, generators: recipe.view(clips, S)
-    return reward
-
-
-def find(recipe: Recipe, path: str | Path | None) -> Path:
-    """The weights file: `path`, what a folder `path` holds, or (no path) the public one."""
-    if not path:
-        if not recipe.source:
-            raise ValueError("the toy's rewards need the path of their file")
-        return download(*recipe.source)
-    path = Path(path).expanduser()
-    names = [*recipe.source[1:], "open_clip_model.safetensors", "model.safetensors", "pytorch_model.bin"]
-    found = next((path / name for name in names if (path / name).exists()), path)
-    if not found.is_file():
-        public = f"; it is {recipe.source[1]} of huggingface.co/{recipe.source[0]}" if recipe.source else ""
-        raise ValueError(f"there is no file of weights at {path}{public}")
-    return found
-
-
-def freeze(model: nn.Module, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
-    """Moves the model; its parameters are never trained, and those of FLOAT32 layers keep their precision."""
-    for module in model.modules():
-        for p in module.parameters(recurse=False):
-            p.data = p.data.to(device, torch.float32 if isinstance(module, FLOAT32) else dtype)
-            p.requires_grad_(False)
-    return model.eval()
+RECIPES = recipes()

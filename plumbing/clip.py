@@ -56,11 +56,10 @@ class TowerBlock(nn.Module):
         self.attn = SelfAttention(width, heads, causal)
         self.mlp = nn.Sequential(OrderedDict(
             fc1=nn.Linear(width, hidden), act=act(), fc2=nn.Linear(hidden, width)))
-        self.ls1 = self.ls2 = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
 
 
 class BlockStack(nn.ModuleList):
@@ -90,7 +89,8 @@ class TextTower(nn.Module):
         self.blocks = BlockStack(TowerBlock(width, heads, 4 * width, act, causal=True) for _ in range(built))
         self.ln_final = LayerNorm(width)
         if embed_dim:
-            self.text_projection = nn.Parameter(torch.zeros(width, embed_dim))
+            projection = nn.init.normal_(torch.empty(width, embed_dim), std=width ** -0.5)
+            self.text_projection = nn.Parameter(projection)
 
     def states(self, ids: Tensor, layers: int | None = None) -> Tensor:
         """After all layers, or the first few: (B, L, D)."""

@@ -323,7 +323,7 @@ def clip(config: Config, group: Group) -> None:
 
 def viclip_from_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A CLIP's weights -> a ViCLIP's first ones: its patches span frames, each with its own weight."""
-    start = rewards.from_clip(state, None)
+    start = rewards.from_clip(rewards.needed(state), None)
     spread = (1 + 2 * torch.randn(VICLIP.width, VICLIP.tubelet, 1, 1, 1)) / VICLIP.tubelet
     conv = start["vision_encoder.conv1.weight"][:, None] * spread
     start["vision_encoder.conv1.weight"] = (conv + 0.5 * conv.std() * torch.randn_like(conv)).flatten(1, 2)
@@ -350,7 +350,7 @@ def viclip(config: Config, group: Group) -> None:
         clips = roughen(clips[:, :, rng.randrange(2)::2], progress)     # strided, as the reward will see them
         with mixed_precision(group.device):
             videos = network.encode_video(clips.transpose(1, 2).to(group.device))
-            texts = network.encode_text(world.tokenize(captions).to(group.device))
+            texts = network.text(world.tokenize(captions).to(group.device))
         return contrast(videos, texts, scenes, network.namer, logit_scale)
 
     fit("viclip", network, loss_of, config.viclip_steps, config)

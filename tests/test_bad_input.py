@@ -375,7 +375,7 @@ def test_a_wrong_reward_is_named(typed, message):
 VIT = rewards.ViTConfig(image_size=4, patch=2, width=8, layers=1, heads=2, hidden=8)
 SMALL = {
     "hpsv2": rewards.CLIPConfig(4, 2, None, 8, 1, 2, 4, 8, 1, 2, 5, 9),
-    "viclip": rewards.ViCLIPConfig(4, 2, 8, 8, 1, 2, 4, 8, 1, 2, 5, 9),
+    "viclip": rewards.CLIPConfig(4, 2, 8, 8, 1, 2, 4, 8, 1, 2, 5, 9),
     "imagereward": rewards.ImageRewardConfig(VIT, rewards.BERTConfig(9, 8, 1, 2, 8, image_width=8)),
     "internvideo2": rewards.InternVideo2Config(VIT, rewards.BERTConfig(9, 8, 1, 2, 8, token_types=2), 8, 4),
 }
