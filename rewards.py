@@ -237,8 +237,9 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
     with reading(path, f"a file of {name}"), without_memory():
         model = recipe.network(header, frames, config)
     if recipe.convert:
+        state = needed(read_named(path))
         with reading(path, f"a file of {name}"):
-            state = recipe.convert(needed(read_named(path)), model)
+            state = recipe.convert(state, model)
         fill(model, state, path, device, allow_unused=not recipe.whole)
 
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
