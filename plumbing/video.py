@@ -1,38 +1,39 @@
-"""Video files <-> uint8 clips (3, T, H, W): frames sampled by their timestamps, whole clips read and written.
+"""Video files <-> uint8 clips (3, T, H, W): pictures as players show them, frames chosen by their timestamps.
 
 Axes: T frames, H W space. A tick is a timestamp as the file counts it; times are in seconds, fps in 1/second.
-PyAV and Pillow are imported where they are needed, so that programs start without them.
 """
-from __future__ import annotations
-
 import io
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from PIL import GifImagePlugin, Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from plumbing.errors import UserError, reading
 from plumbing.files import atomic
 
-if TYPE_CHECKING:
-    import av
-
-READABLE = (        # clips of a training folder or shard: what PyAV reads, but for .gif, which are previews
-    ".mp4", ".m4v", ".mov", ".f4v", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".divx", ".wmv", ".asf", ".flv",
-    ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts", ".ogv", ".mxf", ".dv", ".rm", ".rmvb", ".nut", ".y4m")
+READABLE = tuple(   # clips of a training folder or shard: what PyAV reads, but for .gif, which are previews
+    ".mp4 .m4v .mov .f4v .3gp .3g2 .mkv .webm .avi .divx .wmv .asf .flv .mpg .mpeg .vob .ts .mts .m2ts .ogv "
+    ".mxf .dv .rm .rmvb .nut .y4m".split())
+OPEN = dict(        # neither addresses in a network nor scripts that name further files
+    protocol_whitelist="file",
+    format_whitelist="mov,matroska,avi,asf,flv,mpeg,mpegts,mpegvideo,ogg,mxf,dv,rm,nut,yuv4mpegpipe,gif")
 INDEXED = ("mov", "matroska")           # containers that say when each frame is shown, and find key frames
+HDR = {16: "PQ", 18: "HLG"}             # transfer functions by their numbers in ITU-T H.273
 SLACK = 2e-3                            # containers round timestamps, some to a millisecond
-FPS_MIN, FPS_MAX = 0.1, 240             # what the containers hold and the players play
-GIF_FPS_MAX = 50                        # players show a gif's frames for 2/100 s at least
+FPS = {".mp4": 240, ".gif": 50}         # the highest that is written: players show a gif's frame for 2/100 s
+PNG_MARK = "t2v-turbo-from-scratch"     # in every png written here: others are never replaced
 
-# ---- frames of a clip for training -------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def read_video(source: str | Path | bytes, frames: int, fps: float, height: int, width: int,
@@ -40,32 +41,42 @@ def read_video(source: str | Path | bytes, frames: int, fps: float, height: int,
     """A video file, or its bytes -> (uint8 clip (3, frames, height, width), its frames per second).
 
     The clip starts at a random frame, or at the first without a generator. Its rate is `fps`, or more where
-    the video is too short (see `pick`). Decoding begins at the last key frame before the clip, or at the
-    first frame where the container has no index, and ends with the clip. Raises ValueError for whatever
-    cannot be read whole. """
-    with open_video(source) as (container, stream):
-        ticks, end, keys = timeline(container, stream)
-        seconds = float(stream.time_base)
+    the video is too short (see `pick`). Raises ValueError for whatever cannot be read whole."""
+    ticks, end, keys, seconds = timeline(source)
+    if ticks[0] == ticks[-1]:
+        raise ValueError(f"not a clip: {len(ticks)} frames of one timestamp")
     chosen, rate = pick(ticks * seconds, end * seconds, frames, fps, generator)
-    wanted = ticks[chosen].tolist()
+    pictures = decode_at(source, ticks, keys, chosen, lambda frame: resize_crop(frame, height, width))
+    return torch.stack(pictures, dim=1), rate
 
-    with open_video(source) as (container, stream):
-        if keys:
-            container.seek(max((key for key in keys if key <= wanted[0]), default=wanted[0]), stream=stream)
-            shown = ((frame.pts, frame) for frame in decode(container, stream))
+
+def read_clip(path: str | Path, frames: int | None = None,
+              fit: Callable[[Tensor], Tensor] = lambda frame: frame) -> Tensor:
+    """What write_video wrote, or any other video -> clip (3, T, H, W), uint8 unless `fit` changes that.
+
+    frames: how many, in the middles of equal parts of the clip; None: all. fit: applied to each frame
+    (3, H, W) as it is decoded, so that memory holds the fitted ones only. Raises UserError."""
+    def numbers(T: int) -> Sequence[int]:
+        if T < (frames or 1):
+            raise ValueError(f"{T} frames in it, {frames or 1} are needed")
+        return [int((i + 0.5) * T / frames) for i in range(frames)] if frames else range(T)
+
+    path = Path(path)
+    with reading(path, "a clip"):
+        if path.is_dir() or path.suffix.lower() == ".png":
+            folder = path if path.is_dir() else path.with_suffix("")
+            files = sorted(folder.glob("*.png"), key=lambda file: (len(file.name), file.name))  # 2 before 10
+            pictures = [Image.open(files[i]).convert("RGB") for i in numbers(len(files))]
+            pictures = [fit(torch.from_numpy(np.array(picture)).permute(2, 0, 1)) for picture in pictures]
+        elif path.suffix.lower() == ".safetensors":
+            clip = check_clip(load_file(check_file(path))["clip"])
+            pictures = [fit(clip[:, i]) for i in numbers(clip.shape[1])]
         else:
-            shown = zip(ticks.tolist(), decode(container, stream))
-        found = {}
-        for tick, frame in shown:
-            if tick in wanted:
-                found[tick] = resize_crop(pixels(frame), height, width)
-            if tick is not None and tick >= wanted[-1]:
-                break
-
-    missing = len(set(wanted)) - len(found)
-    if missing:
-        raise ValueError(f"damaged: {missing} frames are missing")
-    return torch.stack([found[tick] for tick in wanted], dim=1), rate
+            ticks, _, keys, _ = timeline(path)
+            pictures = decode_at(path, ticks, keys, numbers(len(ticks)), fit)
+        if len({picture.shape for picture in pictures}) > 1:
+            raise ValueError("its frames have several sizes")
+        return torch.stack(pictures, dim=1)
 
 
 def pick(times: np.ndarray, end: float, frames: int, fps: float,
@@ -74,10 +85,8 @@ def pick(times: np.ndarray, end: float, frames: int, fps: float,
 
     The first instant is that of a random frame, or of the first without a generator. times: of the video's
     frames, ascending; the last one is on screen until `end`. A video too short for that is taken whole: the
-    instants spread evenly over it, and the fps handed back is the higher one of those instants.
-    """
-    need = (frames - 1) / fps
-    starts = int((times + need < end - SLACK).sum())
+    instants spread evenly over it, and the fps handed back is the higher one of those instants."""
+    starts = int((times + (frames - 1) / fps < end - SLACK).sum())
     if starts:
         first = 0 if generator is None else torch.randint(starts, (), generator=generator).item()
         instants = times[first] + np.arange(frames) / fps
@@ -89,97 +98,102 @@ def pick(times: np.ndarray, end: float, frames: int, fps: float,
 
 @contextmanager
 def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Yields (container, video stream). Raises ValueError, without the file's name, for what is no video.
+    """Yields (container, its best video stream). Raises ValueError, without the file's name.
 
     Decoding has one thread: workers are the parallelism, and ffmpeg marks damaged frames reliably only so."""
-    import av
-
+    file = io.BytesIO(source) if isinstance(source, bytes) else f"file:{check_file(source).absolute()}"
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-        with av.open(file, metadata_errors="replace") as container:       # a title need not be utf-8
-            if not container.streams.video:
+        with av.open(file, options=OPEN, metadata_errors="replace") as container:  # a title need not be utf-8
+            stream = container.streams.best("video")
+            if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
                 raise ValueError("no video stream in it (only sound?)")
-            stream = container.streams.video[0]
             if stream.codec_context is None or stream.time_base is None:
                 raise ValueError("not a readable video: its codec is not known here; convert it to h264")
             stream.codec_context.thread_count = 1
             yield container, stream
-    except FileNotFoundError as error:
-        raise ValueError(error.strerror) from error
     except av.FFmpegError as error:
         raise ValueError(f"not a readable video: {error.strerror}") from error
 
 
-def decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
-    """Decoded frames. Raises ValueError at a damaged one: others are predicted from it, and not marked."""
-    for frame in container.decode(stream):
-        if frame.is_corrupt:
-            raise ValueError("damaged: a frame cannot be decoded")
-        yield frame
-
-
-def timeline(container: av.container.InputContainer,
-             stream: av.VideoStream) -> tuple[np.ndarray, int, list[int]]:
-    """When a video's frames are shown -> their ticks, ascending; the end's tick; the ticks of key frames.
+def timeline(source: str | Path | bytes) -> tuple[np.ndarray, int, list[int], float]:
+    """When a video's frames are shown -> their ticks, ascending; the end's; those of key frames; s per tick.
 
     These are the timestamps that the frames really have, so a variable frame rate needs no special case.
     Without an index there are no key frames, and the k-th frame that is decoded is shown at the k-th tick."""
-    import av
-
-    indexed = container.format.name.startswith(INDEXED)
-    shown, keys = packet_times(container, stream) if indexed else (frame_times(container, stream), [])
-    if len(shown) < 2:
-        raise ValueError(f"not a clip: {len(shown)} frames")
-
-    # until when the last one is shown: not every file says how long a frame lasts
-    ticks = np.array([pts for pts, _ in shown])
-    last = shown[-1][1] or (ticks[-1] - ticks[0]) // (len(ticks) - 1)
-    end = ticks[-1] + last
-    if ticks[0] == ticks[-1]:
-        raise ValueError("not a clip: all its frames have one timestamp")
-
-    # a file cut between two packets shows no other trace than the length that it states
-    seconds = float(stream.time_base)
-    length = (end - ticks[0]) * seconds
-    stated = stream.duration * seconds if stream.duration else 0
-    if not stated and len(container.streams) == 1:    # webm states the whole file's length, sound included
-        stated = (container.duration or 0) / av.time_base
-    if length < 0.9 * stated:
-        raise ValueError(f"truncated: {length:.2f} s of {stated:.2f} s")
-    return ticks, end, keys
-
-
-def packet_times(container: av.container.InputContainer,
-                 stream: av.VideoStream) -> tuple[list[tuple[int, int]], list[int]]:
-    """Reads the packets, one a frame, decodes nothing -> (tick, duration) of each, ticks of key frames."""
     shown, keys = [], []
-    for packet in container.demux(stream):
-        if packet.is_corrupt:
-            raise ValueError("truncated or damaged: a packet is incomplete")
-        if packet.pts is None:
-            continue
-        if packet.is_keyframe:
-            keys.append(packet.pts)
-        if not packet.is_discard:                     # discarded: cut away by the file's edit list
-            shown.append((packet.pts, packet.duration or 0))
-    return sorted(shown), keys
+    with open_video(source) as (container, stream):
+        indexed = container.format.name.startswith(INDEXED)         # then a packet, undecoded, tells its time
+        for item in container.demux(stream) if indexed else container.decode(stream):
+            if item.is_corrupt:
+                raise ValueError("truncated or damaged: a frame is incomplete")
+            if indexed and item.pts is not None and item.is_keyframe:
+                keys.append(item.pts)
+            if not indexed or item.pts is not None and not item.is_discard:      # discarded by an edit list
+                shown.append((item.pts, item.duration or 0))
+
+        if not shown or any(tick is None for tick, _ in shown):
+            raise ValueError("no frames in it, or none with a timestamp; convert it to mp4")
+        if not indexed and container.format.name != "avi" and shown != sorted(shown):   # an avi's: of packets
+            raise ValueError("its timestamps run backwards (files joined?); convert it to mp4")
+
+        # Not every file says how long its last frame lasts. One that was cut between two packets shows it by
+        # the length that it states; but a segment of a longer video may state the time of its own end.
+        ticks, seconds = np.array(sorted(shown))[:, 0], float(stream.time_base)
+        end = ticks[-1] + (max(shown)[1] or (ticks[-1] - ticks[0]) // max(1, len(ticks) - 1))
+        stated = (stream.duration or 0) * seconds
+        if not stated and len(container.streams) == 1:              # webm's is that of the sound, too
+            stated = (container.duration or 0) / av.time_base
+        if (end - ticks[0]) * seconds < 0.9 * stated and ticks[0] * seconds < 0.1 * stated:
+            raise ValueError(f"truncated: {(end - ticks[0]) * seconds:.2f} s of {stated:.2f} s")
+    return ticks, end, sorted(keys), seconds
 
 
-def frame_times(container: av.container.InputContainer,
-                stream: av.VideoStream) -> list[tuple[int, int]]:
-    """Decodes all frames -> (tick, duration) of each, in the order in which they are shown."""
-    shown = [(frame.pts, frame.duration or 0) for frame in decode(container, stream)]
-    if any(pts is None for pts, _ in shown):
-        raise ValueError("its frames have no timestamps; convert it to mp4")
-    if container.format.name != "avi" and shown != sorted(shown):     # an avi's are those of the packets
-        raise ValueError("its timestamps run backwards (files joined?); convert it to mp4")
-    return sorted(shown)
+def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], chosen: Sequence[int],
+              fit: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """What `fit` makes of the frames whose indices in a timeline (ticks, keys) are `chosen`, ascending.
+
+    Decoding begins at the last key frame before the first of them, or without `keys` at the first frame."""
+    needed, pictures = [int(ticks[index]) for index in chosen], {}
+    with open_video(source) as (container, stream):
+        if keys:
+            container.seek(max((key for key in keys if key <= needed[0]), default=needed[0]), stream=stream)
+        for order, frame in enumerate(container.decode(stream)):
+            if frame.is_corrupt:                      # others are predicted from it, and are not marked
+                raise ValueError("damaged: a frame cannot be decoded")
+            tick = frame.pts if keys else int(ticks[order])
+            if tick in needed:
+                pictures[tick] = fit(pixels(frame, container, stream))
+            if tick is not None and tick >= needed[-1]:
+                break
+
+    missing = len(set(needed)) - len(pictures)
+    if missing:
+        raise ValueError(f"damaged: {missing} frames are missing")
+    return [pictures[tick] for tick in needed]
 
 
-def pixels(frame: av.VideoFrame) -> Tensor:
-    """Decoded frame -> uint8 (3, H, W) in RGB, turned upright where the file says that the camera was not."""
-    x = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-    return torch.rot90(x, round(frame.rotation / 90), (1, 2))
+def pixels(frame: av.VideoFrame, container: av.container.InputContainer, stream: av.VideoStream) -> Tensor:
+    """Decoded frame -> uint8 RGB (3, H, W) as players show it: with square pixels, upright, not mirrored.
+
+    ffmpeg converts the colours by the file's matrix and range; where it names none, as BT.601, limited."""
+    if frame.color_trc in HDR:
+        raise ValueError(f"an HDR video ({HDR[frame.color_trc]}); convert it to SDR")
+    width = round(frame.width * (stream.sample_aspect_ratio or 1))
+    x = frame.to_ndarray(format="rgb24", width=width, interpolation="BICUBIC", threads=1)
+    x = torch.from_numpy(x).permute(2, 0, 1)
+
+    small = re.fullmatch(r"enlarged from (\d+)x(\d+)", container.metadata.get("comment", ""))
+    if small:                                         # by write_video: one pixel of each block
+        factor = x.shape[1] // int(small[1])
+        x = x[:, factor // 2::factor, factor // 2::factor]
+
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()    # (x, y) goes to (ax + cy, bx + dy)
+        if abs(b) > abs(a):
+            x, a, d = x.mT, c, b
+        x = x.flip([dim for dim, sign in ((2, a), (1, d)) if sign < 0])
+    return x
 
 
 def resize_crop(x: Tensor, height: int, width: int) -> Tensor:
@@ -193,162 +207,130 @@ def resize_crop(x: Tensor, height: int, width: int) -> Tensor:
     return x[:, top:top + height, left:left + width]
 
 
-# ---- whole clips -------------------------------------------------------------------------------------------
+def check_file(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise ValueError("no file, but a pipe, device or folder" if Path(path).exists() else "No such file")
+    return Path(path)
+
+
+# ---- writing -----------------------------------------------------------------------------------------------
 
 
 def check_output(path: str | Path, fps: float) -> None:
-    """Raises ValueError where `write_video` would: before there is a clip to lose."""
+    """Raises UserError where `write_video` would: before there is a clip to lose."""
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in ("", ".png", *WRITERS):
-        raise ValueError(f"{path}: choose .mp4, .gif, .png, .safetensors, or a folder's name without suffix")
-    if not FPS_MIN <= fps <= FPS_MAX:
-        raise ValueError(f"fps {fps:g} for {path}: choose from {FPS_MIN:g} to {FPS_MAX:g}")
-    if suffix == ".gif" and fps > GIF_FPS_MAX:
-        raise ValueError(f"fps {fps:g} for {path}: a gif has {GIF_FPS_MAX} at most; write .mp4")
+    suffix, highest = path.suffix.lower(), FPS.get(path.suffix.lower(), 240)
+    if suffix not in ("", ".png", *WRITERS) and not suffix[1:].isdigit():
+        raise UserError(f"{path}: choose .mp4, .gif, .png, .safetensors, or a folder's name without suffix")
+    if not 0.1 <= fps <= highest:
+        raise UserError(f"fps {fps:g} for {path}: choose from 0.1 to {highest}")
     if suffix in WRITERS and path.is_dir():
-        raise ValueError(f"{path} is a folder: choose another name")
+        raise UserError(f"{path} is a folder: choose another name")
+
+    for file in png_folder(path).glob("*.png"):
+        with reading(file, "a picture"), Image.open(file) as picture:
+            if picture.info.get("Software") != PNG_MARK:
+                raise UserError(f"{path}: {file} was not written by this program; choose another folder")
+
+
+def png_folder(path: Path) -> Path:
+    """a.png and a are the folder a; a suffix of digits belongs to the name: v2.0."""
+    return path.with_suffix("") if path.suffix.lower() == ".png" else path
+
+
+def check_clip(clip: Tensor) -> Tensor:
+    if clip.dtype != torch.uint8 or clip.dim() != 4 or clip.shape[0] != 3 or not clip.numel():
+        raise ValueError(f"expected uint8 (3, T, H, W); this one is {clip.dtype} {tuple(clip.shape)}")
+    return clip
 
 
 def write_video(path: str | Path, clip: Tensor, fps: float) -> None:
     """Write uint8 (3, T, H, W) as .mp4, .gif, .safetensors (lossless) or png frames.
 
     FOLDER, or FOLDER.png, holds the frames as 0000.png and so on. The same clip always becomes the same file.
-    Raises ValueError (see `check_output`)."""
-    if clip.dtype != torch.uint8 or clip.dim() != 4 or clip.shape[0] != 3 or not clip.numel():
-        raise ValueError(f"{path}: expected uint8 (3, T, H, W); this one is {clip.dtype} {tuple(clip.shape)}")
+    In mp4 and gif the pixels of a clip less than 128 high or wide become blocks, from which read_clip takes
+    the pixels back. Raises UserError (see `check_output`)."""
+    check_clip(clip)
     check_output(path, fps)
-    path = Path(path)
+    path, clip = Path(path), clip.cpu()
     suffix = path.suffix.lower()
-    if suffix in WRITERS:
-        with atomic(path) as temporary:
-            WRITERS[suffix](str(temporary), clip, Fraction(fps).limit_denominator(1001))
-    else:
-        write_png(path.with_suffix(""), clip)
+    if suffix not in WRITERS:
+        write_png(png_folder(path), clip)
+        return
+    with atomic(path) as temporary:
+        WRITERS[suffix](temporary, clip, Fraction(fps).limit_denominator(1001))
 
 
-def to_frames(clip: Tensor) -> np.ndarray:
-    """(3, T, H, W) -> (T, H, W, 3)"""
-    return clip.permute(1, 2, 3, 0).contiguous().cpu().numpy()
-
-
-def write_tensor(path: str, clip: Tensor, fps: Fraction) -> None:
+def write_tensor(path: Path, clip: Tensor, fps: Fraction) -> None:
     save_file({"clip": clip.contiguous()}, path, metadata={"fps": str(float(fps))})
 
 
-def write_mp4(path: str, clip: Tensor, fps: Fraction) -> None:
-    """h264 in yuv420p, whose colour planes have half the size: an odd size repeats its last row or column.
+def write_png(folder: Path, clip: Tensor) -> None:
+    """A folder of frames, 0000.png and on, instead of those of an earlier clip."""
+    for file in folder.glob("*.png"):                 # all of them written here: see check_output
+        file.unlink()
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", PNG_MARK)
+    for t, picture in enumerate(to_pictures(clip)):
+        with atomic(folder / f"{t:04d}.png") as temporary:
+            Image.fromarray(picture).save(temporary, format="png", pnginfo=info)
+
+
+def write_mp4(path: Path, clip: Tensor, fps: Fraction) -> None:
+    """h264 in yuv420p, which every player takes, BT.709: an odd size repeats its last row or column.
 
     x264's macroblock tree rounds differently from run to run, and its threads split a frame by their number:
     without both, a clip has one file."""
-    import av
-
+    clip, comment = enlarged(clip)
     _, _, H, W = clip.shape
-    rows, columns = [*range(H), *[H - 1] * (H % 2)], [*range(W), *[W - 1] * (W % 2)]
-    clip = clip[:, :, rows][..., columns]
+    rows, columns = torch.arange(H + H % 2).clamp(max=H - 1), torch.arange(W + W % 2).clamp(max=W - 1)
 
     options = {"crf": "17", "x264-params": "mbtree=0:threads=1"}
-    with av.open(path, "w", format="mp4") as container:
+    with av.open(f"file:{path.absolute()}", "w", format="mp4") as container:
+        container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = len(rows), len(columns), "yuv420p"
-        for frame in to_frames(clip):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def write_gif(path: str, clip: Tensor, fps: Fraction) -> None:
-    """One palette of 256 colours made for this clip; frame times rounded to the gif's hundredths of a second.
-
-    Pillow chooses the palette (median cut, no dithering) and PyAV writes the file: Pillow and imageio would
-    merge frames that look alike, and a clip of 16 frames would be read back with 10."""
-    import av
-    from PIL import Image
-
-    # all frames, one below the other, are one picture with one palette
-    _, T, H, W = clip.shape
-    column = Image.fromarray(to_frames(clip).reshape(T * H, W, 3)).quantize(256, dither=Image.Dither.NONE)
-    colours = np.array(column.getpalette(), np.uint8).reshape(-1, 3)
-    palette = np.full((256, 4), 255, np.uint8)        # alpha, red, green, blue
-    palette[:len(colours), 1:] = colours
-
-    tick = Fraction(1, 100)
-    with av.open(path, "w", format="gif") as container:
-        stream = container.add_stream("gif", rate=fps)
-        stream.height, stream.width, stream.pix_fmt, stream.codec_context.time_base = H, W, "pal8", tick
-        for t, indices in enumerate(np.array(column).reshape(T, H, W)):
-            frame = av.VideoFrame.from_ndarray((indices, palette), format="pal8")
-            frame.pts, frame.time_base = round(t / fps / tick), tick
+        tags = stream.codec_context
+        tags.colorspace = tags.color_primaries = tags.color_trc = tags.color_range = 1   # BT.709, limited
+        for picture in to_pictures(clip[:, :, rows][..., columns]):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace="itu709", dst_color_range="MPEG")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
-def write_png(folder: Path, clip: Tensor) -> None:
-    """A folder of frames, 0000.png and on; numbered frames of an earlier clip in it are deleted."""
-    from PIL import Image
+def write_gif(path: Path, clip: Tensor, fps: Fraction) -> None:
+    """One palette of 256 colours made for this clip; frame times rounded to the gif's hundredths of a second.
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written: {error.strerror}") from error
-    for old in folder.glob("[0-9][0-9][0-9][0-9].png"):     # of a longer clip written here before
-        old.unlink()
-    for t, pixel_rows in enumerate(to_frames(clip)):
-        with atomic(folder / f"{t:04d}.png") as temporary:
-            Image.fromarray(pixel_rows).save(temporary, format="png")
+    Frame by frame: Pillow's and imageio's writers merge frames that look alike, and fewer would be read back."""
+    clip, comment = enlarged(clip)
+    _, T, H, W = clip.shape
+    column = Image.fromarray(to_pictures(clip).reshape(T * H, W, 3))         # all frames, one below the other
+    column = column.quantize(256, dither=Image.Dither.NONE)
+    frames = [column.crop((0, t * H, W, t * H + H)) for t in range(T)]
+    ends = [round(100 * t / fps) for t in range(T + 1)]
+
+    blocks, _ = GifImagePlugin.getheader(frames[0], info={"loop": 0, "comment": comment})
+    for frame, start, end in zip(frames, ends, ends[1:]):
+        blocks += GifImagePlugin.getdata(frame, duration=10 * (end - start))
+    path.write_bytes(b"".join(blocks) + b";")
+
+
+def enlarged(clip: Tensor) -> tuple[Tensor, str]:
+    """A clip as it is looked at -> (clip, comment for `pixels`, which takes the enlargement back).
+
+    Less than 128 pixels high or wide, each pixel becomes a block, so that players show pixels, and yuv420p,
+    which halves the planes of colour, keeps the edges of colours."""
+    H, W = clip.shape[2:]
+    if min(H, W) >= 128:
+        return clip, ""
+    size = 2 * math.ceil(128 / min(H, W))
+    return clip.repeat_interleave(size, 2).repeat_interleave(size, 3), f"enlarged from {H}x{W}"
+
+
+def to_pictures(clip: Tensor) -> np.ndarray:
+    """(3, T, H, W) -> (T, H, W, 3)"""
+    return clip.permute(1, 2, 3, 0).contiguous().numpy()
 
 
 WRITERS = {".mp4": write_mp4, ".gif": write_gif, ".safetensors": write_tensor}
-
-
-def read_clip(path: str | Path) -> Tensor:
-    """All frames of what write_video writes, or of any other video -> uint8 (3, T, H, W).
-
-    Raises ValueError, in one line that names the file."""
-    path = Path(path)
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".safetensors":
-            return read_tensor(path)
-        if suffix == ".png" or path.is_dir():
-            return read_png(path.with_suffix("") if suffix == ".png" else path)
-        with open_video(path) as (container, stream):
-            frames = [pixels(frame) for frame in decode(container, stream)]
-        if not frames:
-            raise ValueError("it has no frames")
-        if len({frame.shape for frame in frames}) > 1:
-            raise ValueError("its frames have several sizes")
-        return torch.stack(frames, dim=1)
-    except (ValueError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: not a clip ({reason})") from error
-
-
-def read_tensor(path: Path) -> Tensor:
-    try:
-        clip = load_file(path)["clip"]
-    except (SafetensorError, KeyError) as error:
-        raise ValueError(f"expected a tensor named clip, uint8 (3, T, H, W): {error}") from error
-    if clip.dtype != torch.uint8 or clip.dim() != 4 or clip.shape[0] != 3 or not clip.numel():
-        raise ValueError(f"its clip is {clip.dtype} {tuple(clip.shape)}; expected uint8 (3, T, H, W)")
-    return clip
-
-
-def read_png(folder: Path) -> Tensor:
-    """The .png files of a folder in the order of their numbers (2 before 10), all of one size."""
-    from PIL import Image
-
-    if not folder.is_dir():
-        raise ValueError(f"no folder {folder}")
-    frames = []
-    for file in sorted(folder.glob("*.png"), key=lambda file: (len(file.name), file.name)):
-        try:
-            with Image.open(file) as picture:
-                frames.append(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{file.name} is not a readable picture") from error
-        if frames[-1].shape != frames[0].shape:
-            size, first = tuple(frames[-1].shape[1:]), tuple(frames[0].shape[1:])
-            raise ValueError(f"{file.name} is {size[0]}x{size[1]}, those before it {first[0]}x{first[1]}")
-    if not frames:
-        raise ValueError("no .png in it")
-    return torch.stack(frames, dim=1)
