@@ -173,18 +173,17 @@ def score_clips(reward: Reward, rows: list[dict], batch: int, features: bool) ->
     from tqdm import tqdm
 
     from plumbing import video
-    from rewards import frames_for
+
+    def fit(frame: Tensor) -> Tensor:                                   # (3, H, W) -> (3, S, S) in [0, 1]
+        pixels = frame[None, None].to(reward.device).float() / 255
+        return reward.view(pixels, reward.model.image_size)[0, 0]
 
     found = []
     for start in tqdm(range(0, len(rows), batch), reward.name, leave=False):
         part = rows[start:start + batch]
         frames = []                                                     # of each clip (1, T, 3, H, W)
         for row in part:
-            clip = video.read_clip(row["clip"])
-            try:
-                frames.append(frames_for(reward, clip[None]).to(reward.device))
-            except ValueError as error:
-                raise ValueError(f"{row['clip']}: {error}") from error
+            frames.append(video.read_clip(row["clip"], reward.frames, fit).transpose(0, 1)[None])
 
         # Clips of several sizes go one by one.
         together = len({x.shape for x in frames}) == 1

@@ -44,7 +44,7 @@ def read_video(source: str | Path | bytes, frames: int, fps: float, height: int,
     the video is too short (see `pick`). Raises ValueError for whatever cannot be read whole."""
     ticks, end, keys, seconds = timeline(source)
     if ticks[0] == ticks[-1]:
-        raise ValueError(f"not a clip: {len(ticks)} frames of one timestamp")
+        raise ValueError(f"not a clip: {len(ticks)} frames, all of one timestamp")
     chosen, rate = pick(ticks * seconds, end * seconds, frames, fps, generator)
     pictures = decode_at(source, ticks, keys, chosen, lambda frame: resize_crop(frame, height, width))
     return torch.stack(pictures, dim=1), rate
@@ -66,8 +66,7 @@ def read_clip(path: str | Path, frames: int | None = None,
         if path.is_dir() or path.suffix.lower() == ".png":
             folder = path if path.is_dir() else path.with_suffix("")
             files = sorted(folder.glob("*.png"), key=lambda file: (len(file.name), file.name))  # 2 before 10
-            pictures = [Image.open(files[i]).convert("RGB") for i in numbers(len(files))]
-            pictures = [fit(torch.from_numpy(np.array(picture)).permute(2, 0, 1)) for picture in pictures]
+            pictures = [fit(read_png(files[i])) for i in numbers(len(files))]
         elif path.suffix.lower() == ".safetensors":
             clip = check_clip(load_file(check_file(path))["clip"])
             pictures = [fit(clip[:, i]) for i in numbers(clip.shape[1])]
@@ -132,7 +131,7 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, int, list[int], fl
                 shown.append((item.pts, item.duration or 0))
 
         if not shown or any(tick is None for tick, _ in shown):
-            raise ValueError("no frames in it, or none with a timestamp; convert it to mp4")
+            raise ValueError("not a clip: no frames, or some without a timestamp; convert it to mp4")
         if not indexed and container.format.name != "avi" and shown != sorted(shown):   # an avi's: of packets
             raise ValueError("its timestamps run backwards (files joined?); convert it to mp4")
 
@@ -153,7 +152,8 @@ def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], ch
     """What `fit` makes of the frames whose indices in a timeline (ticks, keys) are `chosen`, ascending.
 
     Decoding begins at the last key frame before the first of them, or without `keys` at the first frame."""
-    needed, pictures = [int(ticks[index]) for index in chosen], {}
+    needed = [int(ticks[index]) for index in chosen]
+    missing, pictures = set(needed), {}
     with open_video(source) as (container, stream):
         if keys:
             container.seek(max((key for key in keys if key <= needed[0]), default=needed[0]), stream=stream)
@@ -161,14 +161,14 @@ def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], ch
             if frame.is_corrupt:                      # others are predicted from it, and are not marked
                 raise ValueError("damaged: a frame cannot be decoded")
             tick = frame.pts if keys else int(ticks[order])
-            if tick in needed:
+            if tick in missing:
+                missing.remove(tick)
                 pictures[tick] = fit(pixels(frame, container, stream))
             if tick is not None and tick >= needed[-1]:
                 break
 
-    missing = len(set(needed)) - len(pictures)
     if missing:
-        raise ValueError(f"damaged: {missing} frames are missing")
+        raise ValueError(f"damaged: {len(missing)} frames are missing")
     return [pictures[tick] for tick in needed]
 
 
@@ -205,6 +205,11 @@ def resize_crop(x: Tensor, height: int, width: int) -> Tensor:
 
     top, left = (H - height) // 2, (W - width) // 2
     return x[:, top:top + height, left:left + width]
+
+
+def read_png(path: Path) -> Tensor:
+    with Image.open(path) as picture:
+        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
 def check_file(path: str | Path) -> Path:
@@ -248,8 +253,7 @@ def write_video(path: str | Path, clip: Tensor, fps: float) -> None:
     """Write uint8 (3, T, H, W) as .mp4, .gif, .safetensors (lossless) or png frames.
 
     FOLDER, or FOLDER.png, holds the frames as 0000.png and so on. The same clip always becomes the same file.
-    In mp4 and gif the pixels of a clip less than 128 high or wide become blocks, from which read_clip takes
-    the pixels back. Raises UserError (see `check_output`)."""
+    A clip of less than 256 pixels is enlarged in mp4 and gif, which read_clip takes back. Raises UserError (see `check_output`)."""
     check_clip(clip)
     check_output(path, fps)
     path, clip = Path(path), clip.cpu()
@@ -317,12 +321,11 @@ def write_gif(path: Path, clip: Tensor, fps: Fraction) -> None:
 
 
 def enlarged(clip: Tensor) -> tuple[Tensor, str]:
-    """A clip as it is looked at -> (clip, comment for `pixels`, which takes the enlargement back).
+    """A small clip with its pixels as blocks -> (clip, comment by which `pixels` takes the blocks back).
 
-    Less than 128 pixels high or wide, each pixel becomes a block, so that players show pixels, and yuv420p,
-    which halves the planes of colour, keeps the edges of colours."""
+    So that players show pixels, and yuv420p, which halves the planes of colour, keeps the edges of colours."""
     H, W = clip.shape[2:]
-    if min(H, W) >= 128:
+    if max(H, W) >= 256:
         return clip, ""
     size = 2 * math.ceil(128 / min(H, W))
     return clip.repeat_interleave(size, 2).repeat_interleave(size, 3), f"enlarged from {H}x{W}"
