@@ -24,7 +24,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} cannot be written: it is a folder")
-    start = path.name.encode()[:100].decode(errors="ignore")            # a name may have 255 bytes
+    start = os.fsdecode(os.fsencode(path.name)[:100])                   # a name may have 255 bytes
     folder = path.with_name(f".{start}.{os.getpid()}-{next(COUNT)}.part")
     temporary = folder / f"file{path.suffix}"
     try:

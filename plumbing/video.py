@@ -30,6 +30,7 @@ OPEN = dict(        # neither addresses in a network nor scripts that name furth
 INDEXED = ("mov", "matroska")           # containers that say when each frame is shown, and find key frames
 HDR = {16: "PQ", 18: "HLG"}             # transfer functions by their numbers in ITU-T H.273
 SLACK = 2e-3                            # containers round timestamps, some to a millisecond
+FILES = (".mp4", ".gif", ".safetensors")        # that are written; other names are folders of png
 FPS = {".mp4": 240, ".gif": 50}         # the highest that is written: players show a gif's frame for 2/100 s
 PNG_MARK = "t2v-turbo-from-scratch"     # in every png written here: others are never replaced
 
@@ -64,8 +65,7 @@ def read_clip(path: str | Path, frames: int | None = None,
     path = Path(path)
     with reading(path, "a clip"):
         if path.is_dir() or path.suffix.lower() == ".png":
-            folder = path if path.is_dir() else path.with_suffix("")
-            files = sorted(folder.glob("*.png"), key=lambda file: (len(file.name), file.name))  # 2 before 10
+            files = sorted(png_folder(path).glob("*.png"), key=lambda file: (len(file.name), file.name))
             pictures = [fit(read_png(files[i])) for i in numbers(len(files))]
         elif path.suffix.lower() == ".safetensors":
             clip = check_clip(load_file(check_file(path))["clip"])
@@ -73,8 +73,6 @@ def read_clip(path: str | Path, frames: int | None = None,
         else:
             ticks, _, keys, _ = timeline(path)
             pictures = decode_at(path, ticks, keys, numbers(len(ticks)), fit)
-        if len({picture.shape for picture in pictures}) > 1:
-            raise ValueError("its frames have several sizes")
         return torch.stack(pictures, dim=1)
 
 
@@ -82,9 +80,8 @@ def pick(times: np.ndarray, end: float, frames: int, fps: float,
          generator: torch.Generator | None = None) -> tuple[np.ndarray, float]:
     """Which frames are on screen at `frames` instants that are 1/fps apart -> (their indices, fps).
 
-    The first instant is that of a random frame, or of the first without a generator. times: of the video's
-    frames, ascending; the last one is on screen until `end`. A video too short for that is taken whole: the
-    instants spread evenly over it, and the fps handed back is the higher one of those instants."""
+    times: when each frame appears, ascending; the last one stays until `end`. In a video too short for that
+    the instants are spread evenly over all of it, and the fps handed back is their higher one."""
     starts = int((times + (frames - 1) / fps < end - SLACK).sum())
     if starts:
         first = 0 if generator is None else torch.randint(starts, (), generator=generator).item()
@@ -225,11 +222,11 @@ def check_output(path: str | Path, fps: float) -> None:
     """Raises UserError where `write_video` would: before there is a clip to lose."""
     path = Path(path)
     suffix, highest = path.suffix.lower(), FPS.get(path.suffix.lower(), 240)
-    if suffix not in ("", ".png", *WRITERS) and not suffix[1:].isdigit():
+    if suffix not in ("", ".png", *FILES) and not suffix[1:].isdigit():
         raise UserError(f"{path}: choose .mp4, .gif, .png, .safetensors, or a folder's name without suffix")
     if not 0.1 <= fps <= highest:
         raise UserError(f"fps {fps:g} for {path}: choose from 0.1 to {highest}")
-    if suffix in WRITERS and path.is_dir():
+    if suffix in FILES and path.is_dir():
         raise UserError(f"{path} is a folder: choose another name")
 
     for file in png_folder(path).glob("*.png"):
@@ -239,7 +236,7 @@ def check_output(path: str | Path, fps: float) -> None:
 
 
 def png_folder(path: Path) -> Path:
-    """a.png and a are the folder a; a suffix of digits belongs to the name: v2.0."""
+    """a.png and a are the folder a. Digits are no suffix: v2.0 is the folder v2.0."""
     return path.with_suffix("") if path.suffix.lower() == ".png" else path
 
 
@@ -253,63 +250,65 @@ def write_video(path: str | Path, clip: Tensor, fps: float) -> None:
     """Write uint8 (3, T, H, W) as .mp4, .gif, .safetensors (lossless) or png frames.
 
     FOLDER, or FOLDER.png, holds the frames as 0000.png and so on. The same clip always becomes the same file.
-    A clip of less than 256 pixels is enlarged in mp4 and gif, which read_clip takes back. Raises UserError (see `check_output`)."""
+    A clip of less than 256 pixels is enlarged in mp4 and gif, which read_clip takes back: players show its
+    pixels, and yuv420p, which halves the planes of colour, keeps the edges. Raises UserError."""
     check_clip(clip)
     check_output(path, fps)
-    path, clip = Path(path), clip.cpu()
-    suffix = path.suffix.lower()
-    if suffix not in WRITERS:
-        write_png(png_folder(path), clip)
+    path, clip, suffix = Path(path), clip.cpu(), Path(path).suffix.lower()
+    pictures, comment = clip.permute(1, 2, 3, 0).contiguous().numpy(), ""                # (T, H, W, 3)
+    if suffix not in FILES:
+        write_png(png_folder(path), pictures)
         return
+
+    _, _, H, W = clip.shape
+    if max(H, W) < 256 and suffix in FPS:
+        factor, comment = 2 * math.ceil(128 / min(H, W)), f"enlarged from {H}x{W}"
+        pictures = pictures.repeat(factor, 1).repeat(factor, 2)
     with atomic(path) as temporary:
-        WRITERS[suffix](temporary, clip, Fraction(fps).limit_denominator(1001))
+        if suffix == ".safetensors":
+            save_file({"clip": clip.contiguous()}, temporary, metadata={"fps": str(float(fps))})
+        else:
+            write = write_mp4 if suffix == ".mp4" else write_gif
+            write(temporary, pictures, Fraction(fps).limit_denominator(1001), comment)
 
 
-def write_tensor(path: Path, clip: Tensor, fps: Fraction) -> None:
-    save_file({"clip": clip.contiguous()}, path, metadata={"fps": str(float(fps))})
-
-
-def write_png(folder: Path, clip: Tensor) -> None:
-    """A folder of frames, 0000.png and on, instead of those of an earlier clip."""
+def write_png(folder: Path, pictures: np.ndarray) -> None:
+    """Frames 0000.png and on, instead of those of an earlier clip."""
     for file in folder.glob("*.png"):                 # all of them written here: see check_output
         file.unlink()
     info = PngImagePlugin.PngInfo()
     info.add_text("Software", PNG_MARK)
-    for t, picture in enumerate(to_pictures(clip)):
+    for t, picture in enumerate(pictures):
         with atomic(folder / f"{t:04d}.png") as temporary:
             Image.fromarray(picture).save(temporary, format="png", pnginfo=info)
 
 
-def write_mp4(path: Path, clip: Tensor, fps: Fraction) -> None:
-    """h264 in yuv420p, which every player takes, BT.709: an odd size repeats its last row or column.
+def write_mp4(path: Path, pictures: np.ndarray, fps: Fraction, comment: str) -> None:
+    """h264 in yuv420p, which every player takes, BT.709. An odd size repeats its last row or column.
 
-    x264's macroblock tree rounds differently from run to run, and its threads split a frame by their number:
-    without both, a clip has one file."""
-    clip, comment = enlarged(clip)
-    _, _, H, W = clip.shape
-    rows, columns = torch.arange(H + H % 2).clamp(max=H - 1), torch.arange(W + W % 2).clamp(max=W - 1)
-
+    One thread, and no macroblock tree, which rounds differently from run to run: a clip has one file."""
+    _, H, W, _ = pictures.shape
+    pictures = np.pad(pictures, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), mode="edge")
     options = {"crf": "17", "x264-params": "mbtree=0:threads=1"}
     with av.open(f"file:{path.absolute()}", "w", format="mp4") as container:
         container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=fps, options=options)
-        stream.height, stream.width, stream.pix_fmt = len(rows), len(columns), "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = H + H % 2, W + W % 2, "yuv420p"
         tags = stream.codec_context
         tags.colorspace = tags.color_primaries = tags.color_trc = tags.color_range = 1   # BT.709, limited
-        for picture in to_pictures(clip[:, :, rows][..., columns]):
+        for picture in pictures:
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace="itu709", dst_color_range="MPEG")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
-def write_gif(path: Path, clip: Tensor, fps: Fraction) -> None:
+def write_gif(path: Path, pictures: np.ndarray, fps: Fraction, comment: str) -> None:
     """One palette of 256 colours made for this clip; frame times rounded to the gif's hundredths of a second.
 
-    Frame by frame: Pillow's and imageio's writers merge frames that look alike, and fewer would be read back."""
-    clip, comment = enlarged(clip)
-    _, T, H, W = clip.shape
-    column = Image.fromarray(to_pictures(clip).reshape(T * H, W, 3))         # all frames, one below the other
+    Frame by frame: Pillow's and imageio's writers merge frames that look alike, and fewer would be read."""
+    T, H, W, _ = pictures.shape
+    column = Image.fromarray(pictures.reshape(T * H, W, 3))                  # all frames, one below the other
     column = column.quantize(256, dither=Image.Dither.NONE)
     frames = [column.crop((0, t * H, W, t * H + H)) for t in range(T)]
     ends = [round(100 * t / fps) for t in range(T + 1)]
@@ -318,22 +317,3 @@ def write_gif(path: Path, clip: Tensor, fps: Fraction) -> None:
     for frame, start, end in zip(frames, ends, ends[1:]):
         blocks += GifImagePlugin.getdata(frame, duration=10 * (end - start))
     path.write_bytes(b"".join(blocks) + b";")
-
-
-def enlarged(clip: Tensor) -> tuple[Tensor, str]:
-    """A small clip with its pixels as blocks -> (clip, comment by which `pixels` takes the blocks back).
-
-    So that players show pixels, and yuv420p, which halves the planes of colour, keeps the edges of colours."""
-    H, W = clip.shape[2:]
-    if max(H, W) >= 256:
-        return clip, ""
-    size = 2 * math.ceil(128 / min(H, W))
-    return clip.repeat_interleave(size, 2).repeat_interleave(size, 3), f"enlarged from {H}x{W}"
-
-
-def to_pictures(clip: Tensor) -> np.ndarray:
-    """(3, T, H, W) -> (T, H, W, 3)"""
-    return clip.permute(1, 2, 3, 0).contiguous().numpy()
-
-
-WRITERS = {".mp4": write_mp4, ".gif": write_gif, ".safetensors": write_tensor}

@@ -603,7 +603,7 @@ def test_damage_between_the_key_frame_and_the_clip(mp4):
 
 def read_clip_bytes(content: bytes) -> torch.Tensor:
     with video.open_video(content) as (container, stream):
-        return torch.stack([video.pixels(frame) for frame in container.decode(stream)], 1)
+        return torch.stack([video.pixels(frame, container, stream) for frame in container.decode(stream)], 1)
 
 
 def test_bad_shards(mp4, tmp_path):
