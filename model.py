@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from plumbing import weights
+from plumbing.errors import UserError
 from plumbing.run import on_cpu
 from solver import Sampling
 
@@ -909,7 +910,7 @@ UNUSED_TEXT = r"visual\.|text_projection|logit_scale|attn_mask|embeddings\.posit
 
 
 def check_size(family: Family, **sides: int | None) -> None:
-    """Raises ValueError for heights and widths in pixels that VAE and UNet cannot halve evenly.
+    """Raises UserError for heights and widths in pixels that VAE and UNet cannot halve evenly.
 
     They must be multiples of 64, the toy's of 16.
     """
@@ -917,7 +918,7 @@ def check_size(family: Family, **sides: int | None) -> None:
     for name, pixels in sides.items():
         if pixels is not None and (pixels < multiple or pixels % multiple):
             low = max(pixels // multiple, 1) * multiple
-            raise ValueError(f"{name} {pixels} is not a multiple of {multiple}; "
+            raise UserError(f"{name} {pixels} is not a multiple of {multiple}; "
                              f"try {low} or {low + multiple}")
 
 
@@ -1124,4 +1125,6 @@ def to_clip(vae: nn.Module, z: torch.Tensor, chunk: int | None = None) -> torch.
     chunk: frames decoded at a time; None = all.
     """
     x = vae.decode(z, chunk).float()
+    if not x.isfinite().all():
+        raise UserError("the networks gave NaN or infinity, which would be a black clip; try --dtype float32")
     return ((x.clamp(-1, 1) + 1) / 2 * 255).byte()

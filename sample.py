@@ -1,24 +1,28 @@
 """Text to video in a few steps.
 
     python sample.py "a red circle rising and a blue square falling on white"  # the toy, nothing downloaded
+    python sample.py "a red ring moving left" --best-of 16 --sheet sheet.png   # the best of 16 by two rewards
     python sample.py "An astronaut riding a horse." --model vc2                # T2V-Turbo, downloaded once
     python sample.py "An astronaut riding a horse." --model vc2 --turbo vc2-turbo-v2           # T2V-Turbo-v2
+    python sample.py "A corgi and a cat." --model vc2 --refine 15 --reward hpsv2 --reward viclip=FILE:0.5
     python sample.py --prompts VBench_full_info.json --model vc2 --out clips/  # VBench's PROMPT-i.mp4
-    python sample.py --prompts - --model vc2                                   # a clip per line that is typed
 """
 from __future__ import annotations
 
+import json
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import shapes
-from plumbing import cli, prompts
-from plumbing.cli import Count, NotNegative, Seed, Share, Within
-from plumbing.files import read_header
+from plumbing import cli
+from plumbing.cli import Count, File, NotNegative, Seed, Within
+from plumbing.errors import UserError
+from plumbing.files import atomic, check_outputs, check_writable, read_header, remove_leftovers
+from plumbing.prompts import SUFFIXES, Job, Prompt, file_name, is_file, plan, read_prompts
 from shapes import grammar
 
 if TYPE_CHECKING:                       # imported where they are needed: --help and mistakes answer at once
@@ -27,199 +31,168 @@ if TYPE_CHECKING:                       # imported where they are needed: --help
     from model import Models
     from plumbing.dryrun import CountedParts
     from solver import Sampling
-    from turbo import Reference
+    from turbo import Reference, RewardTerm
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-SUFFIXES = (".mp4", ".gif", ".png", ".safetensors")
+
+Number = Annotated[int, Within(1, 1000)]
+Pixels = Annotated[int, Within(1, 4096)]
+Strength = Annotated[float, Within(0, 100)]
 
 
 @dataclass(frozen=True)
 class Config:
     """The options of the command line."""
+    # ---- what
     prompt: str = ""                    # what the clip shows
+    prompts: File | None = None         # list: .txt, .csv, .tsv, .json, .jsonl; clips that exist are skipped
+    num: Number | None = None           # clips of each prompt [1; of VBench's lists as VBench has it]
+    seed: Seed = 0                      # of the first clip of each prompt; clip i has seed + i
+    as_typed: bool = False              # shapes: the prompt as it is; else what it leaves unsaid is drawn
+
+    # ---- which model
     model: Literal["shapes", "vc2", "ms"] | None = None  # toy, VideoCrafter2, ModelScope [--turbo's; shapes]
     method: Literal["turbo", "vcm", "teacher"] = "turbo"  # a student, one without rewards, the teacher's DDIM
-    steps: Annotated[int, Within(1, 1000)] | None = None  # network passes [turbo: 4; v2: 16; teacher: 50]
-    timesteps: str | None = None        # of students' steps [shapes: 999,624,499,374, else evenly spaced]
-    guidance: NotNegative | None = None  # ω, 0 = none [students: 7.5; teachers: vc2 11, ms 8; shapes: 2]
-    motion: NotNegative | None = None   # λ', told to a T2V-Turbo-v2 with motion guidance [as trained: 0.05]
-    motion_share: Share | None = None   # τ: λ' is told at t >= 1000 (1 - τ), and 0 below [as trained: 0.5]
-    lora_scale: NotNegative | None = None  # strength of a student's LoRA, 0: its teacher [1, as trained]
-    eta: Share | None = None            # teacher: share of fresh noise per step, 0 = none [vc2: 1, else 0]
-    motion_from: str | None = None      # teacher: a clip whose motion the new one takes, without training
+    teacher: File | None = None         # weights: model.ckpt or a folder [downloaded; shapes: embedded]
+    turbo: File | None = None           # a student's weights: turbo.safetensors, unet_lora.pt [as --teacher]
+    lora_scale: Strength | None = None  # strength of the student's LoRA; 0: its teacher [1, as trained]
+    vae: File | None = None             # vc2, ms: a small decoder's weights (TAESD) in place of the VAE's own
+
+    # ---- how
+    steps: Number | None = None         # network passes [turbo: 4; v2: 16; teacher: 50]
+    guidance: Strength | None = None    # ω, 0 = none [students: 7.5; teachers: vc2 11, ms 8; shapes: 2]
+    motion: Annotated[float, Within(0, 1000)] | None = None  # λ' of motion guidance [as trained: 0.05]
+    motion_from: File | None = None     # teacher: a clip whose motion the new one takes, without training
     motion_prompt: str | None = None    # what the clip of --motion-from shows
-    seed: Seed = 0                      # of the first clip of each prompt; clip i has seed + i
-    num: Annotated[int, Within(1, 10_000)] | None = None  # per prompt [1; VBench: 5, temporal_flickering: 25]
-    frames: Annotated[int, Within(1, 256)] | None = None  # [as trained: shapes 8, else 16]
-    height: Annotated[int, Within(1, 4096)] | None = None  # pixels [as trained: shapes 64, vc2 320, ms 256]
-    width: Annotated[int, Within(1, 4096)] | None = None  # pixels [as trained: shapes 64, vc2 512, ms 256]
-    fps: Annotated[int, Within(1, 240)] | None = None  # of the file; vc2 is told [8; vc2: 16, teacher: 28]
-    teacher: str | None = None          # model.ckpt (vc2), folder (ms, shapes) [downloaded; shapes: embedded]
-    turbo: str | None = None            # turbo.safetensors, t2v_turbo_vc2.pt, unet_lora.pt, unet_mg.pt [same]
-    prompts: str | None = None          # .txt, one per line; VBench's .json; -: typed; skips what is there
-    out: str | None = None              # .mp4, .gif, .png, .safetensors, or folder for PROMPT-i.mp4 [out.mp4]
-    sheet: str | None = None            # .png with a row per clip, its frames from left to right
-    latents: str | None = None          # .safetensors, key latents: final ones, (B, 4, T, H/8, W/8) float32
+    frames: Annotated[int, Within(1, 256)] | None = None  # of a clip [as trained: shapes 8, else 16]
+    height: Pixels | None = None        # height of the clip in pixels [as trained: toy 64, vc2 320, ms 256]
+    width: Pixels | None = None         # width of the clip in pixels [as trained: toy 64, vc2 512, ms 256]
+    fps: Annotated[int, Within(1, 240)] | None = None  # frames a second; vc2 is told [8; vc2: 16, teacher 28]
+
+    # ---- rewards at test time
+    best_of: Number | None = None       # takes of each clip, by seed; the one with the highest reward is kept
+    refine: Number | None = None        # steps in which a student's noises climb the rewards
+    reward: tuple[str, ...] = ()        # NAME[=FILE][:WEIGHT], repeatable [shapes: its two; image 1, video 2]
+
+    # ---- output and machine
+    out: File | None = None             # .mp4, .gif, .png, .safetensors, or folder of PROMPT-i.mp4 [out.mp4]
+    sheet: File | None = None           # .png of all frames, a row per clip; of --best-of in order of rewards
     batch: Count | None = None          # clips at once [shapes: 16, else 1]
-    chunk: Count | None = None          # frames that the VAE decodes at once [shapes: all, else 4]
-    device: str = ""                    # cuda, cuda:1, cpu, mps [cuda if there]
-    dtype: Dtype | None = None          # of the networks [GPU: bfloat16, before Ampere float16; else float32]
-    compile: bool = False               # torch.compile the UNet's layers: a slow first step, then faster
+    device: str = ""                    # cuda, cuda:1, xpu, mps, cpu [cuda if there]
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of networks [GPU: half, else float32]
     dry_run: bool = False               # vc2, ms: print what a clip would take; nothing is downloaded
 
 
-# ---- checks that need no network ---------------------------------------------------------------------------
-
-
-def check(config: Config) -> None:
-    """Raises ValueError for what cannot be made or cannot take effect, before anything is loaded."""
-    if bool(config.prompt.strip()) == bool(config.prompts):
-        raise ValueError("give one prompt, or --prompts FILE; e.g. sample.py \"a red circle moving right\"")
-    if config.model == "shapes" and config.turbo and not config.turbo.endswith(".safetensors"):
-        raise ValueError(f"{config.turbo} is no file of the toy; say whose it is: --model vc2 or --model ms")
-    if config.model != "shapes" and config.method == "vcm" and not config.turbo:
-        raise ValueError(f"there are no public VCM weights for {config.model}; give your own: --turbo FILE")
-    check_suffixes(config)
-    check_effects(config)
-    check_timesteps(config)
-
-
-def check_effects(config: Config) -> None:
-    """An option that cannot take effect is a mistake."""
-    teacher, follows = config.method == "teacher", config.motion_from is not None
-    of_v2 = "a student of T2V-Turbo-v2; name its file with --turbo"
-    without_effect = [                  # (where, options, what they belong to)
-        (not teacher, ["eta", "motion_from", "motion_prompt"], "--method teacher"),
-        (teacher, ["timesteps", "turbo", "lora_scale"], "students, not to --method teacher"),
-        (teacher and not follows, ["motion", "motion_share"], "students, or to --motion-from"),
-        (not teacher and not config.turbo, ["motion", "motion_share"], of_v2),
-        (config.prompts == "-", ["sheet", "latents", "batch"], "a known number of clips, not to --prompts -"),
-        (config.model != "vc2" and suffix_of(config.out) == ".png", ["fps"], "clips that play, not pictures"),
-    ]
-    for holds, options, owner in without_effect:
-        for option in options if holds else []:
-            if getattr(config, option) is not None:
-                raise ValueError(f"{cli.flag_of(option)} belongs to {owner}")
-    if follows != bool(config.motion_prompt):
-        raise ValueError("--motion-from CLIP and --motion-prompt \"what it shows\" belong together")
-
-
-def check_timesteps(config: Config) -> None:
-    """Raises ValueError unless --timesteps falls from 999 or less to 1 or more, and is as long as --steps."""
-    if config.timesteps is None:
-        return
-    try:
-        times = timesteps_of(config)
-    except ValueError:
-        times = ()
-    if not times or list(times) != sorted(set(times), reverse=True) or times[0] > 999 or times[-1] < 1:
-        raise ValueError(f"--timesteps {config.timesteps:.60}: give falling whole numbers from 999 to 1, "
-                         "with commas between; e.g. 999,624,499,374")
-    if config.steps not in (None, len(times)):
-        raise ValueError(f"--timesteps has {len(times)} steps, --steps says {config.steps}; leave one out")
-
-
-def timesteps_of(config: Config) -> tuple[int, ...]:
-    """The numbers of --timesteps, none without it. Raises ValueError where something else is in it."""
-    return tuple(map(int, config.timesteps.split(","))) if config.timesteps is not None else ()
-
-
-def suffix_of(path: str | None) -> str:
-    """.mp4 of x.MP4, nothing of a folder."""
-    return Path(path or "").suffix.lower()
-
-
-def check_suffixes(config: Config) -> None:
-    """Files to write say by their names what they are. Raises ValueError."""
-    for option in ("teacher", "turbo", "prompts", "out", "sheet", "latents"):
-        if getattr(config, option) == "":
-            raise ValueError(f"--{option} is empty; name a file, or leave it out")
-    out = suffix_of(config.out)
-    if Path(config.out or "").name.lower() in SUFFIXES:
-        raise ValueError(f"--out {config.out}: a suffix without a name; try --out clip{config.out}")
-    if out and config.prompts:
-        raise ValueError(f"--prompts writes many files; --out {config.out} should be a folder, no suffix")
-    if out and out not in SUFFIXES:
-        raise ValueError(f"--out {config.out}: choose {', '.join(SUFFIXES)}, or a folder, without a suffix")
-    for option, suffix in (("sheet", ".png"), ("latents", ".safetensors")):
-        path = getattr(config, option)
-        if path and suffix_of(path) != suffix:
-            raise ValueError(f"--{option} {path}: its name must end in {suffix}")
+# ---- what is asked for, before torch is imported -----------------------------------------------------------
 
 
 def model_of(config: Config) -> str:
-    """The family: as typed, else what our own student's file says, else the toy."""
-    ours = suffix_of(config.turbo) == ".safetensors" and config.method != "teacher"
-    said = read_header(config.turbo).get("model") if ours else None
-    if said and config.model and said != config.model:
-        raise ValueError(f"{config.turbo} is a student of {said}, not of {config.model}; use --model {said}")
-    return config.model or said or "shapes"
+    """The family: as typed, else what the student's own file says, else the toy."""
+    turbo = config.turbo if config.method != "teacher" else None
+    stated = read_header(turbo).get("model") if (turbo or "").endswith(".safetensors") else None
+    if stated and config.model and stated != config.model:
+        raise UserError(f"{turbo} is a student of {stated}, not of {config.model}; use --model {stated}")
+    if turbo and not stated and not config.model and turbo not in shapes.STUDENTS:
+        raise UserError(f"{turbo} does not say whose student it is; add --model vc2, ms or shapes")
+    return config.model or stated or "shapes"
 
 
-def check_words(prompt: str) -> None:
-    """Raises ValueError where the toy does not understand a prompt."""
-    try:
-        grammar.understand(prompt)
-    except ValueError as error:
-        raise ValueError(f"{error}. For anything else there are the real models: "
-                         "--model vc2, --model ms") from error
+def check(config: Config) -> None:
+    """Raises UserError for options that do not belong together, and for names that say nothing."""
+    if bool(config.prompt.strip()) == bool(config.prompts):
+        raise UserError("give one prompt, or --prompts FILE; e.g. sample.py \"a red circle moving right\"")
+    teacher, toy = config.method == "teacher", config.model == "shapes"
+    belongs = [                         # options, do they take effect, what they belong to
+        ("turbo lora_scale refine", not teacher, "students, not to --method teacher"),
+        ("motion_from motion_prompt", teacher, "--method teacher"),
+        ("motion", config.turbo or config.motion_from, "a T2V-Turbo-v2 (--turbo FILE), or to --motion-from"),
+        ("motion_from", config.motion_prompt, "--motion-prompt \"what that clip shows\""),
+        ("motion_prompt", config.motion_from, "--motion-from CLIP"),
+        ("reward", config.best_of or config.refine, "--best-of or --refine"),
+        ("best_of refine", toy or config.reward, "--reward NAME, e.g. --reward hpsv2"),
+        ("as_typed", toy, "--model shapes"),
+        ("vae dry_run", not toy, "--model vc2 or ms"),
+    ]
+    for options, effective, owner in belongs:
+        for option in options.split():
+            if getattr(config, option) not in (None, False, ()) and not effective:
+                raise UserError(f"{cli.flag_of(option)} belongs to {owner}")
+    if not toy and config.method == "vcm" and not config.turbo:
+        raise UserError(f"there are no public VCM weights for {config.model}; give your own: --turbo FILE")
+
+    if config.reward:
+        import rewards
+        for spec in config.reward:
+            rewards.parse_spec(spec)
+
+    # names of files to write
+    out = Path(config.out or "out.mp4")
+    if config.prompts and config.out and is_file(out):
+        raise UserError(f"--prompts writes many files; --out {out} should be a folder, no suffix")
+    unknown = out.suffix[1:2].isalpha() and not is_file(out) and not config.prompts     # v2.0 is a folder
+    if unknown or out.name.lower() in SUFFIXES:
+        raise UserError(f"--out {out}: choose a name that ends in {', '.join(SUFFIXES)}, or a folder's")
+    if config.sheet and Path(config.sheet).suffix.lower() != ".png":
+        raise UserError(f"--sheet {config.sheet}: its name must end in .png")
 
 
-def plan_clips(config: Config) -> list[prompts.Job]:
-    """All clips of a command line; each of torchrun's processes gets its share. Raises ValueError."""
-    known = prompts.read_prompts(config.prompts) if config.prompts else {config.prompt: 1}
-    if config.model == "shapes":
-        for prompt in known:
-            check_words(prompt)
-    counts = {prompt: config.num or usual for prompt, usual in known.items()}
+def plan_clips(config: Config) -> list[Job]:
+    """All clips of a command line that are not made yet; each of torchrun's processes gets its own. Raises
+    UserError for prompts that the toy does not understand, and for places where something would be lost."""
+    one = Prompt(config.prompt, file_name(config.prompt))
+    prompts = read_prompts(config.prompts) if config.prompts else [one]
     out = Path(config.out or ("clips" if config.prompts else "out.mp4"))
-    jobs = prompts.plan(counts, out, config.seed)
-    if max(job.seed for job in jobs) >= 2 ** 32:
-        raise ValueError(f"--seed {config.seed}: the last clip's is beyond 2**32 - 1, torch's last")
+    jobs = plan(prompts, out, config.num, config.seed, config.best_of or 1)
+    if jobs[-1].seed + (config.best_of or 1) > 2 ** 32:
+        raise UserError(f"--seed {config.seed}: the last clip's is beyond 2**32 - 1, torch's last")
+    for prompt in prompts if config.model == "shapes" else ():
+        grammar.understand(prompt.text)
+    cut = [prompt for prompt in prompts if prompt.name != prompt.text.replace("/", " ") and not is_file(out)]
+    if cut:
+        print(f"{len(cut)} of {len(prompts)} prompts have other names as files, e.g. {cut[0].name}-0.mp4",
+              file=sys.stderr)
 
     # where they go
-    others = {f"--{name}": Path(path) for name in ("sheet", "latents") if (path := getattr(config, name))}
-    prompts.check_names(jobs)
-    prompts.check_places(jobs, others)
+    places = [job.path.with_suffix("") if job.path.suffix.lower() == ".png" else job.path for job in jobs]
+    scores = [scores_path(job, config) for job in jobs] if config.best_of or config.refine else []
+    check_outputs({"--out": [*places, *scores] + [out] * bool(config.prompts), "--sheet": config.sheet},
+                  {f"--{name.replace('_', '-')}": getattr(config, name)
+                   for name in ("prompts", "teacher", "turbo", "motion_from", "vae")})
+    for place in places:
+        if place.is_dir() and any(place.iterdir()):         # of frames
+            raise UserError(f"--out: the folder {place} is not empty; choose another name, or remove it")
+    for folder in {path.parent for path in [*places, *scores, Path(config.sheet or places[0])]}:
+        check_writable(folder)
+
+    # whose they are, and what is left to do
+    rank, world_size, _ = cli.place()
+    if world_size > 1 and config.sheet:
+        raise UserError("--sheet shows the clips of one process; run without torchrun")
+    if world_size == 1 and config.prompts:
+        remove_leftovers(out)
+    again = config.sheet or not config.prompts              # a sheet is of all clips
+    return [job for job in jobs[rank::world_size] if again or not job.path.exists()]
+
+
+def scores_path(job: Job, config: Config) -> Path:
+    """Where a clip's scores go: beside it, but not into a folder for VBench, which holds clips alone."""
+    folder = job.path.parent
     if config.prompts:
-        prompts.check_folder(out, others)
-
-    # what is left to do, and whose it is
-    rank, world, _ = cli.place()
-    if world > 1 and others:
-        raise ValueError(f"{next(iter(others))} holds the clips of one process; run without torchrun")
-    resume = config.prompts and not others          # a sheet, or latents, are of all clips
-    return [job for job in jobs[rank::world] if not (resume and job.path.exists())]
+        folder = folder.with_name(f"{folder.name}-scores")
+    return folder / f"{job.path.stem}.json"
 
 
-# ---- making clips ------------------------------------------------------------------------------------------
+def caption_of(job: Job, config: Config) -> tuple[str, list[str]]:
+    """The caption for the networks, and notes on it: the toy's says what the prompt leaves unsaid."""
+    if config.model != "shapes" or config.as_typed:
+        return job.prompt, []
+    return grammar.fill_in(job.prompt, job.seed)
 
 
-def check_clips(config: Config, jobs: list[prompts.Job]) -> None:
-    """Raises ValueError for sizes that the networks cannot make, or files that cannot hold the clips."""
-    from model import FAMILIES, check_size
-    from plumbing import video
-    if config.motion_from is not None and not Path(config.motion_from).exists():
-        raise ValueError(f"--motion-from {config.motion_from}: no such file")
-    family = FAMILIES.get(config.model) or shapes.FAMILY
-    check_size(family, height=config.height, width=config.width)
-    for job in jobs[:1]:
-        video.check_output(job.path, config.fps or family.fps)
-
-    # room on the disk for all of it
-    T, H, W = config.frames or family.frames, config.height or family.height, config.width or family.width
-    raw, latent_pixels = 3 * T * H * W, T * (H // family.vae.factor) * (W // family.vae.factor)
-    packed = {".safetensors": 1, ".png": 0.7, ".gif": 0.3}.get(suffix_of(config.out), 0.05)     # mp4: 5 %
-    sizes = [(job.path, raw * packed) for job in jobs]
-    if config.sheet:
-        sizes.append((Path(config.sheet), raw * len(jobs) * 0.7))
-    if config.latents:
-        sizes.append((Path(config.latents), 4 * family.vae.latent * latent_pixels * len(jobs)))   # float32
-    prompts.check_space(sizes)
+# ---- load --------------------------------------------------------------------------------------------------
 
 
 def load_models(config: Config) -> Models:
-    """The networks that a command line asks for, on its device."""
+    """The networks that a command line asks for, on its device, frozen."""
     import torch
 
     import model
@@ -228,37 +201,57 @@ def load_models(config: Config) -> Models:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", cli.place()[2])
     usual = "float32"
-    if device.type == "cuda":
+    if device.type in ("cuda", "xpu"):
         usual = "bfloat16" if has_bfloat16(device) else "float16"
     dtype = getattr(torch, config.dtype or usual)
     scale = 1.0 if config.lora_scale is None else config.lora_scale
 
-    name, student = model_of(config), None if config.method == "teacher" else config.turbo or config.method
-    if name == "shapes":
+    student = None if config.method == "teacher" else config.turbo or config.method
+    if config.model == "shapes":
         models = shapes.load(student, config.teacher, device, dtype, scale)
     else:
-        student = f"{name}-turbo" if student == "turbo" else student                  # the released one
-        models = model.load(name, config.teacher, student, device, dtype, scale)
-    if config.compile:
-        model.compile_layers(models.unet)
+        student = f"{config.model}-turbo" if student == "turbo" else student            # the released one
+        models = model.load(config.model, config.teacher, student, device, dtype, scale)
+    if config.vae:
+        models.vae.decode = model.load_tiny_decoder(config.vae, device, dtype).decode
+    models.unet.requires_grad_(False)
+    models.unet.checkpointing = bool(config.refine or config.motion_from)       # these need a gradient
     return models
 
 
+def load_rewards(config: Config, models: Models) -> list[RewardTerm]:
+    """What --reward names, for --best-of and --refine; the toy's own two by default."""
+    if not (config.best_of or config.refine):
+        return []
+    import rewards
+    from turbo import RewardTerm
+    device, T = next(models.unet.parameters()).device, size_of(models, config)[0]
+    toy = {reward.name: reward for reward in shapes.rewards(device, config.teacher).values()} \
+        if config.model == "shapes" else {}
+
+    terms = []
+    for name, path, weight in map(rewards.parse_spec, config.reward or toy):
+        reward = toy.get(name) or rewards.load(name, path, device, grad_checkpointing=bool(config.refine))
+        if reward.frames and reward.frames > T:
+            raise UserError(f"--reward {name} looks at {reward.frames} frames, the clips have {T}")
+        video = reward.kind == "video"
+        weight = (2.0 if video else 1.0) if weight is None else weight          # β of the papers
+        terms.append(RewardTerm(reward, weight, reward.frames or min(T, 6), video, name))
+    return terms
+
+
 def sampling_of(models: Models, config: Config) -> Sampling:
-    """The networks' own way of sampling, and over it what was typed. Raises ValueError."""
+    """The networks' own way of sampling, and over it what was typed. Raises UserError."""
     takes = models.unet.config
-    follows = config.motion_from is not None
-    if not takes.motion and not follows and (config.motion, config.motion_share) != (None, None):
-        raise ValueError(f"--motion belongs to T2V-Turbo-v2 with motion guidance; {config.turbo} has none")
-    names = ["steps", "guidance", "eta", "motion", "motion_share"] + (["fps"] if takes.fps else [])
+    if config.motion is not None and not takes.motion and not config.motion_from:
+        raise UserError(f"--motion belongs to T2V-Turbo-v2 with motion guidance; {config.turbo} has none")
+    names = ["steps", "guidance", "motion"] + (["fps"] if takes.fps else [])
     typed = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    if timesteps := timesteps_of(config):
-        typed |= dict(timesteps=timesteps, steps=len(timesteps))
-    elif config.steps is not None:
-        typed["timesteps"] = ()                                             # evenly spaced
-    default = {"motion": 0.05} if follows else {}                           # v2's λ'
+    default = {"motion": 0.05} if config.motion_from else {}                    # v2's λ'
     sampling = replace(models.sampling, **default | typed)
 
+    if sampling.method == "student" and sampling.steps > sampling.grid:
+        raise UserError(f"--steps {sampling.steps}: this student jumps on a grid of {sampling.grid}, at most")
     w_min, w_max = models.header.get("w_min", 0), models.header.get("w_max", float("inf"))
     if not w_min <= sampling.guidance <= w_max:
         print(f"--guidance {sampling.guidance:g}: this student was trained with {w_min:g} to {w_max:g}",
@@ -280,100 +273,115 @@ def reference_of(models: Models, config: Config) -> Reference | None:
     from turbo import Reference
     T, H, W = size_of(models, config)
     clip, _ = video.read_video(config.motion_from, T, config.fps or models.fps, H, W)
-    models.unet.checkpointing = True                        # the gradient of the energy needs all activations
     weight = next(models.vae.parameters())
     z0 = models.vae.encode(clip[None].to(weight.device, weight.dtype) / 127.5 - 1)
     return Reference(z0.float(), models.text([config.motion_prompt]))
 
 
-def make(models: Models, sampling: Sampling, jobs: list[prompts.Job], config: Config
-         ) -> tuple[Tensor, Tensor]:
-    """Makes some clips at once -> latents (B, C, T, h, w), clips uint8 (B, 3, T, H, W)."""
+# ---- generate, decode, write -------------------------------------------------------------------------------
+
+
+@dataclass
+class Take:
+    """One of the clips, --best-of N for each job, of which the best is written."""
+    job: Job
+    caption: str
+    seed: int
+    clip: Tensor | None = None          # uint8 (3, T, H, W)
+    scores: dict[str, float] = field(default_factory=dict)
+    total: float = 0.0                  # the weighted sum of the scores
+    climb: list[float] = field(default_factory=list)        # that sum before each step of --refine, and after
+
+
+def make(takes: list[Take], models: Models, terms: list[RewardTerm], sampling: Sampling, config: Config,
+         reference: Reference | None) -> None:
+    """Makes some clips at once: noise -> latents -> pixels -> scores."""
     from tqdm import tqdm
 
     import turbo
     from model import to_clip
-    captions, seeds = [job.prompt for job in jobs], [job.seed for job in jobs]
-    steps = partial(tqdm, desc="steps", leave=False)
-    reference = reference_of(models, config)
-    z = turbo.generate(models, captions, seeds, size_of(models, config), sampling, steps, reference)
+    captions, seeds = [take.caption for take in takes], [take.seed for take in takes]
+    common, steps = (models, captions, seeds, size_of(models, config), sampling), partial(tqdm, leave=False)
+    if config.refine:
+        z, climb = turbo.generate_refined(*common, terms, config.refine, progress=steps)
+        for i, take in enumerate(takes):
+            take.climb = [float(reward[i]) for reward in climb]
+    else:
+        z = turbo.generate(*common, steps, reference)
 
-    frames_at_once = config.chunk or (None if models.name == "shapes" else 4)
-    return z.cpu(), to_clip(models.vae, z, frames_at_once).cpu()
+    clips = to_clip(models.vae, z, None if models.name == "shapes" else 4).cpu()
+    for take, clip in zip(takes, clips, strict=True):
+        take.clip = clip
+    for term in terms:
+        for take, score in zip(takes, scores_of(term, clips, captions), strict=True):
+            take.scores[term.name] = score
+            take.total += term.weight * score
 
 
-def writers(models: Models, jobs: list[prompts.Job], clips: Tensor, config: Config) -> dict:
-    """{path: what writes a clip there}"""
-    from plumbing import video
-    fps = config.fps or models.fps
-    return {job.path: partial(video.write_video, clip=clip, fps=fps) for job, clip in zip(jobs, clips)}
+def scores_of(term: RewardTerm, clips: Tensor, captions: list[str]) -> list[float]:
+    """A reward of clips uint8 (B, 3, T, H, W), of all frames or as many as it takes."""
+    import torch
+
+    from rewards import frames_for
+    with torch.no_grad():
+        return term.reward(frames_for(term.reward, clips), captions).tolist()
 
 
-def make_all(models: Models, sampling: Sampling, jobs: list[prompts.Job], config: Config) -> None:
-    """All clips in batches; then the sheet and the latents, where they are asked for."""
+def make_all(jobs: list[Job], models: Models, terms: list[RewardTerm], config: Config) -> None:
+    """All clips in batches; of each job's takes the best is written, and all are shown by the sheet."""
     from tqdm import tqdm
-    batch = config.batch or (16 if models.name == "shapes" else 1)
-    latents, clips, began = [], [], time.perf_counter()
-    for start in tqdm(range(0, len(jobs), batch), "clips", unit_scale=batch, disable=len(jobs) <= batch):
-        some_jobs = jobs[start:start + batch]
-        z, some = make(models, sampling, some_jobs, config)
-        latents += [z] if config.latents else []
-        clips += [*some] if config.sheet else []
+    batch, count = config.batch or (16 if models.name == "shapes" else 1), config.best_of or 1
+    sampling, reference = sampling_of(models, config), reference_of(models, config)
+    captions = [caption_of(job, config) for job in jobs]
+    for job, (_, notes) in list(zip(jobs, captions))[:8]:
+        if notes:
+            print(f"{job.path.name}: {'; '.join(notes)}", file=sys.stderr)
 
-        files = writers(models, some_jobs, some, config)
-        if start + batch >= len(jobs):                      # the last ones: what holds all of them, too
-            files |= {Path(config.sheet): partial(write_sheet, clips=clips)} if config.sheet else {}
-            files |= {Path(config.latents): partial(write_latents, latents=latents)} if config.latents else {}
-        prompts.write_all(files)
-    seconds = time.perf_counter() - began
+    takes = [Take(job, caption, job.seed + i) for job, (caption, _) in zip(jobs, captions)
+             for i in range(count)]
+    pending, rows = [], []
+    for start in tqdm(range(0, len(takes), batch), "clips", unit_scale=batch, disable=len(takes) <= batch):
+        some = takes[start:start + batch]
+        make(some, models, terms, sampling, config, reference)
+        pending += some
+        while len(pending) >= count:
+            ranked, pending = sorted(pending[:count], key=lambda take: -take.total), pending[count:]
+            write(ranked, config.fps or models.fps, config)
+            rows += [take.clip for take in ranked] if config.sheet else []
+            for take in ranked:
+                take.clip = None
+    if config.sheet:
+        write_sheet(Path(config.sheet), rows)
 
-    names = ", ".join(str(job.path) for job in jobs[:3]) + (f" and {len(jobs) - 3} more" if jobs[3:] else "")
-    print(f"{names}: {len(jobs)} clip{'s' * (len(jobs) > 1)} in {seconds:.2f} s")
 
-
-def make_typed(models: Models, sampling: Sampling, config: Config) -> int:
-    """A clip, or --num of them, per line of standard input, at once -> how many lines were wrong."""
-    out, known, wrong = Path(config.out or "clips"), [], 0
-    for line in sys.stdin:
-        prompt = line.strip()
-        try:
-            jobs = prompts.plan({prompt: config.num or 1}, out, config.seed) if prompt else []
-            if config.model == "shapes" and prompt:
-                check_words(prompt)
-            prompts.check_names(known + jobs)
-            for job in jobs:
-                _, clips = make(models, sampling, [job], config)
-                prompts.write_all(writers(models, [job], clips, config))
-                print(job.path, flush=True)
-            known += jobs
-        except ValueError as error:
-            print(f"sample.py: {error}", file=sys.stderr, flush=True)
-            wrong += 1
-    return wrong
+def write(ranked: list[Take], fps: float, config: Config) -> None:
+    """The best of a job's takes as a clip; with rewards also a line and a .json with the scores of all."""
+    from plumbing import video
+    best = ranked[0]
+    video.write_video(best.job.path, best.clip, fps)
+    if not best.scores:
+        return
+    scores = ", ".join(f"{name} {score:.4f}" for name, score in best.scores.items())
+    print(f"{best.job.path}: {best.total:.4f} ({scores}), seed {best.seed}")
+    with atomic(scores_path(best.job, config)) as temporary:
+        takes = [dict(seed=take.seed, total=take.total, climb=take.climb) | take.scores for take in ranked]
+        content = dict(prompt=best.job.prompt, caption=best.caption, scores=takes)
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def write_sheet(path: Path, clips: list[Tensor]) -> None:
-    """One picture: a row per clip, its frames from left to right, small ones enlarged."""
-    import torch
+    """One picture: a row per clip, its frames from left to right with gaps, those of the toy enlarged."""
     from PIL import Image
-
-    from plumbing.files import atomic
-    rows = [torch.cat([*clip.unbind(1)], 2) for clip in clips]                      # each (3, H, T*W)
-    picture = torch.cat(rows, 1)                                                    # (3, B*H, T*W)
-    zoom = max(1, 64 // clips[0].shape[2])
-    picture = picture.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    _, T, H, W = clips[0].shape
+    zoom, gap, border = max(1, 128 // H), 4, 12
+    picture = Image.new("RGB", (2 * border + T * (W * zoom + gap) - gap,
+                                border + len(clips) * (H * zoom + border)), "#3a4a66")
+    for row, clip in enumerate(clips):
+        for t, frame in enumerate(clip.permute(1, 2, 3, 0).numpy()):
+            tile = Image.fromarray(frame).resize((W * zoom, H * zoom), Image.Resampling.NEAREST)
+            picture.paste(tile, (border + t * (W * zoom + gap), border + row * (H * zoom + border)))
     with atomic(path) as temporary:
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(temporary, format="png")
-
-
-def write_latents(path: Path, latents: list[Tensor]) -> None:
-    """Key `latents`, (B, C, T, h, w) float32."""
-    import torch
-    from safetensors.torch import save_file
-
-    from plumbing.files import atomic
-    with atomic(path) as temporary:
-        save_file({"latents": torch.cat(latents)}, temporary)
+        picture.save(temporary)
 
 
 # ---- what a clip costs -------------------------------------------------------------------------------------
@@ -381,44 +389,40 @@ def write_latents(path: Path, latents: list[Tensor]) -> None:
 
 def budget(config: Config) -> CountedParts:
     """--dry-run: FLOP, bytes moved and memory of a clip, without the networks' files."""
-    if config.model == "shapes":
-        raise ValueError("--dry-run: the toy's clip takes seconds; this is for --model vc2 and --model ms")
+    import torch
+
     import model
     import turbo
     from plumbing import dryrun
     from solver import Schedule
-    family, dtype = model.FAMILIES[config.model], config.dtype or "bfloat16"
+    family, dtype, B = model.FAMILIES[config.model], config.dtype or "bfloat16", config.batch or 1
     student = config.method != "teacher"
+    T, H, W = config.frames or family.frames, config.height or family.height, config.width or family.width
+    sampling = family.sampling["turbo" if student else "teacher"]
+    steps = config.steps or sampling.steps
 
     def networks() -> Models:
-        import torch
         with dryrun.build("cpu", getattr(torch, dtype)):
             unet = model.UNet3D(replace(family.unet, guidance=student)).eval()
             vae, text = model.VAE(family.vae), model.TextEncoder(family.text)
-        header = model.complete(model.RELEASED["LoRA list"], family) if student else {}
-        return model.Models(config.model, unet, vae, text, family, header)
+            return model.Models(config.model, unet, vae, text, family)
 
-    def captions(models: Models, made: dict) -> Tensor:
-        return models.text([config.prompt or "a prompt"] * (config.batch or 1))
+    def captions(models: Models, results: dict) -> Tensor:
+        return models.text([config.prompt or "a prompt"] * B)
 
-    def step(models: Models, made: dict) -> Tensor:
-        import torch
-        (T, H, W), c = size_of(models, config), made["captions"]
-        z = torch.zeros(len(c), family.vae.latent, T, H // family.vae.factor, W // family.vae.factor)
-        t, sampling = torch.full((len(c),), 999), sampling_of(models, config)
+    def step(models: Models, results: dict) -> Tensor:
+        c, t = results["captions"], torch.full((B,), 999)
+        z = torch.zeros(B, family.vae.latent, T, H // family.vae.factor, W // family.vae.factor)
         if student:
             return turbo.student_f(models.unet, Schedule(sampling.grid), c, sampling)(z, t)
         return turbo.guided_eps(models.unet, c, c, sampling)(z, t)
 
-    def decode(models: Models, made: dict) -> Tensor:
-        return model.to_clip(models.vae, made["one step"], config.chunk or 4)
+    def decode(models: Models, results: dict) -> Tensor:
+        return models.vae.decode(results["one step"], 4)
 
-    usual = family.sampling["turbo" if student else "teacher"]
-    T, H, W = config.frames or family.frames, config.height or family.height, config.width or family.width
-    steps = len(timesteps_of(config)) or config.steps or usual.steps
-    title = f"{config.model} {config.method}, {config.batch or 1} x {W}x{H}, {T} frames, {steps} steps"
-    work = {"captions": captions, "one step": step, "decode": decode}
-    work = {name: dryrun.Work(do, steps if name == "one step" else 1) for name, do in work.items()}
+    title = f"{config.model} {config.method}, {B} x {W}x{H}, {T} frames, {steps} steps"
+    work = {"captions": (captions, 1), "one step": (step, steps), "decode": (decode, 1)}
+    work = {name: dryrun.Work(*row) for name, row in work.items()}
     return dryrun.report_clip(title, networks, dtype, work)
 
 
@@ -427,24 +431,28 @@ def budget(config: Config) -> CountedParts:
 
 @cli.main
 def main(argv=None):
-    """Prompts -> clips in files; and, if asked for, a sheet of them and their latents."""
+    """Prompts -> clips in files; on demand the best of several, refined by rewards, and a sheet of them."""
     config = cli.parse(Config, argv, __doc__, positional="prompt")
     config = replace(config, model=model_of(config))
     check(config)
     if config.dry_run:
         return budget(config)
-    interactive = config.prompts == "-"
-    jobs = [] if interactive else plan_clips(config)
-    if not jobs and not interactive:
+    jobs = plan_clips(config)
+    if not jobs:
         return print("nothing to do: all clips are there")
 
-    check_clips(config, jobs)
+    from model import FAMILIES, check_size
+    from plumbing import video
+    family = FAMILIES.get(config.model) or shapes.FAMILY
+    check_size(family, height=config.height, width=config.width)
+    video.check_output(jobs[0].path, config.fps or family.fps)
+
     models = load_models(config)
-    sampling = sampling_of(models, config)
-    if not interactive:
-        make_all(models, sampling, jobs, config)
-    elif make_typed(models, sampling, config):
-        sys.exit(2)
+    terms = load_rewards(config, models)
+    start = time.perf_counter()
+    make_all(jobs, models, terms, config)
+    names = ", ".join(str(job.path) for job in jobs[:3]) + (f" and {len(jobs) - 3} more" if jobs[3:] else "")
+    print(f"{names}: {len(jobs)} clip{'s' * (len(jobs) > 1)} in {time.perf_counter() - start:.2f} s")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,26 @@
-"""Prompts and the files of their clips: lists of prompts, VBench's names, what may lie in a folder."""
+"""Lists of prompts, and the files of their clips."""
+import csv
+import hashlib
+import io
 import json
 import os
-import shutil
-import tempfile
-from collections import Counter
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from plumbing.files import check_writable, remove_leftovers
+from plumbing.errors import UserError, reading
 
-NAME_MAX = 255                          # bytes of a file's name, on all common file systems
+COLUMNS = ("prompt_en", "prompt", "caption", "text")        # of tables and objects; the first that is there
+SUFFIXES = (".mp4", ".gif", ".png", ".safetensors")        # of clips
+NAME_BYTES = 240                        # of a name; file systems take 255, and -24.mp4 comes behind it
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A row of a list."""
+    text: str
+    name: str                           # of its files, without -NUMBER.mp4
+    count: int = 1                      # clips, unless --num says otherwise
 
 
 @dataclass(frozen=True)
@@ -21,149 +31,89 @@ class Job:
     path: Path
 
 
-# ---- lists of prompts --------------------------------------------------------------------------------------
+# ---- lists -------------------------------------------------------------------------------------------------
 
 
-def read_prompts(path: str) -> dict[str, int]:
-    """{prompt: usual number of clips} of a text file (1) or of VBench's json (5; temporal_flickering: 25)."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        rows = json.loads(text) if path.lower().endswith(".json") else text.splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file in utf-8 (byte {error.start})") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+def read_prompts(path: str) -> list[Prompt]:
+    """Text, a prompt per line; .csv and .tsv with a header; .json and .jsonl of strings or objects."""
+    suffix = Path(path).suffix.lower()
+    with reading(path, "a list of prompts in utf-8"):
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        lines = [line.strip() for line in text.split("\n") if line.strip()]     # splitlines cuts at U+2028
+        if suffix in (".csv", ".tsv"):
+            comma = "," if suffix == ".csv" else "\t"
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=comma, strict=True))
+        elif suffix == ".json":
+            rows = json.loads(text)
+        else:
+            rows = [json.loads(line) for line in lines] if suffix == ".jsonl" else lines
 
-    prompts = {}
-    for number, row in enumerate(rows if isinstance(rows, list) else [None], 1):
-        prompt, usual = read_row(row)
-        if prompt is None or "\0" in prompt:
-            raise ValueError(f'{path}, entry {number}: neither a prompt nor an object with "prompt_en"')
-        if prompt.strip():
-            prompts[prompt] = max(usual, prompts.get(prompt, 0))
-    if not prompts:
-        raise ValueError(f"{path}: no prompts in it")
-    return prompts
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{path}: no prompts in it")
+    prompts: dict[tuple, Prompt] = {}                       # a prompt of several dimensions of VBench is one
+    for number, row in enumerate(rows, 1):
+        prompt = read_row(row, f"{path}, entry {number}")
+        before = prompts.setdefault((prompt.text, prompt.name), prompt)
+        if prompt.count > before.count:
+            prompts[prompt.text, prompt.name] = prompt
+    return list(prompts.values())
 
 
-def read_row(row) -> tuple[str | None, int]:
-    """A prompt, or None where there is none, and how many clips of it are usual."""
-    if isinstance(row, str):
-        return row.strip(), 1
-    if not isinstance(row, dict) or not isinstance(row.get("prompt_en"), str):
-        return None, 0
-    dimensions = row.get("dimension")
-    if not isinstance(dimensions, list):
-        return row["prompt_en"], 1
-    return row["prompt_en"], 25 if "temporal_flickering" in dimensions else 5
+def read_row(row, place: str) -> Prompt:
+    """A string, or an object with one of COLUMNS, perhaps `name`, and VBench's `dimension`, which tells how
+    many clips are usual. Raises UserError with the place of a row that has no prompt."""
+    row = {"prompt": row} if isinstance(row, str) else row
+    values = {str(key).strip().lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
+    text = next((values[column] for column in COLUMNS if values.get(column)), None)
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
+        raise UserError(f"{place}: no prompt; expected a text, or one of {', '.join(COLUMNS)}"
+                        + f", not {', '.join(values)}"[:100] * bool(values))
+    text, count, length = text.strip(), 1, None
+
+    dimensions = values.get("dimension")
+    if isinstance(dimensions, list) and dimensions:
+        second = str(dimensions[0])[:1].isupper()           # VBench-2.0: Camera_Motion; VBench: color
+        length = 180 if second else None
+        count = 20 if "Diversity" in dimensions else 3 if second else 5
+        count = 25 if "temporal_flickering" in dimensions else count
+    return Prompt(text, file_name(str(values.get("name") or text[:length])), count)
+
+
+def file_name(text: str) -> str:
+    """The text as a file's name; one that is too long is cut, and its hash keeps it apart from others."""
+    name = re.sub(r"[/\r\n\t]", " ", text)
+    if len(os.fsencode(name)) <= NAME_BYTES:
+        return name
+    start = os.fsencode(name)[:NAME_BYTES - 9].decode(errors="ignore")
+    return f"{start} {hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
 
 
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-def clip_paths(out: Path, prompt: str, count: int) -> list[Path]:
-    """OUT, or OUT-0, OUT-1, ...; in a folder (a name without suffix) VBench's names, PROMPT-0.mp4, ..."""
-    if not out.suffix:
-        return [out / f"{prompt.replace('/', ' ')}-{i}.mp4" for i in range(count)]
-    if count == 1:
-        return [out]
-    return [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(count)]
+def plan(prompts: list[Prompt], out: Path, num: int | None, seed: int, step: int = 1) -> list[Job]:
+    """All clips to make, in order: clip i of each prompt has seed + i * step. Their files are OUT, or OUT-0,
+    OUT-1, ...; in a folder, a name without a video's suffix, VBench's PROMPT-i.mp4.
+
+    Raises UserError where two prompts would share a file.
+    """
+    other_case = out.with_name(out.name.swapcase())
+    ignores_case = other_case != out and out.exists() and other_case.exists()
+    jobs, owners = [], {}
+    for prompt in prompts:
+        count = num or prompt.count
+        paths = [out / f"{prompt.name}-{i}.mp4" for i in range(count)]
+        if is_file(out):
+            paths = [out] if count == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(count)]
+        jobs += [Job(prompt.text, seed + i * step, path) for i, path in enumerate(paths)]
+
+        owner = owners.setdefault(prompt.name.casefold() if ignores_case else prompt.name, prompt)
+        if owner != prompt:
+            raise UserError(f"the prompts {owner.text!r:.80} and {prompt.text!r:.80} would both be written "
+                            f"to {paths[0]}; reword one, or give it a name of its own")
+    return jobs
 
 
-def plan(prompts: dict[str, int], out: Path, seed: int) -> list[Job]:
-    """{prompt: clips} -> all clips to make, in order; clip i of each prompt has seed + i."""
-    return [Job(prompt, seed + i, path) for prompt, count in prompts.items()
-            for i, path in enumerate(clip_paths(out, prompt, count))]
-
-
-def check_names(jobs: list[Job]) -> None:
-    """Raises ValueError where two prompts would share a file, or a name is too long for a file system."""
-    owner, folded = {}, {}
-    for job in jobs:
-        check_length(job.path)
-        other = owner.setdefault(job.path, job)
-        if other.prompt != job.prompt:
-            raise ValueError(f"the prompts {other.prompt!r} and {job.prompt!r} would both be written to "
-                             f"{job.path}; reword one")
-        twin = folded.setdefault(str(job.path).casefold(), job)
-        if twin.path != job.path and ignores_case(job.path.parent):
-            raise ValueError(f"the prompts {twin.prompt!r} and {job.prompt!r} differ in capital letters "
-                             f"only, which {job.path.parent} does not tell apart; choose another --out")
-
-
-def check_length(path: Path) -> None:
-    """A file system counts bytes, not letters. Raises ValueError."""
-    size = len(os.fsencode(path.name))
-    if size > NAME_MAX:
-        raise ValueError(f"{path.name[:40]}...: a file's name takes {NAME_MAX} bytes, this one has {size}; "
-                         "shorten the prompt")
-
-
-def ignores_case(folder: Path) -> bool:
-    """Does the file system take `a` and `A` for one name?"""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".case-{os.getpid()}"
-    probe.touch()
-    try:
-        return probe.with_name(probe.name.upper()).exists()
-    finally:
-        probe.unlink()
-
-
-def check_places(jobs: list[Job], others: dict[str, Path]) -> None:
-    """Raises ValueError unless all clips and the other files, {option: path}, can be written."""
-    taken = {job.path.resolve(): "--out" for job in jobs}
-    for option, path in others.items():
-        check_length(path)
-        twin = taken.setdefault(path.resolve(), option)
-        if twin != option:
-            raise ValueError(f"{twin} and {option} both name {path}; give each a file of its own")
-        if path.is_dir():
-            raise ValueError(f"{option} {path} is a folder; give it a file's name")
-
-    for folder in {path.parent for path in taken}:
-        check_writable(folder)
-        remove_leftovers(folder)
-
-
-def check_folder(folder: Path, others: dict[str, Path]) -> None:
-    """Raises ValueError where something else than clips lies in a folder, or is to be written there.
-
-    VBench takes all files of a folder for clips with the suffix of the first one."""
-    names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
-    names += [path.name for path in others.values() if path.resolve().parent == folder.resolve()]
-    foreign = sorted(name for name in names if not name.endswith(".mp4"))
-    if foreign:
-        raise ValueError(f"{folder}: VBench wants nothing but clips in it, and there is {foreign[0]}; "
-                         "choose another folder")
-
-
-def check_space(sizes: list[tuple[Path, float]]) -> None:
-    """Raises ValueError where all files together, (path, bytes), do not fit their disks."""
-    needed = Counter()
-    for path, size in sizes:
-        disk, free = path.parent.stat().st_dev, shutil.disk_usage(path.parent).free
-        needed[disk] += size
-        if needed[disk] > free:
-            raise ValueError(f"{path}: about {needed[disk] / 1e6:.1f} MB to write in all, and its disk has "
-                             f"{free / 1e6:.1f} MB left; make room, or write to another disk")
-
-
-def write_all(writers: dict[Path, Callable[[Path], None]]) -> None:
-    """Each writer(path). What cannot be written, as on a full disk, is kept in a temporary folder.
-
-    Raises ValueError, which names the file, the reason and that folder, after all is written."""
-    problem, spare = None, None
-    for path, write in writers.items():
-        try:
-            write(path)
-        except ValueError as error:
-            problem = problem or error
-            spare = spare or Path(tempfile.mkdtemp(prefix="kept-"))
-            try:
-                write(spare / path.name)
-            except ValueError:
-                raise problem from None
-    if problem:
-        raise ValueError(f"{problem}; what was made is kept in {spare}: move it when there is room") \
-            from problem
+def is_file(out: Path) -> bool:
+    """Is it the name of a clip, not of a folder of clips, such as v2.0?"""
+    return out.suffix.lower() in SUFFIXES

@@ -515,7 +515,7 @@ def training_budget() -> int:
 
 def sampling_budget() -> int:
     import sample
-    argv = "--model vc2 --dtype bfloat16 --batch 2 --chunk 16 --dry-run"
+    argv = "--model vc2 --dtype bfloat16 --batch 2 --dry-run"
     return dry_run(sample.main, ["a red circle moving right", *argv.split()])
 
 

@@ -1,0 +1,199 @@
+"""What people type wrong ends in one line before anything is loaded; no output replaces what is not its own;
+no terminal stops the work."""
+import importlib
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import shapes.models
+from plumbing import cli, video, weights
+from plumbing.errors import UserError
+from plumbing.files import check_outputs
+
+ROOT = Path(__file__).parent.parent
+RED = "'a red circle'"
+
+TYPED = {                               # command -> what is typed behind it -> what the message says
+    "sample": {
+        "": "give one prompt, or --prompts FILE",
+        f"{RED} --prompts red.txt": "give one prompt, or --prompts FILE",
+        "a red circle": "unexpected argument 'red' (quote the prompt)",
+        "'a dog'": "unknown word 'dog'",
+        "'a red circel'": "did you mean circle?",
+        f"{RED} --gidance 3": "unknown option --gidance, did you mean --guidance?",
+        f"{RED} --guidance 1e30": "--guidance: '1e30' is not a number from 0 to 100",
+        f"{RED} --guidance nan": "--guidance: 'nan' is not a number from 0 to 100",
+        f"{RED} --steps 1.5": "--steps: '1.5' is not a whole number from 1 to 1000",
+        f"{RED} --seed 1{'0' * 5000}": "is not a whole number from 0 to 4294967295",
+        f"{RED} --seed 4294967295 --num 2": "the last clip's is beyond 2**32 - 1",
+        f"{RED} --seed 1 --seed 2": "--seed is given twice, as 1 and as 2",
+        f"{RED} --height 70": "height 70 is not a multiple of 16; try 64 or 80",
+        f"{RED} --dtype int8": "--dtype: invalid choice: 'int8'",
+        f"{RED} --device tpu": "--device tpu: no such device here",
+        f"{RED} --out ''": "--out: '' is neither a file's name nor a folder's",
+        f"{RED} --out .mp4": "--out .mp4: choose a name that ends in .mp4, .gif, .png, .safetensors",
+        f"{RED} --out x.webm": "--out x.webm: choose a name that ends in",
+        f"{RED} --out x.gif --fps 60": "a gif has 50 at most",
+        f"{RED} --out red.txt/x.mp4": "red.txt: nothing can be written there: ",
+        f"{RED} --out clips.mp4": "clips.mp4 is a folder",
+        f"{RED} --sheet x.jpg": "--sheet x.jpg: its name must end in .png",
+        f"{RED} --motion 0.1": "--motion belongs to a T2V-Turbo-v2",
+        f"{RED} --motion-from m.mp4": "--motion-from belongs to --method teacher",
+        f"{RED} --method teacher --motion-from m.mp4": "--motion-from belongs to --motion-prompt",
+        f"{RED} --method teacher --refine 5": "--refine belongs to students, not to --method teacher",
+        f"{RED} --reward hpsv2": "--reward belongs to --best-of or --refine",
+        f"{RED} --best-of 2 --reward hpsv3": "no reward 'hpsv3'; did you mean hpsv2?",
+        f"{RED} --model vc2 --best-of 2": "--best-of belongs to --reward NAME, e.g. --reward hpsv2",
+        f"{RED} --model vc2 --as-typed": "--as-typed belongs to --model shapes",
+        f"{RED} --model ms --method vcm": "there are no public VCM weights for ms",
+        f"{RED} --turbo none.safetensors": "none.safetensors: no such file",
+        f"{RED} --turbo unet_lora.pt": "unet_lora.pt does not say whose student it is; add --model vc2, ms",
+        f"{RED} --turbo vc2.safetensors --model shapes": "vc2.safetensors is a student of vc2, not of shapes",
+        f"{RED} --turbo pipe": "--turbo: 'pipe' is neither a file's name nor a folder's",
+        "--prompts none.txt": "none.txt: no such file",
+        "--prompts empty.txt": "empty.txt: no prompts in it",
+        "--prompts latin.txt": "latin.txt is not a list of prompts in utf-8",
+        "--prompts broken.json": "broken.json is not a list of prompts",
+        "--prompts columns.csv": "columns.csv, entry 1: no prompt; expected a text, or one of prompt_en, "
+                                 "prompt, caption, text, not file, words",
+        "--prompts red.txt --out x.mp4": "--prompts writes many files; --out x.mp4 should be a folder",
+        "--prompts slash.txt --out new": "'a red/ring' and 'a red ring' would both be written to new/a red",
+    },
+    "train": {
+        "--lr 0": "--lr: '0' is not a number above 0 to 1",
+        "--ema 2": "--ema: '2' is not a number from 0 to 1",
+        "--data a.csv --data a.csv --out RUN --out RUN": "--out is given twice",
+    },
+    "shapes.pretrain": {
+        "--vae-steps 0": "--vae-steps: '0' is not a whole number from 1",
+        "--stage unet": "--stage: invalid choice: 'unet'",
+    },
+    "evaluate": {
+        "shapes --clips 0": "--clips: '0' is not a whole number from 1",
+        "shapes --dtype foo": "--dtype: invalid choice: 'foo'",
+    },
+}
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    """A folder with the files that TYPED names, from which the commands run."""
+    monkeypatch.chdir(tmp_path)
+    texts = {"red.txt": "a red circle\n", "empty.txt": "\n\n", "broken.json": "[",
+             "slash.txt": "a red/ring\na red ring", "columns.csv": "file,words\na.mp4,a dog\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "clips.mp4").mkdir()
+    (tmp_path / "latin.txt").write_bytes("ein grüner".encode("latin-1"))
+    os.mkfifo(tmp_path / "pipe")
+    weights.save_checkpoint(tmp_path / "vc2.safetensors", {"x": torch.ones(1)}, {"model": "vc2"})
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "command, typed", [(command, typed) for command, rows in TYPED.items() for typed in rows],
+    ids=lambda value: value[:60])
+def test_mistakes_end_in_one_line(command, typed, inputs, monkeypatch, capsys):
+    """And before anything is loaded, or written."""
+    monkeypatch.setattr(shapes.models, "load", lambda *args: pytest.fail("loaded"))
+    before = sorted(inputs.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(command).main(shlex.split(typed))
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and TYPED[command][typed] in message, message
+    assert len(message.splitlines()) <= 4, "four short lines for an unknown word"
+    assert [path for path in sorted(inputs.rglob("*")) if path not in before and path.name != "new"] == []
+
+
+ENVIRONMENT = [dict(RANK="x"), dict(WORLD_SIZE="0"), dict(RANK="2", WORLD_SIZE="2"), dict(LOCAL_RANK="-1")]
+
+
+@pytest.mark.parametrize("variables", ENVIRONMENT, ids=str)
+def test_a_wrong_environment_is_named(variables, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="the environment says .*unset them, or start with torchrun"):
+        cli.place()
+
+
+# ---- outputs -----------------------------------------------------------------------------------------------
+
+OUTPUTS = {                             # outputs, inputs -> what the message says, "" where all is well
+    "a.mp4 | s.png |": "",
+    "old.mp4 | s.png | w.safetensors": "",                  # what the same command wrote
+    "clip.safetensors | |": "",
+    "scores.json | |": "",
+    "w.safetensors | | w.safetensors": "--out w.safetensors is also --turbo; an output never replaces an in",
+    "link.safetensors | | w.safetensors": "--out link.safetensors is also --turbo",
+    "new.safetensors | | new.safetensors": "--out new.safetensors is also --turbo",
+    "w | | w": "--out w is also --turbo",
+    "w.safetensors | |": "--out w.safetensors exists, and no such command wrote it",
+    "list.json | |": "--out list.json exists, and no such command wrote it",
+    "notes | |": "--out notes exists, and no such command wrote it",
+    "o | o/0000.png |": "--out o and --sheet o/0000.png are one place",
+    "x.png | w/../x.png |": "are one place",
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_an_output_replaces_nothing_but_its_own_kind(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights.save_checkpoint("w.safetensors", {"x": torch.ones(1)}, {"model": "vc2"})
+    video.write_video("clip.safetensors", torch.zeros(3, 2, 16, 16, dtype=torch.uint8), fps=8)
+    os.link("w.safetensors", "link.safetensors")
+    os.mkdir("w")
+    texts = {"list.json": '["a dog"]', "scores.json": '{"scores": []}', "old.mp4": "", "notes": ""}
+    for name, text in texts.items():
+        Path(name).write_text(text)
+    out, sheet, source = (part.strip() for part in case.split("|"))
+    try:
+        check_outputs({"--out": [out], "--sheet": sheet}, {"--turbo": source})
+        message = ""
+    except UserError as error:
+        message = str(error)
+    assert OUTPUTS[case] in message and bool(OUTPUTS[case]) == bool(message)
+
+
+@pytest.mark.parametrize("typed", [
+    "--turbo s.safetensors --out s.safetensors", "--out frames.png", "--out p.mp4 --best-of 2",
+    "--out o.png --sheet o/0000.png", "--prompts p.txt --out c --sheet c/s.png",
+    "--method teacher --motion-from m.mp4 --motion-prompt x --out m.mp4"])
+def test_sampling_loses_no_file(typed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("frames")
+    Path("s.safetensors").write_bytes((shapes.WEIGHTS / "turbo.safetensors").read_bytes())
+    for name in ("frames/0009.png", "m.mp4", "p.json", "p.txt"):
+        Path(name).write_text("a red ring")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit):
+        sample.main([*([] if "--prompts" in typed else ["a red ring"]), *typed.split()])
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+# ---- terminals ---------------------------------------------------------------------------------------------
+
+SHELL = {                               # a line of a shell, in which RUN makes a clip -> what it prints
+    "RUN 2>&-": "1 clip in", "RUN 2>/dev/full": "1 clip in", "RUN >&- 2>&-": "", "RUN | true": "",
+    "RUN >/dev/full": "",
+    "PYTHONIOENCODING=ascii python sample.py --help": "\\u03c9, 0 = none",
+    "python sample.py --help | head -1": "usage: sample.py",
+    "python sample.py 'a ring' --turbo $'\\377.safetensors' 2>&1": "\\udcff.safetensors: no such file",
+}
+
+
+@pytest.mark.parametrize("line", SHELL)
+def test_a_terminal_never_stops_the_work(line, tmp_path):
+    run = f"python sample.py {RED} --steps 1 --out {tmp_path}/a.mp4"
+    done = subprocess.run(["bash", "-c", line.replace("RUN", run).replace("python", sys.executable)],
+                          capture_output=True, text=True, cwd=ROOT)
+    assert SHELL[line] in done.stdout and "Traceback" not in done.stdout + done.stderr
+    assert (tmp_path / "a.mp4").exists() == ("RUN" in line)
+    if ">/dev/full" in line and "2>" not in line:
+        assert done.returncode == 2 and "standard output cannot be written: No space left" in done.stderr
