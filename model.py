@@ -1,14 +1,13 @@
 """The networks: UNet3D (the denoiser ε), VAE (pixels <-> latents) and TextEncoder (caption -> c).
 
 One UNet3D serves VideoCrafter2 and ModelScopeT2V: an image diffusion UNet whose every layer has a temporal
-twin behind it. ResBlock = image convolutions, then convolutions along T; Transformer over space, then over
-time.
+twin behind it. ResBlock = image convolutions, then convolutions along T; Transformer over space, then time.
 
-Axes: B batch, C channels, T frames, H W space, L tokens, D width. Latents and clips are (B, C, T, H, W).
-All activations are channels-last, in memory (B, T, H, W, C), so that each of the four folds below is a view:
-    frames_to_batch    (B, C, T, H, W) -> (B*T, C, H, W)     image layers see frames as a batch
-    pixels_to_tokens   (B, C, T, H, W) -> (B, T*H*W, C)      linear layers see tokens
-and back. Symbols: z noisy latents, t timesteps, c caption states (B, L, D), w guidance scale ω; result ε.
+Axes: B batch, C channels, T frames, H W space, L tokens, D width. Latents and clips are (B, C, T, H, W), in
+memory (B, T, H, W, C), so that the folds below are views (on a CPU: measured there; CUDA's group norms copy).
+Symbols: z noisy latents, t timesteps, c caption states (B, L, D), w guidance scale ω; result ε.
+
+Layers are written as their formulas. On a CPU plumbing/fast_cpu.py has equal ones that are faster.
 """
 import math
 import re
@@ -17,28 +16,42 @@ from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from plumbing import weights
+from plumbing import fast_cpu, weights
+from plumbing.clip import OPENCLIP_BLOCKS, TextTower, recompute
 from plumbing.errors import UserError
-from plumbing.run import on_cpu
 from solver import Sampling
+
+# The published UNets: blocks on the way down, on the way up (from below) beside those that they take as skips,
+# and in the middle. A layer: its kind, width in (a sum: what comes up + skip), and width out if it differs.
+LAYOUT = """
+    conv 4 320                           | res 320+320 320, space 320, time 320
+    res 320, space 320, time 320         | res 320+320 320, space 320, time 320
+    res 320, space 320, time 320         | res 640+320 320, space 320, time 320
+    downsample 320                       | res 640+320 640, space 640, time 640, upsample 640
+    res 320 640, space 640, time 640     | res 640+640 640, space 640, time 640
+    res 640, space 640, time 640         | res 1280+640 640, space 640, time 640
+    downsample 640                       | res 1280+640 1280, space 1280, time 1280, upsample 1280
+    res 640 1280, space 1280, time 1280  | res 1280+1280 1280, space 1280, time 1280
+    res 1280, space 1280, time 1280      | res 1280+1280 1280, space 1280, time 1280
+    downsample 1280                      | res 1280+1280 1280, upsample 1280
+    res 1280                             | res 1280+1280 1280
+    res 1280                             | res 1280+1280 1280
+                    res 1280, space 1280, time 1280, res 1280
+"""
 
 
 @dataclass(frozen=True)
 class UNetConfig:
     """Sizes of a UNet3D; the defaults are VideoCrafter2's and ModelScopeT2V's."""
+    layout: str = LAYOUT
     in_channels: int = 4
-    channels: int = 320
-    mult: tuple = (1, 2, 4, 4)              # width of each level, in units of channels
-    res_blocks: int = 2                     # per level on the way down; one more on the way up
-    attention_levels: tuple = (0, 1, 2)
+    channels: int = 320                     # of the first features, and of the sinusoids of t
     head_dim: int = 64
     context_dim: int = 1024                 # width of the caption states
     init_heads: int = 8                     # of the temporal transformer right after the first convolution
@@ -47,48 +60,54 @@ class UNetConfig:
     motion: bool = False                    # T2V-Turbo-v2 is told λ', the strength of motion guidance, too
     groups: int = 32                        # of every group norm
 
+    @property
+    def factor(self) -> int:
+        """Latents are multiples of it in height and in width."""
+        return 2 ** self.layout.count("downsample")
+
 
 VC2 = UNetConfig(fps=True)
 MODELSCOPE = UNetConfig()
 
+
+def read_layout(layout: str) -> tuple[list, list, list]:
+    """The layers (kind, width in, width out) of all blocks: on the way down, in the middle, on the way up."""
+    def block(text):
+        return [layer(*words.split()) for words in text.split(",")]
+
+    def layer(kind, entering, leaving=None):
+        cin = sum(map(int, entering.split("+")))
+        return kind, cin, int(leaving or cin)
+
+    *rows, middle = layout.strip().splitlines()
+    down, up = zip(*(row.split("|") for row in rows))
+    return [block(text) for text in down], block(middle), [block(text) for text in reversed(up)]
+
+
 # ---- folds -------------------------------------------------------------------------------------------------
 
-
 def frames_to_batch(x: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B*T, C, H, W)"""
-    return x.transpose(1, 2).flatten(0, 1)
+    return x.transpose(1, 2).flatten(0, 1)                              # (B, C, T, H, W) -> (B*T, C, H, W)
 
 
 def batch_to_frames(x: Tensor, B: int) -> Tensor:
-    """(B*T, C, H, W) -> (B, C, T, H, W)"""
-    return x.unflatten(0, (B, -1)).transpose(1, 2)
+    return x.unflatten(0, (B, -1)).transpose(1, 2)                      # (B*T, C, H, W) -> (B, C, T, H, W)
 
 
 def pixels_to_tokens(x: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B, T*H*W, C)"""
-    return x.permute(0, 2, 3, 4, 1).flatten(1, 3)
+    return x.permute(0, 2, 3, 4, 1).flatten(1, 3)                       # (B, C, T, H, W) -> (B, T*H*W, C)
 
 
 def tokens_to_pixels(x: Tensor, T: int, H: int, W: int) -> Tensor:
-    """(B, T*H*W, C) -> (B, C, T, H, W)"""
-    return x.unflatten(1, (T, H, W)).permute(0, 4, 1, 2, 3)
+    return x.unflatten(1, (T, H, W)).permute(0, 4, 1, 2, 3)             # (B, T*H*W, C) -> (B, C, T, H, W)
 
 
 def per_frame(layer, x: Tensor) -> Tensor:
-    """Apply an image layer to every frame of x (B, C, T, H, W)."""
+    """Applies an image layer to every frame of x (B, C, T, H, W)."""
     return batch_to_frames(layer(frames_to_batch(x)), x.shape[0])
 
 
-def channels_last(module: nn.Module) -> nn.Module:
-    """Convolution weights in the memory format of the activations (in place)."""
-    for p in module.parameters():
-        if p.dim() in (4, 5):
-            p.data = p.data.to(memory_format=torch.channels_last if p.dim() == 4 else torch.channels_last_3d)
-    return module
-
-
 # ---- embeddings --------------------------------------------------------------------------------------------
-
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoids of a timestep or frame rate, (B,) -> (B, dim), float32: all cosines, then all sines."""
@@ -105,13 +124,12 @@ def guidance_embedding(w: Tensor, dim: int = 256) -> Tensor:
     order of operations below, in float32.
     """
     half = dim // 2
-    step = torch.full((), 10000.0, device=w.device).log() / (half - 1)      # made there: nothing is copied
+    step = torch.full((), 10000.0, device=w.device).log() / (half - 1)      # made on the device, not copied
     angle = (1000 * w.float())[:, None] * torch.exp(torch.arange(half, device=w.device) * -step)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
 # ---- blocks ------------------------------------------------------------------------------------------------
-
 
 def zero(layer: nn.Module) -> nn.Module:
     """A residual branch whose last layer is zero starts as the identity."""
@@ -120,43 +138,19 @@ def zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
-class SiLU(nn.Module):
-    """x sigmoid(x), in place where no graph is recorded: the norm before it made x for it alone."""
-
-    def forward(self, x):
-        return F.silu(x, inplace=not torch.is_grad_enabled())
-
-
-silu = SiLU()
-
-
 class FrameConv(nn.Module):
-    """3x3 convolution of every frame, which may halve (stride 2) or first double H and W."""
+    """3x3 convolution of every frame, which may halve (stride 2) or first double (upsample) H and W."""
 
-    def __init__(self, cin: int, cout: int, stride: int = 1, double: bool = False):
+    def __init__(self, cin: int, cout: int, stride: int = 1, upsample: bool = False):
         super().__init__()
         self.conv = nn.Conv2d(cin, cout, 3, stride, padding=1)
-        self.double = double
+        self.upsample = upsample
 
     def forward(self, x, emb, c):
         B, x = x.shape[0], frames_to_batch(x)
-        if self.double:
+        if self.upsample:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         return batch_to_frames(self.conv(x), B)
-
-
-class TimeConv(nn.Conv3d):
-    """Convolution along T. On a CPU as an image convolution over (T, H*W), with the same result.
-
-    On one thread torch takes a 3x1x1 kernel, by its last two sizes, for pointwise, and runs it through copies
-    of its input (im2col): at half the speed, and not channels-last.
-    """
-
-    def forward(self, x):
-        if not on_cpu(x):
-            return super().forward(x)
-        h = F.conv2d(x.flatten(3), self.weight.flatten(3), self.bias, padding=self.padding[:2])
-        return h.unflatten(3, x.shape[3:])
 
 
 class TemporalConv(nn.Module):
@@ -165,9 +159,9 @@ class TemporalConv(nn.Module):
     def __init__(self, channels: int, groups: int):
         super().__init__()
 
-        def layer(*between):
-            return nn.Sequential(nn.GroupNorm(groups, channels), SiLU(), *between,
-                                 TimeConv(channels, channels, (3, 1, 1), padding=(1, 0, 0)))
+        def layer(*dropout):
+            return nn.Sequential(nn.GroupNorm(groups, channels), nn.SiLU(), *dropout,
+                                 nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0)))
 
         self.conv1 = layer()
         # nn.Identity is where the teachers had dropout: the convolution keeps its public name, conv2.3
@@ -190,36 +184,30 @@ class ResBlock(nn.Module):
         self.conv2 = zero(nn.Conv2d(cout, cout, 3, padding=1))
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
         self.temporal = TemporalConv(cout, groups)
+        self.silu = nn.SiLU()
 
     def forward(self, x, emb, c):
         """x (B, Cin, T, H, W), emb (B, 1 or T, 4 channels) -> (B, Cout, T, H, W); c is for Transformers."""
-        h = per_frame(lambda x: self.conv1(silu(self.norm1(x))), x)
+        h = per_frame(lambda x: self.conv1(self.silu(self.norm1(x))), x)
         h = h + self.emb(emb).transpose(1, 2)[..., None, None]
-        h = per_frame(lambda h: self.conv2(silu(self.norm2(h))), h)
+        h = per_frame(lambda h: self.conv2(self.silu(self.norm2(h))), h)
         return self.temporal(per_frame(self.skip, x) + h)
-
-
-CUDA_GRID = 65_535                          # the most that batch x heads may be in a fused attention kernel
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v over (N, heads, L, d)
 
-    By torch's fused kernel, except for short bf16 sequences on a CPU, where that takes twice as long as the
-    formula, and with its backward pass five times.
+    Over a few frames as written: pixels count as heads there, and fused kernels are not made for 12,800 of
+    them with 16 tokens each. Elsewhere by torch's fused kernel.
     """
-    most = max(CUDA_GRID // len(q), 1)
-    if q.shape[1] > most:                   # over time pixels count as heads: 73,728 at 576x1024
-        parts = zip(q.split(most, 1), k.split(most, 1), v.split(most, 1), strict=True)
-        return torch.cat([attention(*part) for part in parts], dim=1)
-    if on_cpu(q) and q.dtype == torch.bfloat16 and k.shape[-2] <= 512:
+    if k.shape[-2] <= 32:
         return attention_map(q, k) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def attention_map(q: Tensor, k: Tensor) -> Tensor:
     """softmax(q kᵀ / √d): (N, heads, L, d) twice -> (N, heads, L, L)"""
-    return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1)
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
 class Attention(nn.Module):
@@ -242,23 +230,15 @@ class Attention(nn.Module):
         return self.out(h.transpose(1, 2).reshape(B, L, -1))
 
     def fold(self, x, T):
-        """(B, L, heads*d) -> (sequences, heads, length, d), a view"""
+        """(B, L, heads*d) -> (B*T, heads, H*W, d), (B, H*W*heads, T, d) or (B, heads, L, d), a view"""
         B, L, _ = x.shape
-        if self.over == "space":
-            sequences, length = B * T, L // T       # a frame's pixels: (B*T, heads, H*W, d)
-        elif self.over == "time":
-            sequences, length = B, T                # a pixel's frames, pixels as heads: (B, H*W*heads, T, d)
-        else:
-            sequences, length = B, L                # the whole clip, or its caption: (B, heads, L, d)
+        sequences = B * T if self.over == "space" else B
+        length = {"space": L // T, "time": T, "all": L}[self.over]          # over time pixels count as heads
         return x.view(sequences, length, -1, self.head_dim).transpose(1, 2)
 
 
 class GEGLU(nn.Module):
-    """Feed-forward layer, four times as wide inside, whose one half gates the other (Shazeer, 2020).
-
-    Where no graph is recorded it takes some tokens at a time: what is inside would be the most that is held.
-    """
-    tokens = 4096
+    """Feed-forward layer, four times as wide inside, whose one half gates the other (Shazeer, 2020)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -266,11 +246,6 @@ class GEGLU(nn.Module):
         self.out = nn.Linear(4 * width, width)
 
     def forward(self, x):
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.gated(x)
-        return torch.cat([self.gated(part) for part in x.split(self.tokens, dim=1)], dim=1)
-
-    def gated(self, x):
         value, gate = self.proj(x).chunk(2, dim=-1)
         return self.out(value * F.gelu(gate))
 
@@ -318,54 +293,6 @@ class Block(nn.Sequential):
 
 # ---- UNet --------------------------------------------------------------------------------------------------
 
-
-def layout(config: UNetConfig) -> tuple[list, list, list]:
-    """The layers (kind, width in, width out) of all blocks: on the way down, in the middle, on the way up.
-
-    The published UNets, each block of the way up beside the one whose output it takes as its skip:
-
-        input_blocks                               output_blocks
-         0  conv 4 320                             11  res 640 320, space 320, time 320
-         1  res 320, space 320, time 320           10  res 640 320, space 320, time 320
-         2  res 320, space 320, time 320            9  res 960 320, space 320, time 320
-         3  halve 320                               8  res 960 640, space 640, time 640, double 640
-         4  res 320 640, space 640, time 640        7  res 1280 640, space 640, time 640
-         5  res 640, space 640, time 640            6  res 1920 640, space 640, time 640
-         6  halve 640                               5  res 1920 1280, space 1280, time 1280, double 1280
-         7  res 640 1280, space 1280, time 1280     4  res 2560 1280, space 1280, time 1280
-         8  res 1280, space 1280, time 1280         3  res 2560 1280, space 1280, time 1280
-         9  halve 1280                              2  res 2560 1280, double 1280
-        10  res 1280                                1  res 2560 1280
-        11  res 1280                                0  res 2560 1280
-               middle_block  res 1280, space 1280, time 1280, res 1280
-    """
-    widths = [config.channels * m for m in config.mult]
-    n, last = config.res_blocks, len(widths) - 1
-
-    def attend(width):
-        return [("space", width, width), ("time", width, width)]
-
-    down, up, finer = [], [], config.channels           # finer: width of the level above, larger in H and W
-    for level, width in enumerate(widths):
-        attention = attend(width) if level in config.attention_levels else []
-        coarser = widths[min(level + 1, last)]
-
-        # down: enter the level, then n ResBlocks
-        enter = ("halve", finer, finer) if level else ("conv", config.in_channels, finer)
-        inputs = [finer] + [width] * (n - 1)
-        down += [[enter]] + [[("res", cin, width), *attention] for cin in inputs]
-
-        # up: n + 1 ResBlocks, each of what comes up beside its skip, then leave the level
-        inputs = [coarser + width] + [width + width] * (n - 1) + [width + finer]
-        blocks = [[("res", cin, width), *attention] for cin in inputs]
-        blocks[-1] += [("double", width, width)] if level else []
-        up = blocks + up
-        finer = width
-
-    middle = [[("res", width, width), *attend(width), ("res", width, width)]]
-    return down, middle, up
-
-
 def condition_layers(config: UNetConfig) -> dict[str, nn.Module]:
     """What T2V-Turbo adds to its teacher: layers for ω, and in v2 for the strength of motion guidance.
 
@@ -389,6 +316,7 @@ class UNet3D(nn.Module):
         self.config, width = config, config.channels
         self.checkpointing = False          # recompute each block in the backward pass instead of storing it
 
+        # the embedding of t, and of what else the UNet is told
         def mlp():
             return nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
 
@@ -398,14 +326,15 @@ class UNet3D(nn.Module):
         for name, layer in self.conditions().items():
             self.add_module(name, layer)
 
-        down, (middle,), up = ([self.block(layers) for layers in blocks] for blocks in layout(config))
-        self.input_blocks = nn.ModuleList(down)
+        # blocks
+        down, middle, up = read_layout(config.layout)
+        self.input_blocks = nn.ModuleList(map(self.block, down))
         self.init_attn = Block(self.transformer("time", width, config.init_heads))
-        self.middle_block = middle
-        self.output_blocks = nn.ModuleList(up)
-        self.out = nn.Sequential(nn.GroupNorm(config.groups, width * config.mult[0]), SiLU(),
-                                 zero(nn.Conv2d(width * config.mult[0], config.in_channels, 3, padding=1)))
-        channels_last(self)
+        self.middle_block = self.block(middle)
+        self.output_blocks = nn.ModuleList(map(self.block, up))
+        _, _, last = up[-1][-1]
+        self.out = nn.Sequential(nn.GroupNorm(config.groups, last), nn.SiLU(),
+                                 zero(nn.Conv2d(last, config.in_channels, 3, padding=1)))
 
     def conditions(self) -> dict[str, nn.Module]:
         """Layers for what the UNet is told besides timestep, caption and frame rate."""
@@ -421,7 +350,7 @@ class UNet3D(nn.Module):
             return ResBlock(cin, cout, 4 * config.channels, config.groups)
         if kind in ("space", "time"):
             return self.transformer(kind, cin, cin // config.head_dim)
-        return FrameConv(cin, cout, stride=2 if kind == "halve" else 1, double=kind == "double")
+        return FrameConv(cin, cout, stride=2 if kind == "downsample" else 1, upsample=kind == "upsample")
 
     def transformer(self, over: str, channels: int, heads: int) -> Transformer:
         config = self.config
@@ -449,17 +378,16 @@ class UNet3D(nn.Module):
         return per_frame(self.last, h).to(z.dtype)
 
     def embed(self, z, t, c, w, fps, motion):
-        """Conditioning embedding of a clip, (B, 1, 4 channels): timestep, and ω, λ' and frame rate where
-        known."""
+        """Embedding of the conditions of a clip, (B, 1, 4 channels): t, and ω, λ' and frame rate if given."""
         config, B = self.config, z.shape[0]
         h = timestep_embedding(t, config.channels).to(self.dtype)
         if w is not None:
             assert config.guidance, "this UNet was built without a guidance embedding"
-            told = self.time_cond_proj(guidance_embedding(w).to(self.dtype))
+            guidance = self.time_cond_proj(guidance_embedding(w).to(self.dtype))
             if motion is not None:
                 strength = self.motion_cond_proj(guidance_embedding(motion).to(self.dtype))
-                told = self.combine_proj(torch.cat([told, strength], dim=1))
-            h = h + told
+                guidance = self.combine_proj(torch.cat([guidance, strength], dim=1))
+            h = h + guidance
         h = self.time_embed(h)
 
         if config.fps:
@@ -480,13 +408,13 @@ class UNet3D(nn.Module):
         In ẑ0 at t = 999 an error of ε is divided by α = 0.068. Rms error of ẑ0 at full width, random weights:
         0.217 with bfloat16 everywhere, 0.209 with this end in float32; rounding nothing but ε costs 0.025.
         """
-        whole = self.out[0].weight.dtype == torch.float32
-        with torch.autocast(h.device.type, enabled=False) if whole else nullcontext():
-            return self.out(h.to(self.out[0].weight.dtype))
+        dtype = self.out[0].weight.dtype
+        with torch.autocast(h.device.type, enabled=False) if dtype == torch.float32 else nullcontext():
+            return self.out(h.to(dtype))
 
     def run(self, block, *args):
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *args, use_reentrant=False)
+            return recompute(block, *args)
         return block(*args)
 
     def motion_attentions(self) -> list[Attention]:
@@ -498,15 +426,14 @@ class UNet3D(nn.Module):
         """forward -> ε and the probabilities of all motion attentions, (B, H*W*heads, T, T) each, float32.
 
         Both are differentiable, also with checkpointing: only q and k are kept, and the maps are made of them
-        afterwards. A compiled network runs eagerly here, as its graph would not listen.
+        afterwards. A compiled network runs eagerly here, as its graph would pass over the hooks.
         """
-        # one pass, in which q and k are kept
-        heard, attentions = {}, self.motion_attentions()
+        outputs, attentions = {}, self.motion_attentions()
 
-        def listen(layer, inputs, output):
-            heard[layer] = output
+        def keep(layer, inputs, output):
+            outputs[layer] = output
 
-        hooks = [layer.register_forward_hook(listen) for attn in attentions for layer in (attn.q, attn.k)]
+        hooks = [layer.register_forward_hook(keep) for attn in attentions for layer in (attn.q, attn.k)]
         try:
             with torch.compiler.set_stance("force_eager"):
                 eps = self(*args, **conditions)
@@ -514,20 +441,15 @@ class UNet3D(nn.Module):
             for hook in hooks:
                 hook.remove()
 
-        # the maps, in float32
-        T, maps, precise = eps.shape[2], [], torch.promote_types(eps.dtype, torch.float32)
-        for attn in attentions:
-            q, k = (attn.fold(heard[layer].to(precise), T) for layer in (attn.q, attn.k))
-            maps.append(attention_map(q, k))
-        return eps, maps
+        T, dtype = eps.shape[2], torch.promote_types(eps.dtype, torch.float32)
+        queries = [attn.fold(outputs[attn.q].to(dtype), T) for attn in attentions]
+        keys = [attn.fold(outputs[attn.k].to(dtype), T) for attn in attentions]
+        return eps, list(map(attention_map, queries, keys))
 
 
 def compile_layers(unet: UNet3D, **options) -> None:
-    """torch.compile with these options, layer by layer, in place: layers of the same sizes share their code.
-
-    The published UNets have 22 ResBlocks of 14 sizes, and 34 Transformers of 9.
-    """
-    torch._dynamo.config.recompile_limit = 100              # code for so many sizes of a class
+    """torch.compile with these options, layer by layer, in place: 56 layers of 23 sizes, which share code."""
+    torch._dynamo.config.recompile_limit = 100              # sizes of a class
     for layer in unet.modules():
         if isinstance(layer, (ResBlock, Transformer)):
             layer.compile(dynamic=False, **options)
@@ -535,12 +457,11 @@ def compile_layers(unet: UNet3D, **options) -> None:
 
 # ---- VAE ---------------------------------------------------------------------------------------------------
 
-
 @dataclass(frozen=True)
 class VAEConfig:
     """Sizes of a VAE; the defaults are those of Stable Diffusion's KL-F8, which both teachers use."""
     channels: int = 128
-    mult: tuple = (1, 2, 4, 4)
+    mult: tuple = (1, 2, 4, 4)              # width of each level, in units of channels
     res_blocks: int = 2                     # per level of the encoder; one more in the decoder
     latent: int = 4
     groups: int = 32                        # of every group norm
@@ -566,62 +487,13 @@ class VAEResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, cout, eps=1e-6)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+        self.silu = nn.SiLU()
 
     def forward(self, x):
-        if too_large(x):
-            h = norm_silu_conv(self.norm1, self.conv1, x)
-            h = norm_silu_conv(self.norm2, self.conv2, h, out=h)
-            for rows, h_rows in zip(x.split(ROWS, dim=2), h.split(ROWS, dim=2), strict=True):
-                h_rows += self.nin_shortcut(rows)
-            return h
-
-        h = self.conv1(silu(self.norm1(x)))
-        h = silu(self.norm2(h))
+        h = self.conv1(self.silu(self.norm1(x)))
+        h = self.silu(self.norm2(h))
         h = self.conv2(h)
         return self.nin_shortcut(x) + h
-
-
-LARGE = 2 ** 24                             # numbers of an image whose copies would be the most that is held
-ROWS = 16                                   # of it that are normalised at a time
-
-
-def too_large(x: Tensor) -> bool:
-    """Are images (N, C, H, W) taken by rows? On a CPU, where no graph is recorded, which would keep what norm
-    and SiLU make of them anyway."""
-    large = x[0].numel() >= LARGE and x.shape[2] % ROWS == 0
-    return large and on_cpu(x) and not torch.is_grad_enabled()
-
-
-def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """conv(silu(norm(x))) of a 3x3 convolution, by rows. out: where the result goes; it may be x itself."""
-    N, _, H, W = x.shape
-    scale, shift = scale_and_shift(norm, x)
-    if out is None:
-        out = x.new_empty(N, H, W, conv.out_channels).permute(0, 3, 1, 2)
-
-    window = x.new_zeros(N, ROWS + 2, W, x.shape[1]).permute(0, 3, 1, 2)        # and a row above and below
-    for top in range(0, H, ROWS):
-        window[:, :, 0] = window[:, :, ROWS]                # of the rows before these; zero above the first
-        rows = x[:, :, top:top + ROWS + 1]
-        inside = window[:, :, 1:1 + rows.shape[2]]
-        F.silu(torch.addcmul(shift, rows, scale, out=inside), inplace=True)
-        if rows.shape[2] == ROWS:                           # the last ones
-            window[:, :, -1] = 0
-        out[:, :, top:top + ROWS] = F.conv2d(window, conv.weight, conv.bias, padding=(0, 1))
-    return out
-
-
-def scale_and_shift(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A group norm as a product and a sum: x (N, C, H, W) -> (N, C, 1, 1) twice, in float32."""
-    groups = x.unflatten(1, (norm.num_groups, -1))
-    parts = [torch.var_mean(rows.float(), (2, 3, 4), correction=0) for rows in groups.split(ROWS, dim=3)]
-    variances, means = map(torch.stack, zip(*parts))        # of equally many rows each
-    variance = variances.mean(0) + means.var(0, correction=0)
-
-    each = norm.num_channels // norm.num_groups
-    scale = (variance + norm.eps).rsqrt().repeat_interleave(each, dim=1) * norm.weight
-    shift = norm.bias - means.mean(0).repeat_interleave(each, dim=1) * scale
-    return scale[..., None, None], shift[..., None, None]
 
 
 class VAEAttention(nn.Module):
@@ -634,22 +506,13 @@ class VAEAttention(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (f(h).permute(0, 2, 3, 1).flatten(1, 2)[:, None] for f in (self.q, self.k, self.v))
+        q, k, v = (conv(h).permute(0, 2, 3, 1).flatten(1, 2)[:, None] for conv in (self.q, self.k, self.v))
         h = attention(q, k, v)                              # (N, 1, H*W, C)
         h = h[:, 0].unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)
         return x + self.proj_out(h)
 
 
-def named(**layers):
-    return nn.Sequential(OrderedDict(layers))
-
-
-def vae_down(width):
-    pad = nn.ZeroPad2d((0, 1, 0, 1))                        # right and below only, as in training
-    return dict(downsample=named(pad=pad, conv=nn.Conv2d(width, width, 3, stride=2)))
-
-
-class VAEUpsample(nn.Module):
+class Upsample(nn.Module):
     """Doubles H and W, each pixel four times, and convolves. (N, C, H, W) -> (N, C, 2H, 2W)"""
 
     def __init__(self, width: int):
@@ -657,38 +520,29 @@ class VAEUpsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x):
-        if on_cpu(x) and not torch.is_grad_enabled():
-            return self.folded(x)
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
-    def folded(self, x):
-        """The same with 4/9 of the products, and without the doubled image: nine of its pixels are four of x.
 
-        The pixels of the result in even and odd rows and columns are four convolutions of x, 2x2 each.
-        """
-        N, C, H, W = x.shape
-        out = x.new_empty(N, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
-        for i, j in product((0, 1), repeat=2):
-            kernel = fold_kernel(fold_kernel(self.conv.weight, i, dim=2), j, dim=3)
-            corner = (..., slice(i, i + H), slice(j, j + W))                    # of (H + 1, W + 1)
-            out[:, :, i::2, j::2] = F.conv2d(x, kernel, self.conv.bias, padding=1)[corner]
-        return out
+def named(**layers) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(layers))
 
 
-def fold_kernel(kernel: Tensor, odd: int, dim: int) -> Tensor:
-    """Sums the two of three weights that fall on the same pixel before doubling: the last two in even rows or
-    columns, the first two in odd ones."""
-    a, b, c = kernel.split(1, dim)
-    return torch.cat([a + b, c] if odd else [a, b + c], dim)
+def downsample(width):
+    pad = nn.ZeroPad2d((0, 1, 0, 1))                        # right and below only, as in training
+    return named(pad=pad, conv=nn.Conv2d(width, width, 3, stride=2))
 
 
-def vae_up(width):
-    return dict(upsample=VAEUpsample(width))
-
-
-def vae_level(cin, cout, count, groups, resample):
+def vae_level(cin, cout, count, groups, **resampling):
     blocks = [VAEResBlock(cin if i == 0 else cout, cout, groups) for i in range(count)]
-    return named(block=nn.Sequential(*blocks), **resample)
+    return named(block=nn.Sequential(*blocks), **resampling)
+
+
+class Levels(nn.Sequential):
+    def forward(self, h):
+        for level in self:
+            for layer in (*level.block, *level[1:]):        # one by one: nobody holds a level's input
+                h = layer(h)
+        return h
 
 
 def vae_middle(width, groups):
@@ -696,52 +550,29 @@ def vae_middle(width, groups):
                  block_2=VAEResBlock(width, width, groups))
 
 
-class Encoder(nn.Module):
-    """Frames (N, 3, H, W) -> mean and log-variance of their latents before quant_conv, (N, 2 C, H/8, W/8)."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        widths, groups = [config.channels * m for m in config.mult], config.groups
-        self.conv_in = nn.Conv2d(3 * config.patch ** 2, config.channels, 3, padding=1)
-        self.down, finer = nn.ModuleList(), config.channels
-        for level, width in enumerate(widths):
-            resample = vae_down(width) if level < len(widths) - 1 else {}
-            self.down.append(vae_level(finer, width, config.res_blocks, groups, resample))
-            finer = width
-        self.mid = vae_middle(width, groups)
-        self.norm_out = nn.GroupNorm(groups, width, eps=1e-6)
-        self.conv_out = nn.Conv2d(width, 2 * config.latent, 3, padding=1)
-
-    def forward(self, x):
-        h = self.conv_in(x)
-        for layer in (*self.down, self.mid):
-            h = layer(h)
-        return self.conv_out(silu(self.norm_out(h)))
+def encoder(config: VAEConfig) -> nn.Sequential:
+    """Frames (N, 3, H, W) -> mean and log-variance of their latents before quant_conv, (N, 2 C, H/8, W/8)"""
+    widths, groups = [config.channels * m for m in config.mult], config.groups
+    levels = [vae_level(cin, width, config.res_blocks, groups, downsample=downsample(width))
+              for cin, width in zip([config.channels, *widths], widths, strict=False)]
+    del levels[-1].downsample
+    return named(conv_in=nn.Conv2d(3 * config.patch ** 2, config.channels, 3, padding=1),
+                 down=Levels(*levels), mid=vae_middle(widths[-1], groups),
+                 norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), silu=nn.SiLU(),
+                 conv_out=nn.Conv2d(widths[-1], 2 * config.latent, 3, padding=1))
 
 
-class Decoder(nn.Module):
-    """Latents (N, C, h, w) -> frames (N, 3, 8h, 8w)."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        widths, groups = [config.channels * m for m in config.mult], config.groups
-        last = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.latent, widths[last], 3, padding=1)
-        self.mid = vae_middle(widths[last], groups)
-        self.up = nn.ModuleList()                           # up.0 is the finest level and runs last
-        for level, width in enumerate(widths):
-            coarser = widths[min(level + 1, last)]
-            resample = vae_up(width) if level > 0 else {}
-            self.up.append(vae_level(coarser, width, config.res_blocks + 1, groups, resample))
-        self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[0], 3 * config.patch ** 2, 3, padding=1)
-
-    def forward(self, z):
-        h = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            for layer in (*level.block, *level[1:]):        # one by one: nobody holds the level's input
-                h = layer(h)
-        return self.conv_out(silu(self.norm_out(h)))
+def decoder(config: VAEConfig) -> nn.Sequential:
+    """Latents (N, C, h, w) -> frames (N, 3, 8h, 8w)"""
+    widths, groups = [config.channels * m for m in config.mult], config.groups
+    levels = [vae_level(cin, width, config.res_blocks + 1, groups, upsample=Upsample(width))
+              for cin, width in zip([*widths[1:], widths[-1]], widths, strict=True)]
+    del levels[0].upsample
+    up = OrderedDict((str(i), level) for i, level in reversed(list(enumerate(levels))))     # up.0 runs last
+    return named(conv_in=nn.Conv2d(config.latent, widths[-1], 3, padding=1),
+                 mid=vae_middle(widths[-1], groups), up=Levels(up),
+                 norm_out=nn.GroupNorm(groups, widths[0], eps=1e-6), silu=nn.SiLU(),
+                 conv_out=nn.Conv2d(widths[0], 3 * config.patch ** 2, 3, padding=1))
 
 
 class VAE(nn.Module):
@@ -754,10 +585,9 @@ class VAE(nn.Module):
         super().__init__()
         self.config, latent = config, config.latent
         self.checkpointing = False          # recompute each chunk of decoded frames in the backward pass
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.encoder, self.decoder = encoder(config), decoder(config)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
-        channels_last(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -767,7 +597,7 @@ class VAE(nn.Module):
         """x (B, 3, T, H, W) -> mean and log-variance of q(z | x), (B, 4, T, H/8, W/8) each, unscaled"""
         frames = frames_to_batch(x.to(self.dtype, memory_format=torch.channels_last_3d))
         frames = F.pixel_unshuffle(frames, self.config.patch)
-        h = torch.cat([self.quant_conv(self.encoder(part)) for part in frames.split(chunk or len(frames))])
+        h = torch.cat([self.quant_conv(self.encoder(some)) for some in frames.split(chunk or len(frames))])
         mean, logvar = batch_to_frames(h, x.shape[0]).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
@@ -779,24 +609,25 @@ class VAE(nn.Module):
 
     def decode(self, z: Tensor, chunk: int | None = None) -> Tensor:
         """Scaled latents -> pixels, `chunk` frames at a time; not clamped, as rewards need the gradient."""
+        def images(z):
+            return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.config.patch)
+
         frames = frames_to_batch((z / self.config.scale).to(self.dtype, memory_format=torch.channels_last_3d))
-        pixels = [self.run(part) for part in frames.split(chunk or len(frames))]
+        recomputed = self.checkpointing and torch.is_grad_enabled()
+        pixels = [recompute(images, some) if recomputed else images(some)
+                  for some in frames.split(chunk or len(frames))]
         return batch_to_frames(torch.cat(pixels), z.shape[0])
 
-    def decode_frames(self, z):
-        return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.config.patch)
 
-    def run(self, z):
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.decode_frames, z, use_reentrant=False)
-        return self.decode_frames(z)
+# for fast_cpu.speed_up: what has an equal layer that is faster, or takes less memory, on a CPU
+CPU_LAYERS = {GEGLU: fast_cpu.InParts, VAEResBlock: fast_cpu.ByRows, Upsample: fast_cpu.Folded}
 
 
 # ---- text --------------------------------------------------------------------------------------------------
 
-
 @dataclass(frozen=True)
 class TextConfig:
+    """Sizes of CLIP's text tower; the defaults are ViT-H's."""
     width: int = 1024
     layers: int = 24                        # of the published tower; its last layer is never run
     heads: int = 16
@@ -809,33 +640,21 @@ VIT_H = TextConfig()
 
 @cache
 def clip_tokenizer():
-    """OpenCLIP's byte pairs."""
     import open_clip  # here, as it takes seconds, which the toy saves
-    return open_clip.get_tokenizer("ViT-H-14")
+    return open_clip.get_tokenizer("ViT-H-14")              # byte pairs
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(TextTower):
     """Captions -> states of all L tokens before CLIP's last layer, (B, L, D).
 
-    The tower is open_clip's, and so are its names. Unlike the pooled embedding, these states keep every word
-    in its place.
+    Unlike the embedding of the whole caption, they keep every word in its place.
     """
 
     def __init__(self, config: TextConfig = VIT_H, tokenizer=None):
-        super().__init__()
-        import open_clip
-
-        self.config, width = config, config.width
+        super().__init__(**vars(config))
+        self.config, self.width = config, config.width
         self.tokenizer = tokenizer or clip_tokenizer()
-        self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.positional_embedding = nn.Parameter(torch.randn(config.context_length, width) * 0.01)
-        self.transformer = open_clip.transformer.Transformer(width, config.layers - 1, config.heads)
-        self.ln_final = nn.LayerNorm(width)
         self.warned = False
-
-    @property
-    def width(self) -> int:
-        return self.config.width
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """B captions -> (B, L) token ids. The first time that one is too long, says that it is cut."""
@@ -849,11 +668,7 @@ class TextEncoder(nn.Module):
         return self.tokenizer(captions)
 
     def forward(self, captions: list[str]) -> Tensor:
-        ids = self.tokenize(captions).to(self.positional_embedding.device)
-        x = self.token_embedding(ids) + self.positional_embedding
-        L = ids.shape[1]
-        causal = torch.full((L, L), float("-inf"), device=x.device, dtype=x.dtype).triu(1)
-        return self.ln_final(self.transformer(x, attn_mask=causal))
+        return self.penultimate(self.tokenize(captions).to(self.positional_embedding.device))
 
 
 # ---- families and loading ----------------------------------------------------------------------------------
@@ -914,7 +729,7 @@ def check_size(family: Family, **sides: int | None) -> None:
 
     They must be multiples of 64, the toy's of 16.
     """
-    multiple = family.vae.factor * 2 ** (len(family.unet.mult) - 1)
+    multiple = family.vae.factor * family.unet.factor
     for name, pixels in sides.items():
         if pixels is not None and (pixels < multiple or pixels % multiple):
             low = max(pixels // multiple, 1) * multiple
@@ -1008,7 +823,8 @@ def read_teacher(path: str | Path, text_layers: int) -> list[tuple[weights.State
         vae = weights.part(content, "first_stage_model.")
         text = weights.part(content, "cond_stage_model.model.")
 
-    last = rf"transformer\.resblocks\.{text_layers - 1}\."             # the tower's last layer is not run
+    text = weights.rename(text, OPENCLIP_BLOCKS)
+    last = rf"blocks\.{text_layers - 1}\."             # the tower's last layer is not run
     text = {key: x for key, x in text.items() if not re.match(UNUSED_TEXT + last, key)}
     return list(zip((unet, vae, text), files, strict=True))
 
@@ -1114,6 +930,7 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
         unet, vae, text = UNet3D(config), VAE(family.vae), TextEncoder(family.text)
     weights.fill(unet, state, turbo, device, dtype, lora).out.float()                   # see UNet3D.last
     weights.fill(vae, *vae_part, device, dtype).requires_grad_(False)
+    fast_cpu.speed_up(CPU_LAYERS, unet, vae)
     weights.fill(text, *text_part, device, dtype).requires_grad_(False)
     return Models(name, unet, vae, text, family, complete(header, family) if header else {})
 

@@ -13,13 +13,24 @@ from torch.nn import functional as F
 import model
 import rewards as reward_models
 from plumbing import weights
+from plumbing.fast_cpu import speed_up
 from shapes import STUDENTS, WEIGHTS, grammar, student, world
 from solver import Sampling, Schedule
+
+
+LAYOUT = """
+    conv 8 32                     | res 64+32 64
+    res 32 64                     | res 96+64 64
+    downsample 64                 | res 96+64 96, space 96, time 96, upsample 96
+    res 64 96, space 96, time 96  | res 96+96 96, space 96, time 96
+                  res 96, space 96, time 96, res 96
+"""                                         # to be read as model.LAYOUT
 
 
 @dataclass(frozen=True)
 class Config(model.UNetConfig):
     """Sizes of the toy's UNet."""
+    layout: str = LAYOUT
     spacetime: int = 128                    # width of SpaceTime
 
     @property
@@ -27,8 +38,7 @@ class Config(model.UNetConfig):
         return UNet
 
 
-TOY = Config(in_channels=8, channels=32, mult=(2, 3), res_blocks=1, attention_levels=(1,), head_dim=32,
-             context_dim=128, init_heads=1, groups=8)
+TOY = Config(in_channels=8, channels=32, head_dim=32, context_dim=128, init_heads=1, groups=8)
 TOY_VAE = model.VAEConfig(channels=48, mult=(1, 1), res_blocks=1, latent=8, groups=8, patch=4)
 TIMESTEPS = (999, 624, 499, 374)        # where most is decided; evenly spaced: 999, 749, 499, 249
 SAMPLING = {                            # how clips are made, unless the command line says otherwise
@@ -236,7 +246,8 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     """
     folder = Path(folder or WEIGHTS)
     state, config = read(folder / "teacher.safetensors")
-    config.pop("dropout", None)                             # in the headers of older files; it was 0
+    for name in ("dropout", "mult", "res_blocks", "attention_levels"):      # in headers of older files
+        config.pop(name, None)
     config = replace(configure(Config, config, folder / "teacher.safetensors"), **conditions)
 
     whole, lora, header = None, None, {}
@@ -252,6 +263,7 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     weights.fill(unet, state, turbo or folder, device, dtype, lora).out.float()          # see UNet3D.last
     unet.schedule = Schedule(device=device)
     vae, text = load_vae(folder).to(device, dtype), load_text(folder).to(device)    # text stays in float32
+    speed_up(model.CPU_LAYERS, unet, vae)
     return model.Models("shapes", unet, vae, text, FAMILY, header)
 
 

@@ -32,6 +32,7 @@ import model
 import rewards
 import shapes
 from plumbing import cli, weights
+from plumbing.fast_cpu import speed_up
 from plumbing.files import atomic, remove_leftovers
 from plumbing.run import Group, pick_device, usual_dtype
 from shapes import grammar, world
@@ -239,6 +240,7 @@ def vae(config: Config, group: Group) -> None:
     noise, which tells nothing; the teacher must not lean on it.
     """
     network = model.VAE(TOY_VAE).to(group.device)
+    speed_up(model.CPU_LAYERS, network)
 
     def loss_of(rng, progress):
         clips = draw(rng, 32, 2)[0].to(group.device)
@@ -392,6 +394,7 @@ def teacher(config: Config, group: Group) -> None:
     schedule = Schedule(device=group.device)
     torch.manual_seed(config.seed)                          # whatever loading the others drew
     network = UNet(TOY).to(group.device)
+    speed_up(model.CPU_LAYERS, network)
     for layer in network.modules():
         if isinstance(layer, nn.Conv3d):
             layer.weight.data[:, :, ::2] = 0            # what a frame takes from its neighbours

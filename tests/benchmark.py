@@ -30,8 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model import MODELSCOPE, VAE, VC2, UNet3D, channels_last, compile_layers  # noqa: E402
+from model import CPU_LAYERS, MODELSCOPE, VAE, VC2, UNet3D, compile_layers  # noqa: E402
 from plumbing.dryrun import build, simulation  # noqa: E402
+from plumbing.fast_cpu import FORMATS, speed_up  # noqa: E402
 from turbo import inject  # noqa: E402
 
 RATIOS = {"time": "busy", "memory": "peak", "activations": "activations", "tensors": "tensors"}
@@ -93,6 +94,8 @@ def count(which, what, args) -> tuple[int, int]:
     with simulation(plays=torch.device(args.device).type) as counter:
         with build("cpu", getattr(torch, args.dtype)):
             net = network(which, what, "cpu")
+        if which != "diffusers" and args.device == "cpu":
+            speed_up(CPU_LAYERS, net)
         run = one_pass(net, which, what, simulated)
         before = counter.reset()
         run()
@@ -159,8 +162,10 @@ def prepare(which, what, args):
     net = network(which, what).to(getattr(torch, args.dtype)).to_empty(device=args.device).eval()
     for p in net.parameters():
         p.normal_(std=0.02)
+        if which != "diffusers" and p.dim() in FORMATS:     # as weights.fill leaves them
+            p.data = p.data.contiguous(memory_format=FORMATS[p.dim()])
     if which != "diffusers":
-        channels_last(net)
+        speed_up(CPU_LAYERS, net)
     if which == "compiled":
         compile_layers(net)
     return one_pass(net, which, what, args)

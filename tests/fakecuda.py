@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from oracles import sizes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -243,7 +244,7 @@ def shrink() -> None:
     import rewards
 
     for name, family in list(model.FAMILIES.items()):
-        unet = dataclasses.replace(family.unet, mult=(1,), res_blocks=1, attention_levels=())
+        unet = dataclasses.replace(family.unet, **sizes(320, (1,), 1, attention_levels=()))
         vae = dataclasses.replace(family.vae, res_blocks=1, mult=(1, 2), patch=4)       # 8 pixels a latent
         text = dataclasses.replace(family.text, layers=2)
         model.FAMILIES[name] = dataclasses.replace(family, unet=unet, vae=vae, text=text)
@@ -325,7 +326,7 @@ def preparing(preset: str) -> dict:
     config, known = train.configure(["--preset", preset]), dict(model.FAMILIES)
     for name, family in known.items():              # the energy reads temporal attention on the way up
         model.FAMILIES[name] = dataclasses.replace(
-            family, unet=dataclasses.replace(family.unet, attention_levels=(0,)))
+            family, unet=dataclasses.replace(family.unet, **sizes(320, (1,), 1, attention_levels=(0,))))
     models, _ = world(config, Group())
     model.FAMILIES.update(known)
     models.unet.requires_grad_(False)

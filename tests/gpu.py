@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from oracles import sizes
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -248,8 +249,7 @@ def clip_size(name: str) -> tuple[int, int, int]:
 def tiny_families():
     """Within the block the published families are tiny."""
     known = dict(model.FAMILIES)
-    unet = dict(channels=32, mult=(1,), res_blocks=1, attention_levels=(0,), head_dim=16, context_dim=16,
-                init_heads=2, groups=8)
+    unet = dict(sizes(32, (1,), 1, attention_levels=(0,)), head_dim=16, context_dim=16, init_heads=2, groups=8)
     vae = model.VAEConfig(channels=32, mult=(1, 1), res_blocks=1, patch=2)
     text = model.TextConfig(width=16, layers=2, heads=2)
     recipes = dict(rewards.RECIPES)

@@ -20,3 +20,25 @@ class Late:
 
 diffusers, open_clip, peft, transformers = map(Late, ("diffusers", "open_clip", "peft", "transformers"))
 torchvision = Late("torchvision.transforms.functional")
+
+
+def sizes(channels: int = 32, mult: tuple = (1,), res_blocks: int = 2, attention_levels: tuple = (0, 1, 2),
+          in_channels: int = 4) -> dict:
+    """Fields of a UNetConfig of this many levels, each `mult` x `channels` wide, built by a rule."""
+    widths = [channels * m for m in mult]
+    down, up, finer = [], [], channels
+    for level, width in enumerate(widths):
+        attention = f", space {width}, time {width}" * (level in attention_levels)
+        coarser = widths[min(level + 1, len(widths) - 1)]
+
+        down += [f"downsample {finer}" if level else f"conv {in_channels} {finer}"]
+        down += [f"res {cin} {width}{attention}" for cin in [finer] + [width] * (res_blocks - 1)]
+        skips = [width] * res_blocks + [finer]
+        rising = [f"res {below}+{skip} {width}{attention}"
+                  for below, skip in zip([coarser] + [width] * res_blocks, skips, strict=True)]
+        up = [*rising[:-1], rising[-1] + f", upsample {width}" * (level > 0), *up]
+        finer = width
+
+    rows = [f"{left} | {right}" for left, right in zip(down, reversed(up), strict=True)]
+    middle = f"res {width}, space {width}, time {width}, res {width}"
+    return dict(layout="\n".join([*rows, middle]), channels=channels, in_channels=in_channels)

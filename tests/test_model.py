@@ -14,7 +14,7 @@ from dataclasses import replace
 import benchmark
 import pytest
 import torch
-from oracles import diffusers, transformers
+from oracles import diffusers, sizes, transformers
 from torch.nn import functional as F
 
 import model
@@ -32,16 +32,19 @@ from model import (
     compile_layers,
     frames_to_batch,
     guidance_embedding,
-    layout,
     pixels_to_tokens,
+    read_layout,
     timestep_embedding,
     tokens_to_pixels,
 )
+from plumbing import fast_cpu, taesd
+from plumbing.clip import OPENCLIP_BLOCKS
+from plumbing.fast_cpu import speed_up
 from plumbing.weights import DIFFUSERS, DIFFUSERS_VAE, VIDEOCRAFTER, fill, huggingface_text, rename
 from turbo import inject, lora_off
 
-SMALL = UNetConfig(channels=32, mult=(1, 2, 2, 2), head_dim=8, context_dim=24)
-TINY = replace(SMALL, mult=(1, 2), res_blocks=1, attention_levels=(0, 1), groups=8)
+SMALL = UNetConfig(**sizes(32, (1, 2, 2, 2)), head_dim=8, context_dim=24)
+TINY = replace(SMALL, **sizes(32, (1, 2), 1, (0, 1)), groups=8)
 SMALL_VAE = VAEConfig(channels=32, mult=(1, 1, 2, 2))
 SMALL_TEXT = TextConfig(width=24, layers=3, heads=2)
 
@@ -189,18 +192,17 @@ def test_inversion_as_published():
     """`reverse_ddim_loop` of T2V-Turbo-v2's preprocessing on the 200-step grid: latents after 4 and 6
     steps."""
     unet, (z, _, c) = original(replace(SMALL, fps=True)), INPUTS
-    wanted = [torch.tensor([19, 19]), torch.tensor([29, 29])]
-    found = solver.ddim_invert(solver.Schedule(200), lambda z, t: unet(z, t, c, fps=8), z, wanted)
-    for z_t, expected in zip(found, ([-1.5270374, .9312716, -.2580215, -1.6858568, -1.9553465, -.0795338],
-                                     [-1.5256926, .9399753, -.2515402, -1.6845522, -1.9580899, -.0667636])):
-        assert close(published(z_t), torch.tensor(expected))
+    latents = solver.ddim_invert(solver.Schedule(200), lambda z, t: unet(z, t, c, fps=8), z, [19, 29])
+    for t, expected in ((19, [-1.5270374, .9312716, -.2580215, -1.6858568, -1.9553465, -.0795338]),
+                        (29, [-1.5256926, .9399753, -.2515402, -1.6845522, -1.9580899, -.0667636])):
+        assert close(published(latents[t]), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_attention_maps_are_differentiable(checkpointing):
     """Against a finite difference, in float64; also where blocks are recomputed, and with the listeners gone
     by then."""
-    unet = original(replace(SMALL, mult=(1, 2))).double()
+    unet = original(replace(SMALL, **sizes(32, (1, 2)))).double()
     z, t, c = INPUTS
     z, c, step = z.double().requires_grad_(), c.double(), 1e-6 * randn(6, *z.shape).double()
 
@@ -243,26 +245,32 @@ def test_folds_copy_nothing():
     assert torch.equal(frames[4], x[1, :, 1]) and torch.equal(tokens_to_pixels(tokens, 3, 4, 5), x)
 
 
-def test_some_tokens_at_a_time_change_nothing(unet_pair, monkeypatch):
-    """Without a graph the feed-forward layers take parts, and activations work in place."""
-    ours, inputs = unet_pair[1], (randn(1, 2, 4, 4, 8, 8), torch.tensor([500, 20]), randn(2, 2, 7, 24))
-    whole = ours(*inputs)
-    monkeypatch.setattr(model.GEGLU, "tokens", 48)
-    assert close(ours(*inputs), whole, 0)
+def test_fast_layers_equal_the_textbook(unet_pair, monkeypatch):
+    """With a graph and without one: feed-forward layers take parts, SiLU works in place."""
+    ours = unet_pair[1]
+    fast = copy.deepcopy(ours)
+    speed_up(model.CPU_LAYERS, fast)
+    assert list(fast.state_dict()) == list(ours.state_dict()) and isinstance(fast.out[1], fast_cpu.InPlace)
+    monkeypatch.setattr(fast_cpu, "TOKENS", 48)
+    assert close(fast(*INPUTS), ours(*INPUTS))
     with torch.no_grad():
-        assert close(ours(*inputs), whole, 1e-6)
+        assert close(fast(*INPUTS), ours(*INPUTS))
+    speed_up(model.CPU_LAYERS, fast)                        # again: nothing is left to replace
+    assert type(fast.out[1]).__mro__[1:3] == (fast_cpu.InPlace, torch.nn.SiLU)
 
 
 @pytest.mark.parametrize("kernel", [3, 1])
 def test_convolution_along_time(kernel):
     """As an image convolution: the 3D one's result and gradient, channels-last as its input."""
-    conv = model.TimeConv(24, 16, (kernel, 1, 1), padding=(kernel // 2, 0, 0))
+    conv = torch.nn.Conv3d(24, 16, (kernel, 1, 1), padding=(kernel // 2, 0, 0))
+    fast = torch.nn.Sequential(copy.deepcopy(conv))
+    speed_up({}, fast)
     x = randn(0, 2, 24, 5, 4, 6).to(memory_format=torch.channels_last_3d).requires_grad_()
-    expected = F.conv3d(x, conv.weight, conv.bias, padding=conv.padding)
-    assert close(conv(x), expected) and conv(x).is_contiguous(memory_format=torch.channels_last_3d)
+    y, expected = fast(x), conv(x)
+    assert close(y, expected) and y.is_contiguous(memory_format=torch.channels_last_3d)
 
-    to = (x, conv.weight, conv.bias)
-    gradients = (torch.autograd.grad(y.square().sum(), to) for y in (conv(x), expected))
+    gradients = (torch.autograd.grad(result.square().sum(), (x, *layer.parameters()))
+                 for result, layer in ((y, fast), (expected, conv)))
     assert all(close(a, b) for a, b in zip(*gradients, strict=True))
 
 
@@ -285,30 +293,12 @@ def test_half_precision(unet_pair):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_attention(dtype, tolerance):
-    q, k, v = (randn(i, 2, 3, 8, 16) for i in range(3))
+@pytest.mark.parametrize("length", [8, 40])
+def test_attention(dtype, tolerance, length):
+    """The formula among a few frames, torch's kernel among many pixels."""
+    q, k, v = (randn(i, 2, 3, length, 16) for i in range(3))
     expected = torch.einsum("nhij,nhjd->nhid", torch.einsum("nhid,nhjd->nhij", q, k).div(4).softmax(-1), v)
     assert close(attention(q.to(dtype), k.to(dtype), v.to(dtype)).float(), expected, tolerance)
-
-
-def test_attention_is_split_where_a_cuda_grid_ends(monkeypatch):
-    """Batch x heads, of which pixels count over time, in parts of at most CUDA_GRID; same values and
-    gradients."""
-    unet = original(replace(SMALL, mult=(1, 2), attention_levels=(0,)))
-    z, t, c = INPUTS
-    z = z.clone().requires_grad_()
-    g, = torch.autograd.grad(unet(z, t, c).square().sum(), z)
-    whole, launched = F.scaled_dot_product_attention, []
-
-    def limited(q, k, v):
-        launched.append(len(q) * q.shape[1])
-        return whole(q, k, v)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", limited)
-    monkeypatch.setattr(model, "CUDA_GRID", 1000)
-    split, = torch.autograd.grad(unet(z, t, c).square().sum(), z)
-    assert max(launched) <= 1000 and close(split, g)
-    assert launched.count(1000) > 5  # 2 clips x 16 x 16 pixels x 4 heads = 2048 take three
 
 
 def test_the_end_of_the_unet_is_float32_under_autocast(unet_pair):
@@ -329,7 +319,7 @@ def test_the_end_of_the_unet_is_float32_under_autocast(unet_pair):
 def test_a_pass_copies_nothing_to_its_device(monkeypatch):
     """Each copy of a scalar would make the host wait for the GPU: sinusoids and rates are made where they are
     used."""
-    unet, (z, t, c) = original(replace(SMALL, mult=(1,), fps=True, guidance=True, motion=True)), INPUTS
+    unet, (z, t, c) = original(replace(SMALL, **sizes(32), fps=True, guidance=True, motion=True)), INPUTS
     w = torch.tensor([7.5, 14.2])
 
     def copied(*args, **options):
@@ -367,22 +357,16 @@ def test_start_of_training():
 
 
 def test_layout_of_the_published_unets():
-    """The table in the docstring is what `layout` returns."""
-    def text(block):
-        return ", ".join(
-            f"{kind} {cin}" if cin == cout else f"{kind} {cin} {cout}" for kind, cin, cout in block
-        )
-
-    table, (down, (middle,), up) = layout.__doc__, layout(VC2)
-    for i, block in enumerate(down):
-        beside = len(down) - 1 - i
-        assert f"{i:2}  {text(block):37}  {beside:2}  {text(up[beside])}\n" in table
-    assert f"middle_block  {text(middle)}\n" in table
+    """The table is what a rule makes of four levels; each skip is as wide as what leaves the block beside it."""
+    assert read_layout(model.LAYOUT) == read_layout(sizes(320, (1, 2, 4, 4))["layout"])
+    rows = [row.split("|") for row in model.LAYOUT.splitlines() if "|" in row]
+    skips = [int(re.search(r"\+(\d+)", up)[1]) for _, up in rows]
+    assert skips == [block[-1][2] for block in read_layout(model.LAYOUT)[0]] and len(skips) == 12
 
 
 def test_layers_compile_without_a_graph_break():
     """As sample.py --compile has them, in a training step: LoRA on and off, recomputed, under autocast."""
-    unet = original(replace(TINY, mult=(1,), attention_levels=(0,), fps=True, guidance=True))
+    unet = original(replace(TINY, **sizes(32, res_blocks=1, attention_levels=(0,)), fps=True, guidance=True))
     trained = inject(unet, 4)
     for p in trained:
         p.data = 0.1 * torch.randn_like(p)
@@ -481,22 +465,40 @@ def test_vae_decodes_as_diffusers(vae_pair, chunk, checkpointing):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
-def test_vae_without_a_graph(vae_pair, monkeypatch, dtype, tolerance):
-    """Large images are taken by rows, and doubled ones are not made."""
+def test_fast_vae(vae_pair, monkeypatch, dtype, tolerance):
+    """Large images are taken by rows, and doubled ones are not made; with a graph as the textbook has it."""
     theirs, ours = vae_pair
     ours = copy.deepcopy(ours).to(dtype)
-    monkeypatch.setattr(model, "LARGE", 64 * 32 * 32)       # the finest level
-    monkeypatch.setattr(model, "ROWS", 8)
+    speed_up(model.CPU_LAYERS, ours)
+    monkeypatch.setattr(fast_cpu, "LARGE", 64 * 32 * 32)    # the finest level
+    monkeypatch.setattr(fast_cpu, "ROWS", 8)
     x, z = randn(1, 2, 3, 3, 64, 32), randn(1, 2, 4, 3, 8, 4)
-    parts = []
-    by_rows = model.norm_silu_conv
-    monkeypatch.setattr(model, "norm_silu_conv", lambda *a, **k: parts.append(a[2].shape) or by_rows(*a, **k))
+    shapes, by_rows = [], fast_cpu.norm_silu_conv
+    monkeypatch.setattr(fast_cpu, "norm_silu_conv",
+                        lambda *a, **k: shapes.append(a[2].shape) or by_rows(*a, **k))
     with torch.no_grad():
         decoded, expected = ours.decode(z).float(), theirs.decode(frames_to_batch(z) / 0.18215).sample
         assert close(frames_to_batch(decoded), expected, tolerance) and decoded.isfinite().all()
         assert close(frames_to_batch(ours.posterior(x)[0].float()),
                      theirs.encode(frames_to_batch(x)).latent_dist.mean, tolerance)
-    assert parts == [(6, 32, 64, 32)] * 2 * (3 + 2)         # blocks of the decoder, and of the encoder
+    assert shapes == [(6, 32, 64, 32)] * 2 * (3 + 2)        # blocks of the decoder, and of the encoder
+    assert close(frames_to_batch(ours.decode(z).float()), expected, tolerance)
+
+
+@pytest.mark.parametrize("layout", ["taesd", "diffusers"])
+def test_tiny_decoder_equals_diffusers(tmp_path, layout):
+    theirs = diffusers.AutoencoderTiny().eval()
+    state = deterministic({key: tuple(x.shape) for key, x in theirs.state_dict().items()})
+    theirs.load_state_dict(state)
+    if layout == "taesd":                                   # taesd_decoder.pth: the decoder, clamp counted
+        state = {re.sub(r"^(\d+)", lambda m: str(int(m[1]) + 1), key.removeprefix("decoder.layers.")): x
+                 for key, x in state.items() if key.startswith("decoder.")}
+    torch.save(state, tmp_path / "tiny.pth")
+    ours = taesd.load_tiny_decoder(tmp_path / "tiny.pth")
+    assert sum(p.numel() for p in ours.parameters()) == 1_222_531
+    z = 3 * randn(1, 2, 4, 3, 8, 4)
+    with torch.no_grad():
+        assert close(frames_to_batch(ours.decode(z, chunk=4)), theirs.decode(frames_to_batch(z)).sample)
 
 
 def test_text_equals_transformers(capsys):
@@ -504,7 +506,7 @@ def test_text_equals_transformers(capsys):
                                          num_attention_heads=2, hidden_act="gelu")
     theirs = transformers.CLIPTextModel(config).eval()
     state = {key: x for key, x in theirs.state_dict().items() if "position_ids" not in key}
-    text = build(TextEncoder, SMALL_TEXT, huggingface_text(state))
+    text = build(TextEncoder, SMALL_TEXT, rename(huggingface_text(state), OPENCLIP_BLOCKS))
     captions = ["a red circle", "", "Dogs, running; in THE park! " * 20]
     with torch.no_grad():
         assert close(text(captions), theirs(text.tokenizer(captions))[0])

@@ -7,6 +7,7 @@ from dataclasses import replace
 import imageio.v3 as iio
 import pytest
 import torch
+from oracles import sizes
 from safetensors.torch import load_file
 
 import model
@@ -127,7 +128,7 @@ def test_nan_never_becomes_a_black_clip(tmp_path, monkeypatch, capsys):
 def test_compile_predicts_the_same_noise():
     """With a network of the published kind, for it has fewer layers."""
     torch.manual_seed(0)
-    unet = UNet3D(UNetConfig(in_channels=8, channels=32, mult=(1,), attention_levels=(0,), context_dim=128,
+    unet = UNet3D(UNetConfig(**sizes(32, attention_levels=(0,), in_channels=8), context_dim=128,
                              head_dim=32, groups=8, init_heads=1)).eval()
     for p in unet.parameters():
         p.data = 0.1 * torch.randn_like(p)
@@ -331,7 +332,7 @@ def test_a_students_header_names_its_model(tmp_path, capsys):
 
 def test_the_budget_of_a_clip_needs_no_files(monkeypatch, capsys):
     """--dry-run on fake tensors: parts, FLOP, memory, seconds at the rates of three cards."""
-    unet = replace(model.FAMILIES["vc2"].unet, channels=32, mult=(1, 2), res_blocks=1, attention_levels=(0,),
+    unet = replace(model.FAMILIES["vc2"].unet, **sizes(32, (1, 2), 1, attention_levels=(0,)),
                    head_dim=16, context_dim=16, init_heads=2, groups=8)
     vae = model.VAEConfig(channels=32, mult=(1, 1), res_blocks=1, patch=2)
     tiny = replace(model.FAMILIES["vc2"], unet=unet, vae=vae, frames=4, height=16, width=16,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import sizes
 
 import model
 import rewards
@@ -388,7 +389,7 @@ def test_spacetime_tells_frames_apart():
     ends. The toy is told in the first features, with the timestep and in each attention over the clip, and
     each is enough."""
     torch.manual_seed(0)
-    unet = UNet(replace(TOY, in_channels=4, mult=(1,), attention_levels=(0,), head_dim=8, context_dim=24,
+    unet = UNet(replace(TOY, **sizes(32, res_blocks=1, attention_levels=(0,)), head_dim=8, context_dim=24,
                         spacetime=16)).eval()
     for p in unet.parameters():
         if not p.any():

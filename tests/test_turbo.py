@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import test_model
 import torch
+from oracles import sizes
 from torch import nn
 
 import model
@@ -33,7 +34,7 @@ from turbo import (
     total_loss,
 )
 
-SMALL = model.UNetConfig(channels=32, mult=(1, 2), res_blocks=1, attention_levels=(0,), head_dim=16,
+SMALL = model.UNetConfig(**sizes(32, (1, 2), 1, attention_levels=(0,)), head_dim=16,
                          context_dim=24, init_heads=2, groups=8, fps=True, guidance=True)
 
 

@@ -11,6 +11,7 @@ import motion
 import pytest
 import tiny
 import torch
+from oracles import sizes
 from tiny import MOTION, Clips, configure, die, last, log, run, same, start, unsharded
 
 import data
@@ -113,7 +114,7 @@ def test_all_draws_of_a_clip_share_one_inversion(tmp_path, monkeypatch):
 
 
 def test_a_clip_does_not_depend_on_those_beside_it(tmp_path):
-    two_levels = partial(networks, unet=train.dataclasses.replace(MOTION, mult=(1, 2)))
+    two_levels = partial(networks, unet=train.dataclasses.replace(MOTION, **sizes(32, (1, 2), 1, (0,))))
     for micro in (1, 4):
         plan = train.dataclasses.replace(PLAN, micro=micro)
         make(tmp_path / f"{micro}", plan, clips=12, networks=two_levels)

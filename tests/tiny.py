@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from oracles import sizes
 from torch import nn
 
 import data
@@ -31,9 +32,9 @@ T, H, W = 4, 16, 16
 SETTINGS = (f"--preset shapes-vcm --frames {T} --height {H} --width {W} --image-frames 2 --video-frames 2 "
             "--batch 6 --micro 3 --lora 4 --steps 4 --save-every 2 --sample-every 0 --dtype float32 "
             "--lr 1e-4 --grid 50 --w-min 5 --w-max 15 --image-weight 1 --video-weight 2").split()
-UNET = model.UNetConfig(channels=32, mult=(1,), res_blocks=1, attention_levels=(), head_dim=16,
-                        context_dim=16, init_heads=2, groups=8)
-MOTION = dataclasses.replace(UNET, attention_levels=(0,))       # has the attention that v2's energy reads
+UNET = model.UNetConfig(**sizes(32, (1,), 1, attention_levels=()), head_dim=16, context_dim=16,
+                        init_heads=2, groups=8)
+MOTION = dataclasses.replace(UNET, **sizes(32, (1,), 1, attention_levels=(0,)))       # has the attention that v2's energy reads
 
 
 class Text(nn.Module):
