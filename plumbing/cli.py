@@ -130,7 +130,7 @@ def parser_for(cls, description="", positional=None, prog=None, defaults=None) -
             group = parser.add_argument_group(title.strip())
         if name not in comments:
             continue
-        value = ", ".join(in_force[name]) if isinstance(in_force[name], tuple) else in_force[name]
+        value = ", ".join(map(str, in_force[name])) if isinstance(in_force[name], tuple) else in_force[name]
         text = comments[name] + (f" [{value}]" if value not in (None, "", False, dataclasses.MISSING) else "")
         settings = settings_of(annotations[name]) | dict(help=text.replace("%", "%%"))
         if name == positional:

@@ -29,7 +29,7 @@ from model import to_clip
 from plumbing import cli, stats
 from plumbing.cli import Count, NotNegative, Within
 from shapes import grammar, world
-from shapes.table import margin, travel
+from shapes.table import travel
 from solver import Sampling, Schedule, ddim_invert, ddim_sample
 from turbo import guided_eps, motion_gradient, motion_push, solve, teacher_eps
 
@@ -59,9 +59,9 @@ def moving_clips(count: int) -> tuple[list[grammar.Scene], list[str], Tensor]:
 
 
 def cosine(a: Tensor, b: Tensor) -> str:
-    """Mean over clips and its 95 % interval, if there are several."""
+    """Mean over clips and its 95 % interval."""
     mean, half = stats.mean_interval(torch.cosine_similarity(a.flatten(1), b.flatten(1)).tolist())
-    return f"{mean:+.3f}{margin(half, unit=1, digits=3)}"
+    return f"{mean:+.3f} ± {half:.3f}"
 
 
 class Check:
@@ -71,8 +71,8 @@ class Check:
         self.config, self.models, self.schedule = config, shapes.load(), Schedule(config.grid)
         self.models.unet.requires_grad_(False)
         self.scenes, captions, clips = moving_clips(config.clips)
-        self.c, self.null = self.models.text(captions), self.models.text([""] * len(captions))
-        self.walk = guided_eps(self.models.unet, self.c, self.null, Sampling(guidance=config.guidance))
+        self.c, self.uncond = self.models.text(captions), self.models.text([""] * len(captions))
+        self.walk = guided_eps(self.models.unet, self.c, self.uncond, Sampling(guidance=config.guidance))
 
         x = clips.float() / 127.5 - 1
         twins = {"true": x, "backwards": x.flip(2), "still": x[:, :, 4:5].expand_as(x)}
@@ -85,9 +85,8 @@ class Check:
 
     def inverted(self, steps: int) -> dict[int, Tensor]:
         """The true clips at each t of the grid, {t: latents}."""
-        found = ddim_invert(Schedule(steps), lambda z, t: self.models.unet(z, t, self.c), self.z0["true"],
-                            self.grid)
-        return {t[0].item(): z_ref for t, z_ref in zip(self.grid, found, strict=True)}
+        return ddim_invert(Schedule(steps), lambda z, t: self.models.unet(z, t, self.c), self.z0["true"],
+                           self.schedule.grid.tolist())
 
     def gradient(self, z: Tensor, t: Tensor, z_ref: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z_ref = self.references[t[0].item()] if z_ref is None else z_ref
@@ -96,8 +95,7 @@ class Check:
     def travel(self, z0: Tensor) -> float:
         """Mean, in pixels."""
         clips = to_clip(self.models.vae, z0)
-        gone = [travel(scene, clip) for scene, clip in zip(self.scenes, clips)]
-        return sum(gone) / len(gone)
+        return sum(travel(scene, clip) for scene, clip in zip(self.scenes, clips)) / len(clips)
 
     def coarser_row(self, t: Tensor) -> list[str]:
         """The cells at t (B,) of the table of inversions."""
@@ -116,23 +114,23 @@ class Check:
     def row(self, t: Tensor) -> list[str]:
         """The cells at t (B,)."""
         z_t = {name: self.schedule.add_noise(z0, self.eps, t) for name, z0 in self.z0.items()}
-        found = {name: self.gradient(z, t) for name, z in z_t.items()}
-        energies = {name: energy for name, (_, energy) in found.items()}
+        gradients = {name: self.gradient(z, t) for name, z in z_t.items()}
+        energies = {name: energy for name, (_, energy) in gradients.items()}
         nearer = (energies["true"] < energies["backwards"]).float().mean()
         cells = [str(t[0].item()), *(f"{energy.mean():.1f}" for energy in energies.values()), f"{nearer:.0%}"]
 
         # towards the true clip, and as a control towards another one
         for name in ("backwards", "still"):
             towards = self.z0["true"] - self.z0[name]
-            cells += [cosine(-found[name][0], towards), cosine(-found[name][0], towards.roll(1, 0))]
-        return cells + self.guided_steps(z_t["true"], t, found["true"][0])
+            cells += [cosine(-gradients[name][0], towards), cosine(-gradients[name][0], towards.roll(1, 0))]
+        return cells + self.guided_steps(z_t["true"], t, gradients["true"][0])
 
     def guided_steps(self, z_t: Tensor, t: Tensor, gradient: Tensor) -> list[str]:
         """Energy after a step of each λ', and how far things go in the end."""
         s, w = self.schedule.previous(t), torch.full((len(t),), self.config.guidance)
         rest = [time for time in self.schedule.grid.flip(0).tolist() if time <= s[0]]
         with torch.no_grad():
-            eps = teacher_eps(self.models.unet, z_t, t, self.c, self.null)
+            eps = teacher_eps(self.models.unet, z_t, t, self.c, self.uncond)
 
         cells = []
         for motion in self.config.motion:
