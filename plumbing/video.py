@@ -254,13 +254,12 @@ def write_video(path: str | Path, clip: Tensor, fps: float) -> None:
     pixels, and yuv420p, which halves the planes of colour, keeps the edges. Raises UserError."""
     check_clip(clip)
     check_output(path, fps)
-    path, clip, suffix = Path(path), clip.cpu(), Path(path).suffix.lower()
-    pictures, comment = clip.permute(1, 2, 3, 0).contiguous().numpy(), ""                # (T, H, W, 3)
+    path, clip, comment = Path(path), clip.cpu(), ""
+    pictures, suffix = clip.permute(1, 2, 3, 0).contiguous().numpy(), path.suffix.lower()     # (T, H, W, 3)
     if suffix not in FILES:
-        write_png(png_folder(path), pictures)
-        return
+        return write_png(png_folder(path), pictures)
 
-    _, _, H, W = clip.shape
+    H, W = clip.shape[2:]
     if max(H, W) < 256 and suffix in FPS:
         factor, comment = 2 * math.ceil(128 / min(H, W)), f"enlarged from {H}x{W}"
         pictures = pictures.repeat(factor, 1).repeat(factor, 2)
