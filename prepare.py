@@ -19,7 +19,7 @@ from tqdm import tqdm
 import data
 from model import Models
 from plumbing.dryrun import Work
-from plumbing.run import Group, listen
+from plumbing.run import Group, stop_signals
 from solver import Schedule, ddim_invert
 from turbo import Solved, motion_gradient, motion_strength, teacher_eps
 
@@ -74,7 +74,7 @@ class Plan:
 
 def prepare(plan: Plan, models: Models, clips, writer: data.CacheWriter, group: Group) -> int | None:
     """Fills a cache with this process's share of the clips -> the signal that stopped it, or None."""
-    heard = listen()
+    heard = stop_signals()
     missing = writer.missing()
     with tqdm(total=len(missing), desc="clips prepared", disable=group.rank > 0) as bar:
         for indices in micro_batches(missing, plan.micro):
@@ -85,7 +85,7 @@ def prepare(plan: Plan, models: Models, clips, writer: data.CacheWriter, group: 
                 writer.add(sample)
             bar.update(len(indices))
 
-    if group.any_at_last(heard):
+    if group.any(heard):
         return (heard or [signal.SIGTERM])[0]
     if group.rank == 0:
         writer.finish()

@@ -82,6 +82,7 @@ class Recipe:
     clip: float = 1.0           # largest gradient norm; released code
     checkpointing: bool = True  # recompute the UNet's activations in the backward pass
     motion_share: float = 0.5   # τ of v2: motion guidance at t >= 1000 (1 - τ)
+    inversion_steps: int = 50   # prepare.py: grid of the DDIM inversion; released code: 200
     released_motion: bool = False   # motion guidance with the released code's √(1 - √ᾱ), not √(1 - ᾱ)
     reward_every: int = 3       # v2: rewards see one clip for so many that are distilled; paper: 8 of 24
     on_policy: float = 0.0      # share of clips with z_t where the student's own sampling comes; papers: none
@@ -307,12 +308,12 @@ class Autocast(nn.Module):
 
 class Trainer:
     """Student, teacher, target, rewards and optimizer; `step` is one round of Algorithm 1."""
-    identity = ""                       # fingerprint of the teacher
+    fingerprint = ""                    # of the teacher
 
     def __init__(self, config: Config, models: Models, terms: list[RewardTerm], group: Group,
                  parts: Parts | None = None, to_host: Callable[[Tensor], list[float]] = Tensor.tolist):
         """to_host: brings a step's sums to the CPU; a simulation has its own, as its tensors are empty."""
-        for clips in (config.batch, reward_batch(config) if is_v2(config) else 0):
+        for clips in (config.batch, reward_batch(config) if is_v2(config) else config.batch):
             if clips % group.world_size:
                 more = math.ceil(config.batch / group.world_size) * group.world_size
                 more *= config.reward_every if is_v2(config) else 1
@@ -513,7 +514,7 @@ class Trainer:
         No random state is in it: draws depend on the seed and the position alone.
         """
         return dict(
-            config=dataclasses.asdict(self.config), teacher=self.identity, step=self.done, record=record,
+            config=dataclasses.asdict(self.config), teacher=self.fingerprint, step=self.done, record=record,
             steps_skipped=self.skipped, clips_skipped=record["clips_skipped"],
             params={name: p.detach() for name, p in self.named.items()},
             ema=self.ema.average if self.ema else [], optimizer=self.optimizer.state_dict())
@@ -521,7 +522,7 @@ class Trainer:
     @torch.no_grad()
     def load_state(self, state: dict) -> None:
         """The inverse of `state`."""
-        if state["teacher"] != self.identity:
+        if state["teacher"] != self.fingerprint:
             raise UserError("this run began with another teacher; go on with that one (--teacher), or choose "
                             "another --out")
         for name, p in self.named.items():
@@ -529,6 +530,8 @@ class Trainer:
         for average, saved in zip(self.ema.average if self.ema else [], state["ema"], strict=True):
             average.copy_(saved)
         self.optimizer.load_state_dict(state["optimizer"])
+        for moments in self.optimizer.state.values():               # the file's own, where the device is the same
+            moments.update({name: x.clone() for name, x in moments.items()})
         self.keep_moments()
         self.done, self.skipped = state["step"], state["steps_skipped"]
         self.clips_skipped = state["clips_skipped"]
@@ -615,42 +618,46 @@ def load_world(config: Config, group: Group) -> tuple[Models, object, list[Rewar
         load_reward = partial(toy_reward, device=group.device, folder=config.teacher or None)
     else:
         load_reward = partial(rewards.load, device=group.device, dtype=getattr(torch, config.dtype))
-    clips, terms, models = open_clips(config, group), reward_terms(config, load_reward), load_models(config, group)
-    if is_v2(config) and clips.header["teacher"] != teacher_identity(models):
+    if is_v2(config):
+        clips = data.Cache(config.data[0], expected(config))
+    else:
+        clips = toy_clips(config) if is_toy(config) else open_clips(config, config.data, group)
+    terms = reward_terms(config, load_reward)
+    models = load_models(config, group.device)
+    if is_v2(config) and clips.header["teacher"] != teacher_fingerprint(models):
         raise UserError(f"the cache in {config.data[0]} was made by another teacher "
                         f"({clips.header['teacher_file']}); give that one with --teacher")
     return models, clips, terms
 
 
-def load_models(config: Config, group: Group) -> Models:
-    """The teacher, and the layers that a student adds to it."""
-    conditions = dict(guidance=True, motion=has_motion(config), device=group.device)
+def load_models(config: Config, device: torch.device) -> Models:
+    """The teacher; in float32 where all of its weights are to be trained."""
     if is_toy(config):
-        return shapes.load(folder=config.teacher or None, **conditions)
+        return shapes.load(folder=config.teacher or None, device=device)
     dtype = getattr(torch, config.dtype)
-    models = model.load(model_name(config), config.teacher or None, dtype=dtype if config.lora else torch.float32,
-                        **conditions)
+    models = model.load(model_name(config), config.teacher or None, device=device,
+                        dtype=dtype if config.lora else torch.float32)
     models.vae.to(dtype)
     models.text.to(dtype)
     return models
 
 
-def teacher_identity(models: Models) -> str:
+def teacher_fingerprint(models: Models) -> str:
     """A teacher's fingerprint, whatever dtype it is in; without the layers that a student adds."""
     added = ("time_cond_proj", "motion_cond_proj", "combine_proj")
     state = models.unet.state_dict()
     return data.fingerprint({name: x for name, x in state.items() if not name.startswith(added)})
 
 
-def open_clips(config: Config, group: Group):
-    """The captioned clips of --data; the toy's; or for v2 the cache of --data."""
-    if is_v2(config):
-        return data.Cache(config.data[0], expected(config))
-    if is_toy(config):
-        return shapes.Clips(frames=config.frames, size=config.height, pairs=config.pairs)
+def toy_clips(config: Config) -> shapes.Clips:
+    return shapes.Clips(frames=config.frames, size=config.height, pairs=config.pairs)
+
+
+def open_clips(config: Config, specs: tuple[str, ...], group: Group) -> data.ClipDataset:
+    """The captioned clips of --data."""
     manifest = {name: getattr(config, name) for name in ("columns", "video_root") if getattr(config, name)}
     with group.rank0_first():               # it indexes shards, the others read the index
-        return data.open_dataset(config.data, config.frames, config.fps, config.height, config.width,
+        return data.open_dataset(specs, config.frames, config.fps, config.height, config.width,
                                  cache=config.out, **manifest)
 
 
@@ -727,7 +734,7 @@ def header(trainer: Trainer) -> dict:
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in PATHS}
     return {
         "version": 2, "model": model_name(config), "method": "turbo-v2" if is_v2(config) else method,
-        "teacher": trainer.identity, "grid": config.grid, "steps": config.grid,     # steps: as older files say
+        "teacher": trainer.fingerprint, "grid": config.grid, "steps": config.grid,     # steps: as older files say
         "w_min": config.w_min, "w_max": config.w_max, "rank": config.lora,
         "fps": config.fps, "frames": config.frames, "height": config.height, "width": config.width,
         "motion": config.motion if has_motion(config) else None,
@@ -846,9 +853,9 @@ def main(argv: list[str] | None = None):
 
         # networks and clips
         models, clips, terms = load_world(config, group)
-        identity = teacher_identity(models)
+        fingerprint = teacher_fingerprint(models)
         trainer = trainer_class(config, models, terms, group)
-        trainer.identity, record = identity, state.get("record", {})
+        trainer.fingerprint, record = fingerprint, state.get("record", {})
         if state:
             trainer.load_state(state)
         del state                                                   # its file may be deleted from here on

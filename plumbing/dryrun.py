@@ -44,7 +44,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.live = self.peak = self.flops = self.moved = 0
-        self.known = set()
+        self.known, self.paused = set(), False
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -61,7 +61,16 @@ class LiveBytes(TorchDispatchMode):
                 self.add(x.untyped_storage())
         return out
 
+    def uncounted(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor like x that takes no bytes: it plays one in host memory."""
+        self.paused = True
+        copy = torch.empty_like(x.detach())
+        self.paused = False
+        return copy
+
     def add(self, storage) -> None:
+        if self.paused:
+            return
         key, size = storage._cdata, storage.nbytes()
         if key not in self.known:
             self.known.add(key)
@@ -93,7 +102,7 @@ class CountedParts(Parts):
     """Also FLOP and bytes moved in each part."""
 
     def __init__(self, device: torch.device, memory):
-        super().__init__(device, memory)
+        super().__init__(device, memory, synchronize=True)
         self.flops, self.moved = defaultdict(int), defaultdict(int)
 
     @contextmanager
@@ -111,18 +120,17 @@ class CountedParts(Parts):
 def simulation(plays: str = "cuda"):
     """Within the block tensors are fake, on the CPU, and are counted as a GPU would hold them -> the counter.
 
-    The meta device plays the host of --offload: what is there is not counted, and fails where it is used.
-    plays: "cpu" to count what a CPU holds.
+    What waits in host memory (--offload) is not counted. plays: "cpu" to count what a CPU holds.
     """
-    fake, counter, home = FakeTensorMode(), LiveBytes(), Offload.home
+    fake, counter, to_host = FakeTensorMode(), LiveBytes(), Offload.to_host
     fake.__deepcopy__ = lambda memo: fake                       # copies of fake tensors stay in the one mode
-    Offload.home, run.cpu_plays = torch.device("meta"), plays
+    Offload.to_host, run.cpu_plays = staticmethod(counter.uncounted), plays
     try:
         with warnings.catch_warnings(), fake, like_cuda(), counter:
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")   # by deepcopy
             yield counter
     finally:
-        Offload.home, run.cpu_plays = home, "cpu"
+        Offload.to_host, run.cpu_plays = staticmethod(to_host), "cpu"
 
 
 @contextmanager
@@ -181,9 +189,9 @@ def report(config, group, world, trainer_class) -> Parts:
     if simulated:
         if config.preset.startswith("shapes"):
             raise ValueError(f"--preset {config.preset} is small enough for real steps: --dry-run 5")
-        group.device, n = torch.device("cpu"), config.micro     # other clips of a batch find the same memory
-        less = {"reward_batch": n * group.world} if config.preset == "turbo-v2" else {}
-        config = dataclasses.replace(config, batch=n * group.world, **less)
+        group.device, n = torch.device("cpu"), config.micro_batch     # other clips of a batch find the same memory
+        less = {"reward_every": 1} if config.preset == "turbo-v2" else {}
+        config = dataclasses.replace(config, batch=n * group.world_size, **less)
     cuda = group.device.type == "cuda"
     counting = simulation() if simulated else CudaBytes() if cuda else LiveBytes()
 
@@ -195,11 +203,12 @@ def report(config, group, world, trainer_class) -> Parts:
         to_host = no_values if simulated else torch.Tensor.tolist
         trainer = trainer_class(config, models, terms, group, parts, to_host)
         trainer.optimizer.step()                                # allocates the moments; the gradient is zero
+        trainer.keep_moments()
         held = inventory(trainer)
         held["together" if not config.offload else "on the device"] = counter.live
         if simulated:
             pick_worst(terms)
-        batch = random_batch(config, models, config.batch // group.world)
+        batch = random_batch(config, models, config.batch // group.world_size)
         bar = f"steps of {config.batch} clips"
         steps = tqdm(total=1 + config.dry_run, desc=bar, disable=group.rank > 0)
         trainer.step(batch)
@@ -214,7 +223,7 @@ def report(config, group, world, trainer_class) -> Parts:
     steps.close()
     if group.rank == 0:
         show(config, group, held, parts, records)
-    group.leave()
+    group.close()
     return parts
 
 
@@ -248,7 +257,8 @@ def inventory(trainer) -> dict[str, int]:
     held["trained weights" if not trainer.config.lora else "LoRA"] = trained
     ema = trained * bool(trainer.ema)
     held |= {"their EMA": ema, "their gradient": trained, "their moments": 2 * trained}
-    waiting = {"in host memory": trainer.offload.bytes()} if trainer.offload.on else {}
+    waiting = sum(host.nbytes for pairs in trainer.offload.waiting.values() for _, host in pairs)
+    waiting = {"in host memory": waiting} if trainer.offload.on else {}
     return held | waiting
 
 
@@ -264,7 +274,7 @@ def show(config, group, held: dict, parts: CountedParts, records: list[dict]) ->
     """Prints the table: what is held all the time, then the cost of each part of a step."""
     n = len(records)
     print(f"{config.preset}, {config.width}x{config.height}, {config.frames} frames, {config.dtype}, "
-          f"{config.batch} clips on {group.world} process{'es' * (group.world > 1)}, {config.micro} at a time"
+          f"{config.batch} clips on {group.world_size} process{'es' * (group.world_size > 1)}, {config.micro_batch} at a time"
           ", " + (f"{n} steps" if n else "simulated"))
     show_held(held)
     show_parts(parts, "part of a step", n)
@@ -273,8 +283,8 @@ def show(config, group, held: dict, parts: CountedParts, records: list[dict]) ->
     if n:
         seconds = sum(parts.seconds.values()) / n
         print("last step: " + ", ".join(f"{name} {value:.4g}" for name, value in records[-1].items()))
-        hours = seconds * config.steps / 3600
-        print(f"a step takes {seconds:.2f} s, {config.steps} steps take {hours:.1f} h")
+        hours = seconds * config.train_steps / 3600
+        print(f"a step takes {seconds:.2f} s, {config.train_steps} steps take {hours:.1f} h")
     else:
         show_cards(sum(parts.flops.values()), sum(parts.moved.values()), config.dtype)
 

@@ -108,7 +108,7 @@ def fit(name: str, network: nn.Module, loss_of: LossOf, steps: int, config: Conf
         torch.manual_seed(config.seed * 1_000_003 + step)
         loss, figures = loss_of(random.Random(f"{config.seed} {name} {step}"), step / steps)
         loss.backward()
-        if group is not None and group.world > 1:
+        if group is not None and group.world_size > 1:
             share_gradients(params, group)
 
         # Update of the weights and of their average; early averages forget the random start
@@ -156,7 +156,7 @@ def resume(path: Path, network: nn.Module, optimizer: torch.optim.Optimizer, ave
 
 def share_gradients(params: list[nn.Parameter], group: Group) -> None:
     """Every process gets the mean of all processes' gradients, in one exchange."""
-    shared = group.sum(torch.cat([p.grad.flatten() for p in params])) / group.world
+    shared = group.sum(torch.cat([p.grad.flatten() for p in params])) / group.world_size
     for p, grad in zip(params, shared.split([p.numel() for p in params])):
         p.grad.copy_(grad.view_as(p))
 
@@ -407,7 +407,7 @@ def teacher(config: Config, group: Group) -> None:
             clips = some_frame(clips, rng)[:, :, None]
 
         # Drawn for the whole batch, so that any number of processes trains on the same
-        mine = slice(B * group.rank // group.world, B * (group.rank + 1) // group.world)
+        mine = slice(B * group.rank // group.world_size, B * (group.rank + 1) // group.world_size)
         c = text([caption if rng.random() > 0.1 else "" for caption in captions][mine])
         ranges = [phase.lesson if i % phase.uniform else (0, 1000) for i in range(B)]
         t = torch.tensor([rng.randrange(*each) for each in ranges], device=group.device)[mine]
@@ -498,7 +498,7 @@ def main(argv=None):
     group = Group(config.device)                            # first: it chooses this process's GPU
     torch.manual_seed(config.seed)
     {"vae": vae, "clip": clip, "viclip": viclip, "teacher": teacher}[config.stage](config, group)
-    group.leave()
+    group.close()
 
 
 if __name__ == "__main__":

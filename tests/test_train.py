@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import time
-from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -16,14 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import evaluate
 import model
-import prepare
 import rewards
 import train
 import turbo
 from data import BadClip
-from plumbing import cli, dryrun, video, weights
+from plumbing import dryrun, folder, video, weights
+from plumbing.errors import UserError
 from plumbing.folder import checkpoints
-from plumbing.run import FlatAdamW, Group, own_gpu, pick_device, usual_dtype
+from plumbing.run import Group, own_gpu, pick_device, usual_dtype
 from shapes.pretrain import mixed_precision
 from solver import Schedule
 from turbo import consistency, pseudo_huber, solve, teacher_eps
@@ -31,9 +30,9 @@ from turbo import consistency, pseudo_huber, solve, teacher_eps
 LOAD_WORLD = train.load_world
 
 
-def trainer(*argv, seed=0, unet=tiny.UNET):
+def trainer(*argv, seed=0, unet=tiny.UNET, **recipe):
     """A Trainer in the tiny world, LoRA no longer zero."""
-    config, group = tiny.configure(*argv), Group()
+    config, group = tiny.configure(*argv, **recipe), Group()
     torch.manual_seed(config.seed)
     _, _, terms = tiny.load_world(config, group)
     made = train.Trainer(config, tiny.networks(seed, unet), terms, group)
@@ -61,21 +60,44 @@ def test_presets_are_the_papers():
     table = {
         #             size        fps lora  β_img β_vid rewards
         "turbo-vc2": ((512, 320), 16, 64, 1.0, 2.0, ("hpsv2", "internvideo2")),
-        "vcm-vc2": ((512, 320), 16, 64, 0.0, 0.0, None),
+        "vcm-vc2": ((512, 320), 16, 64, 1.0, 2.0, ()),
         "turbo-ms": ((256, 256), 8, 32, 2.0, 3.0, ("hpsv2", "viclip")),
-        "vcm-ms": ((256, 256), 8, 32, 0.0, 0.0, None),
+        "vcm-ms": ((256, 256), 8, 32, 2.0, 3.0, ()),
     }
     for preset, (size, fps, lora, beta_img, beta_vid, names) in table.items():
         c = train.configure(["--preset", preset])
         assert ((c.width, c.height), c.fps, c.lora) == (size, fps, lora)
-        assert (c.image_weight, c.video_weight) == (beta_img, beta_vid)
-        assert names is None or c.reward == names
+        assert (c.image_weight, c.video_weight, c.reward) == (beta_img, beta_vid, names)
         assert (c.frames, c.grid, c.w_min, c.w_max, c.image_frames, c.video_frames) == (16, 50, 5, 15, 6, 8)
-        assert (c.steps, c.batch, c.lr, c.ema, c.clip, c.dtype) == (10000, 8, 1e-5, 0.95, 1.0, "bfloat16")
-        assert c.out == f"runs/{preset}"
-    typed = train.configure(["--preset", "turbo-ms", "--reward", "pickscore=a.bin:0.5", "--reward", "viclip",
-                             "--lr", "1e-4"])
-    assert typed.reward == ("pickscore=a.bin:0.5", "viclip") and typed.lr == 1e-4 and typed.video_weight == 3
+        assert (c.train_steps, c.batch, c.lr, c.ema, c.clip) == (10000, 8, 1e-5, 0.95, 1.0)
+        assert (c.dtype, c.out) == ("bfloat16", f"runs/{preset}")
+    v2 = train.configure(["--preset", "turbo-v2"])
+    assert (v2.batch, train.reward_batch(v2), v2.grid, v2.train_steps) == (24, 8, 200, 8000)
+
+
+def test_reward_lists_exactly_the_rewards():
+    """With β of the preset for its kind, unless a weight is given; one of weight zero is not loaded."""
+    def planned(*argv):
+        return {r.name: (r.path, r.weight, r.frames) for r in train.planned_rewards(train.configure([*argv]))}
+
+    ms = planned("--preset", "turbo-ms", "--reward", "pickscore=a.bin:0.5", "--reward", "viclip")
+    assert ms == {"pickscore": ("a.bin", 0.5, 6), "viclip": (None, 3.0, 8)}
+    assert planned("--preset", "vcm-vc2") == {}
+    assert planned("--preset", "vcm-vc2", "--reward", "hpsv2=a.pt") == {"hpsv2": ("a.pt", 1.0, 6)}
+    assert planned("--preset", "turbo-vc2", "--reward", "hpsv2:0", "--reward", "viclip") == {
+        "viclip": (None, 2.0, 8)}
+    made = trainer("--reward", "shapes-clip:0")
+    assert made.step(batch()).keys().isdisjoint({"image", "video"})
+
+
+def test_help_shows_the_defaults_of_the_preset_in_use(capsys):
+    """Options alone, in groups; what only a preset fixes is none."""
+    for argv, shown in (([], "[800]"), (["--preset", "turbo-v2"], "[8000]")):
+        with pytest.raises(SystemExit):
+            train.configure([*argv, "--help"])
+        text = capsys.readouterr().out
+        assert shown in text[text.rindex("--train-steps"):][:200] and "--w-min" not in text
+    assert text.count("\n  --") <= 29
 
 
 @pytest.mark.parametrize("native, toy", [(True, "bfloat16"), (False, "float32")])
@@ -109,46 +131,17 @@ def test_a_device_that_imitates_bfloat16_is_told_of(monkeypatch, capsys, native)
 
 
 def test_the_learning_rate_falls_where_it_is_told():
-    config = train.Config(steps=10, lr=2.0)
+    config = train.Config(train_steps=10, lr=2.0)
     assert [train.learning_rate(config, done) for done in (0, 9)] == [2, 2]
     falling = dataclasses.replace(config, lr_fall=0.5)
     assert [train.learning_rate(falling, done) for done in (0, 5, 6, 9)] == pytest.approx([2, 2, 1.6, 0.4])
 
 
-def test_every_option_has_its_help():
-    text = cli.field_help(train.Config)
-    assert all(text[field.name] for field in dataclasses.fields(train.Config))
-
-
-def test_mistakes_get_a_remedy():
-    with pytest.raises(ValueError, match="width 328 is not a multiple of 64; try 320 or 384"):
-        train.configure(["--preset", "turbo-vc2", "--width", "328"])
-    with pytest.raises(ValueError, match="--video-weight is 2.0, but no video reward is given"):
-        train.configure(["--preset", "turbo-vc2", "--reward", "hpsv2=FILE"])
+def test_a_batch_that_cannot_be_split_is_refused():
     group = Group()
-    with pytest.raises(ValueError, match="no clips to train on; name them with --data"):
-        train.check_files(train.configure(["--preset", "turbo-vc2"]))
-    group.world = 4
-    with pytest.raises(ValueError, match="of 6 clips cannot be split over 4 processes; try --batch 8"):
+    group.world_size = 4
+    with pytest.raises(UserError, match="of 6 clips cannot be split over 4 processes; try --batch 8"):
         train.Trainer(tiny.configure(), tiny.networks(), [], group)
-    with pytest.raises(ValueError, match="over 4 processes with --sums 3; try --batch 12"):
-        train.Trainer(tiny.configure("--sums", 3), tiny.networks(), [], group)
-
-
-def test_a_reward_of_weight_zero_is_not_loaded():
-    def load(name, path, frames):
-        loaded.append((name, path, frames))
-        return tiny.Bright(name)
-
-    loaded = []
-    assert train.reward_terms(train.configure(["--preset", "vcm-vc2"]), load) == [] == loaded
-    config = train.configure(["--preset", "vcm-vc2", "--reward", "hpsv2=a.pt:0.5"])
-    term, = train.reward_terms(config, load)
-    assert loaded == [("hpsv2", "a.pt", None)]
-    assert (term.name, term.weight, term.frames, term.video) == ("hpsv2", 0.5, 6, False)
-    config = dataclasses.replace(tiny.configure(), image_weight=0.0, video_weight=0.0)
-    made = train.Trainer(config, tiny.networks(), tiny.load_world(config, Group())[2], Group())
-    assert made.step(batch()).keys().isdisjoint({"image", "video"})
 
 
 # ---- Algorithm 1 -------------------------------------------------------------------------------------------
@@ -160,14 +153,14 @@ def by_hand(made, teacher, target, clips, positions):
     for i, position in enumerate(positions):
         g = train.generator(c.seed, position)
         x, caption = clips["clip"][i:i + 1] / 127.5 - 1, clips["caption"][i]
-        text, null = made.models.text([caption]), made.models.text([""])
+        text, uncond = made.models.text([caption]), made.models.text([""])
         z0 = vae.encode(x, torch.randn(made.latent(*x.shape[2:]), generator=g)[None])
         t = schedule.grid[torch.randint(50, (1,), generator=g)]
         w = 5 + 10 * torch.rand(1, generator=g)
         eps = torch.randn(z0.shape[1:], generator=g)[None]
         s = (t - 20).clamp(min=0)
         z_t = schedule.add_noise(z0, eps, t)
-        z_s = solve(schedule, z_t, t, s, w, *teacher_eps(teacher, z_t, t, text, null))
+        z_s = solve(schedule, z_t, t, s, w, *teacher_eps(teacher, z_t, t, text, uncond))
         with torch.no_grad():
             aim = consistency(target, schedule, z_s, s, w, text)
         z0_hat = consistency(made.student, schedule, z_t, t, w, text)
@@ -186,9 +179,7 @@ def by_hand(made, teacher, target, clips, positions):
 @pytest.mark.parametrize("lora", [4, 0])
 def test_a_step_is_algorithm_1(lora):
     made, clips = trainer("--lora", lora), batch()
-    teacher, target = copy.deepcopy(made.teacher), copy.deepcopy(made.student)
-    for network in (teacher, target):
-        network.forward = type(network).forward.__get__(network)  # a deep copy keeps the original's forward
+    teacher, target = (copy.deepcopy(network.network) for network in (made.teacher, made.student))
     for layer in turbo.lora_layers(teacher).values():
         layer.on = False
     for p, average in zip((p for p in target.parameters() if p.requires_grad), made.ema.average, strict=True):
@@ -238,6 +229,37 @@ def test_there_is_one_copy_of_the_big_weights():
     assert all(torch.equal(before[name], p) for name, p in frozen.items())
 
 
+def test_a_second_trainer_does_not_move_the_first_ones_teacher():
+    """Two trainers of all weights on the same networks: each has a frozen teacher of its own."""
+    config, models = tiny.configure("--lora", 0), tiny.networks()
+    train.Trainer(config, models, [], Group())
+    made = train.Trainer(config, models, [], Group())
+    z, t, c = torch.randn(1, 4, 4, 4, 4), torch.tensor([519]), models.text(["a"])
+    with torch.no_grad():
+        before = made.teacher(z, t, c)
+        shake(made)
+        assert torch.equal(made.teacher(z, t, c), before) and not torch.equal(made.student(z, t, c), before)
+
+
+@pytest.mark.parametrize("lora", [4, 0])
+def test_a_student_starts_from_another_one(tmp_path, lora):
+    """--init: LoRA or whole weights; the teacher stays the teacher, and what does not fit is refused."""
+    first, path = trainer("--lora", lora), tmp_path / "turbo.safetensors"
+    first.optimizer.state["a step"] = {}
+    train.export(first, tmp_path)
+    made = train.Trainer(tiny.configure("--lora", lora, "--init", path), tiny.networks(), [], Group())
+    alone, c = tiny.networks(), first.models.text(["a"])
+    z, t = torch.randn(1, 4, 4, 4, 4), torch.tensor([519])
+    with torch.no_grad(), turbo.lora_off(made.teacher):
+        assert torch.equal(made.teacher(z, t, c), alone.unet(z, t, c))
+    for p, q in zip(made.params, first.params, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)                # the toy's: float16
+    for rank, message in ((0, "train it with --lora"), (8, "another rank than --lora 8")) if lora else (
+            (4, "whole weights: train them with --lora 0"),):
+        with pytest.raises(UserError, match=message):
+            train.Trainer(tiny.configure("--lora", rank, "--init", path), tiny.networks(), [], Group())
+
+
 def test_the_student_starts_as_its_teacher():
     """Blind to ω, with LoRA zero: a student of any guidance predicts what the teacher predicts."""
     config, group = tiny.configure(), Group()
@@ -253,23 +275,19 @@ def test_the_student_starts_as_its_teacher():
 
 def test_any_split_of_the_batch_trains_the_same(tmp_path):
     """Six clips on 1, 2 and 3 processes, in passes of 1 to 6: the same losses, moments and weights, to
-    rounding; two processes, and one that adds up as two do, bit by bit."""
+    rounding; passes of the same clips differ in the order of sums alone."""
     runs = {}
-    for world, micro, sums in ((1, 6, 1), (2, 2, 1), (3, 1, 1), (1, 2, 2)):
+    for world, micro in ((1, 6), (2, 3), (3, 1), (1, 3)):
         out = tmp_path / f"{world}-{micro}"
-        options = ("--steps", 2, "--micro", micro, "--sums", sums, "--on-policy", 0.7)
-        code, text = tiny.run(out, *options, world=world)
+        code, text = tiny.run(out, "--train-steps", 2, "--micro-batch", micro, world=world, on_policy=0.7)
         assert code == 0, text
         runs[world, micro] = tiny.log(out), tiny.last(out)
-    assert tiny.same(runs[1, 2], runs[2, 2])
-    lines, state = runs.pop((1, 6))
-    moments = [s["exp_avg"] for s in state["optimizer"]["state"].values()]  # after clipping: of the gradients
-    for split, (other_lines, other) in runs.items():
-        assert tiny.same(lines, other_lines, near=2e-4), split
-        theirs = [s["exp_avg"] for s in other["optimizer"]["state"].values()]
-        a, b = (torch.cat([m.flatten() for m in side]) for side in (moments, theirs))
-        assert (a - b).norm() < 1e-4 * a.norm(), split
-        assert [s["step"] for s in other["optimizer"]["state"].values()] == [2] * len(moments)
+    for one, other, near in (((1, 6), (1, 3), 1e-4), ((1, 6), (3, 1), 1e-4), ((1, 3), (2, 3), 1e-6)):
+        (lines, state), (other_lines, other_state) = runs[one], runs[other]
+        assert tiny.same(lines, other_lines, near=2 * near), (one, other)
+        a, b = (torch.cat([s["exp_avg"].flatten() for s in each["optimizer"]["state"].values()])
+                for each in (state, other_state))               # after clipping: of the gradients
+        assert (a - b).norm() < near * a.norm(), (one, other)
 
 
 def test_the_first_process_indexes_while_the_others_wait(tmp_path):
@@ -278,7 +296,7 @@ def test_the_first_process_indexes_while_the_others_wait(tmp_path):
         load, init = tiny.load_world, dist.init_process_group
 
         def load_world(config, group):
-            with group.first(), open(tmp_path / "order", "a") as file:
+            with group.rank0_first(), open(tmp_path / "order", "a") as file:
                 file.write(f"{rank} begins\n")
                 file.flush()
                 time.sleep(0.5)
@@ -290,7 +308,7 @@ def test_the_first_process_indexes_while_the_others_wait(tmp_path):
             init(*args, timeout=timeout, **options)
         tiny.load_world, dist.init_process_group = load_world, init_process_group
 
-    code, text = tiny.run(tmp_path / "run", "--steps", 1, world=2, before=before)
+    code, text = tiny.run(tmp_path / "run", "--train-steps", 1, world=2, before=before)
     assert code == 0, text
     assert (tmp_path / "order").read_text().split("\n")[:-1] == ["0 begins", "0 ends", "1 begins", "1 ends"]
 
@@ -303,9 +321,10 @@ def test_devices(monkeypatch):
     assert [str(pick_device(text)) for text in ("", "cpu", "cuda:1")] == ["cuda", "cpu", "cuda:1"]
     assert own_gpu(any_gpu, 1, 2) == own_gpu(one, 0, 1) == one
     for told, mistake in {
-        "--device cuda:9: the last GPU of this machine is cuda:1": lambda: pick_device("cuda:9"),
+        "--device cuda:9: no such device here; .*this machine has cpu:0, cuda:0, cuda:1":
+            lambda: pick_device("cuda:9"),
         "--device cuda:x: no such device here": lambda: pick_device("cuda:x"),
-        "--device mps: this machine has no usable Apple GPU": lambda: pick_device("mps"),
+        "--device mps: no such device here": lambda: pick_device("mps"),
         "--device cuda:1: every process takes a GPU of its own": lambda: own_gpu(one, 0, 2),
         "no GPU for process 2 of this machine; use torchrun --nproc_per_node=2":
             lambda: own_gpu(any_gpu, 2, 3),
@@ -314,47 +333,23 @@ def test_devices(monkeypatch):
             mistake()
 
 
-def test_full_fine_tuning_shares_the_optimizer_state(tmp_path):
-    """Two processes hold half of the moments each; the checkpoint has all, and fits one process, too. Bit by
-    bit they train what one process trains that adds up as they do, and two that hold all moments each."""
-    def before(rank):
-        ended = train.save
-
-        def save(made, out, record):
-            held = sum(s["exp_avg"].numel() for s in made.optimizer.adam.state.values())
-            (tmp_path / f"held-{rank}").write_text(json.dumps([held, len(made.gradient)]))
-            ended(made, out, record)
-        train.save = save
-
-    code, text = tiny.run(tmp_path / "two", "--lora", 0, "--steps", 2, world=2, before=before)
-    assert code == 0, text
-    held = [json.loads((tmp_path / f"held-{rank}").read_text()) for rank in range(2)]
-    assert sum(h for h, _ in held) == held[0][1] and max(h for h, _ in held) < 0.6 * held[0][1]
-    whole = ["--lora", 0, "--steps", 3, "--sums"]
-    code, text = tiny.run(tmp_path / "two", *whole, 2, "--resume", "auto")
-    assert code == 0, text
-    assert tiny.run(tmp_path / "one", *whole, 2)[0] == 0
-    assert tiny.run(tmp_path / "unsharded", *whole, 1, world=2, before=tiny.unsharded)[0] == 0
-    for name in ("one", "unsharded"):
-        assert tiny.same(tiny.last(tmp_path / name), tiny.last(tmp_path / "two")), name
-
-
 # ---- numerics ----------------------------------------------------------------------------------------------
 
 
-def test_a_step_without_a_finite_gradient_is_skipped_by_all(tmp_path):
+def test_a_step_without_a_finite_gradient_is_skipped_by_all(tmp_path, monkeypatch):
     """One clip of one process has a reward of nan in step 2; ten such steps in a row end the run."""
     def before(rank):
         score, count = tiny.Bright.__call__, iter(range(10 ** 6))
-        # calls: two rewards per step
-        bad = {2} if not (tmp_path / "ten").exists() else set(range(2, 10 ** 6))
+        # calls: two rewards of three clips per step
+        bad = {6} if not (tmp_path / "ten").exists() else set(range(6, 10 ** 6))
 
         def reward(self, clips, captions, generators=None):
             value = score(self, clips, captions)
             return value * float("nan") if rank == 1 and next(count) in bad else value
         tiny.Bright.__call__ = reward
 
-    options = ["--steps", 3, "--save-every", 1, "--keep", 3]
+    monkeypatch.setattr(folder, "KEPT", 3)
+    options = ["--train-steps", 3, "--save-every", 1]
     code, text = tiny.run(tmp_path / "run", *options, world=2, before=before)
     assert code == 0, text
     lines = tiny.log(tmp_path / "run")
@@ -364,7 +359,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_by_all(tmp_path):
     assert not tiny.same(two["params"], three["params"]) and tiny.same(one["ema"], two["ema"])
 
     (tmp_path / "ten").mkdir()
-    code, text = tiny.run(tmp_path / "run", "--steps", 30, "--resume", "auto", world=2, before=before)
+    code, text = tiny.run(tmp_path / "run", "--train-steps", 30, "--resume", "auto", world=2, before=before)
     assert code == 2 and "10 steps in a row without a finite gradient" in text
     # the tenth is the end
     assert [line["steps_skipped"] for line in tiny.log(tmp_path / "run")[3:]] == list(range(10))
@@ -376,10 +371,10 @@ def test_bfloat16_networks_and_float32_weights():
         for p in module.parameters():
             if not p.requires_grad:
                 p.data = p.data.bfloat16()
-    made.null = made.models.text([""])
+    made.uncond = made.models.text([""])
     seen = []
     made.student.register_forward_hook(lambda m, args, out: seen.append(args[0].dtype))
-    up = turbo.lora_layers(made.student)["time_embed.0"].up
+    up = turbo.lora_layers(made.models.unet)["time_embed.0"].up
     hook = up.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
     record = made.step(batch())
     hook.remove()
@@ -387,62 +382,6 @@ def test_bfloat16_networks_and_float32_weights():
     assert {x.dtype for x in [*made.params, *made.ema.average, made.gradient]} == {torch.float32}
     exact = trainer().step(batch())
     assert record["loss_cd"] == pytest.approx(exact["loss_cd"], rel=0.1) and math.isfinite(record["loss"])
-
-
-# ---- the optimizer -----------------------------------------------------------------------------------------
-
-
-def test_a_share_of_the_moments_is_all_of_them(monkeypatch):
-    """FlatAdamW's processes 0, 1 and 2 together hold the state of torch's AdamW, in any memory format."""
-    def params():
-        torch.manual_seed(0)
-        shapes = (4, 3, 2, 2), (5,), (2, 3, 2, 2, 2)
-        formats = torch.channels_last, torch.contiguous_format, torch.channels_last_3d
-        pairs = zip(shapes, formats, strict=True)
-        return [nn.Parameter(torch.randn(shape).to(memory_format=form)) for shape, form in pairs]
-
-    torch_params, group = params(), Group()
-    theirs = torch.optim.AdamW(torch_params, lr=1e-2, weight_decay=0, fused=True)
-    for p in torch_params:
-        p.grad = torch.randn_like(p)
-    theirs.step()
-    state = theirs.state_dict()
-
-    ours = FlatAdamW(params(), group, lr=1e-2)
-    for p, q in zip(ours.params, torch_params, strict=True):
-        p.grad.copy_(q.grad)
-        assert p.stride() == q.stride()
-    ours.step()
-    for p, q in zip(ours.params, torch_params, strict=True):
-        torch.testing.assert_close(p, q)
-    for i, mine in ours.state_dict()["state"].items():
-        assert mine["step"] == 1
-        torch.testing.assert_close(mine["exp_avg_sq"], state["state"][i]["exp_avg_sq"])
-
-    whole = FlatAdamW(params(), group, lr=1e-2)
-    whole.load_state_dict(state)
-    expected, got = whole.adam.state[whole.mine]["exp_avg"], []
-    group.world = 3
-    monkeypatch.setattr(group, "share", lambda x, owner: None)
-    for group.rank in range(3):
-        part = FlatAdamW(params(), group, lr=1e-2)
-        part.load_state_dict(state)
-        got.append(part.adam.state[part.mine]["exp_avg"])
-        assert part.adam.state[part.mine]["step"] == 1
-    assert torch.equal(torch.cat(got), expected)
-
-
-def test_resumed_state_lies_where_the_weights_are():
-    """Fused AdamW refuses a `step` on another device than its weights; a checkpoint's lies on the CPU."""
-    cpu = [nn.Parameter(torch.ones(3, 2))]
-    made = FlatAdamW(cpu, Group(), lr=1e-2)
-    made.gradient.fill_(1)
-    made.step()
-    elsewhere = FlatAdamW([nn.Parameter(torch.empty(3, 2, device="meta"))], Group(), lr=1e-2)
-    elsewhere.load_state_dict(made.state_dict())
-    state = elsewhere.adam.state[elsewhere.mine]
-    assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
-    assert {x.device.type for x in state.values()} == {"meta"}
 
 
 def test_lora_starts_alike_on_all_devices(monkeypatch):
@@ -462,12 +401,11 @@ class Judge(tiny.Bright):
 
     def __init__(self, name):
         super().__init__(name)
-        self.at_work, self.model = nullcontext, nn.Linear(1, 1).requires_grad_(False)
+        self.model = nn.Linear(1, 1).requires_grad_(False)
         nn.init.constant_(self.model.weight, 0.5)
 
     def __call__(self, clips, captions, generators=None):
-        with self.at_work():
-            return self.model(super().__call__(clips, captions)[:, None])[:, 0]
+        return self.model(super().__call__(clips, captions)[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("lora", [4, 0])
@@ -485,11 +423,11 @@ def test_offload_changes_nothing(lora, monkeypatch):
     assert records == others
     assert tiny.same(state | {"config": 0}, other | {"config": 0})
 
-    network = made.student if lora else made.teacher
-    waiting = {x.data_ptr() for x in made.offload.waiting[network][1]}
-    assert waiting == {p.data_ptr() for p in network.parameters() if not p.requires_grad}
-    assert {*made.judges, made.optimizer} < made.offload.waiting.keys()
-    assert made.offload.coming.keys() == {made.models.text}         # for the next step
+    for owner in (made.student if lora else made.teacher, *made.judges, made.optimizer):
+        pairs = made.offload.waiting[owner]
+        assert pairs and all(x.data_ptr() == host.data_ptr() for x, host in pairs)
+        with made.offload(owner):
+            assert not any(x.data_ptr() == host.data_ptr() for x, host in pairs)
 
 
 # ---- memory ------------------------------------------------------------------------------------------------
@@ -511,7 +449,7 @@ def test_live_bytes_counts_storages_once():
 
 def test_the_reward_gradient_lowers_the_peak():
     """Rewards in the UNet's graph, and through ẑ0: the second peak is the larger half's, not the sum's."""
-    made, clips = trainer("--batch", 1, "--micro", 1, "--checkpointing", "--chunk", 1), batch(1)
+    made, clips = trainer("--batch", 1, "--micro-batch", 1, "--chunk", 1, checkpointing=True), batch(1)
     # 64x64, and latents of 8x8, as real ones are
     clips["clip"], peaks = clips["clip"].repeat(1, 1, 1, 4, 4), {}
     vae = model.VAE(model.VAEConfig(channels=32, mult=(1, 1, 1, 1), res_blocks=1))
@@ -535,7 +473,7 @@ def tiny_family(monkeypatch):
     unet = dataclasses.replace(tiny.MOTION, fps=True)
     family = dataclasses.replace(model.FAMILIES["vc2"], unet=unet, vae=vae, text=text)
     monkeypatch.setitem(model.FAMILIES, "vc2", family)
-    return "--preset vcm-vc2 --height 16 --width 16 --frames 4 --batch 2 --lora 4".split()
+    return "--preset vcm-vc2 --height 16 --width 16 --frames 4".split()
 
 
 @pytest.mark.parametrize("lora", ["4", "0"])
@@ -552,32 +490,9 @@ def test_the_simulation_agrees_with_the_steps_it_simulates(tiny_family, capsys, 
     assert "a step takes " in made and "a step takes" not in simulated and "most: " in simulated
 
 
-def test_the_simulation_of_preparing_agrees_with_it(tiny_family, capsys):
-    """Peak and FLOP of fake tensors against those of a clip that is prepared."""
-    argv = [*tiny_family[2:8], "--preset", "turbo-v2", "--dtype", "float32", "--prepare", "none",
-            "--motion-share", "1", "--inversion-steps", "4"]
-    simulated = train.main([*argv, "--dry-run", "0"])
-    assert "preparing for turbo-v2, 16x16, 4 frames, 1 draw" in capsys.readouterr().out
-
-    config = train.configure(argv)
-    item = dict(clip=torch.zeros(3, 4, 16, 16, dtype=torch.uint8), caption="a dog", reward_caption=None,
-                index=0, rewards=True, source="data", source_index=0)
-    with dryrun.LiveBytes() as memory:
-        models = train.random_networks(config, torch.device("cpu"))
-        models.unet.requires_grad_(False)
-        models.unet.checkpointing = True
-        memory.flops = 0
-        sample, = prepare.solve_clips(train.plan_of(config), models, [item])
-
-    flops, walked = simulated.flops, sum(train.Schedule(4).grid < sample["t"])
-    assert memory.peak == pytest.approx(max(simulated.peak.values()), rel=0.01)
-    assert memory.flops == sum(flops.values()) + walked * flops["inversion step"]
-
-
 FULL_SIZE = {   # options -> GB of the card that it must fit, with 1.5 GiB for CUDA and its libraries
     "--preset turbo-vc2": 24,
     "--preset turbo-vc2 --offload": 12,
-    "--preset turbo-v2 --prepare none": 24,
     "--preset turbo-v2 --lora 0": 48}
 
 
@@ -597,9 +512,10 @@ def test_full_size_fits(options, capsys):
 
 
 def test_results_load_where_they_are_needed(tmp_path):
-    """turbo.safetensors, the released code's list, and the merged UNet: all the same student."""
+    """turbo.safetensors and the merged UNet: the same student."""
     unet = dataclasses.replace(tiny.UNET, fps=True)
-    made = trainer("--merge", "--export-lora", "--w-min", 5, "--w-max", 15, unet=unet)
+    made = trainer("--merge", unet=unet)
+    made.optimizer.state["a step"] = {}
     # Conv1d in VideoCrafter2, not in the public list
     assert "init_attn.0.proj_in.down.weight" not in made.named
     z, t, c, w = torch.randn(1, 4, 4, 4, 4), torch.tensor([519]), made.models.text(["a"]), torch.tensor([7.5])
@@ -607,40 +523,42 @@ def test_results_load_where_they_are_needed(tmp_path):
         expected = made.student(z, t, c, w=w, fps=8)
     train.export(made, tmp_path)
     # the toy's: float16
-    for name, near in (("turbo.safetensors", 2e-3), ("unet_lora.pt", 1e-4), ("merged.safetensors", 1e-4)):
+    for name, near in (("turbo.safetensors", 2e-3), ("merged.safetensors", 1e-4)):
         config, state, lora, header = model.read_turbo(tmp_path / name, unet)
         start = tiny.networks(0, unet).unet.state_dict() | {"time_cond_proj.weight": torch.zeros(32, 256)}
         student = weights.fill(model.UNet3D(config), state or start, name, lora=lora)
         with torch.no_grad():
             torch.testing.assert_close(student(z, t, c, w=w, fps=8), expected, rtol=near, atol=near)
-        assert [header[key] for key in ("steps", "w_min", "w_max", "method")] == [50, 5, 15, "turbo"]
-        if name.endswith(".safetensors"):
-            assert [header[key] for key in ("version", "model", "rank")] == [2, "shapes", 4]
-            assert [header[key] for key in ("fps", "frames", "height", "width")] == [8, 4, 16, 16]
-            assert header["rewards"] == ["image", "video"]
-            assert header["motion"] is header["motion_share"] is None
-            assert header["train"]["lora"] == 4
+        assert [header[key] for key in ("grid", "w_min", "w_max", "method")] == [50, 5, 15, "turbo"]
+        assert [header[key] for key in ("version", "model", "rank")] == [2, "shapes", 4]
+        assert [header[key] for key in ("fps", "frames", "height", "width")] == [8, 4, 16, 16]
+        assert header["rewards"] == ["image", "video"]
+        assert header["motion"] is header["motion_share"] is None
+        assert header["train"]["lora"] == 4
 
 
-def test_merged_weights_are_also_written_as_released(tmp_path, capsys):
-    """`--merge` leaves t2v_turbo_vc2.pt with the UNet's released names; a LoRA list says what it lacks."""
+def test_merged_weights_are_also_written_as_released(tmp_path):
+    """`--merge` leaves t2v_turbo_vc2.pt with the UNet's released names."""
     teacher = {"model.diffusion_model.out.2.bias": torch.zeros(4), "first_stage_model.x": torch.ones(1)}
     torch.save({"state_dict": teacher}, tmp_path / "model.ckpt")
-    made = trainer("--merge", "--export-lora", unet=dataclasses.replace(tiny.UNET, fps=True))
+    made = trainer("--merge", unet=dataclasses.replace(tiny.UNET, fps=True))
+    made.optimizer.state["a step"] = {}
     made.config = dataclasses.replace(made.config, preset="turbo-vc2", teacher=str(tmp_path))
     train.export(made, tmp_path)
-    assert "unet_lora.pt has no place for the guidance projection" in capsys.readouterr().err
     written = weights.read_named(tmp_path / "t2v_turbo_vc2.pt")
     assert written["first_stage_model.x"] == 1
-    assert torch.equal(written["model.diffusion_model.out.2.bias"], made.student.out[2].bias)
+    assert torch.equal(written["model.diffusion_model.out.2.bias"], made.models.unet.out[2].bias)
     unet = weights.rename(weights.part(written, "model.diffusion_model."), weights.VIDEOCRAFTER)
-    weights.fill(made.student, unet, "written")             # all names, and no other
+    weights.fill(made.models.unet, unet, "written")             # all names, and no other
 
 
-def test_a_student_that_is_not_finite_is_not_exported(tmp_path):
+def test_a_student_without_a_step_or_not_finite_is_not_exported(tmp_path):
     made = trainer()
+    with pytest.raises(UserError, match="no step had a finite gradient, so there is no student to export"):
+        train.export(made, tmp_path)
+    made.step(batch())
     made.params[0].data.flatten()[0] = float("nan")
-    with pytest.raises(ValueError, match="of the student is not finite, so it is not exported"):
+    with pytest.raises(UserError, match="of the student is not finite, so it is not exported"):
         train.export(made, tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -662,7 +580,7 @@ def test_samples_leave_the_gpu_before_the_oracle_sees_them(tmp_path, monkeypatch
 
 
 def test_a_run_leaves_log_samples_and_weights(tmp_path):
-    options = ["--sample-every", 2, "--prompt", "red", "--prompt", "blue"]
+    options = ["--sample-every", 2]
     code, text = tiny.run(tmp_path / "run", *options, world=2)
     assert code == 0, text
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -687,9 +605,9 @@ def test_bad_clips_are_counted_over_all_processes(tmp_path):
                 raise BadClip(f"clip {index}", "broken")
         tiny.Clips.on_get = staticmethod(on_get)
 
-    assert tiny.run(tmp_path / "run", "--steps", 2, world=2, before=before)[0] == 0
+    assert tiny.run(tmp_path / "run", "--train-steps", 2, world=2, before=before)[0] == 0
     assert [line["clips_skipped"] for line in tiny.log(tmp_path / "run")] == [2, 2]
-    assert tiny.run(tmp_path / "run", "--steps", 3, "--resume", "auto", world=2, before=before)[0] == 0
+    assert tiny.run(tmp_path / "run", "--train-steps", 3, "--resume", "auto", world=2, before=before)[0] == 0
     assert tiny.log(tmp_path / "run")[-1]["clips_skipped"] == 4
     assert len((tmp_path / "run" / "bad_clips.jsonl").read_text().splitlines()) == 4
 
@@ -705,8 +623,8 @@ def test_the_whole_command_on_files(tmp_path, tiny_family):
     def before(rank):
         def load(model, teacher, **options):
             assert (model, teacher) == ("vc2", str(tmp_path / "model.ckpt"))
-            assert options["guidance"] and options["dtype"] == torch.bfloat16
-            made = tiny.networks(0, dataclasses.replace(tiny.UNET, fps=True, guidance=True))
+            assert options["dtype"] == torch.bfloat16
+            made = tiny.networks(0, dataclasses.replace(tiny.UNET, fps=True))
             for p in made.unet.parameters():
                 p.data = p.data.bfloat16()
             return made
@@ -717,8 +635,8 @@ def test_the_whole_command_on_files(tmp_path, tiny_family):
         (tmp_path / name).touch()
     argv = ["--preset", "turbo-vc2", "--teacher", tmp_path / "model.ckpt", "--data", tmp_path / "clips",
             "--reward", f"hpsv2={tmp_path / 'a.pt'}", "--reward", f"internvideo2={tmp_path / 'b.pt'}",
-            "--video-frames", 4, "--dtype", "bfloat16", "--fps", 8, "--workers", 1, "--batch", 2,
-            "--steps", 3]
+            "--dtype", "bfloat16", "--workers", 1, "--batch", 2, "--lora", 4, "--frames", 8, "--sample-every", 0,
+            "--height", 16, "--width", 16, "--train-steps", 3]
     code, text = tiny.run(tmp_path / "run", *argv, world=2, before=before)
     assert code == 0, text
     lines = tiny.log(tmp_path / "run")

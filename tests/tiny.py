@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from oracles import sizes
@@ -21,7 +22,6 @@ import data
 import model
 import train
 from plumbing.folder import checkpoints
-from plumbing.run import FlatAdamW
 
 # runs are forked here, which neither CUDA nor the threads of autograd survive;
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -29,12 +29,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.ones(1, requires_grad=True).backward()
 
 T, H, W = 4, 16, 16
-SETTINGS = (f"--preset shapes-vcm --frames {T} --height {H} --width {W} --image-frames 2 --video-frames 2 "
-            "--batch 6 --micro 3 --lora 4 --steps 4 --save-every 2 --sample-every 0 --dtype float32 "
-            "--lr 1e-4 --grid 50 --w-min 5 --w-max 15 --image-weight 1 --video-weight 2").split()
+OPTIONS = dict(
+    frames=T, height=H, width=W, batch=6, micro_batch=3, lora=4, train_steps=4, save_every=2, sample_every=0,
+    dtype="float32", lr=1e-4, reward=("shapes-clip", "shapes-viclip"))
+RECIPE = dict(out="none", image_frames=2, video_frames=2, grid=50, w_min=5.0, w_max=15.0)
 UNET = model.UNetConfig(**sizes(32, (1,), 1, attention_levels=()), head_dim=16, context_dim=16,
                         init_heads=2, groups=8)
-MOTION = dataclasses.replace(UNET, **sizes(32, (1,), 1, attention_levels=(0,)))       # has the attention that v2's energy reads
+MOTION = dataclasses.replace(UNET, **sizes(32, (1,), 1, attention_levels=(0,)))       # has what v2's energy reads
 
 
 class Text(nn.Module):
@@ -62,7 +63,7 @@ class Bright:
     """A reward that likes bright, varied frames, and long captions."""
 
     def __init__(self, name):
-        self.name = name
+        self.name, self.model = name, nn.Identity()
 
     def __call__(self, clips, captions, generators=None):
         lengths = torch.tensor([len(text) for text in captions], dtype=clips.dtype)
@@ -87,19 +88,27 @@ def load_world(config, group):
     terms = train.reward_terms(config, load)
     for term in terms:
         term.name = term.reward.name
-    clips = data.Cache(config.data, train.expected(config)) if train.is_v2(config) else Clips()
+    clips = data.Cache(config.data[0], train.expected(config)) if train.is_v2(config) else Clips()
     return networks(unet=MOTION if train.is_v2(config) else UNET), clips, terms
 
 
-def configure(*argv):
-    return train.configure(["--out", "none", *SETTINGS, *map(str, argv)])
+def in_this_world(command, argv, **recipe):
+    """command(argv) where --preset shapes-vcm and shapes-v2 are tiny. recipe: fields that no option has."""
+    tiny = {name: train.PRESETS[name] | OPTIONS | RECIPE | recipe for name in ("shapes-vcm", "shapes-v2")}
+    preset = [] if "--preset" in argv else ["--preset", "shapes-vcm"]
+    with mock.patch.dict(train.PRESETS, tiny):
+        return command([*preset, *map(str, argv)])
 
 
-def main(argv):
+def configure(*argv, **recipe):
+    return in_this_world(train.configure, argv, **recipe)
+
+
+def main(argv, **recipe):
     """train.py's, in this world."""
     train.load_world, train.shapes.accuracy = load_world, lambda generate: 0.5
     torch.set_num_threads(1)
-    train.main([*SETTINGS, *map(str, argv)])
+    in_this_world(train.main, argv, **recipe)
     threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     assert not any("gloo" in name for name in threads), "threads of the group outlive it"
 
@@ -107,16 +116,16 @@ def main(argv):
 # ---- runs --------------------------------------------------------------------------------------------------
 
 
-def _process(rank, world, port, argv, before, log):
+def _process(rank, world, port, argv, before, recipe, log):
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.argv[0] = "train.py"
     if before:
         before(rank)
-    main(argv)
+    main(argv, **recipe)
 
 
-def start(out, *argv, world=1, before=None):
+def start(out, *argv, world=1, before=None, **recipe):
     """Forks the processes of a run. `before(rank)` is called in each first."""
     import torch._dynamo  # every optimizer wants it: once here, not in each process
     assert torch._dynamo
@@ -125,18 +134,12 @@ def start(out, *argv, world=1, before=None):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     fork = multiprocessing.get_context("fork")
-    argv = ["--out", out, *argv]
-    processes = [fork.Process(target=_process, args=(rank, world, port, argv, before, f"{out}.txt"))
+    argv = [*argv] if "--out" in argv else ["--out", out, *argv]
+    processes = [fork.Process(target=_process, args=(rank, world, port, argv, before, recipe, f"{out}.txt"))
                  for rank in range(world)]
     for process in processes:
         process.start()
     return processes
-
-
-def unsharded(rank):
-    """For `before`: each process holds all moments and updates all weights, as one process would."""
-    alone = SimpleNamespace(rank=0, world=1, share=lambda x, owner: None)
-    train.FlatAdamW = lambda params, group, *rest: FlatAdamW(params, alone, *rest)
 
 
 def finish(processes):
@@ -151,9 +154,9 @@ def finish(processes):
     return [process.exitcode for process in processes]
 
 
-def run(out, *argv, world=1, before=None):
+def run(out, *argv, world=1, before=None, **recipe):
     """A whole run -> (first exit code that is not 0, else 0; what it printed)."""
-    codes = finish(start(out, *argv, world=world, before=before))
+    codes = finish(start(out, *argv, world=world, before=before, **recipe))
     with open(f"{out}.txt") as file:
         return next((code for code in codes if code), 0), file.read()
 
@@ -181,7 +184,7 @@ def log(out):
 def same(a, b, near=None):
     """Are two checkpoints, or parts of them, equal bit by bit; or within `near`?"""
     if isinstance(a, dict):
-        differ = ("out", "resume", "steps", "micro", "sums")
+        differ = ("out", "resume", "train_steps", "micro_batch")
         return a.keys() == b.keys() and all(same(a[key], b[key], near) for key in a if key not in differ)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(same(x, y, near) for x, y in zip(a, b, strict=True))
