@@ -260,15 +260,15 @@ def train_steps(batch: int) -> dict:
     def counted(method, name):
         def call(group, x, *args):
             starts.append(time.process_time())
-            sent[name] += x.nbytes * (group.world > 1)
+            sent[name] += x.nbytes * (group.world_size > 1)
             return method(group, x, *args)
         return call
 
-    Group.sum, Group.share = counted(Group.sum, "summed"), counted(Group.share, "shared")
+    Group.sum = counted(Group.sum, "summed")
     torch.set_num_threads(1)
     steps = 3
     parts = train.main(["--preset", "shapes", "--dry-run", str(steps), "--batch", str(batch),
-                        "--micro", str(batch), "--device", "cpu"])
+                        "--micro-batch", str(batch), "--device", "cpu"])
     return dict(seconds=sum(parts.seconds.values()) / steps, busy=(time.process_time() - starts[0]) / steps,
                 **{name: n / (1 + steps) for name, n in sent.items()})
 
@@ -283,7 +283,7 @@ def processes(args) -> None:
         result = json.loads(done.stdout.splitlines()[-1])
         print(f"{n} process{'es' * (n > 1)}, {args.batch} clips a step: {args.batch / result['seconds']:.2f} "
               f"clips per second; a process and step: {result['busy']:.2f} s of processor, "
-              f"{result['summed'] / 1e6:.2f} MB summed, {result['shared'] / 1e6:.2f} MB shared", flush=True)
+              f"{result['summed'] / 1e6:.2f} MB summed", flush=True)
 
 
 def main():

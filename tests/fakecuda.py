@@ -275,13 +275,10 @@ def training(preset: str, *options: str, gpus: int = 1, clips: int = 1, again: b
     from plumbing.run import Group
 
     batch = str(gpus * clips)
-    argv = ["--preset", preset, "--batch", batch, "--micro", str(clips), "--chunk", "16", *options]
-    if preset.endswith("v2") and preset != "turbo-vc2":
-        argv += ["--reward-batch", batch]
-    if show:
-        argv += ["--grid", "2"]                             # and so sample clips of two steps
+    argv = ["--preset", preset, "--batch", batch, "--micro-batch", str(clips), "--chunk", "16", *options]
     with tempfile.TemporaryDirectory() as out:
         config = train.configure([*argv, "--out", out])
+        config = dataclasses.replace(config, reward_every=1, grid=2 if show else config.grid)    # clips of two steps
         group = processes(gpus) if gpus > 1 else Group()
         trainer_class = train.CachedTrainer if train.is_v2(config) else train.Trainer
         models, terms = world(config, group)
@@ -297,7 +294,7 @@ def training(preset: str, *options: str, gpus: int = 1, clips: int = 1, again: b
             check_devices(trainer, group.device)
         if show:
             train.video.write_video = lambda path, clip, fps: assert_on(clip, "cpu")
-            trainer.config = dataclasses.replace(config, prompt=config.prompt[:1])
+            trainer.config = dataclasses.replace(config, prompts=config.prompts[:1])
             train.show(trainer, Path(out))
     return {"copies": dict(copies)}
 
@@ -348,7 +345,7 @@ def processes(count: int):
 
     group = Group()
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
-    group.world = count
+    group.world_size = count
     return group
 
 
@@ -368,7 +365,7 @@ def resume(trainer) -> None:
 
 def check_devices(trainer, device) -> None:
     """Gradients, moments and averages are where the weights are: fused kernels refuse what is elsewhere."""
-    moments = [x for state in trainer.optimizer.adam.state.values() for x in state.values()]
+    moments = [x for state in trainer.optimizer.state.values() for x in state.values()]
     states = [x for x in moments if isinstance(x, torch.Tensor)]
     averages = trainer.ema.average if trainer.ema else []
     for x in [*trainer.params, *(p.grad for p in trainer.params), *averages, *states]:
@@ -427,11 +424,13 @@ def sampling(family: str, method: str, dtype: str, size: tuple[int, int] | None 
 def reward(name: str, dtype: str) -> dict:
     """Scores of two clips and their gradient in the pixels, recomputed, within the trainer's autocast."""
     import rewards
-    import train
+    from plumbing import dryrun
 
     video = rewards.RECIPES[name].kind == "video"
     frames = 8 if video else None
-    made = train.random_reward(name, None, frames, torch.device("cuda", 0), getattr(torch, dtype))
+    device, dtype = torch.device("cuda", 0), getattr(torch, dtype)
+    with dryrun.build(device, dtype):
+        made = rewards.untrained(name, device, dtype, frames)
     made.checkpoint(True)
     clips = torch.empty(2, made.frames or 3, 3, 320, 512, device="cuda", requires_grad=True)
     with torch.autocast("cuda", torch.bfloat16):
@@ -510,7 +509,7 @@ def dry_run(command, argv: list[str]) -> int:
 
 def training_budget() -> int:
     import train
-    argv = "--preset turbo-vc2 --lora 4 --batch 1 --micro 1 --chunk 16 --dry-run 0 --device cpu"
+    argv = "--preset turbo-vc2 --lora 4 --batch 1 --micro-batch 1 --chunk 16 --dry-run 0 --device cpu"
     return dry_run(train.main, argv.split())
 
 

@@ -24,7 +24,6 @@ from oracles import sizes
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import model  # noqa: E402
-import presets  # noqa: E402
 import rewards  # noqa: E402
 import train  # noqa: E402
 import turbo  # noqa: E402
@@ -178,10 +177,9 @@ def wide(network):
 
 def trainer_of(preset: str, device, options: list[str], counted: bool = False):
     """A trainer of one clip a step with random networks, and its batch."""
-    one = ["--reward-batch", "1"] if preset == "turbo-v2" else []
-    config = train.configure(["--preset", preset, "--batch", "1", *one, *options])
+    config = train.configure(["--preset", preset, "--batch", "1", *options])
     group = Group("cpu" if torch.device(device).type == "cpu" else "")
-    trainer_class = train.CachedTrainer if presets.is_v2(config) else train.Trainer
+    trainer_class = train.CachedTrainer if train.is_v2(config) else train.Trainer
     models, _, terms = train.random_world(config, group)
     to_host = dryrun.no_values if counted else torch.Tensor.tolist
     trainer = trainer_class(config, models, terms, group, Parts(group.device), to_host)

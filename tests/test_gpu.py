@@ -39,13 +39,10 @@ def test_pretraining_takes_the_gpu_of_its_process(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(run.dist, "rendezvous", lambda url: iter([(None, 1, 2)]))
-    monkeypatch.setattr(run.dist, "PrefixStore", lambda name, store: None)
     monkeypatch.setattr(run.dist, "init_process_group", lambda backend, **options: groups.append(backend))
-    monkeypatch.setattr(run, "attempt", lambda store, rank, world: "name")
-    monkeypatch.setattr(run.Group, "leave", lambda group: None)
+    monkeypatch.setattr(run.Group, "close", lambda group: None)
     devices = []
     monkeypatch.setattr(pretrain, "teacher", lambda config, group: devices.append(group.device))
 
     pretrain.main(["--stage", "teacher", "--out", str(tmp_path)])
-    assert chosen == devices == [torch.device("cuda", 1)] and groups == ["nccl"]
+    assert chosen == devices == [torch.device("cuda", 1)] and groups == ["cpu:gloo,cuda:nccl"]
