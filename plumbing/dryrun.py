@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from plumbing import run
 from plumbing.run import Offload, Parts
 
 GIB = 2 ** 30
@@ -117,20 +116,20 @@ class CountedParts(Parts):
 
 
 @contextmanager
-def simulation(plays: str = "cuda"):
+def simulation():
     """Within the block tensors are fake, on the CPU, and are counted as a GPU would hold them -> the counter.
 
-    What waits in host memory (--offload) is not counted. plays: "cpu" to count what a CPU holds.
+    What waits in host memory (--offload) is not counted.
     """
     fake, counter, to_host = FakeTensorMode(), LiveBytes(), Offload.to_host
     fake.__deepcopy__ = lambda memo: fake                       # copies of fake tensors stay in the one mode
-    Offload.to_host, run.cpu_plays = staticmethod(counter.uncounted), plays
+    Offload.to_host = staticmethod(counter.uncounted)
     try:
         with warnings.catch_warnings(), fake, like_cuda(), counter:
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")   # by deepcopy
             yield counter
     finally:
-        Offload.to_host, run.cpu_plays = staticmethod(to_host), "cpu"
+        Offload.to_host = staticmethod(to_host)
 
 
 @contextmanager

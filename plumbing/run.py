@@ -50,14 +50,6 @@ def usual_dtype(device: torch.device) -> str:
     return "bfloat16" if has_bfloat16(device) else "float32"
 
 
-cpu_plays = "cpu"               # in a simulation tensors on the CPU may play those of a GPU: "cuda"
-
-
-def on_cpu(x: Tensor) -> bool:
-    """Does a CPU compute x?"""
-    return x.device.type == cpu_plays == "cpu"
-
-
 # ---- processes ---------------------------------------------------------------------------------------------
 
 

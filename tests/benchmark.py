@@ -91,7 +91,7 @@ def one_pass(net, which, what, args):
 def count(which, what, args) -> tuple[int, int]:
     """FLOP of a pass, and bytes of the tensors that it holds at its peak."""
     simulated = argparse.Namespace(**vars(args) | dict(device="cpu"))
-    with simulation(plays=torch.device(args.device).type) as counter:
+    with simulation() as counter:
         with build("cpu", getattr(torch, args.dtype)):
             net = network(which, what, "cpu")
         if which != "diffusers" and args.device == "cpu":
