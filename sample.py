@@ -121,8 +121,9 @@ def check(config: Config) -> None:
 
     if config.reward:
         import rewards
-        for spec in config.reward:
-            rewards.parse_spec(spec)
+        names = [rewards.parse_spec(spec)[0] for spec in config.reward]
+        if len({*names}) < len(names):
+            raise UserError(f"--reward {', '.join(names)}: give each once, with the sum of its weights")
 
     # names of files to write
     out = Path(config.out or "out.mp4")
@@ -146,10 +147,9 @@ def plan_clips(config: Config) -> list[Job]:
         raise UserError(f"--seed {config.seed}: the last clip's is beyond 2**32 - 1, torch's last")
     for prompt in prompts if config.model == "shapes" else ():
         grammar.understand(prompt.text)
-    cut = [prompt for prompt in prompts if prompt.name != prompt.text.replace("/", " ") and not is_file(out)]
-    if cut:
-        print(f"{len(cut)} of {len(prompts)} prompts have other names as files, e.g. {cut[0].name}-0.mp4",
-              file=sys.stderr)
+    renamed = [prompt.name for prompt in prompts if prompt.name != prompt.text.replace("/", " ")]
+    if renamed and not is_file(out):
+        print(f"{len(renamed)} files are not named by their prompts, e.g. {renamed[0]}-0.mp4", file=sys.stderr)
 
     # where they go
     places = [job.path.with_suffix("") if job.path.suffix.lower() == ".png" else job.path for job in jobs]
@@ -296,10 +296,12 @@ class Take:
 def make(takes: list[Take], models: Models, terms: list[RewardTerm], sampling: Sampling, config: Config,
          reference: Reference | None) -> None:
     """Makes some clips at once: noise -> latents -> pixels -> scores."""
+    import torch
     from tqdm import tqdm
 
     import turbo
     from model import to_clip
+    from rewards import frames_for
     captions, seeds = [take.caption for take in takes], [take.seed for take in takes]
     common, steps = (models, captions, seeds, size_of(models, config), sampling), partial(tqdm, leave=False)
     if config.refine:
@@ -313,18 +315,11 @@ def make(takes: list[Take], models: Models, terms: list[RewardTerm], sampling: S
     for take, clip in zip(takes, clips, strict=True):
         take.clip = clip
     for term in terms:
-        for take, score in zip(takes, scores_of(term, clips, captions), strict=True):
+        with torch.no_grad():
+            scores = term.reward(frames_for(term.reward, clips), captions).tolist()
+        for take, score in zip(takes, scores, strict=True):
             take.scores[term.name] = score
             take.total += term.weight * score
-
-
-def scores_of(term: RewardTerm, clips: Tensor, captions: list[str]) -> list[float]:
-    """A reward of clips uint8 (B, 3, T, H, W), of all frames or as many as it takes."""
-    import torch
-
-    from rewards import frames_for
-    with torch.no_grad():
-        return term.reward(frames_for(term.reward, clips), captions).tolist()
 
 
 def make_all(jobs: list[Job], models: Models, terms: list[RewardTerm], config: Config) -> None:
@@ -392,37 +387,40 @@ def budget(config: Config) -> CountedParts:
     import torch
 
     import model
+    import rewards
     import turbo
     from plumbing import dryrun
-    from solver import Schedule
     family, dtype, B = model.FAMILIES[config.model], config.dtype or "bfloat16", config.batch or 1
-    student = config.method != "teacher"
     T, H, W = config.frames or family.frames, config.height or family.height, config.width or family.width
-    sampling = family.sampling["turbo" if student else "teacher"]
-    steps = config.steps or sampling.steps
+    sampling = family.sampling["teacher" if config.method == "teacher" else "turbo"]
+    sampling = replace(sampling, steps=config.steps or sampling.steps)
+    captions, seeds = [config.prompt or "a prompt"] * B, [0] * B
 
     def networks() -> Models:
         with dryrun.build("cpu", getattr(torch, dtype)):
-            unet = model.UNet3D(replace(family.unet, guidance=student)).eval()
-            vae, text = model.VAE(family.vae), model.TextEncoder(family.text)
+            unet = model.UNet3D(replace(family.unet, guidance=config.method != "teacher")).eval()
+            unet.requires_grad_(False).checkpointing = bool(config.refine)
+            vae, text = model.VAE(family.vae).requires_grad_(False), model.TextEncoder(family.text)
+            for name, _, weight in map(rewards.parse_spec, config.reward if config.refine else ()):
+                reward = rewards.untrained(name, "cpu", getattr(torch, dtype))
+                terms.append(turbo.RewardTerm(reward, 1.0, reward.frames or 6, reward.kind == "video", name))
+            dryrun.pick_worst(terms)
             return model.Models(config.model, unet, vae, text, family)
 
-    def captions(models: Models, results: dict) -> Tensor:
-        return models.text([config.prompt or "a prompt"] * B)
+    def one_step(models: Models, results: dict) -> Tensor:
+        return turbo.generate(models, captions, seeds, (T, H, W), replace(sampling, steps=1))
 
-    def step(models: Models, results: dict) -> Tensor:
-        c, t = results["captions"], torch.full((B,), 999)
-        z = torch.zeros(B, family.vae.latent, T, H // family.vae.factor, W // family.vae.factor)
-        if student:
-            return turbo.student_f(models.unet, Schedule(sampling.grid), c, sampling)(z, t)
-        return turbo.guided_eps(models.unet, c, c, sampling)(z, t)
+    def refine(models: Models, results: dict) -> Tensor:
+        with torch.enable_grad():
+            return turbo.generate_refined(models, captions, seeds, (T, H, W), sampling, terms, 0)[0]
 
-    def decode(models: Models, results: dict) -> Tensor:
-        return models.vae.decode(results["one step"], 4)
-
-    title = f"{config.model} {config.method}, {B} x {W}x{H}, {T} frames, {steps} steps"
-    work = {"captions": (captions, 1), "one step": (step, steps), "decode": (decode, 1)}
-    work = {name: dryrun.Work(*row) for name, row in work.items()}
+    terms: list[RewardTerm] = []
+    work = {"captions and one step": dryrun.Work(one_step, sampling.steps)}
+    if config.refine:
+        work = {"step of --refine": dryrun.Work(refine, config.refine + 1)}
+    z = next(iter(work))
+    work["decode"] = dryrun.Work(lambda models, results: models.vae.decode(results[z], 4), 1)
+    title = f"{config.model} {config.method}, {B} x {W}x{H}, {T} frames, {sampling.steps} steps"
     return dryrun.report_clip(title, networks, dtype, work)
 
 

@@ -60,23 +60,23 @@ def read_prompts(path: str) -> list[Prompt]:
 
 
 def read_row(row, place: str) -> Prompt:
-    """A string, or an object with one of COLUMNS, perhaps `name`, and VBench's `dimension`, which tells how
-    many clips are usual. Raises UserError with the place of a row that has no prompt."""
+    """A string, or an object with one of COLUMNS, perhaps `name`, and the `dimension` of VBench's lists, which
+    tells how many clips are usual. place: of the row, for UserError."""
     row = {"prompt": row} if isinstance(row, str) else row
-    values = {str(key).strip().lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
+    if not isinstance(row, dict) or None in row:            # DictReader's key of what the header does not name
+        raise UserError(f"{place}: neither a text nor a row of the header's columns; quote texts with commas")
+    values = {str(key).strip().lower(): value for key, value in row.items()}
     text = next((values[column] for column in COLUMNS if values.get(column)), None)
     if not isinstance(text, str) or not text.strip() or "\0" in text:
-        raise UserError(f"{place}: no prompt; expected a text, or one of {', '.join(COLUMNS)}"
-                        + f", not {', '.join(values)}"[:100] * bool(values))
-    text, count, length = text.strip(), 1, None
+        raise UserError(f"{place}: no prompt in any of {', '.join(COLUMNS)}; it has {', '.join(values):.80}")
 
-    dimensions = values.get("dimension")
-    if isinstance(dimensions, list) and dimensions:
-        second = str(dimensions[0])[:1].isupper()           # VBench-2.0: Camera_Motion; VBench: color
-        length = 180 if second else None
-        count = 20 if "Diversity" in dimensions else 3 if second else 5
-        count = 25 if "temporal_flickering" in dimensions else count
-    return Prompt(text, file_name(str(values.get("name") or text[:length])), count)
+    text, dimensions = text.strip(), values.get("dimension")
+    name = values.get("name") or text
+    if not isinstance(dimensions, list) or not dimensions:
+        return Prompt(text, file_name(str(name)))
+    if str(dimensions[0])[:1].isupper():                    # VBench-2.0: Camera_Motion; VBench: color
+        return Prompt(text, file_name(name[:180]), 20 if "Diversity" in dimensions else 3)
+    return Prompt(text, file_name(name), 25 if "temporal_flickering" in dimensions else 5)
 
 
 def file_name(text: str) -> str:

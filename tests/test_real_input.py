@@ -60,8 +60,9 @@ TYPED = {                               # command -> what is typed behind it -> 
         "--prompts empty.txt": "empty.txt: no prompts in it",
         "--prompts latin.txt": "latin.txt is not a list of prompts in utf-8",
         "--prompts broken.json": "broken.json is not a list of prompts",
-        "--prompts columns.csv": "columns.csv, entry 1: no prompt; expected a text, or one of prompt_en, "
-                                 "prompt, caption, text, not file, words",
+        "--prompts columns.csv": "columns.csv, entry 1: no prompt in any of prompt_en, prompt, caption, text; "
+                                 "it has file, words",
+        "--prompts commas.csv": "commas.csv, entry 2: neither a text nor a row of the header's columns; quote",
         "--prompts red.txt --out x.mp4": "--prompts writes many files; --out x.mp4 should be a folder",
         "--prompts slash.txt --out new": "'a red/ring' and 'a red ring' would both be written to new/a red",
     },
@@ -86,7 +87,8 @@ def inputs(tmp_path, monkeypatch):
     """A folder with the files that TYPED names, from which the commands run."""
     monkeypatch.chdir(tmp_path)
     texts = {"red.txt": "a red circle\n", "empty.txt": "\n\n", "broken.json": "[",
-             "slash.txt": "a red/ring\na red ring", "columns.csv": "file,words\na.mp4,a dog\n"}
+             "slash.txt": "a red/ring\na red ring", "columns.csv": "file,words\na.mp4,a dog\n",
+             "commas.csv": "prompt\na ring\na ring, rising\n"}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "clips.mp4").mkdir()
