@@ -147,23 +147,12 @@ def plan_clips(config: Config) -> list[Job]:
         raise UserError(f"--seed {config.seed}: the last clip's is beyond 2**32 - 1, torch's last")
     for prompt in prompts if config.model == "shapes" else ():
         grammar.understand(prompt.text)
-    renamed = [prompt.name for prompt in prompts if prompt.name != prompt.text.replace("/", " ")]
-    if renamed and not is_file(out):
-        print(f"{len(renamed)} files are not named by their prompts, e.g. {renamed[0]}-0.mp4", file=sys.stderr)
-
-    # where they go
-    places = [job.path.with_suffix("") if job.path.suffix.lower() == ".png" else job.path for job in jobs]
-    scores = [scores_path(job, config) for job in jobs] if config.best_of or config.refine else []
-    check_outputs({"--out": [*places, *scores] + [out] * bool(config.prompts), "--sheet": config.sheet},
-                  {f"--{name.replace('_', '-')}": getattr(config, name)
-                   for name in ("prompts", "teacher", "turbo", "motion_from", "vae")})
-    for place in places:
-        if place.is_dir() and any(place.iterdir()):         # of frames
-            raise UserError(f"--out: the folder {place} is not empty; choose another name, or remove it")
-    for folder in {path.parent for path in [*places, *scores, Path(config.sheet or places[0])]}:
-        check_writable(folder)
+    names = [prompt.name for prompt in prompts if prompt.name != prompt.text.replace("/", " ")]
+    if names and not is_file(out):
+        print(f"{len(names)} prompts do not name their files: see e.g. {names[0]}-0.mp4", file=sys.stderr)
 
     # whose they are, and what is left to do
+    check_places(jobs, out, config)
     rank, world_size, _ = cli.place()
     if world_size > 1 and config.sheet:
         raise UserError("--sheet shows the clips of one process; run without torchrun")
@@ -173,19 +162,24 @@ def plan_clips(config: Config) -> list[Job]:
     return [job for job in jobs[rank::world_size] if again or not job.path.exists()]
 
 
+def check_places(jobs: list[Job], out: Path, config: Config) -> None:
+    """Raises UserError where a file would be lost, or cannot be written."""
+    places = [job.path.with_suffix("") if job.path.suffix.lower() == ".png" else job.path for job in jobs]
+    scores = [scores_path(job, config) for job in jobs] if config.best_of or config.refine else []
+    inputs = {cli.flag_of(name): getattr(config, name)
+              for name in ("prompts", "teacher", "turbo", "motion_from", "vae")}
+    folder = [out] if config.prompts else []
+    check_outputs({"--out": [*folder, *places, *scores], "--sheet": config.sheet}, inputs)
+    for folder in {path.parent for path in [*places, *scores, Path(config.sheet or places[0])]}:
+        check_writable(folder)
+
+
 def scores_path(job: Job, config: Config) -> Path:
     """Where a clip's scores go: beside it, but not into a folder for VBench, which holds clips alone."""
     folder = job.path.parent
     if config.prompts:
         folder = folder.with_name(f"{folder.name}-scores")
     return folder / f"{job.path.stem}.json"
-
-
-def caption_of(job: Job, config: Config) -> tuple[str, list[str]]:
-    """The caption for the networks, and notes on it: the toy's says what the prompt leaves unsaid."""
-    if config.model != "shapes" or config.as_typed:
-        return job.prompt, []
-    return grammar.fill_in(job.prompt, job.seed)
 
 
 # ---- load --------------------------------------------------------------------------------------------------
@@ -327,7 +321,10 @@ def make_all(jobs: list[Job], models: Models, terms: list[RewardTerm], config: C
     from tqdm import tqdm
     batch, count = config.batch or (16 if models.name == "shapes" else 1), config.best_of or 1
     sampling, reference = sampling_of(models, config), reference_of(models, config)
-    captions = [caption_of(job, config) for job in jobs]
+
+    # the toy's captions say what a prompt leaves unsaid
+    complete = config.model == "shapes" and not config.as_typed
+    captions = [grammar.fill_in(job.prompt, job.seed) if complete else (job.prompt, []) for job in jobs]
     for job, (_, notes) in list(zip(jobs, captions))[:8]:
         if notes:
             print(f"{job.path.name}: {'; '.join(notes)}", file=sys.stderr)
@@ -394,32 +391,29 @@ def budget(config: Config) -> CountedParts:
     T, H, W = config.frames or family.frames, config.height or family.height, config.width or family.width
     sampling = family.sampling["teacher" if config.method == "teacher" else "turbo"]
     sampling = replace(sampling, steps=config.steps or sampling.steps)
-    captions, seeds = [config.prompt or "a prompt"] * B, [0] * B
+    common, terms = ([config.prompt or "a prompt"] * B, [0] * B, (T, H, W)), []
 
     def networks() -> Models:
         with dryrun.build("cpu", getattr(torch, dtype)):
             unet = model.UNet3D(replace(family.unet, guidance=config.method != "teacher")).eval()
             unet.requires_grad_(False).checkpointing = bool(config.refine)
             vae, text = model.VAE(family.vae).requires_grad_(False), model.TextEncoder(family.text)
-            for name, _, weight in map(rewards.parse_spec, config.reward if config.refine else ()):
+            for name, _, _ in map(rewards.parse_spec, config.reward if config.refine else ()):
                 reward = rewards.untrained(name, "cpu", getattr(torch, dtype))
                 terms.append(turbo.RewardTerm(reward, 1.0, reward.frames or 6, reward.kind == "video", name))
             dryrun.pick_worst(terms)
             return model.Models(config.model, unet, vae, text, family)
 
-    def one_step(models: Models, results: dict) -> Tensor:
-        return turbo.generate(models, captions, seeds, (T, H, W), replace(sampling, steps=1))
-
-    def refine(models: Models, results: dict) -> Tensor:
+    def latents(models: Models, results: dict) -> Tensor:
+        if not config.refine:
+            return turbo.generate(models, *common, replace(sampling, steps=1))
         with torch.enable_grad():
-            return turbo.generate_refined(models, captions, seeds, (T, H, W), sampling, terms, 0)[0]
+            return turbo.generate_refined(models, *common, sampling, terms, 0)[0]
 
-    terms: list[RewardTerm] = []
-    work = {"captions and one step": dryrun.Work(one_step, sampling.steps)}
-    if config.refine:
-        work = {"step of --refine": dryrun.Work(refine, config.refine + 1)}
-    z = next(iter(work))
-    work["decode"] = dryrun.Work(lambda models, results: models.vae.decode(results[z], 4), 1)
+    part = "step of --refine" if config.refine else "captions and one step"
+    times = config.refine + 1 if config.refine else sampling.steps
+    work = {part: dryrun.Work(latents, times),
+            "decode": dryrun.Work(lambda models, results: models.vae.decode(results[part], 4), 1)}
     title = f"{config.model} {config.method}, {B} x {W}x{H}, {T} frames, {sampling.steps} steps"
     return dryrun.report_clip(title, networks, dtype, work)
 
@@ -443,7 +437,8 @@ def main(argv=None):
     from plumbing import video
     family = FAMILIES.get(config.model) or shapes.FAMILY
     check_size(family, height=config.height, width=config.width)
-    video.check_output(jobs[0].path, config.fps or family.fps)
+    for job in jobs:
+        video.check_output(job.path, config.fps or family.fps)
 
     models = load_models(config)
     terms = load_rewards(config, models)

@@ -60,10 +60,10 @@ def read_prompts(path: str) -> list[Prompt]:
 
 
 def read_row(row, place: str) -> Prompt:
-    """A string, or an object with one of COLUMNS, perhaps `name`, and the `dimension` of VBench's lists, which
+    """A string, or an object with one of COLUMNS, perhaps `name`, and `dimension` of VBench's lists, which
     tells how many clips are usual. place: of the row, for UserError."""
     row = {"prompt": row} if isinstance(row, str) else row
-    if not isinstance(row, dict) or None in row:            # DictReader's key of what the header does not name
+    if not isinstance(row, dict) or None in row:            # DictReader's key of surplus fields
         raise UserError(f"{place}: neither a text nor a row of the header's columns; quote texts with commas")
     values = {str(key).strip().lower(): value for key, value in row.items()}
     text = next((values[column] for column in COLUMNS if values.get(column)), None)

@@ -39,7 +39,7 @@ TYPED = {                               # command -> what is typed behind it -> 
         f"{RED} --out ''": "--out: '' is neither a file's name nor a folder's",
         f"{RED} --out .mp4": "--out .mp4: choose a name that ends in .mp4, .gif, .png, .safetensors",
         f"{RED} --out x.webm": "--out x.webm: choose a name that ends in",
-        f"{RED} --out x.gif --fps 60": "a gif has 50 at most",
+        f"{RED} --out x.gif --fps 60": "fps 60 for x.gif: choose from 0.1 to 50",
         f"{RED} --out red.txt/x.mp4": "red.txt: nothing can be written there: ",
         f"{RED} --out clips.mp4": "clips.mp4 is a folder",
         f"{RED} --sheet x.jpg": "--sheet x.jpg: its name must end in .png",
@@ -77,7 +77,7 @@ TYPED = {                               # command -> what is typed behind it -> 
     },
     "evaluate": {
         "shapes --clips 0": "--clips: '0' is not a whole number from 1",
-        "shapes --dtype foo": "--dtype: invalid choice: 'foo'",
+        "score nowhere.mp4 --reward shapes-clip": "nowhere.mp4",
     },
 }
 

@@ -237,7 +237,7 @@ def test_names_that_are_too_long_are_cut_and_differ(tmp_path, capsys):
     jobs = sample.plan_clips(config)
     assert len({job.path for job in jobs}) == 6 and all(len(job.path.name.encode()) <= 255 for job in jobs)
     assert jobs[1].seed == 8 and jobs[5].path.name == "ein Hund-1.mp4"
-    assert "2 files are not named by their prompts" in capsys.readouterr().err
+    assert "2 prompts do not name their files" in capsys.readouterr().err
 
 
 def test_a_list_goes_on_where_it_ended(tmp_path, capsys):
