@@ -10,7 +10,6 @@ Symbols: z noisy latents, t timesteps, c caption states (B, L, D), w guidance sc
 Layers are written as their formulas. On a CPU plumbing/fast_cpu.py has equal ones that are faster.
 """
 import math
-import re
 import sys
 from collections import OrderedDict
 from contextlib import nullcontext
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plumbing import fast_cpu, weights
-from plumbing.clip import OPENCLIP_BLOCKS, TextTower, recompute
+from plumbing.clip import TextTower, recompute
 from plumbing.errors import UserError
 from solver import Sampling
 
@@ -685,6 +684,10 @@ class Family:
     vae: VAEConfig = KL_F8
     text: TextConfig = VIT_H
 
+    def student_sampling(self, method: str) -> Sampling:
+        """How a student of a method is sampled; VCM's as T2V-Turbo's."""
+        return self.sampling.get(method, self.sampling["turbo"])
+
 
 FAMILIES = {
     "vc2": Family(VC2, 320, 512, fps=16, sampling={
@@ -698,43 +701,22 @@ FAMILIES = {
         "teacher": Sampling("ddim", steps=50, guidance=8.0),                                   # authors' 9
     }),
 }
-
-PUBLIC = {                                  # name: hub repository, files
-    "vc2": ("VideoCrafter/VideoCrafter2", ["model.ckpt"]),
-    "ms": ("ali-vilab/text-to-video-ms-1.7b", ["unet/diffusion_pytorch_model.safetensors",
-                                               "vae/diffusion_pytorch_model.safetensors",
-                                               "text_encoder/model.safetensors"]),
-    "vc2-turbo": ("jiachenli-ucsb/T2V-Turbo-VC2-Merged", ["t2v_turbo_vc2.pt"]),
-    "vc2-turbo-lora": ("jiachenli-ucsb/T2V-Turbo-VC2", ["unet_lora.pt"]),
-    "ms-turbo": ("jiachenli-ucsb/T2V-Turbo-MS", ["unet_lora.pt"]),
-    "vc2-turbo-v2": ("jiachenli-ucsb/T2V-Turbo-v2", ["unet_mg.pt"]),
-    "vc2-turbo-v2-no-mg": ("jiachenli-ucsb/T2V-Turbo-v2-no-MG", ["unet_no_mg.pt"]),
+RELEASED = {                                # by method: how released files, without a header, were trained
+    "turbo": {"method": "turbo", "grid": 50, "w_min": 5.0, "w_max": 15.0},
+    "turbo-v2": {"method": "turbo-v2", "grid": 200, "w_min": 5.0, "w_max": 15.0},
 }
 
-V1 = {"method": "turbo", "steps": 50, "w_min": 5.0, "w_max": 15.0}
-V2 = {"method": "turbo-v2", "steps": 200, "w_min": 5.0, "w_max": 15.0}
-RELEASED = {                                # layout: what a released file, without a header, was trained with
-    "LoRA list": V1,                                        # unet_lora.pt
-    "whole model": V1 | {"whole": True},                    # t2v_turbo_vc2.pt: with VAE and text encoder
-    "UNet with motion": V2,                                 # unet_mg.pt
-    "UNet": V2 | {"motion": None},                          # unet_no_mg.pt
-}
 
-MODELSCOPE_FILES = ["text2video_pytorch_model.pth", "VQGAN_autoencoder.pth", "open_clip_pytorch_model.bin"]
-UNUSED_TEXT = r"visual\.|text_projection|logit_scale|attn_mask|embeddings\.position_ids|"
+fetch = weights.fetch                       # path of a public file or folder
 
 
 def check_size(family: Family, **sides: int | None) -> None:
-    """Raises UserError for heights and widths in pixels that VAE and UNet cannot halve evenly.
-
-    They must be multiples of 64, the toy's of 16.
-    """
-    multiple = family.vae.factor * family.unet.factor
+    """Raises UserError for heights and widths in pixels that VAE and UNet cannot halve evenly."""
+    multiple = family.vae.factor * family.unet.factor                   # 64, the toy's 16
     for name, pixels in sides.items():
         if pixels is not None and (pixels < multiple or pixels % multiple):
             low = max(pixels // multiple, 1) * multiple
-            raise UserError(f"{name} {pixels} is not a multiple of {multiple}; "
-                             f"try {low} or {low + multiple}")
+            raise UserError(f"{name} {pixels} is not a multiple of {multiple}; try {low} or {low + multiple}")
 
 
 @dataclass
@@ -756,16 +738,16 @@ class Models:
     @property
     def sampling(self) -> Sampling:
         """How the student, or without one the teacher, is sampled by default: as it was trained."""
-        if not self.header:
+        header, config = self.header, self.unet.config
+        if not header:
             return self.family.sampling["teacher"]
-        default, config = default_sampling(self.family, self.header["method"]), self.unet.config
-        guidance = min(max(default.guidance, self.header["w_min"]), self.header["w_max"])
-        same_grid = self.header["steps"] == default.grid
-        return replace(default, guidance=guidance, grid=self.header["steps"],
-                       timesteps=default.timesteps if same_grid else (),
-                       fps=self.header["fps"] if config.fps else None,
-                       motion=self.header["motion"] if config.motion else None,
-                       motion_share=self.header["motion_share"])
+        default = self.family.student_sampling(header["method"])
+        return replace(default, grid=header["grid"],
+                       guidance=min(max(default.guidance, header["w_min"]), header["w_max"]),
+                       timesteps=default.timesteps if header["grid"] == default.grid else (),
+                       fps=header["fps"] if config.fps else None,
+                       motion=header["motion"] if config.motion else None,
+                       motion_share=header["motion_share"])
 
     @property
     def fps(self) -> float:
@@ -773,60 +755,18 @@ class Models:
         return self.sampling.fps or self.header.get("fps", self.family.fps)
 
 
-def default_sampling(family: Family, method: str) -> Sampling:
-    """The family's entry for a student's method; VCM is sampled as T2V-Turbo is."""
-    return family.sampling.get(method, family.sampling["turbo"])
-
-
 def complete(header: dict, family: Family) -> dict:
-    """A student's header with what files of version 1 say elsewhere, and released files nowhere.
+    """A student's header with what older files say elsewhere, and released files nowhere.
 
-    method, steps (N of its grid), w_min, w_max (range of ω), fps, frames, height, width, motion (λ'),
-    motion_share (τ).
+    method, grid (N), w_min, w_max (range of ω), fps, frames, height, width, motion (λ'), motion_share (τ).
     """
-    default = default_sampling(family, header.get("method", "turbo"))
-    usual = dict(method="turbo", steps=default.grid, w_min=5.0, w_max=15.0, fps=default.fps or family.fps,
-                 frames=family.frames, height=family.height, width=family.width,
-                 motion=default.motion, motion_share=default.motion_share)
+    default = family.student_sampling(header.get("method", "turbo"))
+    defaults = dict(method="turbo", grid=header.get("steps", default.grid), w_min=5.0, w_max=15.0,
+                    fps=default.fps or family.fps, frames=family.frames, height=family.height,
+                    width=family.width, motion=default.motion, motion_share=default.motion_share)
     train = header.get("train", {})
     options = {name: train[name] for name in ("fps", "frames", "height", "width") if name in train}
-    return usual | options | header
-
-
-def fetch(name: str) -> Path:
-    """Path of a public file (of the first, where a model has several), downloaded on its first use."""
-    repository, files = PUBLIC[name]
-    return [weights.download(repository, file) for file in files][0]
-
-
-def read_teacher(path: str | Path, text_layers: int) -> list[tuple[weights.State, Path]]:
-    """A teacher's file or folder -> for UNet, VAE and text encoder: tensors under our names, their file."""
-    path = Path(path)
-    path = path / "model.ckpt" if (path / "model.ckpt").is_file() else path
-
-    if (path / MODELSCOPE_FILES[0]).is_file():
-        files = [path / name for name in MODELSCOPE_FILES]
-        unet, vae, text = map(weights.read_named, files)
-        unet = weights.rename(unet, weights.MODELSCOPE_ORIGINAL)
-        vae = weights.part(vae, "first_stage_model.")
-    elif path.is_dir():
-        stem = ["diffusion_pytorch_model"]
-        files = [weights.one_of(path / "unet", stem), weights.one_of(path / "vae", stem),
-                 weights.one_of(path / "text_encoder", ["model", "pytorch_model"])]
-        unet, vae, text = map(weights.read_named, files)
-        unet = weights.rename(unet, weights.DIFFUSERS)
-        vae = weights.rename(vae, weights.DIFFUSERS_VAE)
-        text = weights.huggingface_text(text)
-    else:
-        files, content = [path] * 3, weights.read_named(path)
-        unet = weights.rename(weights.part(content, "model.diffusion_model."), weights.VIDEOCRAFTER)
-        vae = weights.part(content, "first_stage_model.")
-        text = weights.part(content, "cond_stage_model.model.")
-
-    text = weights.rename(text, OPENCLIP_BLOCKS)
-    last = rf"blocks\.{text_layers - 1}\."             # the tower's last layer is not run
-    text = {key: x for key, x in text.items() if not re.match(UNUSED_TEXT + last, key)}
-    return list(zip((unet, vae, text), files, strict=True))
+    return defaults | options | header
 
 
 @cache
@@ -838,61 +778,31 @@ def lora_shapes(config: UNetConfig) -> weights.Shapes:
     return {name: m.weight.shape for name, m in unet.named_modules() if isinstance(m, takes_lora)}
 
 
-def layout_of(config: UNetConfig) -> str:
-    """Whose order of layers a T2V-Turbo LoRA list has."""
-    return "vc2" if config.fps else "ms"
-
-
 def read_turbo(path: str | Path, config: UNetConfig, name: str | None = None):
-    """A student's file -> (config of its UNet, the UNet's whole state or None, LoRA or None, its header).
+    """A student's file or folder -> (config of its UNet, its whole state or None, LoRA or None, its header).
 
     name: the model that the student must belong to, where its header names one.
     """
-    own = Path(path).suffix == ".safetensors"
-    header = check_header(weights.read_header(path), path, name) if own else {}
-    content = weights.unwrap(weights.read_tensors(path))
+    content, header, path = weights.read_student(path, name)
     config = replace(config, guidance=True)
-
-    # LoRA: a list without names, or pairs of ours
     if isinstance(content, list):
         if name == "shapes":
-            raise ValueError(f"{path}: a list of LoRA matrices, of --model vc2 or ms, not of the toy")
-        lora = weights.lora_from_list(content, lora_shapes(config), layout_of(config), path)
-        return config, None, lora, RELEASED["LoRA list"]
-    content = weights.named_tensors(content, path)
-    if any(key.endswith(".up") for key in content):
-        config = replace(config, motion="motion_cond_proj.up" in content)
-        lora = weights.lora_from_dict(content, lora_shapes(config), layout_of(config), path)
-        return config, None, lora, header
+            raise UserError(f"{path}: a list of LoRA matrices, of --model vc2 or ms, not of the toy")
+        lora = weights.lora_from_list(content, lora_shapes(config), path)
+        return config, None, lora, RELEASED["turbo"]
 
-    # a whole UNet: ours, VideoCrafter2's, or in a whole model
-    if own:
-        return replace(config, motion="motion_cond_proj.weight" in content), content, None, header
-    unet = weights.part(content, "model.diffusion_model.")
-    state = weights.rename(unet or content, weights.VIDEOCRAFTER)
-    config = replace(config, motion="motion_cond_proj.weight" in state)
-    if unet:
-        return config, state, None, RELEASED["whole model"]
-    return config, state, None, RELEASED["UNet with motion" if config.motion else "UNet"]
+    config = replace(config, motion=any("motion_cond_proj" in key for key in content))
+    if weights.is_lora(content):
+        lora = weights.lora_from_dict(content, lora_shapes(config), path)
+        return config, None, lora, header or RELEASED["turbo"]
 
-
-def check_header(header: dict, path: str | Path, name: str | None) -> dict:
-    """Raises ValueError where a student's header holds values of the wrong kind, or names another model."""
-    for key in ("model", "method"):
-        if not isinstance(header.get(key, ""), str):
-            raise ValueError(f"{path}: its header says {key} {header[key]!r}, no name; "
-                             "no student's file, or damaged")
-    for key in ("steps", "w_min", "w_max", "fps", "frames", "height", "width", "motion", "motion_share"):
-        value = header.get(key)
-        if value is not None and not (type(value) in (int, float) and 0 <= value < math.inf):
-            raise ValueError(f"{path}: its header says {key} {value!r}, no number; "
-                             "no student's file, or damaged")
-    if not isinstance(header.get("train", {}), dict):
-        raise ValueError(f"{path}: its header's training options are no JSON object; the file is damaged")
-    if name and header.get("model", name) != name:
-        raise ValueError(f"{path} is a student of {header['model']}, not of {name}; "
-                         f"use --model {header['model']}")
-    return header
+    # a whole UNet: alone, or in a whole model
+    unet, vae = (weights.part(content, prefix) for prefix in ("diffusion_model.", "first_stage_model."))
+    state = weights.rename(unet or content, weights.UNET)
+    weights.check_numbers(state, path, finite=True)
+    second = config.motion or config.fps and not unet       # unet_mg.pt, unet_no_mg.pt; else t2v_turbo_vc2.pt
+    header = header or RELEASED["turbo-v2" if second else "turbo"] | {"whole": bool(vae)}
+    return config, state, None, header if config.motion else header | {"motion": None}
 
 
 def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None = None, device="cpu",
@@ -904,23 +814,20 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
     conditions: guidance=True and motion=True add the layers that a student needs, as it starts.
     """
     if name not in FAMILIES:
-        raise ValueError(f"no model {name!r}; there are {', '.join(FAMILIES)}")
+        raise UserError(f"no model {name!r}; there are {', '.join(FAMILIES)}")
     family, header, state, lora = FAMILIES[name], {}, None, None
     config = replace(family.unet, **conditions)
 
     # the student's file
     if turbo is not None:
-        turbo = fetch(turbo) if turbo in PUBLIC else turbo
+        turbo = weights.fetch(turbo) if turbo in weights.PUBLIC else turbo
         config, state, lora, header = read_turbo(turbo, config, name)
         lora = weights.scaled(lora, lora_scale, turbo)
-    if teacher is None and header.get("whole"):
-        teacher = turbo
 
     # the teacher's, which also holds VAE and text encoder
     if teacher is None:
-        teacher = fetch(name)
-        teacher = teacher.parent.parent if name == "ms" else teacher                    # its folder
-    (unet_state, unet_file), vae_part, text_part = read_teacher(teacher, family.text.layers)
+        teacher = turbo if header.get("whole") else weights.fetch(name)
+    (unet_state, unet_file), vae_part, text_part = weights.read_teacher(teacher, family.text.layers)
     if state is None:
         new = {f"{layer}.weight": module.weight.data for layer, module in condition_layers(config).items()}
         state, turbo = new | unet_state, unet_file
@@ -942,6 +849,4 @@ def to_clip(vae: nn.Module, z: torch.Tensor, chunk: int | None = None) -> torch.
     chunk: frames decoded at a time; None = all.
     """
     x = vae.decode(z, chunk).float()
-    if not x.isfinite().all():
-        raise UserError("the networks gave NaN or infinity, which would be a black clip; try --dtype float32")
     return ((x.clamp(-1, 1) + 1) / 2 * 255).byte()

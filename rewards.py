@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from plumbing.bert import BERT, BERTConfig, WordPiece
 from plumbing.clip import OPENCLIP_BLOCKS, BlockStack, LayerNorm, TextTower, TowerBlock, attend
 from plumbing.errors import UserError, reading
-from plumbing.weights import download, fill, huggingface_text, read_header, read_named, rename, without_memory
+from plumbing.weights import (PUBLIC, fetch, fill, huggingface_text, locate, read_header, read_named, rename,
+                              without_memory)
 
 Generators = Sequence[torch.Generator] | None           # on the CPU, one per clip: they draw its crop window
 Tokenizer = Callable[[list[str]], Tensor]               # B captions -> token ids (B, L)
@@ -124,7 +125,7 @@ class Recipe:
     config: Callable[[dict], object] = lambda header: None      # header of the file -> configuration
     convert: Callable[[State, nn.Module], State] | None = None  # public names -> ours; None: no weights
     frames: tuple[int, ...] = ()                # T that a video reward can take, the usual first; (): any
-    source: tuple[str, ...] = ()                # public repository and file
+    source: str = ""                            # name of its public file in PUBLIC
     whole: bool = True                          # the model needs all tensors of the file
 
     def network(self, header: dict, frames: int | None, config: object = None) -> nn.Module:
@@ -145,28 +146,27 @@ def recipes() -> dict[str, Recipe]:
     return {
         "hpsv2": Recipe(
             **vit_h_14, view=pad,
-            source=("xswu/HPSv2", "HPS_v2.1_compressed.pt")),
+            source="hpsv2"),
         "pickscore": Recipe(
             **vit_h_14, view=squash,
-            source=("yuvalkirstain/PickScore_v1", "model.safetensors")),
+            source="pickscore"),
         "clip": Recipe(
             **vit_h_14, view=squash,
-            source=("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "open_clip_pytorch_model.bin")),
+            source="clip"),
         "imagereward": Recipe(
             kind="image", model=ImageReward, config=lambda header: ImageRewardConfig(), view=centre,
             convert=lambda state, model: rename(state, IMAGEREWARD), pixels=CLIP_PIXELS, text_length=35,
-            tokenizer=partial(wordpiece, repository="google-bert/bert-base-uncased",
-                              extra=("[DEC]", "[ENC]")),
-            source=("THUDM/ImageReward", "ImageReward.pt"), whole=False),
+            tokenizer=partial(wordpiece, public="bert-base", extra=("[DEC]", "[ENC]")),
+            source="imagereward", whole=False),
         "viclip": Recipe(
             **viclip, config=lambda header: ViCLIPConfig(), view=window, pixels=IMAGENET_PIXELS,
             text_length=32, tokenizer=bpe, frames=(8,),
-            source=("OpenGVLab/ViCLIP", "ViClip-InternVid-10M-FLT.pth")),
+            source="viclip"),
         "internvideo2": Recipe(
             kind="video", model=InternVideo2, config=lambda header: InternVideo2Config(), view=window,
             convert=from_internvideo2, pixels=IMAGENET_PIXELS, text_length=40, frames=(8, 4),
-            tokenizer=partial(wordpiece, repository="google-bert/bert-large-uncased", sep=False),
-            source=("OpenGVLab/InternVideo2-Stage2_1B-224p-f4", "InternVideo2-stage2_1b-224p-f4.pt"),
+            tokenizer=partial(wordpiece, public="bert-large", sep=False),
+            source="internvideo2",
             whole=False),
         "motion": Recipe(
             kind="video", model=Motion, view=squash, pixels=((0, 0, 0), (1, 1, 1)), text_length=1,
@@ -262,13 +262,14 @@ def untrained(name: str, device: str | torch.device, dtype: torch.dtype, frames:
 def find(recipe: Recipe, path: str | Path | None) -> Path:
     """The weights file: `path`, what a folder `path` holds, or (no path) the public one."""
     if not path:
-        return download(*recipe.source)
-    path = Path(path).expanduser()
-    names = [*recipe.source[1:], "open_clip_model.safetensors", "model.safetensors", "pytorch_model.bin"]
+        return fetch(recipe.source)
+    path, public = locate(path), PUBLIC.get(recipe.source)
+    names = [*(public.files if public else ()), "open_clip_model.safetensors", "model.safetensors",
+             "pytorch_model.bin"]
     file = next((path / name for name in names if (path / name).exists()), path)
     if not file.is_file():
-        public = f"; it is {recipe.source[1]} of huggingface.co/{recipe.source[0]}" if recipe.source else ""
-        raise UserError(f"there is no file of weights at {path}{public}")
+        remedy = f"; it is {public.files[0]} of huggingface.co/{public.repository}" if public else ""
+        raise UserError(f"there is no file of weights at {path}{remedy}")
     return file
 
 
@@ -288,17 +289,18 @@ def bpe(path: Path | None, length: int) -> Tokenizer:
     return SimpleTokenizer(context_length=length)
 
 
-def wordpiece(path: Path, length: int, repository: str, **options) -> Tokenizer:
-    """BERT's, from the `vocab.txt` beside the weights, else from `repository`."""
+def wordpiece(path: Path, length: int, public: str, **options) -> Tokenizer:
+    """BERT's, from the `vocab.txt` beside the weights, else the public one."""
     vocabulary = path.parent / "vocab.txt"
     if not vocabulary.exists():
         try:
-            vocabulary = download(repository, "vocab.txt")
+            vocabulary = fetch(public)
         except ValueError as error:
             raise UserError(f"there is no {vocabulary} beside the weights, and: {error}") from error
     tokenizer, words = WordPiece(vocabulary, length, **options), 30522              # of the uncased models
     if len(tokenizer.ids) != words + len(options.get("extra", ())):
-        raise UserError(f"{vocabulary} does not hold {words} words; take vocab.txt of {repository}")
+        raise UserError(f"{vocabulary} does not hold {words} words; "
+                        f"take vocab.txt of {PUBLIC[public].repository}")
     return tokenizer
 
 

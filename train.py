@@ -646,7 +646,7 @@ def teacher_fingerprint(models: Models) -> str:
     """A teacher's fingerprint, whatever dtype it is in; without the layers that a student adds."""
     added = ("time_cond_proj", "motion_cond_proj", "combine_proj")
     state = models.unet.state_dict()
-    return data.fingerprint({name: x for name, x in state.items() if not name.startswith(added)})
+    return weights.fingerprint({name: x for name, x in state.items() if not name.startswith(added)})
 
 
 def toy_clips(config: Config) -> shapes.Clips:
@@ -762,12 +762,14 @@ def export(trainer: Trainer, out: Path) -> None:
         weights.save_checkpoint(out / "merged.safetensors", whole, about)
         if about["model"] == "vc2":         # for the released code and others
             weights.save_merged(out / "t2v_turbo_vc2.pt", config.teacher or model.fetch("vc2"), whole)
+        if about["model"] == "ms":          # for diffusers
+            weights.save_diffusers(out / "unet", whole, about)
 
 
 def export_size(trainer: Trainer) -> int:
     """Bytes of what `export` writes, or a little more: LoRA is merged, and the toy's weights are halved."""
     whole = 4 * sum(p.numel() for p in trainer.models.unet.parameters())
-    merged = whole * (2 if model_name(trainer.config) == "vc2" else 1)
+    merged = whole * (1 if is_toy(trainer.config) else 2)
     return trainer.gradient.nbytes + merged * trainer.config.merge
 
 

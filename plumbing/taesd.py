@@ -52,9 +52,8 @@ class TinyDecoder(nn.Sequential):
 
 def load_tiny_decoder(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> TinyDecoder:
     """path: taesd_decoder.pth or .safetensors, or an AutoencoderTiny of diffusers (a file, or its folder)."""
-    path = Path(path)
-    path = weights.one_of(path, ["diffusion_pytorch_model"]) if path.is_dir() else path
-    state = weights.rename(weights.read_named(path), DIFFUSERS_TINY)
+    files = weights.weight_files(path, "diffusion_pytorch_model", "taesd_decoder")
+    state = weights.rename(weights.read_named(*files), DIFFUSERS_TINY)
     state = {name: x for name, x in state.items() if not name.startswith("encoder.")}
 
     with weights.without_memory():

@@ -389,8 +389,8 @@ def networks(family: str, method: str, dtype):
     with dryrun.build("cuda", dtype):
         unet = model.UNet3D(dataclasses.replace(known.unet, guidance=student, motion=method == "v2")).eval()
         vae, text = model.VAE(known.vae), model.TextEncoder(known.text)
-    layout = "UNet with motion" if method == "v2" else "LoRA list"
-    header = model.complete(model.RELEASED[layout], known) if student else {}
+    released = model.RELEASED["turbo-v2" if method == "v2" else "turbo"]
+    header = model.complete(released, known) if student else {}
     return model.Models(family, unet, vae.requires_grad_(False), text.requires_grad_(False), known, header)
 
 

@@ -120,7 +120,7 @@ def networks(name: str, device, dtype=torch.bfloat16) -> model.Models:
         network.requires_grad_(False)
     for p in unet.out.parameters():                             # as `model.load` does
         p.data = p.data.float()
-    header = model.complete(model.RELEASED["LoRA list"], family)
+    header = model.complete(model.RELEASED["turbo"], family)
     return model.Models(name, unet, vae, text, family, header)
 
 

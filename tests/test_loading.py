@@ -15,44 +15,16 @@ import pytest
 import safetensors.torch
 import torch
 from oracles import diffusers, open_clip, peft, transformers
-from test_model import (
-    INPUTS,
-    SMALL,
-    SMALL_TEXT,
-    SMALL_VAE,
-    TINY,
-    close,
-    deterministic,
-    original_shapes,
-    published,
-    randn,
-)
+from test_model import (INPUTS, SMALL, SMALL_TEXT, SMALL_VAE, TINY, close, deterministic, original_shapes, published,
+                        randn)
 from torch import nn
 
 import sample
 import turbo
-from model import (
-    FAMILIES,
-    VAE,
-    VC2,
-    UNet3D,
-    complete,
-    fetch,
-    guidance_embedding,
-    layout_of,
-    load,
-    lora_shapes,
-    read_turbo,
-)
+from model import FAMILIES, VAE, VC2, UNet3D, complete, guidance_embedding, load, lora_shapes, read_turbo
 from plumbing import video, weights
-from plumbing.weights import (
-    fill,
-    lora_from_list,
-    lora_order,
-    lora_to_list,
-    read_checkpoint,
-    save_checkpoint,
-)
+from plumbing.errors import UserError
+from plumbing.weights import fill, lora_from_list, lora_order, read_checkpoint, save_checkpoint
 
 FPS, DEEP = replace(TINY, fps=True), replace(SMALL, fps=True)
 TOKENS = "a red circle moving right"
@@ -187,7 +159,7 @@ def test_files_run_no_code(tmp_path):
             return os.system, (f"touch {tmp_path}/harm",)
 
     torch.save({"state_dict": videocrafter(), "hook": Attack()}, tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match="not a weight file"):
+    with pytest.raises(UserError, match="not a weight file"):
         load("vc2", tmp_path / "model.ckpt")
     assert not (tmp_path / "harm").exists()
 
@@ -280,15 +252,15 @@ def lora_list(shapes, rank=4):
     return tensors
 
 
-def public_list(config, layout, rank=4):
+def public_list(config, rank=4):
     shapes = lora_shapes(config)
-    return lora_list([shapes[name] for name in lora_order(shapes, layout)], rank)
+    return lora_list([shapes[name] for name in lora_order(shapes)], rank)
 
 
 def test_videocrafter_lora_as_published(tmp_path, deep):
     """The published code's output with 2 x 574 nameless matrices: a wrong order would not give it."""
     config = replace(DEEP, guidance=True)
-    tensors = public_list(config, "vc2")
+    tensors = public_list(config)
     assert len(tensors) == 2 * 574                          # one skip convolution fewer than in full size
     write_teacher(tmp_path)
     torch.save([nn.Parameter(x) for x in tensors], tmp_path / "unet_lora.pt")
@@ -321,28 +293,10 @@ def test_modelscope_lora_in_diffusers_order(modelscope, tmp_path):
         assert close(models.unet(z, t, c, w=w), expected)
 
 
-@pytest.mark.parametrize("layout, config", [("vc2", DEEP), ("ms", SMALL)])
-def test_lora_list_and_back(layout, config):
-    config = replace(config, guidance=True)
-    tensors = public_list(config, layout)
-    shapes = lora_shapes(config)
-    assert layout_of(config) == layout
-    lora = lora_from_list(tensors, shapes, layout, "test")
-    assert all(torch.equal(a, b) for a, b in zip(lora_to_list(lora, shapes, layout), tensors, strict=True))
-    if layout == "vc2":
-        with pytest.raises(ValueError, match="no place for init_attn.0.proj_in"):
-            lora_to_list(
-                lora | {"init_attn.0.proj_in": (torch.ones(64, 1), torch.ones(1, 32))}, shapes, layout
-            )
-
-
 def test_full_size_lora_orders():
     """Digest of the names in the order in which the published injector visited the full-size UNets."""
-    for config, layout, expected in (
-        (VC2, "vc2", "7b3c5090ba0fdfa9"),
-        (replace(VC2, fps=False), "ms", "ba3148f91a159f3e"),
-    ):
-        names = lora_order(lora_shapes(replace(config, guidance=True)), layout)
+    for config, expected in ((VC2, "7b3c5090ba0fdfa9"), (replace(VC2, fps=False), "ba3148f91a159f3e")):
+        names = lora_order(lora_shapes(replace(config, guidance=True)))
         assert len(names) == 575
         assert hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] == expected
 
@@ -500,7 +454,7 @@ def test_second_version_is_sampled_as_it_was_trained(tmp_path, teacher_file, mon
     torch.save(deterministic(original_shapes(replace(FPS, guidance=True))), tmp_path / "unet_no_mg.pt")
     models = load("vc2", teacher_file, tmp_path / "unet_no_mg.pt")
     assert models.sampling.motion is None and (models.sampling.grid, models.fps) == (200, 8)
-    with pytest.raises(ValueError, match="--motion belongs to T2V-Turbo-v2 with motion guidance"):
+    with pytest.raises(UserError, match="--motion belongs to T2V-Turbo-v2 with motion guidance"):
         told(monkeypatch, models, motion=0.1)
 
 
@@ -534,7 +488,7 @@ def test_the_teacher_is_told_28_frames_a_second_and_so_is_its_file(teacher_file)
 
 
 def test_guidance_beyond_the_trained_range_is_said(tmp_path, teacher_file, capsys):
-    torch.save(public_list(replace(FPS, guidance=True), "vc2"), tmp_path / "unet_lora.pt")
+    torch.save(public_list(replace(FPS, guidance=True)), tmp_path / "unet_lora.pt")
     models = load("vc2", teacher_file, tmp_path / "unet_lora.pt")
     for guidance, warns in ((5, False), (15, False), (20, True), (0, True)):
         sample.sampling_of(models, sample.Config(guidance=guidance))
@@ -546,19 +500,19 @@ def test_guidance_beyond_the_trained_range_is_said(tmp_path, teacher_file, capsy
 
 def test_strength_of_lora(tmp_path, teacher_file):
     """0: the teacher, 1: as trained, and in between in proportion."""
-    torch.save(public_list(replace(FPS, guidance=True), "vc2"), tmp_path / "unet_lora.pt")
+    torch.save(public_list(replace(FPS, guidance=True)), tmp_path / "unet_lora.pt")
     weight = {scale: load("vc2", teacher_file, tmp_path / "unet_lora.pt", lora_scale=scale).unet.out[2].weight
               for scale in (0, 0.5, 1)}
     assert torch.equal(weight[0], load("vc2", teacher_file).unet.out[2].weight)
     torch.testing.assert_close(weight[0.5], (weight[0] + weight[1]) / 2)
     student_file(tmp_path / "x.safetensors", {})
-    with pytest.raises(ValueError, match="--lora-scale 0.5: .* holds whole weights, no LoRA to scale"):
+    with pytest.raises(UserError, match="--lora-scale 0.5: .* holds whole weights, no LoRA to scale"):
         load("vc2", teacher_file, tmp_path / "x.safetensors", lora_scale=0.5)
 
 
 def test_merged_weights_are_written_as_released(tmp_path, teacher_file):
     """All names and shapes of VideoCrafter2's file and one more; read back, the same student."""
-    torch.save(public_list(replace(FPS, guidance=True), "vc2"), tmp_path / "unet_lora.pt")
+    torch.save(public_list(replace(FPS, guidance=True)), tmp_path / "unet_lora.pt")
     student = load("vc2", teacher_file, tmp_path / "unet_lora.pt")
     weights.save_merged(tmp_path / "merged.pt", teacher_file, student.unet.state_dict())
     written = torch.load(tmp_path / "merged.pt", weights_only=True)["state_dict"]
@@ -580,31 +534,15 @@ def test_a_lora_of_another_model_is_refused(tmp_path, deep, teacher_file, models
     for config, layers in ((ms, list(lora_shapes(ms))), (vc2, list(lora_shapes(vc2))[:10])):
         write(config, layers, HEADER)
         with pytest.raises(
-            ValueError, match="x.safetensors: not a LoRA of this UNet, or not all of it: [0-9]+ of 576 layers"
+            UserError, match="x.safetensors: not a LoRA of this UNet, or not all of it: [0-9]+ of 576 layers"
         ):
             load("vc2", teacher_file, tmp_path / "x.safetensors")
     write(vc2, list(lora_shapes(vc2)), HEADER)
-    with pytest.raises(ValueError, match="LoRA for fps_embedding.0, a layer that this UNet does not have"):
+    with pytest.raises(UserError, match="LoRA for fps_embedding.0, a layer that this UNet does not have"):
         load("ms", modelscope[0], tmp_path / "x.safetensors")
     write(vc2, list(lora_shapes(vc2)), HEADER | {"model": "ms"})
-    with pytest.raises(ValueError, match="x.safetensors is a student of ms, not of vc2; use --model ms"):
+    with pytest.raises(UserError, match="x.safetensors is a student of ms, not of vc2; use --model ms"):
         load("vc2", teacher_file, tmp_path / "x.safetensors")
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        "model.diffusion_model.out.2.weight",
-        "first_stage_model.decoder.conv_in.bias",
-        "cond_stage_model.model.ln_final.weight",
-    ],
-)
-def test_weights_that_are_not_finite_are_refused(tmp_path, key):
-    state = videocrafter()
-    state[key].view(-1)[3] = float("nan")
-    torch.save(state, tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match=f"{key.split('model.')[-1][-8:]} holds NaN or infinity"):
-        load("vc2", tmp_path)
 
 
 def test_files_follow_the_umask(tmp_path):
@@ -643,11 +581,11 @@ def broken(tmp_path, how):
     ("missing", r"not the weights of this UNet3D, or not all: 1 of \d+ tensors missing \(out.2.bias\)"),
     ("misshaped", r"decoder.conv_in.weight has shape \(64, 3, 3, 3\), expected \(64, 4, 3, 3\)"),
     ("foreign", r"(\d+) of \1 tensors missing"), ("list", "a list of LoRA matrices, not a whole model"),
-    ("truncated", r"not a weight file, or a truncated one \(10,000 bytes"), ("page", "not a weight file"),
+    ("truncated", "not a weight file, is truncated"), ("page", "not a weight file"),
     ("absent", "no such file")])
 def test_wrong_teachers(tmp_path, how, says):
     path = broken(tmp_path, how)
-    with pytest.raises(ValueError, match=says) as error:
+    with pytest.raises(UserError, match=says) as error:
         load("vc2", path)
     assert (
         str(error.value).startswith(str(path))
@@ -657,24 +595,24 @@ def test_wrong_teachers(tmp_path, how, says):
 
 
 def test_wrong_folders(tmp_path, modelscope):
-    with pytest.raises(ValueError, match="none of diffusion_pytorch_model.safetensors, .* is there"):
+    with pytest.raises(UserError, match="no teacher there: neither model.ckpt nor unet/, vae/"):
         load("ms", tmp_path)
-    with pytest.raises(ValueError, match=r"missing \(fps_embedding.0.bias, ...\)"):  # the other model's
+    with pytest.raises(UserError, match=r"missing \(fps_embedding.0.bias, ...\)"):  # the other model's
         load("vc2", modelscope[0])
-    with pytest.raises(ValueError, match="no model 'sd'; there are vc2, ms"):
+    with pytest.raises(UserError, match="no model 'sd'; there are vc2, ms"):
         load("sd", tmp_path)
 
 
 def test_truncated_safetensors(tmp_path):
     save_checkpoint(tmp_path / "x.safetensors", {"a": torch.ones(1000)}, HEADER)
     (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-100])
-    with pytest.raises(ValueError, match="truncated"):
+    with pytest.raises(UserError, match="not a weight file, or is damaged"):
         read_checkpoint(tmp_path / "x.safetensors")
 
 
 def test_wrong_lora(tmp_path):
     config, path = replace(FPS, guidance=True), tmp_path / "unet_lora.pt"
-    tensors = public_list(config, "vc2")
+    tensors = public_list(config)
     for content, says in (
         (tensors[:-2], f"{len(tensors) - 2} LoRA tensors, this UNet takes {len(tensors)}"),
         (
@@ -683,15 +621,13 @@ def test_wrong_lora(tmp_path):
         ),
     ):
         torch.save(content, path)
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(UserError, match=says):
             read_turbo(path, config)
-    save_checkpoint(
-        tmp_path / "x.safetensors", {"out.2.up": tensors[-2], "out.2.weight": tensors[-1]}, HEADER
-    )
-    with pytest.raises(ValueError, match="not a LoRA file"):
+    save_checkpoint(tmp_path / "x.safetensors", {"out.2.up": tensors[-2], "out.2.alpha": tensors[-1]}, HEADER)
+    with pytest.raises(UserError, match="not a LoRA file"):
         read_turbo(tmp_path / "x.safetensors", config)
     save_checkpoint(tmp_path / "x.safetensors", {"out.7.up": tensors[-2], "out.7.down": tensors[-1]}, HEADER)
-    with pytest.raises(ValueError, match="LoRA for out.7, a layer that this UNet does not have"):
+    with pytest.raises(UserError, match="LoRA for out.7, a layer that this UNet does not have"):
         read_turbo(tmp_path / "x.safetensors", config)
 
 
@@ -704,7 +640,7 @@ def test_public_files_are_fetched(modelscope, tmp_path, monkeypatch):
         return str((modelscope[0] if "text-to-video" in repository else tmp_path) / file)
 
     write_teacher(tmp_path)
-    torch.save(public_list(replace(FPS, guidance=True), "vc2"), tmp_path / "unet_lora.pt")
+    torch.save(public_list(replace(FPS, guidance=True)), tmp_path / "unet_lora.pt")
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
     torch.save(merged_videocrafter(), tmp_path / "t2v_turbo_vc2.pt")
     assert same(load("vc2", turbo="vc2-turbo-lora"), load("vc2", tmp_path, tmp_path / "unet_lora.pt"))
@@ -723,8 +659,8 @@ def test_offline(monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_network)
-    with pytest.raises(ValueError, match="cannot download model.ckpt of https://huggingface.co/VideoCrafter/VideoCrafter2"):
-        fetch("vc2")
+    with pytest.raises(UserError, match="cannot download model.ckpt of https://huggingface.co/VideoCrafter/VideoCrafter2"):
+        weights.fetch("vc2")
 
 
 # ---- full size ---------------------------------------------------------------------------------------------
@@ -792,7 +728,7 @@ def write_full_size(layout, folder):
             )
     if layout == "own":
         config = replace(VC2, guidance=True)
-        lora = lora_from_list(public_list(config, "vc2", 64), lora_shapes(config), "vc2", "list")
+        lora = lora_from_list(public_list(config, 64), lora_shapes(config), "list")
         save_checkpoint(
             folder / "turbo.safetensors",
             {
@@ -806,7 +742,7 @@ def write_full_size(layout, folder):
         torch.save(filler(original_shapes(replace(VC2, guidance=True, motion=True))), folder / "turbo.pt")
     elif layout not in ("vc2", "vc2-merged"):
         config = replace(VC2, fps=layout == "vc2-lora", guidance=True)
-        torch.save(public_list(config, *(("vc2", 64) if config.fps else ("ms", 32))), folder / "turbo.pt")
+        torch.save(public_list(config, 64 if config.fps else 32), folder / "turbo.pt")
 
 
 SAMPLE = r"""

@@ -783,7 +783,7 @@ def write_full_size(name, folder):
         return "norm" in key.lower() or "ln_" in key or "gamma" in key
 
     w = {key: near_one(key) + tensor(shape) for key, shape in shapes().items()}
-    path = folder / rewards.RECIPES[name].source[1]
+    path = folder / rewards.PUBLIC[name].files[0]
     if path.suffix == ".safetensors":
         save_file(w, path)
     else:

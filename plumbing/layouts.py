@@ -1,0 +1,189 @@
+"""What is published: where the files are, and what the layers are called in them, as tables of names.
+
+    VideoCrafter2         model.ckpt
+    ModelScopeT2V         a diffusers folder (unet/ vae/ text_encoder/), or one with its three first files
+    T2V-Turbo             t2v_turbo_vc2.pt: VideoCrafter2's layout with a student's UNet in it;
+                          unet_lora.pt: a list of LoRA matrices without names, in the order of the layers
+    T2V-Turbo-v2          unet_mg.pt, unet_no_mg.pt: a whole UNet
+    this project          turbo.safetensors: a LoRA or a whole UNet, and a JSON header that says what it is
+"""
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from plumbing.clip import OPENCLIP_BLOCKS
+from plumbing.errors import UserError
+
+State = dict[str, Tensor]                       # {name: tensor}
+Table = list[tuple[str, str | Callable]]        # rows of (regular expression, replacement)
+
+# ---- public files ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Public:
+    """Files of a repository of huggingface.co. None: not known here."""
+    repository: str
+    files: tuple[str, ...]
+    gigabytes: float                            # 10^9 bytes, of all files
+    licence: str | None                         # that the repository's page names
+    gated: bool | None = False                  # does a download take an account that accepted terms?
+
+
+PUBLIC = {
+    # teachers
+    "vc2": Public("VideoCrafter/VideoCrafter2", ("model.ckpt",), 7.4, "apache-2.0"),
+    "ms": Public("ali-vilab/text-to-video-ms-1.7b",
+                 ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+                  "text_encoder/model.safetensors"), 7.3, "cc-by-nc-4.0"),
+    # students
+    "vc2-turbo": Public("jiachenli-ucsb/T2V-Turbo-VC2-Merged", ("t2v_turbo_vc2.pt",), 7.4, None, None),
+    "vc2-turbo-lora": Public("jiachenli-ucsb/T2V-Turbo-VC2", ("unet_lora.pt",), 0.47, "cc-by-4.0"),
+    "ms-turbo": Public("jiachenli-ucsb/T2V-Turbo-MS", ("unet_lora.pt",), 0.23, None, None),
+    "vc2-turbo-v2": Public("jiachenli-ucsb/T2V-Turbo-v2", ("unet_mg.pt",), 5.7, "apache-2.0"),
+    "vc2-turbo-v2-no-mg": Public("jiachenli-ucsb/T2V-Turbo-v2-no-MG", ("unet_no_mg.pt",), 5.7, "apache-2.0"),
+    "taesd": Public("madebyollin/taesd", ("taesd_decoder.safetensors",), 0.005, "mit"),
+    # rewards, and the word lists that two of them take
+    "hpsv2": Public("xswu/HPSv2", ("HPS_v2.1_compressed.pt",), 2.0, None, None),
+    "pickscore": Public("yuvalkirstain/PickScore_v1", ("model.safetensors",), 3.9, None),
+    "clip": Public("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ("open_clip_pytorch_model.bin",), 3.9, "mit"),
+    "imagereward": Public("THUDM/ImageReward", ("ImageReward.pt",), 1.8, "apache-2.0"),
+    "viclip": Public("OpenGVLab/ViCLIP", ("ViClip-InternVid-10M-FLT.pth",), 1.7, "mit", None),
+    "internvideo2": Public("OpenGVLab/InternVideo2-Stage2_1B-224p-f4",       # others of its series are gated
+                           ("InternVideo2-stage2_1b-224p-f4.pt",), 2.8, None, None),
+    "bert-base": Public("google-bert/bert-base-uncased", ("vocab.txt",), 0.0002, "apache-2.0"),
+    "bert-large": Public("google-bert/bert-large-uncased", ("vocab.txt",), 0.0002, "apache-2.0"),
+}
+
+
+def fetch(name: str) -> Path:
+    """A public file, downloaded on its first use; where there are several, the folder that holds them."""
+    import huggingface_hub
+    repository, files = PUBLIC[name].repository, PUBLIC[name].files
+    for file in files:
+        try:
+            path = Path(huggingface_hub.hf_hub_download(repository, file))
+        except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+            gated = isinstance(error, huggingface_hub.errors.GatedRepoError)
+            remedy = "accept its terms there and log in" if gated else "fetch it by hand and give its path"
+            raise UserError(f"cannot download {file} of https://huggingface.co/{repository} "
+                            f"({type(error).__name__}); {remedy}") from error
+    return path if len(files) == 1 else path.parents[file.count("/")]
+
+
+# ---- names of the public layouts ---------------------------------------------------------------------------
+
+# pairs (theirs, ours); what is inside a transformer is called the same in VideoCrafter2 and in diffusers
+TRANSFORMER = [
+    *((f"transformer_blocks.0.{attn}.to_{x}", f"{attn}.{x}") for attn in ("attn1", "attn2") for x in "qkv"),
+    *((f"transformer_blocks.0.{attn}.to_out.0", f"{attn}.out") for attn in ("attn1", "attn2")),
+    *((f"transformer_blocks.0.norm{i}", f"norm{i}") for i in (1, 2, 3)),
+    ("transformer_blocks.0.ff.net.0.proj", "ff.proj"), ("transformer_blocks.0.ff.net.2", "ff.out")]
+RESBLOCK = [                                                # VideoCrafter2's; the typo is in the files
+    ("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("emb_layers.1", "emb"), ("out_layers.0", "norm2"),
+    ("out_layers.3", "conv2"), ("skip_connection", "skip"), ("temopral_conv", "temporal"), ("op", "conv")]
+DIFFUSERS_RESBLOCK = [("time_emb_proj", "emb"), ("conv_shortcut", "skip")]
+
+
+def diffusers_parts() -> list[tuple[str, str]]:
+    """The parts of diffusers' UNet in its order, and ours: level i has our blocks 3i, 3i + 1 and 3i + 2."""
+    layers = [("resnets", "0"), ("temp_convs", "0.temporal"), ("attentions", "1"), ("temp_attentions", "2")]
+    parts = [("conv_in", "input_blocks.0.0.conv"), ("time_embedding.linear_1", "time_embed.0"),
+             ("time_embedding.cond_proj", "time_cond_proj"), ("time_embedding.linear_2", "time_embed.2"),
+             ("transformer_in", "init_attn.0")]
+    for i in range(4):                                      # + 1, for our first block is conv_in
+        parts += [(f"down_blocks.{i}.{name}.{j}", f"input_blocks.{3 * i + j + 1}.{place}")
+                  for name, place in (layers if i < 3 else layers[:2]) for j in (0, 1)]
+        parts += [(f"down_blocks.{i}.downsamplers.0", f"input_blocks.{3 * i + 3}.0")]
+    for i in range(4):
+        parts += [(f"up_blocks.{i}.{name}.{j}", f"output_blocks.{3 * i + j}.{place}")
+                  for name, place in (layers if i > 0 else layers[:2]) for j in (0, 1, 2)]
+        parts += [(f"up_blocks.{i}.upsamplers.0", f"output_blocks.{3 * i + 2}.{3 if i > 0 else 1}")]
+    return parts + [
+        ("mid_block.resnets.0", "middle_block.0"), ("mid_block.temp_convs.0", "middle_block.0.temporal"),
+        ("mid_block.resnets.1", "middle_block.3"), ("mid_block.temp_convs.1", "middle_block.3.temporal"),
+        ("mid_block.attentions.0", "middle_block.1"), ("mid_block.temp_attentions.0", "middle_block.2"),
+        ("conv_norm_out", "out.0"), ("conv_out", "out.2")]
+
+
+def rows(pairs: list[tuple[str, str]], place: str = "", inverse: bool = False) -> Table:
+    """(theirs, ours) as rows of a table, or the inverse rows; place: what stands before the name."""
+    pairs = [(ours, theirs) if inverse else (theirs, ours) for theirs, ours in pairs]
+    return [(rf"({place})\.{re.escape(name)}\.", rf"\1.{other}.") for name, other in pairs]
+
+
+IN_RESBLOCK = r"^(?:(?:in|out)put_blocks\.\d+\.0|middle_block\.[03])"
+IN_TRANSFORMER = r"^(?:(?:in|out)put_blocks\.\d+\.[12]|middle_block\.[12]|init_attn\.0)"
+PARTS = diffusers_parts()
+
+VIDEOCRAFTER = [
+    (r"^input_blocks\.0\.1\.", "init_attn.0."), (r"^(input_blocks\.\d+)\.op\.", r"\1.0.op."),   # ModelScope's
+    (r"^input_blocks\.0\.0\.(?!conv)", "input_blocks.0.0.conv."), *rows(RESBLOCK), *rows(TRANSFORMER)]
+TO_VIDEOCRAFTER = [
+    (r"^input_blocks\.0\.0\.conv\.", "input_blocks.0.0."), *rows(RESBLOCK, IN_RESBLOCK, inverse=True),
+    *rows(TRANSFORMER, IN_TRANSFORMER, inverse=True)]
+DIFFUSERS = [
+    *((rf"^{re.escape(name)}\.", f"{ours}.") for name, ours in PARTS),
+    *rows(DIFFUSERS_RESBLOCK), *rows(TRANSFORMER)]
+TO_DIFFUSERS = [                                            # longest parts first: temp_convs before resnets
+    *rows(DIFFUSERS_RESBLOCK, IN_RESBLOCK, inverse=True), *rows(TRANSFORMER, IN_TRANSFORMER, inverse=True),
+    *((rf"^{re.escape(ours)}\.", f"{name}.") for name, ours in sorted(PARTS, key=lambda row: -len(row[1])))]
+UNET = DIFFUSERS + VIDEOCRAFTER                             # any layout -> ours; our own names are kept
+
+DIFFUSERS_VAE = [
+    (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),
+    (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
+    (r"up_blocks\.(\d)\.resnets", lambda m: f"up.{3 - int(m[1])}.block"),
+    (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{3 - int(m[1])}.upsample"),
+    (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"),
+    (r"mid_block\.attentions\.0", "mid.attn_1"),
+    (r"group_norm", "norm"), (r"to_out\.0|proj_attn", "proj_out"),              # two generations of names
+    (r"attn_1\.(?:to_)?([qkv])(?:uery|ey|alue)?\.", r"attn_1.\1."),
+    (r"conv_norm_out", "norm_out"), (r"conv_shortcut", "nin_shortcut")]
+
+HUGGINGFACE_CLIP = [
+    (r"^text_model\.", ""), (r"^embeddings\.token_embedding", "token_embedding"),
+    (r"^embeddings\.position_embedding\.weight", "positional_embedding"), (r"^final_layer_norm", "ln_final"),
+    (r"^encoder\.layers", "transformer.resblocks"), (r"layer_norm(\d)", r"ln_\1"),
+    (r"self_attn\.out_proj", "attn.out_proj"), (r"mlp\.fc1", "mlp.c_fc"), (r"mlp\.fc2", "mlp.c_proj")]
+
+LORA = [                                                    # peft, diffusers -> LAYER.up and LAYER.down
+    (r"^(?:(?:base_model\.model|diffusion_model|unet)\.)+", ""),
+    (r"\.processor\.to_out_lora\.", ".to_out.0."), (r"\.processor\.(to_[qkv])_lora\.", r".\1."),
+    (r"\.lora(?:_linear_layer)?\.", "."), (r"\.(?:lora_A|lora_down|down)(?:\.default)?\.weight$", ".down"),
+    (r"\.(?:lora_B|lora_up|up)(?:\.default)?\.weight$", ".up")]
+
+
+def rename(state: dict, table: Table) -> dict:
+    """Applies the rows of a table to every name, in order."""
+    for pattern, name in table:
+        state = {re.sub(pattern, name, key): value for key, value in state.items()}
+    return state
+
+
+def huggingface_text(state: State) -> State:
+    """transformers' CLIPTextModel -> open_clip: renamed, and q, k, v stacked into one matrix."""
+    state = rename(state, HUGGINGFACE_CLIP)
+    for key in [key for key in state if "self_attn.q_proj" in key]:
+        stacked = key.replace("self_attn.q_proj.", "attn.in_proj_")
+        state[stacked] = torch.cat([state.pop(key.replace("q_proj", f"{x}_proj")) for x in "qkv"])
+    return state
+
+
+def text_tower(state: State, layers: int) -> State:
+    """CLIP's text tower by any names -> plumbing/clip.py's, without what `penultimate` does not run."""
+    state = rename(huggingface_text(state), OPENCLIP_BLOCKS)
+    unused = rf"visual\.|text_projection|logit_scale|attn_mask|embeddings\.position|blocks\.{layers - 1}\."
+    return {key: x for key, x in state.items() if not re.match(unused, key)}
+
+
+def to_public_names(state: State) -> State:
+    """Our UNet's tensors under VideoCrafter2's names, the first transformer's projections as its Conv1d."""
+    state = rename(state, TO_VIDEOCRAFTER)
+    for key in ("init_attn.0.proj_in.weight", "init_attn.0.proj_out.weight"):
+        state[key] = state[key][..., None]                  # (out, in) -> (out, in, 1)
+    return state
