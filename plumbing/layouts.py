@@ -104,8 +104,9 @@ def diffusers_parts() -> list[tuple[str, str]]:
                   for name, place in (layers if i > 0 else layers[:2]) for j in (0, 1, 2)]
         parts += [(f"up_blocks.{i}.upsamplers.0", f"output_blocks.{3 * i + 2}.{3 if i > 0 else 1}")]
     return parts + [
-        ("mid_block.resnets.0", "middle_block.0"), ("mid_block.temp_convs.0", "middle_block.0.temporal"),
-        ("mid_block.resnets.1", "middle_block.3"), ("mid_block.temp_convs.1", "middle_block.3.temporal"),
+        ("mid_block.resnets.0", "middle_block.0"), ("mid_block.resnets.1", "middle_block.3"),
+        ("mid_block.temp_convs.0", "middle_block.0.temporal"),
+        ("mid_block.temp_convs.1", "middle_block.3.temporal"),
         ("mid_block.attentions.0", "middle_block.1"), ("mid_block.temp_attentions.0", "middle_block.2"),
         ("conv_norm_out", "out.0"), ("conv_out", "out.2")]
 

@@ -11,8 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 from oracles import diffusers, peft
-from test_loading import (FPS, HEADER, SMALL, clip, lora_list, merged_videocrafter, modelscope, same,
-                          small_families, videocrafter, write_teacher)
+from test_loading import (FPS, HEADER, SMALL, lora_list, merged_videocrafter, modelscope, same, small_families,
+                          write_teacher)
 from test_model import INPUTS, close, deterministic, original_shapes
 from torch import nn
 
@@ -208,8 +208,7 @@ def test_pickles_run_nothing(call, new, tmp_path):
 
 def test_every_public_file_has_its_facts():
     import rewards
-    public = [name for name, recipe in rewards.RECIPES.items() if not name.startswith("shapes")]
-    assert {*public, "vc2", "ms"} <= weights.PUBLIC.keys()
+    sources = {recipe.source for recipe in rewards.RECIPES.values() if recipe.source}
+    assert len(sources) == 6 and {*sources, "vc2", "ms"} <= weights.PUBLIC.keys()
     for name, row in weights.PUBLIC.items():
         assert row.files and row.repository.count("/") == 1 and row.gigabytes > 0, name
-    assert clip() and videocrafter()
