@@ -1,17 +1,17 @@
 """Captioned clips: every source becomes one indexed dataset; step n's batch is a function of (seed, n) alone.
 
-open_dataset(spec) takes any of these, or several with commas between them (or a list):
+open_dataset(spec) takes any of these, or several (a list, or commas between them):
 
-    folder        clips/0001.mp4 with its caption in clips/0001.txt; subfolders too
+    folder        clips/0001.mp4 with its caption in clips/0001.txt, subfolders too; or a folder of shards
     manifest.csv  path,caption,reward_caption      paths are relative to the manifest; reward_caption is a
                   a/dog.mp4,"A dog runs.",a dog    shorter text for the reward models, and optional
-    clips.jsonl   {"path": "a/dog.mp4", "caption": "A dog runs.", "reward_caption": "a dog"}
-    tar shards    /data/webvid/{00000..09999}.tar  with members KEY.mp4 and KEY.txt, optionally KEY.json:
-                  {"reward_caption": "a dog"}      its "caption" is used where there is no KEY.txt
+                  .tsv, .json and .jsonl too, with the columns of public sets (plumbing/manifests.py)
+    tar shards    /data/webvid/{00000..09999}.tar or /data/webvid/*.tar with members KEY.mp4 and KEY.txt,
+                  optionally KEY.json: {"reward_caption": "a dog"} (plumbing/shards.py)
 
 Order   Position p is clip p % N of epoch p // N, and an epoch is a permutation drawn from (seed, epoch).
-        Step n on rank r reads `batch` positions from n*batch*world + r*batch on: no repeats, no gaps, and one
-        global batch for every split of it over ranks.
+        Step n on rank r reads `batch` positions from (n * world_size + r) * batch on: no repeats, no gaps,
+        and one global batch for every split of it over ranks.
 Start   The first frame is drawn from a generator seeded by (seed, epoch, index).
 Bad     A clip that cannot be used is logged (step, index, clip, reason). In its place comes clip
         hash(seed, epoch, p % N, attempt) % N, again a function of the position alone. A run ends when at
@@ -22,13 +22,20 @@ Short   A clip that is too short is stretched over the frames asked for, which i
 
 T2V-Turbo-v2 trains from a cache of what the teacher says about each clip: CacheWriter and Cache, at the end.
 """
+import atexit
 import json
 import os
+import queue
+import threading
+import time
 import warnings
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing
 from hashlib import sha256
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +43,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from plumbing.errors import UserError
 from plumbing.files import atomic, remove_leftovers
-from plumbing.sources import locate, open_source, split_spec
+from plumbing.manifests import open_sources
 from plumbing.video import read_video
 
 TRIES, WINDOW, SHARE = 20, 1000, 0.05                 # the rule about bad clips
@@ -61,6 +68,21 @@ def one_line(text: str) -> str:
 # ---- the dataset -------------------------------------------------------------------------------------------
 
 
+def open_dataset(spec: str | Sequence[str | Path], frames: int = 16, fps: float = 16, height: int = 320,
+                 width: int = 512, cache: str | None = None, columns: str = "",
+                 video_root: str = "") -> "ClipDataset":
+    """All clips of `spec` (see the head of this file) as one dataset. Raises UserError.
+
+    cache: folder for the index of shards where it cannot be written beside them. Of several processes one
+    should come first: it makes the index, and the others map it into their memory. columns and video_root are
+    for manifests: "path={page_dir}/{videoid}.mp4,caption=name", and the folder that their paths begin in."""
+    sources = open_sources(spec, cache, columns, video_root)
+    if not sum(map(len, sources)):
+        raise UserError(f"no clips in {spec}: expected *.mp4 with .txt beside them, e.g. 0001.mp4, 0001.txt; "
+                        "a shard has members KEY.mp4 and KEY.txt")
+    return ClipDataset(sources, frames, fps, height, width)
+
+
 class ClipDataset:
     """The clips of all sources under one index.
 
@@ -75,156 +97,166 @@ class ClipDataset:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def name(self, index: int) -> str:
-        part, i = locate(self.ends, index)
-        return self.sources[part].name(i)
-
     def get(self, index: int, generator: torch.Generator | None = None) -> dict:
         """dict(clip uint8 (3, T, H, W), fps, caption, reward_caption or None, index).
 
         The clip starts at the first frame without a generator. Raises BadClip."""
-        part, i = locate(self.ends, index)
+        number, i = locate(self.ends, index)
+        source = self.sources[number]
         try:
-            video, caption, reward_caption = self.sources[part].read(i)
-            caption, reward_caption = clean(caption, "caption"), clean(reward_caption, "reward caption")
+            video, *captions = source.read(i)
+            caption, reward_caption = map(clean, captions)
             if not caption:
                 raise ValueError("no caption" if caption is None else "empty caption")
             clip, fps = read_video(video, self.frames, self.fps, self.height, self.width, generator)
         except (OSError, ValueError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise BadClip(self.name(index), reason) from error
+            raise BadClip(source.name(i), getattr(error, "strerror", None) or str(error)) from error
 
         if fps > self.fps and not self.stretched:     # said once
             self.stretched = True
-            warnings.warn(f"{self.name(index)} is shorter than {self.frames} frames at {self.fps:g} fps: it "
+            warnings.warn(f"{source.name(i)} is shorter than {self.frames} frames at {self.fps:g} fps: it "
                           "is stretched, and so are others; a higher --fps needs less", stacklevel=2)
         return dict(clip=clip, fps=fps, caption=caption, reward_caption=reward_caption or None, index=index)
 
 
-def clean(text: object, name: str) -> str | None:
+def locate(ends: np.ndarray, index: int) -> tuple[int, int]:
+    """Index into a concatenation of things that end at `ends` -> (which of them, index in it)."""
+    number = int(np.searchsorted(ends, index, side="right"))
+    return number, int(index - (ends[number - 1] if number else 0))
+
+
+def clean(text: object) -> str | None:
     """A caption without the spaces and byte order marks around it. Raises ValueError for what is no text."""
     if text is None:
         return None
     if not isinstance(text, str):
-        raise ValueError(f"its {name} is not a string: {str(text)[:40]}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"its {name} is not utf-8") from error
+        raise ValueError(f"a caption is no text: {str(text)[:40]}")
+    text.encode()                                     # raises where its file is not utf-8
     return text.replace("\ufeff", "").strip()
 
 
-def open_dataset(spec: str | Sequence[str | Path], frames: int = 16, fps: float = 16, height: int = 320,
-                 width: int = 512, cache: str | None = None) -> ClipDataset:
-    """All clips of `spec` (see the head of this file) as one dataset.
-
-    cache: folder for the indices of shards where they cannot be written beside them. Of several processes one
-    should come first: it makes the indices, and the others only read them. Raises ValueError."""
-    parts = [open_source(part, cache) for part in split_spec(spec)]
-    if not sum(map(len, parts)):
-        raise ValueError(f"no clips in {spec}: a shard has members KEY.mp4 and KEY.txt")
-    return ClipDataset(parts, frames, fps, height, width)
-
-
 # ---- the loader --------------------------------------------------------------------------------------------
+
+
+def loader(dataset, batch: int, rank: int = 0, world_size: int = 1, workers: int = 0, seed: int = 0,
+           start_step: int = 0, bad_file: str | Path | None = None) -> Iterator[dict]:
+    """Batches of the steps from start_step on, without end, decoded by `workers` threads a few batches ahead.
+
+    A batch holds what the dataset's get() returns, stacked, and: position; bad, how many bad clips this rank
+    has met. A JSON row for each of them is appended to bad_file. Raises UserError when they are too many."""
+    if not len(dataset):
+        raise UserError("the dataset is empty")
+    places = order(len(dataset), batch, rank, world_size, seed, start_step)
+    threads = min(workers, os.cpu_count() or 1)
+    clips = in_threads(lambda place: draw(dataset, seed, *place), places, threads, 2 * max(batch, threads))
+    return batches(clips, batch, start_step, bad_file)
+
+
+def order(N: int, batch: int, rank: int, world_size: int, seed: int, start_step: int) -> Iterator[tuple]:
+    """(position, index of the clip there) of all that a rank reads, step by step."""
+    permuted_epoch = None
+    for step in count(start_step):
+        first = (step * world_size + rank) * batch
+        for position in range(first, first + batch):
+            epoch, k = divmod(position, N)
+            if epoch != permuted_epoch:
+                permuted_epoch, permutation = epoch, np.random.default_rng([seed, epoch]).permutation(N)
+            yield position, int(permutation[k])
+
+
+def draw(dataset, seed: int, position: int, index: int) -> tuple[dict | None, list[dict]]:
+    """The clip at a position, or its first usable substitute, or None; and a row for each bad clip met."""
+    N, bad = len(dataset), []
+    epoch, k = divmod(position, N)
+    for attempt in range(TRIES):
+        if attempt:
+            index = seed_of(seed, epoch, k, attempt) % N
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch, index))
+        try:
+            return {**dataset.get(index, generator), "position": position}, bad
+        except BadClip as error:
+            bad.append(dict(index=index, clip=error.name, reason=error.reason))
+    return None, bad
 
 
 def seed_of(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
-class Steps:
-    """steps[n] = (this rank's batch of step n, or None if all tries failed; the bad clips met on the way)."""
+def in_threads(work: Callable, items: Iterable, workers: int, ahead: int) -> Iterator:
+    """work(item) of endless items, in their order, by threads up to `ahead` items ahead; without any, here.
 
-    def __init__(self, dataset, batch: int, rank: int, world: int, seed: int):
-        self.dataset, self.batch, self.rank, self.world, self.seed = dataset, batch, rank, world, seed
-        self.epoch, self.order = None, None
+    The threads are daemons, as a pool's are not: a read that never returns does not keep the process from
+    ending. When it ends, they have two seconds for what is under way."""
+    if not workers:
+        yield from map(work, items)
+        return
+    jobs, pending, stopped = queue.SimpleQueue(), deque(), threading.Event()
 
-    def __getitem__(self, step: int) -> tuple[dict | None, list[dict]]:
-        first = (step * self.world + self.rank) * self.batch
-        bad = []
-        items = [self.draw(position, bad) for position in range(first, first + self.batch)]
-        return None if None in items else collate(items), bad
-
-    def draw(self, position: int, bad: list[dict]) -> dict | None:
-        """The clip at a position, or the first usable one of its substitutes; None if there is none.
-
-        Appends a row to `bad` for each clip that cannot be used."""
-        N = len(self.dataset)
-        epoch, k = divmod(position, N)
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(N)
-
-        for attempt in range(TRIES):
-            index = seed_of(self.seed, epoch, k, attempt) % N if attempt else int(self.order[k])
-            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, index))
+    def run() -> None:
+        while (job := jobs.get()) and not stopped.is_set():
+            future, item = job
             try:
-                return {**self.dataset.get(index, generator), "position": position}
-            except BadClip as error:
-                bad.append(dict(index=index, clip=error.name, reason=error.reason))
-        return None
+                future.set_result(work(item))
+            except BaseException as error:            # it is raised where the result is asked for
+                future.set_exception(error)
+
+    def stop() -> None:
+        stopped.set()
+        end = time.monotonic() + 2
+        for _ in threads:
+            jobs.put(None)
+        for thread in threads:
+            thread.join(max(0, end - time.monotonic()))
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    atexit.register(stop)
+    try:
+        for item in items:
+            pending.append(Future())
+            jobs.put((pending[-1], item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+    finally:
+        atexit.unregister(stop)
+        stop()
 
 
-def collate(items: list[dict]) -> dict:
-    """Dicts -> dict of batches: tensors and numbers are stacked, everything else becomes a list."""
-    batch = {}
-    for key, first in items[0].items():
-        values = [item[key] for item in items]
-        if torch.is_tensor(first):
-            batch[key] = torch.stack(values)
-        elif isinstance(first, (int, float)):
-            batch[key] = torch.tensor(values)
-        else:
-            batch[key] = values
-    return batch
-
-
-def loader(dataset, batch: int, rank: int = 0, world: int = 1, workers: int = 0, seed: int = 0,
-           start_step: int = 0, bad_file: str | Path | None = None) -> Iterator[dict]:
-    """Batches of the steps from start_step on, without end.
-
-    A batch holds what the dataset's get() returns, stacked, and: position; bad, how many bad clips this rank
-    has met. A JSON row for each of them is appended to bad_file. Raises ValueError when they are too many."""
-    if not len(dataset):
-        raise ValueError("the dataset is empty")
-    steps = Steps(dataset, batch, rank, world, seed)
-    workers = min(workers, os.cpu_count() or 1)
-    batches = DataLoader(steps, batch_size=None, sampler=range(start_step, 2 ** 62), num_workers=workers,
-                         collate_fn=tuple, generator=torch.Generator())     # leaves the global one alone
-    return watched(batches, batch, start_step, bad_file)
-
-
-def watched(batches: Iterable, batch: int, start_step: int, bad_file: str | Path | None) -> Iterator[dict]:
-    """Pass the batches on, log the bad clips, and raise when they are too many (by the rule in the head)."""
+def batches(clips: Iterator, batch: int, start_step: int, bad_file: str | Path | None) -> Iterator[dict]:
+    """Stacks what was drawn, logs bad clips, and raises when they are too many (by the rule in the head)."""
     recent, total = deque(maxlen=WINDOW), 0           # recent: a row for a bad clip, None for a good one
-    for step, (out, bad) in enumerate(batches, start_step):
-        good = batch if out else 0
-        recent.extend(bad + [None] * good)
-        total += len(bad)
-        if bad_file and bad:
-            append_rows(bad_file, [dict(step=step, **row) for row in bad])
+    with closing(clips):
+        for step in count(start_step):
+            items, bad = zip(*islice(clips, batch))
+            bad = sum(bad, [])
+            recent.extend(bad + [None] * (batch - items.count(None)))
+            total += len(bad)
+            if bad_file and bad:
+                append_rows(bad_file, [dict(step=step, **row) for row in bad])
 
-        rows = [row for row in recent if row] if bad else []
-        too_many = len(rows) >= TRIES and len(rows) > SHARE * len(recent)
-        if out is None or too_many:
-            raise ValueError(too_many_bad(rows, len(recent), bad_file))
-        yield {**out, "bad": total}
+            rows = [row for row in recent if row] if bad else []
+            if None in items or TRIES <= len(rows) > SHARE * len(recent):
+                reasons = Counter(row["reason"] for row in rows).most_common(3)
+                counts = ", ".join(f"{number} x {reason}" for reason, number in reasons)
+                raise UserError(f"too many bad clips: {len(rows)} of the last {len(recent)} (the limit is "
+                                f"{SHARE:.0%}): {counts}; the last one is {rows[-1]['clip']}"
+                                + f"; see {bad_file}" * bool(bad_file))
+            yield {key: stack([item[key] for item in items]) for key in items[0]} | {"bad": total}
 
 
-def too_many_bad(rows: list[dict], drawn: int, bad_file: str | Path | None) -> str:
-    reasons = Counter(row["reason"] for row in rows).most_common(3)
-    counts = ", ".join(f"{count} x {reason}" for reason, count in reasons)
-    see = f"; see {bad_file}" if bad_file else ""
-    return (f"too many bad clips: {len(rows)} of the last {drawn} (the limit is {SHARE:.0%}): {counts}; "
-            f"the last one is {rows[-1]['clip']}{see}")
+def stack(values: list) -> Tensor | list:
+    if torch.is_tensor(values[0]):
+        return torch.stack(values)
+    return torch.tensor(values) if isinstance(values[0], (int, float)) else values
 
 
 def append_rows(path: str | Path, rows: list[dict]) -> None:
     """JSON lines, each by one appending write, so that any number of processes may share the file."""
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    for row in rows:
-        os.write(file, (json.dumps(row) + "\n").encode())
-    os.close(file)
+    with open(path, "ab", buffering=0) as file:
+        for row in rows:
+            file.write((json.dumps(row) + "\n").encode())
 
 
 # ---- the cache that T2V-Turbo-v2 trains from (v2 Algorithm 1): what the teacher says about each clip, kept -
