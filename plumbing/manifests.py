@@ -21,6 +21,7 @@ from plumbing.shards import Shards
 from plumbing.video import READABLE
 
 MANIFESTS = (".csv", ".tsv", ".json", ".jsonl")
+EXPECTED = f"a folder of clips, a manifest ({' '.join(MANIFESTS)}) or .tar shards"
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 SWALLOWED = re.compile(rf"\n.*({'|'.join(map(re.escape, READABLE))})", re.IGNORECASE)   # a row within a field
 
@@ -40,12 +41,12 @@ def open_sources(spec: str | Sequence[str | Path], cache: str | None = None, col
         for part in split(pattern):
             paths = expand(part)
             missing = [path for path in paths if not os.path.exists(path)]
+            gaps = f"{part}: {len(missing)} of {len(paths)} are missing, e.g. {missing[0]}" if missing else ""
             if len(missing) == len(paths):
-                raise UserError(f"no data at {part}: expected a folder of clips, a manifest "
-                                f"({' '.join(MANIFESTS)}) or .tar shards")
+                raise UserError(f"no data at {part if len(paths) == 1 else gaps}: expected {EXPECTED}")
             if missing:
-                warnings.warn(f"{part}: {len(missing)} of {len(paths)} are missing, e.g. {missing[0]}")
-            paths = [path for path in paths if path not in set(missing)]
+                warnings.warn(gaps, stacklevel=3)
+            paths = sorted(set(paths) - set(missing), key=paths.index)
             if all(path.endswith(".tar") and os.path.isfile(path) for path in paths):
                 sources.append(Shards(paths, cache))
             else:
@@ -64,7 +65,7 @@ def open_source(path: str, cache: str | None, columns: str, root: str) -> "Files
         return Shards([path], cache)
     if path.endswith(MANIFESTS):
         return open_manifest(path, columns, root)
-    raise UserError(f"{path} is no data: expected a folder of clips, a manifest ({' '.join(MANIFESTS)}) or .tar shards")
+    raise UserError(f"{path} is no data: expected {EXPECTED}")
 
 
 def split(spec: str) -> list[str]:
@@ -86,7 +87,10 @@ def expand(pattern: str) -> list[str]:
     names = []
     for name in brace[1].split(","):
         span = re.fullmatch(r"(\d+)\.\.(\d+)", name)
-        names += [str(i).zfill(len(span[1])) for i in range(int(span[1]), int(span[2]) + 1)] if span else [name]
+        first, last = map(int, span.groups()) if span else (0, 0)
+        if not 0 <= last - first < 10 ** 6:
+            raise UserError(f"{pattern}: {name} in braces is no range of at most a million names")
+        names += [str(i).zfill(len(span[1])) for i in range(first, last + 1)] if span else [name]
     return [path for name in names for path in expand(pattern[:brace.start()] + name + pattern[brace.end():])]
 
 

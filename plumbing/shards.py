@@ -32,10 +32,11 @@ class Shards:
     def name(self, i: int) -> str:
         """SHARD:MEMBER of the video, or of the caption where there is none."""
         shard, video, text, _ = self.index[i].tolist()
+        path, offset = self.paths[shard], video if video >= 0 else text
         try:
-            return f"{self.paths[shard]}:{read_member(self.paths[shard], max(video, text))[0]}"
+            return f"{path}:{read_member(path, offset)[0]}"
         except (OSError, ValueError):
-            return f"{self.paths[shard]}: byte {max(video, text)}"
+            return f"{path}: byte {offset}"
 
     def read(self, i: int) -> tuple[bytes, object, object]:
         """Raises ValueError for no video, a damaged member, or JSON that is no object."""

@@ -1,68 +1,72 @@
-"""How fast one worker decodes training clips and reads v2's cache: python tests/bench_data.py
+"""How fast training clips are decoded, by threads and by processes in turns: python tests/bench_data.py [WORKERS]
 
-16 frames at 16 fps, 512x320, from random starts in 5 s clips of 596x336 at 30 fps (WebVid's size)."""
+16 frames at 16 fps and 512x320, from random starts in 2 s clips of 1280x720 at 30 fps."""
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import Cache, CacheWriter, loader, open_dataset  # noqa: E402
+import data  # noqa: E402
 from plumbing.video import write_video  # noqa: E402
 
+ROUNDS, CLIPS = 5, 12
 
-def moving_clip(seed: int, T: int = 150, height: int = 336, width: int = 596) -> torch.Tensor:
-    """A coloured texture that drifts, with a little noise, so that the file is about as large as a natural
-    one."""
+
+def moving_clip(seed: int, T: int = 60, height: int = 720, width: int = 1280) -> torch.Tensor:
+    """A coloured texture that drifts, with a little noise, so that its file is as large as a natural one's."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, 24, 40, generator=generator)
     texture = F.interpolate(coarse, (height, width), mode="bicubic")[0] * 200
-    frames = [texture.roll((t, 2 * t), (1, 2)) + 20 * torch.rand(3, height, width, generator=generator)
-              for t in range(T)]
-    return torch.stack(frames, 1).clamp(0, 255).to(torch.uint8)
+    noise = 20 * torch.rand(3, height, width, generator=generator)
+    frames = [texture.roll((t, 2 * t), (1, 2)) + noise.roll((-7 * t, 11 * t), (1, 2)) for t in range(T)]
+    return torch.stack([frame.clamp(0, 255).to(torch.uint8) for frame in frames], 1)
 
 
-def rate(batches, steps: int, batch: int) -> tuple[float, float]:
-    """Clips per second of processor time and of the clock."""
-    next(batches)
-    wall, processor = time.perf_counter(), time.process_time()
-    for _ in range(steps):
-        next(batches)
-    clips = steps * batch
-    return clips / (time.process_time() - processor), clips / (time.perf_counter() - wall)
+class Draws:
+    """What a process of PyTorch's DataLoader needs: dataset[(position, index)]."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, place: tuple[int, int]):
+        return data.draw(self.dataset, 0, *place)[0]["clip"]
 
 
-def decoding(folder: str) -> None:
-    for k in range(2):
-        write_video(f"{folder}/{k}.mp4", moving_clip(k), 30)
-        Path(folder, f"{k}.txt").write_text("a texture")
-    size = sum(file.stat().st_size for file in Path(folder).glob("*.mp4")) / 2e6
-    processor, wall = rate(loader(open_dataset(folder, 16, 16, 320, 512), batch=1), 20, 1)
-    print(f"decoding:      {processor:.1f} clips per second and worker ({wall:.1f} by the clock), "
-          f"files of {size:.1f} MB")
+def rate(clips) -> float:
+    """Clips per second, once the workers are at it."""
+    next(clips)
+    start = time.perf_counter()
+    for _ in islice(clips, CLIPS):
+        pass
+    return CLIPS / (time.perf_counter() - start)
 
 
-def caching(folder: str) -> None:
-    """v2's cache: samples of 512x320 and 16 frames, with motion gradients, in batches of 3."""
-    writer = CacheWriter(folder, dict(clips=64, draws=1))
-    z, c = torch.randn(4, 16, 40, 64), torch.randn(77, 1024)
-    start = time.process_time()
-    for index in writer.missing():
-        writer.add(dict(index=index, draw=0, rewards=True, z_t=z, eps_c=z, eps_u=z, gradient=z, c=c))
-    writer.finish()
-    print(f"cache written: {64 / (time.process_time() - start):.0f} samples per second")
-    start = time.process_time()
-    CacheWriter(folder, dict(clips=64, draws=1)).missing()
-    print(f"cache checked: {64 / (time.process_time() - start):.0f} samples per second")
-    processor, wall = rate(loader(Cache(folder), batch=3), 40, 3)
-    print(f"cache read:    {processor:.0f} samples per second and worker ({wall:.0f} by the clock)")
+def main(workers: int) -> None:
+    rates = {"threads": [], "processes": [], "one": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(2):
+            write_video(f"{folder}/{k}.mp4", moving_clip(k), 30)
+            Path(folder, f"{k}.txt").write_text("a texture")
+        dataset = data.open_dataset(folder, 16, 16, 320, 512)
+
+        for _ in range(ROUNDS):
+            places = data.order(len(dataset), 1, 0, 1, 0, 0)
+            processes = DataLoader(Draws(dataset), None, sampler=places, num_workers=workers)
+            rates["processes"].append(rate(iter(processes)))
+            rates["threads"].append(rate(data.loader(dataset, 1, workers=workers)))
+            rates["one"].append(rate(data.loader(dataset, 1, workers=0)))
+
+    pairs = zip(rates["threads"], rates["processes"])
+    print(f"{workers} workers: " + ", ".join(f"{name} {median(each):.1f} clips/s" for name, each in rates.items()))
+    print(f"threads / processes: {median(a / b for a, b in pairs):.2f}")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)                                         # what a worker has
-    for measure in (decoding, caching):
-        with tempfile.TemporaryDirectory() as folder:
-            measure(folder)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 2)
