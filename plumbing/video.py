@@ -179,7 +179,7 @@ def pixels(frame: av.VideoFrame, container: av.container.InputContainer, stream:
     x = frame.to_ndarray(format="rgb24", width=width, interpolation="BICUBIC", threads=1)
     x = torch.from_numpy(x).permute(2, 0, 1)
 
-    small = re.fullmatch(r"enlarged from (\d+)x(\d+)", container.metadata.get("comment", ""))
+    small = re.fullmatch(r"enlarged from ([1-9]\d*)x\d+", container.metadata.get("comment", ""))
     if small:                                         # by write_video: one pixel of each block
         factor = x.shape[1] // int(small[1])
         x = x[:, factor // 2::factor, factor // 2::factor]
