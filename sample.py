@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import shapes
 from plumbing import cli
 from plumbing.cli import Count, File, NotNegative, Seed, Within
-from plumbing.errors import UserError
+from plumbing.errors import UserError, reading
 from plumbing.files import atomic, check_outputs, check_writable, read_header, remove_leftovers
 from plumbing.prompts import SUFFIXES, Job, Prompt, file_name, is_file, plan, read_prompts
 from shapes import grammar
@@ -266,7 +266,8 @@ def reference_of(models: Models, config: Config) -> Reference | None:
     from plumbing import video
     from turbo import Reference
     T, H, W = size_of(models, config)
-    clip, _ = video.read_video(config.motion_from, T, config.fps or models.fps, H, W)
+    with reading(config.motion_from, "a video"):
+        clip, _ = video.read_video(config.motion_from, T, config.fps or models.fps, H, W)
     weight = next(models.vae.parameters())
     z0 = models.vae.encode(clip[None].to(weight.device, weight.dtype) / 127.5 - 1)
     return Reference(z0.float(), models.text([config.motion_prompt]))
