@@ -17,8 +17,7 @@ Bad     A clip that cannot be used is logged (step, index, clip, reason). In its
         hash(seed, epoch, p % N, attempt) % N, again a function of the position alone. A run ends when at
         least 20 bad clips are more than 5 % of the last 1000 that its rank drew, or when 20 in a row are bad.
 Short   A clip that is too short is stretched over the frames asked for, which is said once; its item's fps is
-        the true one. The networks are told --fps all the same, as in the released code, where fps is always
-        16 (v2: 8) whatever the clip's rate: the motion of a stretched clip is slower than they are told.
+        the true one. The networks are told --fps all the same, as in the released code: always 16 (v2: 8).
 
 T2V-Turbo-v2 trains from a cache of what the teacher says about each clip: CacheWriter and Cache, at the end.
 """
@@ -27,7 +26,6 @@ import json
 import os
 import queue
 import threading
-import time
 import warnings
 import zlib
 from collections import Counter, deque
@@ -191,23 +189,24 @@ def in_threads(work: Callable, items: Iterable, workers: int, ahead: int) -> Ite
     if not workers:
         yield from map(work, items)
         return
-    jobs, pending, stopped = queue.SimpleQueue(), deque(), threading.Event()
+    jobs, pending = queue.SimpleQueue(), deque()
 
     def run() -> None:
-        while (job := jobs.get()) and not stopped.is_set():
-            future, item = job
+        for future, item in iter(jobs.get, None):
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(work(item))
-            except BaseException as error:            # it is raised where the result is asked for
+            except BaseException as error:            # raised where the result is asked for
                 future.set_exception(error)
 
     def stop() -> None:
-        stopped.set()
-        end = time.monotonic() + 2
+        for future in pending:
+            future.cancel()
         for _ in threads:
             jobs.put(None)
         for thread in threads:
-            thread.join(max(0, end - time.monotonic()))
+            thread.join(2 / workers)
 
     threads = [threading.Thread(target=run, daemon=True) for _ in range(workers)]
     for thread in threads:

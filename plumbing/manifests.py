@@ -1,7 +1,6 @@
-"""Clips in files of their own: the rows of a manifest, or a folder's videos; and what opens any source by its name.
+"""Clips in files of their own, of a manifest or a folder; and what opens any source by its name.
 
-A source has len(), name(i), and read(i) -> (path or bytes of the video, caption, reward caption or None), which
-raises ValueError for a clip that cannot be used.
+A source has len(), name(i), and read(i) -> (path or bytes of the video, caption, reward caption or None).
 """
 import csv
 import glob
@@ -36,53 +35,52 @@ KNOWN = {"path": ("path", "video", "video_path", "video_name", "file_name", "fil
 def open_sources(spec: str | Sequence[str | Path], cache: str | None = None, columns: str = "",
                  root: str = "") -> list:
     """All sources that a spec names (see data.py); the shards of one pattern are one. Raises UserError."""
-    sources = []
-    for pattern in [spec] if isinstance(spec, str) else map(str, spec):
-        for part in split(pattern):
-            paths = expand(part)
-            missing = [path for path in paths if not os.path.exists(path)]
-            gaps = f"{part}: {len(missing)} of {len(paths)} are missing, e.g. {missing[0]}" if missing else ""
-            if len(missing) == len(paths):
-                raise UserError(f"no data at {part if len(paths) == 1 else gaps}: expected {EXPECTED}")
-            if missing:
-                warnings.warn(gaps, stacklevel=3)
-            paths = sorted(set(paths) - set(missing), key=paths.index)
-            if all(path.endswith(".tar") and os.path.isfile(path) for path in paths):
-                sources.append(Shards(paths, cache))
-            else:
-                sources += [open_source(path, cache, columns, os.path.expanduser(root)) for path in paths]
+    sources, root = [], os.path.expanduser(root)
+    for part in [part for each in ([spec] if isinstance(spec, str) else spec) for part in split(str(each))]:
+        paths = expand(part)
+        present = [path for path in paths if os.path.exists(path)]
+        if not present:
+            raise UserError(f"no data at {part}: expected {EXPECTED}")
+        if len(present) < len(paths):
+            missing = min(set(paths) - set(present))
+            warnings.warn(f"{part}: {len(paths) - len(present)} of {len(paths)} are missing, e.g. {missing}",
+                          stacklevel=3)
+
+        if all(path.endswith(".tar") and os.path.isfile(path) for path in present):
+            sources.append(Shards(present, cache))
+        else:
+            sources += [open_source(path, cache, columns, root) for path in present]
     return sources
 
 
 def open_source(path: str, cache: str | None, columns: str, root: str) -> "Files | Shards":
     if os.path.isdir(path):
-        shards = sorted(glob.glob(f"{glob.escape(path)}/**/*.tar", recursive=True))
         clips = open_folder(path)
-        return clips if len(clips) or not shards else Shards(shards, cache)
-    if not os.path.isfile(path):
-        raise UserError(f"{path} is a pipe or a device; expected a file")
-    if path.endswith(".tar"):
+        shards = sorted(glob.glob(f"{glob.escape(path)}/**/*.tar", recursive=True))
+        return Shards(shards, cache) if shards and not len(clips) else clips
+    if os.path.isfile(path) and path.endswith(".tar"):
         return Shards([path], cache)
-    if path.endswith(MANIFESTS):
+    if os.path.isfile(path) and path.endswith(MANIFESTS):
         return open_manifest(path, columns, root)
-    raise UserError(f"{path} is no data: expected {EXPECTED}")
+    kind = "no data" if os.path.isfile(path) else "a pipe or a device"
+    raise UserError(f"{path} is {kind}: expected {EXPECTED}")
 
 
 def split(spec: str) -> list[str]:
-    """'clips,{0,1}.tar' -> its parts, split at commas outside of braces, but for a name with a comma on the disk."""
-    folder = os.path.dirname(re.split(r"[{*?[]", os.path.expanduser(spec))[0])
-    if os.path.exists(os.path.expanduser(spec)) or "," in folder and os.path.isdir(folder):
-        return [os.path.expanduser(spec)]
+    """'clips,{0,1}.tar' -> its parts, split at the commas outside of braces and of names on the disk."""
+    whole = os.path.expanduser(spec)
+    folder = os.path.dirname(re.split(r"[{*?[]", whole)[0])           # that a pattern begins in
+    if os.path.exists(whole) or "," in folder and os.path.isdir(folder):
+        return [whole]
     return [os.path.expanduser(part.strip()) for part in re.split(r",(?![^{]*\})", spec) if part.strip()]
 
 
 def expand(pattern: str) -> list[str]:
-    """'{00..02}{x,y}/*.tar' -> the paths that a shell makes of it; the pattern itself where nothing fits it."""
+    """'{00..02}{x,y}/*.tar' -> the paths that a shell makes of it, or the pattern where nothing fits it."""
     brace = re.search(r"\{([^{}]*)\}", pattern)
-    if os.path.exists(pattern):
-        return [pattern]
-    if not brace:
-        return sorted(glob.glob(pattern, recursive=True)) or [pattern]
+    if os.path.exists(pattern) or not brace:
+        matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        return matches or [pattern]
 
     names = []
     for name in brace[1].split(","):
@@ -154,7 +152,8 @@ def refuse(error: OSError) -> None:
 def open_manifest(path: str, columns: str = "", root: str = "") -> Files:
     """The rows of a manifest. Raises UserError, with the columns that are there.
 
-    columns: "path=COLUMN,caption=COLUMN" where KNOWN has none; root: folder of the paths, or the manifest's."""
+    columns: "path=COLUMN,caption=COLUMN" for what KNOWN lacks; root: what its paths are relative to.
+    """
     named = dict(pair.partition("=")[::2] for pair in re.split(r",(?![^{]*\})", columns) if pair)
     if named.keys() - KNOWN.keys() or not all(named.values()):
         raise UserError(f"--columns {columns}: expected path=COLUMN,caption=COLUMN,reward_caption=COLUMN")
@@ -173,10 +172,10 @@ def rows_of(path: str, file: TextIO, named: dict[str, str]) -> Iterator[list]:
     names = list(dict.fromkeys(name for record in head for name in record if name))
     places = choose(names, named)
     if not head:
-        raise UserError(f"{path}: no rows; expected path,caption in the first line, and a clip in each other one")
+        raise UserError(f"{path}: no rows; expected path,caption in the first line, then a clip in each")
     if not places:
-        columns = ", ".join(map(repr, names)) + (f", separated by {SEPARATORS[separator]}" if separator else "")
-        raise UserError(f"{path}: no path and caption known among its columns ({columns}); say which they are: "
+        columns = ", ".join(map(repr, names)) + f", separated by {SEPARATORS.get(separator)}" * bool(separator)
+        raise UserError(f"{path}: path and caption are not known among its columns ({columns}); name them: "
                         "--columns path=COLUMN,caption=COLUMN")
 
     for number, record in enumerate(chain(head, records), 1):

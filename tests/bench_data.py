@@ -1,4 +1,4 @@
-"""How fast training clips are decoded, by threads and by processes in turns: python tests/bench_data.py [WORKERS]
+"""How fast training clips are decoded, by threads and processes in turns: python tests/bench_data.py [WORKERS]
 
 16 frames at 16 fps and 512x320, from random starts in 2 s clips of 1280x720 at 30 fps."""
 import sys
@@ -20,7 +20,7 @@ ROUNDS, CLIPS = 5, 12
 
 
 def moving_clip(seed: int, T: int = 60, height: int = 720, width: int = 1280) -> torch.Tensor:
-    """A coloured texture that drifts, with a little noise, so that its file is as large as a natural one's."""
+    """A coloured texture that drifts, with noise, so that its file is about as large as a natural one."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, 24, 40, generator=generator)
     texture = F.interpolate(coarse, (height, width), mode="bicubic")[0] * 200
@@ -63,9 +63,10 @@ def main(workers: int) -> None:
             rates["threads"].append(rate(data.loader(dataset, 1, workers=workers)))
             rates["one"].append(rate(data.loader(dataset, 1, workers=0)))
 
-    pairs = zip(rates["threads"], rates["processes"])
-    print(f"{workers} workers: " + ", ".join(f"{name} {median(each):.1f} clips/s" for name, each in rates.items()))
-    print(f"threads / processes: {median(a / b for a, b in pairs):.2f}")
+            print(", ".join(f"{name} {each[-1]:.1f} clips/s" for name, each in rates.items()), flush=True)
+
+    ratios = [a / b for a, b in zip(rates["threads"], rates["processes"])]
+    print(f"{workers} workers, median of {ROUNDS} rounds: threads / processes = {median(ratios):.2f}")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def test_brace_patterns():
 def test_a_users_mistakes(tmp_path):
     for spec, message in ((tmp_path, r"no clips in .*: expected \*.mp4 with .txt beside them, e.g. 0001.mp4"),
                           (tmp_path / "nowhere", "no data at .*nowhere: expected a folder"),
-                          (tmp_path / "{0..2}.tar", "no data at .*: 3 of 3 are missing, e.g. .*0.tar: expected")):
+                          (tmp_path / "{0..2}.tar", "no data at .*{0..2}.tar: expected")):
         with pytest.raises(UserError, match=message):
             open_dataset(str(spec))
     for name, content, message in (
@@ -137,10 +137,8 @@ def test_csv_rows_that_lose_words_are_bad_and_named(here):
         ("a dog, running", None), "BAD d.mp4: empty caption", "BAD : row 4 of a.csv: no path"]
 
 
-@pytest.mark.parametrize("rows", ['a.mp4,"a dog\nb.mp4,a cat\nc.mp4,a cow\n',
-                                  'a.mp4,"a dog\nb.mp4,"a cat"\nc.mp4,a cow\n'])
-def test_csv_quotes_that_swallow_rows(rows, here):
-    (here / "a.csv").write_text("path,caption\nd.mp4,first\n" + rows)
+def test_csv_quotes_that_swallow_rows(here):
+    (here / "a.csv").write_text('path,caption\nd.mp4,first\na.mp4,"a dog\nb.mp4,"a cat"\nc.mp4,a cow\n')
     with pytest.raises(UserError, match="^a.csv, row 2: a quote that is not closed swallows the rows"):
         open_dataset("a.csv", **SHAPE)
 
@@ -186,19 +184,16 @@ def test_what_a_folder_holds_besides_clips_is_counted_once(here):
 # ---- shards ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
-def test_bad_members_are_named_in_full(form, here):
-    names = ["f\u00e9lix/\u732b.mp4", "a\nb\x1b[31m.mp4", "/".join(["folder"] * 18) + "/clip.mp4"]
-    if form != tarfile.USTAR_FORMAT:
-        names.append("\u00e9" * 150 + ".mp4")
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_bad_members_are_named_in_full_on_one_line(form, here):
+    names = ["f\u00e9lix/\u732b.mp4", "a\nb\x1b[31m.mp4", "folder/" * 18 + "clip.mp4", "x" * 200 + ".mp4"]
     with tarfile.open(here / "a.tar", "w", format=form) as tar:
         for name in names:
             for member in (name, name[:-3] + "txt"):
                 info = tarfile.TarInfo(member)
                 info.size = 5
                 tar.addfile(info, BytesIO(b"words"))
-    bad = texts(open_dataset("a.tar", **SHAPE))
-    for text, name in zip(bad, names, strict=True):
+    for text, name in zip(texts(open_dataset("a.tar", **SHAPE)), names, strict=True):
         assert text.startswith(f"BAD a.tar:{data.one_line(name)}: not a readable") and "\n" not in text
 
 
@@ -360,10 +355,10 @@ def test_a_read_that_never_returns_does_not_keep_the_loader_from_ending():
 
 # ---- bad clips ---------------------------------------------------------------------------------------------
 
-REASONS = dict(codec="its codec is not known here; convert it to h264", corrupt="damaged|not a readable video",
+REASONS = dict(codec="its codec is not known here; convert it to h264", corrupt="damaged|not a readable",
                truncated="truncated", cut="truncated|not a clip|readable", empty="not a readable video",
-               junk="not a readable video", sound="no video", no_caption="no caption",
-               blank_caption="empty caption", latin="utf-8", still="not a clip: 1 frame", pipe="not a regular file")
+               junk="not a readable video", sound="no video", no_caption="no caption", blank="empty caption",
+               latin="utf-8", still="not a clip: 1 frame", pipe="not a regular file")
 
 
 @pytest.fixture
@@ -375,7 +370,7 @@ def bad_folder(mp4, tmp_path) -> str:
     for at in range(mp4.index(b"mdat") + 800, len(mp4) - 20, 40):
         noise[at:at + 20] = os.urandom(20)
     files = dict(codec=mp4.replace(b"avc1", b"zzzz"), corrupt=bytes(noise), truncated=mp4[:len(mp4) // 2],
-                 cut=mp4[:mp4.index(b"mdat") + 4], empty=b"", junk=b"x" * 999, no_caption=mp4, blank_caption=mp4,
+                 cut=mp4[:mp4.index(b"mdat") + 4], empty=b"", junk=b"x" * 999, no_caption=mp4, blank=mp4,
                  latin=mp4, **{f"good{k:02d}": mp4 for k in range(40)})
     for name, content in files.items():
         (folder / f"{name}.mp4").write_bytes(content)
@@ -387,7 +382,7 @@ def bad_folder(mp4, tmp_path) -> str:
     for path in list(folder.iterdir()):
         path.with_suffix(".txt").write_text("a caption")
     (folder / "no_caption.txt").unlink()
-    (folder / "blank_caption.txt").write_text(" \n")
+    (folder / "blank.txt").write_text(" \n")
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     return str(folder)
 
@@ -396,7 +391,7 @@ def test_bad_files_are_skipped_counted_and_named(bad_folder, tmp_path):
     log, outs = tmp_path / "bad.jsonl", []
     dataset = open_dataset(bad_folder, **SHAPE)
     names = [Path(dataset.sources[0].name(i)).stem for i in range(len(dataset))]
-    with pytest.raises(UserError, match=r"too many bad clips: 20 of the last .* \(the limit is 5%\).*see .*bad"):
+    with pytest.raises(UserError, match=r"too many bad clips: 20 of .* \(the limit is 5%\).*see .*bad"):
         for out in loader(dataset, 4, bad_file=log, workers=2):
             outs.append(out)
 
@@ -439,41 +434,6 @@ def test_damage_between_the_key_frame_and_the_clip(mp4):
         start = numbers(clip)[0]
         assert torch.equal(clip, good[:, start:start + 16])
     assert passed < 12
-
-
-def damaged(content: bytes, rng: np.random.Generator) -> bytes:
-    """Bits flipped, bytes replaced, cut out or put in, or the end cut off."""
-    content, at, length = bytearray(content), rng.integers(len(content)), rng.integers(1, 40)
-    kind = rng.integers(5)
-    if kind == 0:
-        content[at] ^= 1 << rng.integers(8)
-    else:
-        end, new = ((at + length, rng.bytes(length)), (at + 20 * length, b""), (at, rng.bytes(length)),
-                    (len(content), b""))[kind - 1]
-        content[at:end] = new
-    return bytes(content)
-
-
-def test_random_damage_is_a_bad_clip_or_one_line(here, mp4):
-    """Each clip is read or is a BadClip, or its source is refused: nothing else, and on one line."""
-    (here / "a.csv").write_text('path,caption\na.mp4,"a, dog"\nb.mp4,two\n')
-    (here / "a.jsonl").write_text('{"path": "a.mp4", "caption": "a"}\n{"path": "b.mp4", "caption": "b"}\n')
-    long = "y" * 150
-    tar_of(here / "a.tar", [("x.mp4", mp4), ("x.txt", b"x"), (f"{long}.mp4", mp4), (f"{long}.txt", b"y")])
-    good = {name: (here / name).read_bytes() for name in ("a.csv", "a.jsonl", "a.tar", "c.mp4")}
-    (here / "c.txt").write_text("a caption")
-    rng = np.random.default_rng(0)
-    for k in range(120):
-        name = sorted(good)[k % len(good)]
-        (here / name).write_bytes(damaged(good[name], rng))
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")                      # of the folder: what it does not read
-                dataset = open_dataset("." if name == "c.mp4" else name, **SHAPE)
-        except UserError as error:
-            assert "\n" not in str(error) and name in str(error)
-            continue
-        assert all("\n" not in text for text in texts(dataset) if isinstance(text, str))
 
 
 def test_four_percent_go_on_and_six_percent_do_not(tmp_path):
