@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from plumbing.bert import BERT, BERTConfig, WordPiece
 from plumbing.clip import OPENCLIP_BLOCKS, BlockStack, LayerNorm, TextTower, TowerBlock, attend
 from plumbing.errors import UserError, reading
-from plumbing.weights import (PUBLIC, fetch, fill, huggingface_text, locate, read_header, read_named, rename,
-                              without_memory)
+from plumbing.files import read_header
+from plumbing.layouts import PUBLIC, fetch, huggingface_text, rename
+from plumbing.weights import fill, locate, read_named, weight_files, without_memory
 
 Generators = Sequence[torch.Generator] | None           # on the CPU, one per clip: they draw its crop window
 Tokenizer = Callable[[list[str]], Tensor]               # B captions -> token ids (B, L)
@@ -115,7 +116,7 @@ def frames_for(reward: Reward, clips: Tensor) -> Tensor:
 # ---- the table of rewards ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Recipe:
-    """All that makes a reward."""
+    """All that makes a reward but its public file, which stands in PUBLIC under the same name."""
     kind: Literal["image", "video"]             # scores single frames, or a clip
     model: type[nn.Module]
     view: View                                  # fits clips to the model's input
@@ -125,7 +126,6 @@ class Recipe:
     config: Callable[[dict], object] = lambda header: None      # header of the file -> configuration
     convert: Callable[[State, nn.Module], State] | None = None  # public names -> ours; None: no weights
     frames: tuple[int, ...] = ()                # T that a video reward can take, the usual first; (): any
-    source: str = ""                            # name of its public file in PUBLIC
     whole: bool = True                          # the model needs all tensors of the file
 
     def network(self, header: dict, frames: int | None, config: object = None) -> nn.Module:
@@ -144,30 +144,20 @@ def recipes() -> dict[str, Recipe]:
                     pixels=CLIP_PIXELS, text_length=77, tokenizer=bpe)
     viclip = dict(kind="video", model=ViCLIP, convert=lambda state, model: rename(state, OPENCLIP_BLOCKS))
     return {
-        "hpsv2": Recipe(
-            **vit_h_14, view=pad,
-            source="hpsv2"),
-        "pickscore": Recipe(
-            **vit_h_14, view=squash,
-            source="pickscore"),
-        "clip": Recipe(
-            **vit_h_14, view=squash,
-            source="clip"),
+        "hpsv2": Recipe(**vit_h_14, view=pad),
+        "pickscore": Recipe(**vit_h_14, view=squash),
+        "clip": Recipe(**vit_h_14, view=squash),
         "imagereward": Recipe(
             kind="image", model=ImageReward, config=lambda header: ImageRewardConfig(), view=centre,
             convert=lambda state, model: rename(state, IMAGEREWARD), pixels=CLIP_PIXELS, text_length=35,
-            tokenizer=partial(wordpiece, public="bert-base", extra=("[DEC]", "[ENC]")),
-            source="imagereward", whole=False),
+            tokenizer=partial(wordpiece, public="bert-base", extra=("[DEC]", "[ENC]")), whole=False),
         "viclip": Recipe(
             **viclip, config=lambda header: ViCLIPConfig(), view=window, pixels=IMAGENET_PIXELS,
-            text_length=32, tokenizer=bpe, frames=(8,),
-            source="viclip"),
+            text_length=32, tokenizer=bpe, frames=(8,)),
         "internvideo2": Recipe(
             kind="video", model=InternVideo2, config=lambda header: InternVideo2Config(), view=window,
             convert=from_internvideo2, pixels=IMAGENET_PIXELS, text_length=40, frames=(8, 4),
-            tokenizer=partial(wordpiece, public="bert-large", sep=False),
-            source="internvideo2",
-            whole=False),
+            tokenizer=partial(wordpiece, public="bert-large", sep=False), whole=False),
         "motion": Recipe(
             kind="video", model=Motion, view=squash, pixels=((0, 0, 0), (1, 1, 1)), text_length=1,
             tokenizer=lambda path, length: lambda captions: torch.zeros(len(captions), length)),
@@ -229,15 +219,15 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
         raise UserError(f"{name} reads the toy's captions; it goes with the toy alone")
     if path and not recipe.convert:
         raise UserError(f"--reward {name}={path}: {name} has no weights; say --reward {name}")
-    path = find(recipe, path) if recipe.convert else None
-    tokenizer = tokenizer or recipe.tokenizer(path, recipe.text_length)
+    files = find(name, path) if recipe.convert else [None]
+    path, tokenizer = files[0], tokenizer or recipe.tokenizer(files[0], recipe.text_length)
 
     # no time or memory is spent on initial values
     header = read_header(path) if path and path.suffix == ".safetensors" else {}
     with reading(path, f"a file of {name}"), without_memory():
         model = recipe.network(header, frames, config)
     if recipe.convert:
-        state = needed(read_named(path))
+        state = needed(read_named(*files))
         with reading(path, f"a file of {name}"):
             state = recipe.convert(state, model)
         fill(model, state, path, device, allow_unused=not recipe.whole)
@@ -259,18 +249,15 @@ def untrained(name: str, device: str | torch.device, dtype: torch.dtype, frames:
     return reward
 
 
-def find(recipe: Recipe, path: str | Path | None) -> Path:
-    """The weights file: `path`, what a folder `path` holds, or (no path) the public one."""
+def find(name: str, path: str | Path | None) -> list[Path]:
+    """The file of weights, or its shards: `path`, what a folder `path` holds, or (no path) the public one."""
     if not path:
-        return fetch(recipe.source)
-    path, public = locate(path), PUBLIC.get(recipe.source)
-    names = [*(public.files if public else ()), "open_clip_model.safetensors", "model.safetensors",
-             "pytorch_model.bin"]
-    file = next((path / name for name in names if (path / name).exists()), path)
-    if not file.is_file():
-        remedy = f"; it is {public.files[0]} of huggingface.co/{public.repository}" if public else ""
-        raise UserError(f"there is no file of weights at {path}{remedy}")
-    return file
+        return [fetch(name)]
+    path = locate(path)
+    public = [path / file for file in PUBLIC[name].files] if name in PUBLIC else []
+    if public and public[0].is_file():
+        return public
+    return weight_files(path, "open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
 
 
 def freeze(model: nn.Module, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
@@ -290,17 +277,16 @@ def bpe(path: Path | None, length: int) -> Tokenizer:
 
 
 def wordpiece(path: Path, length: int, public: str, **options) -> Tokenizer:
-    """BERT's, from the `vocab.txt` beside the weights, else the public one."""
+    """BERT's, from the `vocab.txt` beside the weights, else from the public one."""
     vocabulary = path.parent / "vocab.txt"
     if not vocabulary.exists():
         try:
             vocabulary = fetch(public)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"there is no {vocabulary} beside the weights, and: {error}") from error
     tokenizer, words = WordPiece(vocabulary, length, **options), 30522              # of the uncased models
     if len(tokenizer.ids) != words + len(options.get("extra", ())):
-        raise UserError(f"{vocabulary} does not hold {words} words; "
-                        f"take vocab.txt of {PUBLIC[public].repository}")
+        raise UserError(f"{vocabulary} does not hold {words} words; take that of {PUBLIC[public].repository}")
     return tokenizer
 
 
@@ -685,11 +671,9 @@ def from_clip(state: State, model: CLIP) -> State:
 
 
 def needed(state: State) -> State:
-    """Without the prefix of data-parallel training (HPS), temperatures of training losses and constants, and
-    with Conv3d over single frames as Conv2d."""
+    """Without temperatures of training losses and constants; with Conv3d over single frames as Conv2d."""
     unused = ("logit_scale", "temp", "position_ids", "attn_mask")
-    return {key.removeprefix("module."): w.squeeze(2) if w.ndim == 5 else w
-            for key, w in state.items() if not key.endswith(unused)}
+    return {key: w.squeeze(2) if w.ndim == 5 else w for key, w in state.items() if not key.endswith(unused)}
 
 
 def from_internvideo2(state: State, model: InternVideo2) -> State:

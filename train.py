@@ -271,7 +271,7 @@ def planned_rewards(config: Config) -> list[PlannedReward]:
         kind = rewards.RECIPES[name].kind
         weight = getattr(config, f"{kind}_weight") if weight is None else weight
         frames = getattr(config, f"{kind}_frames")
-        if name.startswith("shapes-") != is_toy(config):
+        if name != "motion" and name.startswith("shapes-") != is_toy(config):
             raise UserError(f"--reward {name} does not belong to --preset {config.preset}; the toy's are "
                             "shapes-clip and shapes-viclip, and no other preset takes those")
         if name in planned:
@@ -681,7 +681,9 @@ def reward_terms(config: Config, load: Callable) -> list[RewardTerm]:
 
 def toy_reward(name: str, path: str | None, frames: int | None, device: torch.device,
                folder: str | None) -> rewards.Reward:
-    """One of the toy's rewards, which lie with its teacher."""
+    """One of the toy's rewards, which lie with its teacher, or motion, which has no file."""
+    if name == "motion":
+        return rewards.load(name, path, device)
     if path:
         raise UserError(f"--reward {name}={path}: the toy's rewards lie in the folder of --teacher; "
                         f"leave ={path} out")

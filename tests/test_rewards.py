@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import rewards
 import turbo
 from plumbing.errors import UserError
+from plumbing.layouts import PUBLIC
 
 
 # ---- public names and shapes, written down independently ---------------------------------------------------
@@ -602,7 +603,7 @@ def test_a_tubelet_is_a_convolution_over_frames():
 
 
 # ---- files and their errors --------------------------------------------------------------------------------
-def test_clip_containers(tmp_path, load, capsys):
+def test_clip_containers(tmp_path, load):
     """HPS with and without the data-parallel prefix, a .safetensors, a folder: the same weights."""
     config, w = CLIP, weights(clip_shapes(CLIP))
     torch.save({"state_dict": w}, tmp_path / "hps.pt")
@@ -613,16 +614,8 @@ def test_clip_containers(tmp_path, load, capsys):
     for name in ("hps.pt", "clip.safetensors", "folder"):
         reward = rewards.load("clip", tmp_path / name, config=config, tokenizer=clip_ids)
         assert torch.equal(reward(clips(), CAPTIONS), expected)
-    assert not capsys.readouterr().err                              # all of it was used
     x = clips(H=28, W=28)
     close(load("hpsv2")(x, CAPTIONS), load("clip")(x, CAPTIONS))    # prefixed; equal where nothing is fitted
-
-
-def test_unused_tensors_are_named_once(load, capsys):
-    load("internvideo2")
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    assert all(part in line for part in ("bert.layers", "vision.img_pos_embed"))
 
 
 def test_frames_of_internvideo2_are_interpolated_in_time():
@@ -645,7 +638,6 @@ def message(path, name="hpsv2", contents=None, **options):
 WRONG = {                               # what a file holds -> what is said of it
     "tensors missing": lambda w: {key: p for key, p in w.items() if "proj" not in key},
     "has shape": lambda w: {key: p[:, :1] if p.ndim == 2 else p for key, p in w.items()},
-    "NaN or infinity": lambda w: {key: p * float("nan") for key, p in w.items()},
     "torch.int64 numbers": lambda w: {key: p.long() for key, p in w.items()},
     "torch.float8_e4m3fn numbers": lambda w: {key: p.to(torch.float8_e4m3fn) for key, p in w.items()},
     "torch.complex64 numbers": lambda w: {key: p.cfloat() for key, p in w.items()},
@@ -675,13 +667,13 @@ def test_wrong_files_end_in_one_line(tmp_path, load):
     assert str(path) in message(path, "clip", half)
     torch.save(w["clip"], tmp_path / "whole.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:-100])
-    assert "truncated" in message(tmp_path / "cut.pt")
+    assert "cut.pt is not a weight file" in message(tmp_path / "cut.pt")
     for suffix in ("pt", "safetensors"):
         (tmp_path / f"page.{suffix}").write_text("<html>not found</html>")
         assert f"page.{suffix}" in message(tmp_path / f"page.{suffix}")
-    assert "xswu/HPSv2" in message(tmp_path / "nowhere.pt")
+    assert "no such file" in message(tmp_path / "nowhere.pt")
     (tmp_path / "empty").mkdir()
-    assert "no file of weights" in message(tmp_path / "empty", "clip")
+    assert "no open_clip_model or " in message(tmp_path / "empty", "clip")
     for name, frames in (("viclip", 16), ("viclip", 0), ("internvideo2", 3), ("hpsv2", 6), ("motion", 1)):
         with pytest.raises(UserError, match=f"{name} takes .* frames, not {frames}"):
             rewards.load(name, frames=frames)
@@ -704,7 +696,7 @@ def test_missing_downloads_end_in_one_line(tmp_path, monkeypatch):
         assert rewards.RECIPES[name].text_length == length
         assert tokenizer(tmp_path / name / "weights.pt", length)(["red"]).shape == (1, length)
         (tmp_path / name / "vocab.txt").write_text("\n".join(vocabulary()), encoding="utf-8")
-        with pytest.raises(UserError, match="does not hold 30522 words; take vocab.txt of google-bert"):
+        with pytest.raises(UserError, match="does not hold 30522 words; take that of google-bert"):
             tokenizer(tmp_path / name / "weights.pt", length)
 
 
@@ -783,7 +775,7 @@ def write_full_size(name, folder):
         return "norm" in key.lower() or "ln_" in key or "gamma" in key
 
     w = {key: near_one(key) + tensor(shape) for key, shape in shapes().items()}
-    path = folder / rewards.PUBLIC[name].files[0]
+    path = folder / PUBLIC[name].files[0]
     if path.suffix == ".safetensors":
         save_file(w, path)
     else:

@@ -19,9 +19,9 @@ from tiny import log
 
 import data
 import model
-import rewards
 import train
 import turbo
+from plumbing.layouts import PUBLIC
 from plumbing.video import write_video
 from solver import Schedule, ddim_invert
 
@@ -96,7 +96,7 @@ def test_four_clips_and_two_steps(teacher, tmp_path):
     for name in ("hpsv2", "clip", "internvideo2"):
         (tmp_path / name).mkdir()
         aside(test_rewards.write_full_size, name, tmp_path / name)
-        given += ["--reward", f"{name}={tmp_path / name / rewards.RECIPES[name].source[1]}"]
+        given += ["--reward", f"{name}={tmp_path / name / PUBLIC[name].files[0]}"]
     command("2 steps of 3 + 1 clips, LoRA of rank 64", "--data", cache, "--teacher", teacher, "--out", out,
             "--lora", 64, "--batch", 3, "--reward-batch", 1, "--steps", 2, "--sample-every", 0,
             "--workers", 0, *given)
