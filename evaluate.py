@@ -19,6 +19,7 @@ import shapes
 from plumbing import cli, judging, stats, vbench
 from plumbing.cli import Count, File, Folder, Size
 from plumbing.errors import UserError
+from plumbing.files import check_outputs, check_writable
 
 if TYPE_CHECKING:                       # imported where they are needed: --help and mistakes answer at once
     import torch
@@ -49,7 +50,7 @@ class ShapesConfig:
     clips: Count = 500                  # clips of a row; half ask for combinations that were never trained on
     folder: Folder | None = None        # folder of pretrain.py's weights and of students [the embedded ones]
     rows: str = ""                      # rows to measure, by parts of their names, e.g. "vcm 4,turbo 4" [all]
-    out: File | None = None             # .json with every clip's verdict; rows in it are not measured again
+    out: File | None = None             # .json with every figure and every clip's verdict
     device: str = ""                    # device to compute on: cuda or cpu [cuda if there]
 
 
@@ -58,8 +59,11 @@ def shapes_table(config: ShapesConfig) -> list[dict]:
     folder = Path(config.folder or shapes.WEIGHTS)
     if not (folder / "teacher.safetensors").is_file():
         raise UserError(f"--folder {folder}: no teacher.safetensors of the toy in it")
-    if config.out and Path(config.out).suffix != ".json":
-        raise UserError(f"--out {config.out}: the table is stored as .json")
+    if config.out:
+        if Path(config.out).suffix != ".json":
+            raise UserError(f"--out {config.out}: the table is stored as .json")
+        check_outputs({"--out": config.out}, {})
+        check_writable(Path(config.out).parent)
     from shapes import table
     return table.make(config)
 

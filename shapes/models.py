@@ -3,7 +3,7 @@
 Names of parts are those of the shipped files.
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -13,10 +13,10 @@ from torch.nn import functional as F
 import model
 import rewards as reward_models
 from plumbing import weights
+from plumbing.errors import UserError
 from plumbing.fast_cpu import speed_up
 from shapes import STUDENTS, WEIGHTS, grammar, student, world
 from solver import Sampling, Schedule
-
 
 LAYOUT = """
     conv 8 32                     | res 64+32 64
@@ -55,14 +55,11 @@ class SpaceTime(nn.Module):
     """Tells the toy where and when: functions of (t, y, x), one modulated by each thing that the caption
     names and one by the background, added to the first features and to what each attention over the clip
     sees; and functions of t alone, added to the timestep embedding of every frame. Normalised, so that they
-    are as large as the features they join.
-
-    Attention over the clip has tokens, and each of them chooses whose function it reads: what is red moves as
-    the red thing moves. Elsewhere their mean is read.
+    are as large as the features they join. Tokens of an attention choose whose function they read: what is
+    red moves as the red thing moves. Elsewhere their mean is read.
 
     The published UNets know neither place (only what zero padding leaks) nor time (their temporal attention
-    has no positions). A billion weights cope with that; a small network that must move a shape "from left to
-    right" does not.
+    has no positions). A billion weights cope with that; a small network that must move a shape does not.
     """
 
     octaves = 4
@@ -102,10 +99,7 @@ class SpaceTime(nn.Module):
 
 class ClipTransformer(model.Transformer):
     """The toy's temporal transformer: both of its attentions see all pixels of all frames, and know their
-    places.
-
-    In its 64 latent pixels things move past each other, and a pixel's own frames do not tell what moved.
-    """
+    places. In 64 latent pixels things move past each other: a pixel's own frames do not tell what moved."""
 
     def __init__(self, channels: int, config: Config):
         place = SpaceTime(3, config.spacetime, config.context_dim, channels, choose=True)
@@ -122,9 +116,8 @@ class UNet(model.UNet3D):
     """The toy's denoiser: told place and time, with attention over the whole clip, and ε as seen from
     outside, while the network inside predicts v = α ε - σ z0 (Salimans and Ho, 2022).
 
-    At t = 999, ε is z but for 0.5 %, and what the caption says is in that remainder. A billion weights
-    trained for weeks copy z to the output precisely enough not to bury it; a small network does not. ε = σ z
-    + α v leaves it only the part that matters.
+    At t = 999, ε is z but for 0.5 %, and what the caption says is in that remainder. A billion weights copy z
+    to the output precisely enough not to bury it; ε = σ z + α v leaves a small network only what matters.
     """
 
     def conditions(self) -> dict[str, nn.Module]:
@@ -146,8 +139,7 @@ class UNet(model.UNet3D):
 
     def motion_attentions(self) -> list[model.Attention]:
         """The first attention over the clip of every block on the way up that has one: where in all frames a
-        pixel finds what it shows. The only attention of a pixel's own frames, `init_attn`, stands before the
-        network knows what moves."""
+        pixel finds what it shows."""
         return [m.attn1 for m in self.output_blocks.modules() if isinstance(m, ClipTransformer)]
 
     schedule: Schedule | None = None            # made in the first pass, where the latents are
@@ -204,31 +196,27 @@ class CaptionEncoder(nn.Module):
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors (as float32) and configuration of one of the toy's weight files."""
+    """Tensors (as float32) and header of one of the toy's weight files."""
     if not path.exists():
-        raise ValueError(f"{path} does not exist; make it with: "
-                         f"python shapes/pretrain.py --all --out {path.parent}")
-    tensors, config = weights.read_checkpoint(path)
-    return {key: tensor.float() for key, tensor in tensors.items()}, config
+        raise UserError(f"{path} does not exist; make it with shapes/pretrain.py --out {path.parent}")
+    tensors, header = weights.read_checkpoint(path)
+    return {key: tensor.float() for key, tensor in tensors.items()}, header
 
 
-def configure(kind: type, config: dict, path: Path):
-    """A file's header -> the dataclass `kind`. Raises ValueError for another network's, or none."""
-    known = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
-    try:
-        assert known, "no header"
-        return kind(**known)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"{path}: its header does not describe a {kind.__name__.removesuffix('Config')}; "
-                         f"is it another stage's file?") from error
+def sizes(kind: type, header: dict, path: Path):
+    """A file's header as the dataclass `kind`; other fields, as older files have, are left out."""
+    names = header.keys() & {field.name for field in fields(kind)}
+    if not names:
+        raise UserError(f"{path}: its header describes no {kind.__name__}; is it another stage's file?")
+    values = {name: header[name] for name in names}
+    return kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
 
 
 def load_vae(folder: str | Path = WEIGHTS) -> model.VAE:
     """The toy's VAE, frozen."""
     path = Path(folder) / "vae.safetensors"
-    tensors, config = read(path)
-    vae = model.VAE(configure(model.VAEConfig, config, path))
-    return weights.fill(vae, tensors, path).requires_grad_(False)
+    tensors, header = read(path)
+    return weights.fill(model.VAE(sizes(model.VAEConfig, header, path)), tensors, path).requires_grad_(False)
 
 
 def load_text(folder: str | Path = WEIGHTS) -> CaptionEncoder:
@@ -245,10 +233,9 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     folder: where pretrain.py wrote, instead of the embedded weights.
     """
     folder = Path(folder or WEIGHTS)
-    state, config = read(folder / "teacher.safetensors")
-    for name in ("dropout", "mult", "res_blocks", "attention_levels"):      # in headers of older files
-        config.pop(name, None)
-    config = replace(configure(Config, config, folder / "teacher.safetensors"), **conditions)
+    path = folder / "teacher.safetensors"
+    state, header = read(path)
+    config = replace(sizes(Config, header, path), **conditions)
 
     whole, lora, header = None, None, {}
     if turbo is not None:

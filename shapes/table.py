@@ -3,7 +3,6 @@
 A row is a network, a sampler and a number of steps. All rows are asked the same captions with the same seeds,
 so that two of them can be compared clip by clip.
 """
-import hashlib
 import itertools
 import json
 import math
@@ -20,7 +19,7 @@ from tqdm import tqdm
 import rewards
 import shapes
 from model import Models, to_clip
-from plumbing.errors import UserError, reading
+from plumbing.errors import UserError
 from plumbing.files import atomic
 from plumbing.run import pick_device, usual_dtype
 from plumbing.stats import mean_interval, paired_interval, wilson
@@ -81,25 +80,16 @@ leaves open differs between seeds by this share of the world's own, in %; s: sec
 
 def make(config) -> list[dict]:
     """Measures, prints and stores the rows that an `evaluate.ShapesConfig` asks for; returns their means."""
-    folder = Path(config.folder or shapes.WEIGHTS)
-    rows, device = chosen(config.rows, folder), pick_device(config.device)
-    scorers = shapes.rewards(device, folder)
-    stored = read_stored(config.out)
-
+    folder, device = Path(config.folder or shapes.WEIGHTS), pick_device(config.device)
+    rows, scorers, measured = chosen(config.rows, folder), shapes.rewards(device, folder), []
     print(line(COLUMNS))
-    measured = []
     for row in rows:
-        weights = fingerprint(row, folder, device)
-        record = stored.get(row.name)
-        if record is None or record["weights"] != weights or len(record["clips"]) < config.clips:
-            record = measure(row, config.clips, folder, device, scorers) | dict(weights=weights)
-            stored[row.name] = record
-            write_stored(config.out, stored)
-        measured.append(average(record | dict(clips=record["clips"][:config.clips])))
+        measured.append(measure(row, config.clips, folder, device, scorers))
         print(line(cells(measured[-1])), flush=True)
-    print(LEGEND)
-    for text in differences({row.name: stored[row.name]["clips"][:config.clips] for row in rows}):
-        print(text)
+        if config.out:
+            with atomic(config.out) as temporary:
+                temporary.write_text(json.dumps(dict(rows=measured), indent=1))
+    print(LEGEND, *differences({row["name"]: row["clips"] for row in measured}), sep="\n")
     return measured
 
 
@@ -144,8 +134,8 @@ def measure(row: Row, count: int, folder: Path, device: torch.device, scorers: d
         seconds += time.perf_counter() - began
         clips += [dict(split=splits[i % 2].split, seed=seed, **verdict)
                   for i, seed, verdict in zip(indices, seeds, judge(captions, shown, scorers), strict=True)]
-    return dict(name=row.name, steps=row.steps, passes=row.passes, seconds=seconds / count,
-                variety=variety(sample), clips=clips)
+    return dict(name=row.name, steps=row.steps, passes=row.passes, **means(clips), variety=variety(sample),
+                seconds=seconds / count, clips=clips)
 
 
 @torch.no_grad()
@@ -168,7 +158,7 @@ def travel(asked: grammar.Scene, clip: Tensor) -> float | None:
     The world's own things go 14 to 24. A thing that is not there goes nowhere.
     """
     movers = [thing for thing in asked.things if world.DIRECTION.get(thing.motion, (0, 0)) != (0, 0)]
-    lengths = {thing.colour: math.hypot(thing.dx, thing.dy) for thing in world.measure(clip)[0]}
+    lengths = {colour: math.hypot(thing.dx, thing.dy) for colour, thing in world.measure(clip).items()}
     if not movers:
         return None
     return clip.shape[-1] * sum(lengths.get(thing.colour, 0.0) for thing in movers) / len(movers)
@@ -195,33 +185,32 @@ def variety(sample: Sampler, captions: int = 8, seeds: int = 8) -> float:
 
 def layouts(clips) -> Tensor:
     """x, y and radius of the thing in each clip that shows one, (N, 3)."""
-    things = [found[0] for found in (world.measure(clip)[0] for clip in clips) if len(found) == 1]
-    return torch.tensor([[thing.x, thing.y, thing.radius] for thing in things])
+    things = [[*measured.values()] for measured in map(world.measure, clips)]
+    return torch.tensor([thing[:3] for thing, *others in filter(None, things) if not others])
 
 
 # ---- averaging and printing --------------------------------------------------------------------------------
 
 
-def average(record: dict) -> dict:
+def means(clips: list[dict]) -> dict:
     """Means over a row's clips, by split and by number of things, too; Wilson's 95 % interval of `all`."""
-    clips = record["clips"]
     groups = {key: [clip[key] for clip in clips] for key in
               ("colour", "shape", "motion", "background", "all", "quality", "travel", "image", "video")}
     for name, key, value in (("one", "things", 1), ("two", "things", 2),
                              ("train", "split", "train"), ("held-out", "split", "held-out")):
         groups[name] = [clip["all"] for clip in clips if clip[key] == value]
     groups = {name: [value for value in values if value is not None] for name, values in groups.items()}
-    means = {name: sum(values) / len(values) if values else math.nan for name, values in groups.items()}
-    return record | means | dict(clips=len(clips), interval=wilson(means["all"], len(clips)))
+    averages = {name: sum(values) / len(values) if values else math.nan for name, values in groups.items()}
+    return averages | dict(interval=wilson(averages["all"], len(clips)))
 
 
-def cells(mean: dict) -> list[str]:
+def cells(row: dict) -> list[str]:
     """The printed cells of a row, as in COLUMNS."""
-    low, high = mean["interval"]
-    right = f"{100 * mean['all']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
-    figures = [f"{100 * mean['one']:.0f}", f"{100 * mean['two']:.0f}", f"{mean['quality']:.3f}",
-               f"{mean['travel']:.1f}", f"{100 * mean['variety']:.0f}", f"{mean['seconds']:.2f}"]
-    return [mean["name"], str(mean["passes"]), right, *("-" if x == "nan" else x for x in figures)]
+    low, high = row["interval"]
+    right = f"{100 * row['all']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+    figures = [f"{100 * row['one']:.0f}", f"{100 * row['two']:.0f}", f"{row['quality']:.3f}",
+               f"{row['travel']:.1f}", f"{100 * row['variety']:.0f}", f"{row['seconds']:.2f}"]
+    return [row["name"], str(row["passes"]), right, *("-" if x == "nan" else x for x in figures)]
 
 
 def line(texts) -> str:
@@ -244,30 +233,3 @@ def differences(clips: dict[str, list[dict]]) -> list[str]:
         if len(moved) > 1:
             lines[-1] += ", {:+.1f} ± {:.1f} px".format(*mean_interval(moved))
     return lines
-
-
-# ---- the file of rows --------------------------------------------------------------------------------------
-
-
-def read_stored(out: str | None) -> dict[str, dict]:
-    """{name: a row as `measure` makes it} of the file, if it is there."""
-    if not out or not Path(out).exists():
-        write_stored(out, {})                               # a place that cannot be written is found out now
-        return {}
-    with reading(out, "a table of `evaluate.py shapes`"):
-        return {row["name"]: row for row in json.loads(Path(out).read_text(encoding="utf-8"))["rows"]}
-
-
-def write_stored(out: str | None, stored: dict[str, dict]) -> None:
-    if out:
-        with atomic(out) as temporary:
-            temporary.write_text(json.dumps(dict(rows=list(stored.values())), indent=1))
-
-
-def fingerprint(row: Row, folder: Path, device: torch.device) -> str:
-    """Tells the files and the precision that a row is made from: rows of others are measured again."""
-    files = [folder / f"{name}.safetensors" for name in ("teacher", "vae", "clip", "viclip")]
-    files += [shapes.student(row.student, folder)] if row.student else []
-    with reading(folder, "a folder of the toy's weights"):
-        contents = b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)
-    return hashlib.sha256(contents + usual_dtype(device).encode()).hexdigest()[:16]

@@ -6,26 +6,14 @@ The oracle measures pixels (hue, area, centroid, overlap with ideal shapes); no 
 """
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from itertools import permutations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from shapes.grammar import (
-    BACKGROUNDS,
-    COLOURS,
-    PAIRS,
-    SHAPES,
-    Scene,
-    Thing,
-    describe,
-    draw_scene,
-    token_ids,
-    understand,
-)
+from shapes import grammar
+from shapes.grammar import BACKGROUNDS, COLOURS, PAIRS, SHAPES, Scene, Thing
 
 SIZE, FRAMES = 64, 8
 ATTRIBUTES = ("colour", "shape", "motion")
@@ -38,18 +26,16 @@ DIRECTION = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1),
 
 
 def tokenize(captions: list[str]) -> Tensor:
-    """Captions -> ids (B, L). Raises ValueError for what this world cannot say."""
-    return torch.tensor([token_ids(caption) for caption in captions])
+    """Captions -> ids (B, L)."""
+    return torch.tensor([grammar.token_ids(caption) for caption in captions])
 
 
 # ---- drawing -----------------------------------------------------------------------------------------------
 
 
 def coverage(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
-    """How much of each pixel at (x, y) from the centre a shape covers, 0..1: ring, square or triangle.
-
-    All shapes of one `radius` have the area of a disc of that radius.
-    """
+    """How much of each pixel at (x, y) from the centre a shape covers, 0..1: a ring, a square or a triangle
+    with the area of a disc of that radius."""
     if shape == "circle":
         distance = (x ** 2 + y ** 2).sqrt()
         outer, inner = radius * RING, radius * RING / 2
@@ -91,15 +77,13 @@ def apart(paths: list[tuple[Tensor, Tensor, Tensor]]) -> bool:
     if len(paths) == 1:
         return True
     (x0, y0, r0), (x1, y1, r1) = paths
-    distance = ((x0 - x1) ** 2 + (y0 - y1) ** 2).sqrt()
-    return bool((distance > 1.25 * (r0 + r1) + 1).all())
+    return bool((torch.hypot(x0 - x1, y0 - y1) > 1.25 * (r0 + r1) + 1).all())
 
 
 def render(scene: Scene, rng: random.Random, T: int = FRAMES, size: int = SIZE) -> Tensor:
     """Scene -> clip uint8 (3, T, size, size). Paths are drawn again until things never touch."""
-    paths = [draw_path(thing, rng, T, size) for thing in scene.things]
-    while not apart(paths):
-        paths = [draw_path(thing, rng, T, size) for thing in scene.things]
+    while not apart(paths := [draw_path(thing, rng, T, size) for thing in scene.things]):
+        pass
 
     clip = torch.full((3, T, size, size), float(GRAY[scene.background or rng.choice(BACKGROUNDS)]))
     column, row = pixel_grid(size)
@@ -135,11 +119,8 @@ def colour_masks(clip: Tensor) -> tuple[Tensor, float | None]:
 
 
 def read_background(level: float | None) -> str:
-    """The background nearest to a gray level, or "none"."""
-    if level is None:
-        return "none"
-    name = min(BACKGROUNDS, key=lambda background: abs(GRAY[background] - level))
-    return name if abs(GRAY[name] - level) < 45 else "none"
+    """The background of a gray level, or "none"."""
+    return next((name for name in BACKGROUNDS if level is not None and abs(GRAY[name] - level) < 45), "none")
 
 
 def read_shape(mask: Tensor) -> tuple[str, float]:
@@ -162,11 +143,10 @@ def track(mask: Tensor) -> Tensor:
     return torch.stack([x, y, (area / math.pi).sqrt()])
 
 
-def change(path: Tensor) -> tuple[float, float, float]:
+def change(path: Tensor) -> list[float]:
     """Change of x, y and radius of a track (3, T) from first to last frame, by least-squares lines."""
     time = torch.linspace(-0.5, 0.5, path.shape[1], device=path.device)
-    dx, dy, growth = ((path * time).sum(1) / (time ** 2).sum()).tolist()
-    return dx, dy, growth
+    return ((path * time).sum(1) / (time ** 2).sum()).tolist()
 
 
 def read_motion(mask: Tensor) -> str:
@@ -193,9 +173,8 @@ def things_in(clip: Tensor) -> tuple[dict[str, Tensor], float | None]:
     """
     masks, level = colour_masks(clip)
     enough = 40 * (clip.shape[-1] / 64) ** 2
-    found = {colour: mask for colour, mask in zip(COLOURS, masks)
-             if (mask.sum((1, 2)) >= enough).sum() >= len(mask) - 1}
-    return found, level
+    return {colour: mask for colour, mask in zip(COLOURS, masks)
+            if (mask.sum((1, 2)) >= enough).sum() >= len(mask) - 1}, level
 
 
 def read(clip: Tensor) -> tuple[Scene, float]:
@@ -209,10 +188,8 @@ def read(clip: Tensor) -> tuple[Scene, float]:
     return Scene(tuple(things), read_background(level)), sum(overlaps) / max(len(overlaps), 1)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a caption leaves free: where a thing is, how large, how far it goes, in shares of the width."""
-    colour: str
+class Measured(NamedTuple):
+    """What a caption leaves free, in shares of the width."""
     x: float                            # mean centre
     y: float
     radius: float                       # mean, of a disc of the same area
@@ -221,21 +198,10 @@ class Measured:
     growth: float                       # of the radius, from the first frame to the last
 
 
-def measure(clip: Tensor) -> tuple[list[Measured], float | None]:
-    """The free quantities of each thing in a clip uint8 (3, T, H, W), and the background's gray level."""
-    clip = clip.cpu()
-    masks, level = things_in(clip)
-    size, measured = clip.shape[-1], []
-    for colour, mask in masks.items():
-        path = track(mask)
-        figures = [*path.mean(1).tolist(), *change(path)]
-        measured.append(Measured(colour, *(figure / size for figure in figures)))
-    return measured, level
-
-
-def fits(asked: Thing, shown: Thing, names: Sequence[str] = ATTRIBUTES) -> bool:
-    """Is a thing what was asked for, where anything was?"""
-    return all(getattr(asked, name) in (None, getattr(shown, name)) for name in names)
+def measure(clip: Tensor) -> dict[str, Measured]:
+    """The free quantities of each thing in a clip uint8 (3, T, H, W), by colour."""
+    paths = {colour: track(mask) / clip.shape[-1] for colour, mask in things_in(clip.cpu())[0].items()}
+    return {colour: Measured(*path.mean(1).tolist(), *change(path)) for colour, path in paths.items()}
 
 
 def judge(asked: Scene, clip: Tensor) -> dict[str, float]:
@@ -245,15 +211,18 @@ def judge(asked: Scene, clip: Tensor) -> dict[str, float]:
     right thing; and the picture quality, 0..1.
     """
     shown, quality = read(clip)
-    same_count = len(asked.things) == len(shown.things)
 
-    def right(question) -> float:
+    def fits(order: tuple[Thing, ...], names) -> bool:
+        return all(getattr(thing, name) in (None, getattr(other, name))
+                   for thing, other in zip(asked.things, order) for name in names)
+
+    def right(*names) -> float:
         orders = permutations(shown.things)
-        return float(same_count and any(all(map(question, asked.things, order)) for order in orders))
+        return float(len(asked.things) == len(shown.things) and any(fits(order, names) for order in orders))
 
-    verdict = {name: right(partial(fits, names=[name])) for name in ATTRIBUTES}
+    verdict = {name: right(name) for name in ATTRIBUTES}
     verdict["background"] = float(asked.background in (None, shown.background))
-    verdict["all"] = float(right(fits) and verdict["background"])
+    verdict["all"] = right(*ATTRIBUTES) * verdict["background"]
     return {**verdict, "quality": quality}
 
 
@@ -270,20 +239,20 @@ class Clips:
     def __len__(self) -> int:
         return 1_000_000
 
-    def scene(self, index: int) -> tuple[Scene, str, Tensor]:
-        """Scene, caption and clip (3, T, H, W) number `index`."""
-        scene, caption, rng = self.draw(index)
-        return scene, caption, render(scene, rng, self.frames, self.size)
+    def draw(self, index: int) -> tuple[Scene, str, random.Random]:
+        """Scene and caption, and the generator that goes on to draw what they leave open."""
+        rng = random.Random(f"{self.split} {index}")
+        scene = grammar.draw_scene(rng, self.split == "held-out", self.pairs)
+        return scene, grammar.describe(scene, rng), rng
 
     def caption(self, index: int) -> str:
         """The caption alone; nothing is rendered."""
         return self.draw(index)[1]
 
-    def draw(self, index: int) -> tuple[Scene, str, random.Random]:
-        """Scene and caption, and the generator that goes on to draw what they leave open."""
-        rng = random.Random(f"{self.split} {index}")
-        scene = draw_scene(rng, self.split == "held-out", self.pairs)
-        return scene, describe(scene, rng), rng
+    def scene(self, index: int) -> tuple[Scene, str, Tensor]:
+        """Scene, caption and clip (3, T, H, W)."""
+        scene, caption, rng = self.draw(index)
+        return scene, caption, render(scene, rng, self.frames, self.size)
 
     def get(self, index: int, generator=None) -> dict:
         _, caption, clip = self.scene(index)
@@ -299,5 +268,5 @@ def accuracy(generate, count: int = 32) -> float:
     splits = [Clips("train"), Clips("held-out")]
     captions = [split.caption(2 * 10 ** 9 + i) for i in range(count // 2) for split in splits]
     clips = generate(captions, list(range(len(captions))))
-    verdicts = [judge(understand(caption), clip) for caption, clip in zip(captions, clips)]
+    verdicts = [judge(grammar.understand(caption), clip) for caption, clip in zip(captions, clips)]
     return sum(verdict["all"] for verdict in verdicts) / len(verdicts)

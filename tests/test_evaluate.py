@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import chrome
@@ -19,8 +18,6 @@ import rewards
 import sample
 import shapes
 from plumbing import judging, stats, vbench, video
-from plumbing.errors import UserError
-from plumbing.weights import read_checkpoint, save_checkpoint
 from shapes import grammar, table, world
 from shapes.models import SAMPLING
 
@@ -461,6 +458,7 @@ def test_the_table_counts_right(world_for_samples, capsys, tmp_path):
         world_for_samples[caption] = torch.zeros(3, 8, 64, 64, dtype=torch.uint8)
     config = evaluate.ShapesConfig(clips=60, rows="VCM 4,turbo 4,without", out=str(tmp_path / "t.json"))
     rows = {row["name"]: row for row in evaluate.shapes_table(config)}
+    assert json.loads((tmp_path / "t.json").read_text())["rows"][1]["clips"][1]["split"] == "held-out"
     assert [rows[name]["passes"] for name in ("DDIM without ω 4", "VCM 4", "T2V-Turbo 4")] == [4, 4, 4]
     turbo, vcm = rows["T2V-Turbo 4"], rows["VCM 4"]
     assert turbo["all"] == turbo["one"] == turbo["two"] == 1 and turbo["quality"] > 0.98
@@ -472,29 +470,6 @@ def test_the_table_counts_right(world_for_samples, capsys, tmp_path):
     assert all(len(line) <= 80 for line in printed.splitlines()[:4])
     low, high = stats.paired_interval(2, 0, 60)
     assert f"T2V-Turbo 4 - VCM 4: +3.3 points right ({100 * low:+.1f} to {100 * high:+.1f}), " in printed
-
-
-def test_rows_that_are_stored_are_not_measured_again(world_for_samples, tmp_path, monkeypatch):
-    """But where there are too few clips, or the weights are others; a foreign file is left alone."""
-    for file in shapes.WEIGHTS.glob("*.safetensors"):
-        (tmp_path / file.name).symlink_to(file)
-    measure, measured = table.measure, []
-    monkeypatch.setattr(table, "measure", lambda row, count, *rest: measured.append(count) or
-                        measure(row, count, *rest))
-    out = tmp_path / "t.json"
-    config = evaluate.ShapesConfig(clips=4, rows="turbo 1", out=str(out), folder=str(tmp_path))
-    assert [evaluate.shapes_table(replace(config, clips=n))[0]["clips"] for n in (4, 4, 2, 6)] == [4, 4, 2, 6]
-    assert measured == [4, 6] and len(json.loads(out.read_text())["rows"][0]["clips"]) == 6
-
-    tensors, header = read_checkpoint(tmp_path / "turbo.safetensors")
-    (tmp_path / "turbo.safetensors").unlink()
-    save_checkpoint(tmp_path / "turbo.safetensors", tensors, header | {"retrained": True})
-    evaluate.shapes_table(config)
-    assert measured == [4, 6, 4]
-    out.write_text('{"my": "own"}')
-    with pytest.raises(UserError, match="t.json is not a table of"):
-        evaluate.shapes_table(config)
-    assert out.read_text() == '{"my": "own"}'
 
 
 @pytest.mark.parametrize("row, options", [
@@ -538,7 +513,7 @@ MISTAKES = [                            # what is typed behind evaluate.py -> wh
     ("shapes --rows nobody", "--rows 'nobody': no row's name contains this; there are DDIM, DDIM without"),
     ("shapes --folder {empty}", "--folder {empty}: no teacher.safetensors of the toy in it"),
     ("shapes --out table.csv", "--out table.csv: the table is stored as .json"),
-    ("shapes --out {list}", "{list} is not a table of `evaluate.py shapes`"),
+    ("shapes --out {color1}", "--out {color1} exists, and no such command wrote it"),
     ("score", "score takes clips and at least one --reward"),
     ("score nowhere.mp4 --reward shapes-clip", "nowhere.mp4: no such file or folder"),
     ("score {empty} --reward shapes-clip", "{empty}: no clips (.mp4, .gif, .safetensors, ...) and no png"),
