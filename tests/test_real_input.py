@@ -71,10 +71,6 @@ TYPED = {                               # command -> what is typed behind it -> 
         "--ema 2": "--ema: '2' is not a number from 0 to 1",
         "--data a.csv --data a.csv --out RUN --out RUN": "--out is given twice",
     },
-    "shapes.pretrain": {
-        "--vae-steps 0": "--vae-steps: '0' is not a whole number from 1",
-        "--stage unet": "--stage: invalid choice: 'unet'",
-    },
     "evaluate": {
         "shapes --clips 0": "--clips: '0' is not a whole number from 1",
         "score nowhere.mp4 --reward shapes-clip": "nowhere.mp4",
