@@ -27,7 +27,6 @@ import os
 import queue
 import threading
 import warnings
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -38,12 +37,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from plumbing.errors import UserError
-from plumbing.files import atomic, remove_leftovers
+from plumbing.errors import UserError, reading
+from plumbing.files import atomic
 from plumbing.manifests import open_sources
 from plumbing.video import read_video
 
@@ -258,205 +257,102 @@ def append_rows(path: str | Path, rows: list[dict]) -> None:
             file.write((json.dumps(row) + "\n").encode())
 
 
-# ---- the cache that T2V-Turbo-v2 trains from (v2 Algorithm 1): what the teacher says about each clip, kept -
+# ---- the cache that T2V-Turbo-v2 trains from: what the teacher says about each clip ------------------------
 
-# A sample is one draw (t, ε) of one clip. Five tensors are stored in float16, everything else as JSON:
-#   z_t, eps_c = ε(z_t, c, t), eps_u = ε(z_t, ∅, t), gradient = ∂G/∂z_t, all (C, T, H, W); c (L, D)
-#   index, draw     which clip, and which draw of it; t: its timestep
-#   caption, reward_caption or None; rewards: whether the clip carries rewards
-#   source, source_index: where the clip came from; and whatever else the reader is to have
-# A gradient that is zero, because motion guidance is off at t, is not stored. At 512x320 with 16 frames a
-# latent has 327,680 bytes and c 157,696: a sample has 1,140,736, with its gradient 1,468,416.
-#
-# A folder holds header.json (what made the cache), 000000.safetensors and so on (16 clips each, whichever
-# process made them) and, when it is whole, index.json.
-CACHED = ("z_t", "eps_c", "eps_u", "gradient", "c")
-PER_SHARD = 16
+# A folder: header.json (what the cache depends on), and a file per clip, 0000012.safetensors, or
+# 0000012.rewards.safetensors where the clip carries rewards, with all of its draws of (t, ε):
+#   z_t, eps_c = ε(z_t, c, t), eps_u = ε(z_t, ∅, t), gradient = ∂G/∂z_t   (draws, C, T, H, W), float16
+#   c   (L, D), float16; t, caption, reward_caption or None, rewards   as JSON
+# gradient is left out where motion guidance is off in all draws. At 512x320 with 16 frames a clip with one
+# draw has 1,140,736 bytes, with its gradient 1,468,416.
 
 
 class CacheWriter:
-    """Makes a cache, or goes on with one: clips 0 to header["clips"] - 1, each with header["draws"] samples.
+    """Makes a cache of header["clips"] clips, or goes on with one; each process writes clips of its own.
 
-        writer = CacheWriter(folder, header, rank, world)
-        for index in writer.missing():
-            for draw in range(draws):
-                writer.add(sample)                    # or writer.skip(index, reason)
-        writer.finish()                               # in one process, when all are through
-
-    header: what the samples depend on, JSON-able. Raises ValueError where the folder was made with another.
-    Shard k belongs to process k % world. What it holds depends on its own clips alone, and not on their
-    order, so that any number of processes makes the same files.
+    A clip's file is whole or not there, so any number of processes, killed and started again, makes the same
+    cache. Raises UserError where the folder holds a cache of another header.
     """
 
-    def __init__(self, folder: str | Path, header: dict, rank: int = 0, world: int = 1):
-        self.folder, self.rank, self.world = Path(folder), rank, world
-        self.clips, self.draws = header["clips"], header["draws"]
-        self.samples = {}                             # clip -> {draw: (tensors, row)}, until written
-        self.skipped = {}                             # clip -> why it is left out
-        self.done = 0
-
-        made = read_json(self.folder / "header.json")
-        if made is None:
-            write_json(self.folder / "header.json", header)
-        else:
-            check_header(self.folder, made, header)
-        self.stamp = stamp(header)
-        remove_leftovers(self.folder)
+    def __init__(self, folder: str | Path, header: dict, rank: int = 0, world_size: int = 1):
+        self.folder, self.header = Path(folder), json.loads(json.dumps(header))
+        self.clips = range(rank, header["clips"], world_size)
+        if (self.folder / "header.json").exists():
+            check_header(self.folder, self.header)
+        elif rank == 0:
+            self.write_header(complete=False)
 
     def missing(self) -> list[int]:
-        """This process's clips that are not on the disk yet, or in a shard that is damaged."""
-        mine = range(self.rank, shard_count(self.clips), self.world)
-        shards = [shard for shard in mine if not self.is_whole(shard)]
-        if shards:
-            (self.folder / "index.json").unlink(missing_ok=True)
-        return [clip for shard in shards for clip in self.clips_of(shard)]
+        """This process's clips that are not on the disk yet."""
+        made = {int(path.name.split(".")[0]) for path in clip_files(self.folder)}
+        return [index for index in self.clips if index not in made]
 
-    def clips_of(self, shard: int) -> range:
-        return range(shard * PER_SHARD, min((shard + 1) * PER_SHARD, self.clips))
+    def write(self, index: int, tensors: dict[str, Tensor], notes: dict) -> None:
+        """One clip with all of its draws. Raises BadClip where float16 cannot hold a tensor's values."""
+        tensors = {name: x.detach().to("cpu", torch.float16).contiguous() for name, x in tensors.items()}
+        for name, x in tensors.items():
+            if not x.isfinite().all():
+                raise BadClip(f"clip {index}", f"{name} has values that are not finite in float16")
+        kind = ".rewards" if notes["rewards"] else ""
+        with atomic(self.folder / f"{index:07d}{kind}.safetensors") as temporary:
+            save_file(tensors, temporary, {"notes": json.dumps(notes)})
 
-    def is_whole(self, shard: int) -> bool:
-        """Is the shard there, of this stamp, and can every tensor of it be read?"""
-        path = shard_path(self.folder, shard)
-        try:
-            notes = read_notes(path)
-            if notes["header"] != self.stamp:
-                return False
-            with safe_open(path, "pt") as file:
-                for place, row in enumerate(notes["samples"]):
-                    read_tensors(file, place, row)
-        except ValueError:
-            return False
-        return True
-
-    def add(self, sample: dict) -> None:
-        """Keep one sample. Its clip is skipped where a tensor has values that float16 cannot hold."""
-        index, draw = sample["index"], sample["draw"]
-        if index in self.skipped:                     # because of another draw
-            return
-        tensors = {name: to_half(sample[name]) for name in CACHED}
-        if not tensors["gradient"].any():
-            del tensors["gradient"]
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                self.skip(index, f"{name} of draw {draw} has values that are not finite in float16")
-                return
-
-        row = {name: value for name, value in sample.items() if name not in CACHED}
-        row["crc"] = {name: checksum(tensor) for name, tensor in tensors.items()}
-        self.samples.setdefault(index, {})[draw] = (tensors, row)
-        self.flush(index // PER_SHARD)
-
-    def skip(self, index: int, reason: str) -> None:
-        """Leave out a clip, for a reason that the index will name.
-
-        Raises ValueError when at least 20 clips, and more than 5 % of those that were tried, are left out."""
-        self.skipped[index] = reason
-        self.samples.pop(index, None)
-        bad, tried = len(self.skipped), self.done + len(self.samples) + len(self.skipped)
-        if bad >= TRIES and bad > SHARE * tried:
-            raise ValueError(f"{self.folder}: too many clips cannot be used: {bad} of {tried} (the limit is "
-                             f"{SHARE:.0%}); the last one is clip {index}: {reason}")
-        self.flush(index // PER_SHARD)
-
-    def flush(self, shard: int) -> None:
-        """Write a shard, if all its clips are there, as one file that is whole or not there."""
-        clips = self.clips_of(shard)
-        if not all(clip in self.skipped or len(self.samples.get(clip, ())) == self.draws for clip in clips):
-            return
-
-        kept = [self.samples.pop(clip) for clip in clips if clip not in self.skipped]
-        samples = [draws[draw] for draws in kept for draw in sorted(draws)]
-        tensors = {f"{place}.{name}": tensor
-                   for place, (sample, _) in enumerate(samples) for name, tensor in sample.items()}
-        notes = dict(header=self.stamp, samples=[row for _, row in samples],
-                     skipped={clip: self.skipped[clip] for clip in clips if clip in self.skipped})
-        text = json.dumps(notes)
-        with atomic(shard_path(self.folder, shard)) as temporary:
-            save_file(tensors, temporary, metadata={"notes": f"{zlib.crc32(text.encode()):08x}{text}"})
-        self.done += len(kept)
-
-    def finish(self) -> None:
-        """Write the index, which makes the cache readable. Raises ValueError where a shard is missing."""
-        shards, skipped = [], {}
-        for shard in range(shard_count(self.clips)):
-            path = shard_path(self.folder, shard)
-            notes = read_notes(path)
-            if notes["header"] != self.stamp:
-                raise ValueError(f"{path} is of another cache: make it anew with --prepare {self.folder}")
-            skipped |= notes["skipped"]
-            rewards = [bool(row["rewards"]) for row in notes["samples"]]
-            shards.append(dict(bytes=path.stat().st_size, rewards=rewards))
-        write_json(self.folder / "index.json", dict(header=self.stamp, shards=shards, skipped=skipped))
+    def write_header(self, complete: bool) -> None:
+        """complete: all clips are there, or were found to be unusable; training asks for it."""
+        with atomic(self.folder / "header.json") as temporary:
+            temporary.write_text(json.dumps(self.header | {"complete": complete}, indent=1))
 
 
 class Cache:
-    """A whole cache as a dataset for the loader, each sample read from mapped memory.
+    """A complete cache as a dataset for the loader: a sample is one draw of one clip.
 
-    expect: what header.json must say, e.g. {"model": "vc2", "grid": 200}. Raises ValueError where it says
-    otherwise, and where the cache is not whole. v2 trains on two streams of one cache (Sec. 4: 3 clips for
-    L_CD and 1 for rewards), both in exact order and both resumed by the step:
-
-        zip(loader(cache, 3, rank, world, seed=seed, start_step=step),
-            loader(cache.where(rewards=True), 1, rank, world, seed=seed + 1, start_step=step))
+    Raises UserError where header.json says otherwise than `expected`, or the cache is not complete. v2 trains
+    on two streams of one cache (Sec. 4: 3 clips for L_CD and 1 for rewards): of `Cache(folder)` and of
+    `Cache(folder, only_rewards=True)`.
     """
 
-    def __init__(self, folder: str | Path, expect: dict | None = None):
-        self.folder = Path(folder)
-        self.header = read_json(self.folder / "header.json")
-        index = read_json(self.folder / "index.json")
-        if self.header is None:
-            raise ValueError(f"no cache in {folder}: make one with --prepare {folder}")
-        check_header(self.folder, self.header, expect or {}, partly=True)
-        if index is None or index.get("header") != stamp(self.header):
-            raise ValueError(f"the cache in {folder} is not whole: go on with --prepare {folder}")
-
-        self.skipped = {int(clip): reason for clip, reason in index["skipped"].items()}
-        for shard, entry in enumerate(index["shards"]):
-            path = shard_path(self.folder, shard)
-            if not path.exists() or path.stat().st_size != entry["bytes"]:
-                raise ValueError(f"{path} is missing or damaged: make it anew with --prepare {folder}")
-        self.ends = np.cumsum([len(entry["rewards"]) for entry in index["shards"]])
-        self.rewards = np.concatenate([np.array(entry["rewards"], bool) for entry in index["shards"]])
+    def __init__(self, folder: str | Path, expected: dict | None = None, only_rewards: bool = False):
+        self.header = check_header(Path(folder), expected or {})
+        self.files = clip_files(Path(folder), "*.rewards.safetensors" if only_rewards else "*.safetensors")
+        if not self.header["complete"]:
+            raise UserError(f"the cache in {folder} is not complete: go on with prepare.py --out {folder}")
+        if not self.files:
+            raise UserError(f"no clip of {folder} carries rewards; prepare.py --reward-data says which do")
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return len(self.files) * self.header["draws"]
 
     def get(self, index: int, generator: torch.Generator | None = None) -> dict:
-        """One sample as it was added, its tensors in float16.
-
-        Raises BadClip for a sample whose bytes are not those that were written."""
-        shard, place = locate(self.ends, index)
-        path = shard_path(self.folder, shard)
+        """One draw: its tensors in float16, its timestep t, its clip's captions. Raises BadClip."""
+        clip, draw = divmod(index, self.header["draws"])
+        path = self.files[clip]
         try:
-            row = read_notes(path)["samples"][place]
-            with safe_open(path, "pt") as file:
-                tensors = read_tensors(file, place, row)
-        except ValueError as error:
-            raise BadClip(f"{path}, sample {place}", str(error)) from error
-        del row["crc"]
-        gradient = torch.zeros_like(tensors["z_t"])
-        return {**row, "gradient": gradient, **tensors}
-
-    def where(self, rewards: bool) -> "Subset":
-        """The samples of the clips that carry rewards, or of those that do not."""
-        indices = np.flatnonzero(self.rewards == rewards)
-        if not len(indices):
-            raise ValueError(f"no clip of {self.folder} {'carries' if rewards else 'is without'} rewards: "
-                             "--reward-data says which do, when the cache is made")
-        return Subset(self, indices)
+            with reading(path, "a clip of a cache"), safe_open(path, "pt") as file:
+                notes = json.loads(file.metadata()["notes"])
+                sample = {name: file.get_slice(name)[draw] for name in file.keys() if name != "c"}
+                sample |= notes | {"c": file.get_tensor("c"), "t": notes["t"][draw]}
+        except UserError as error:
+            raise BadClip(str(path), str(error)) from error
+        sample.setdefault("gradient", torch.zeros_like(sample["z_t"]))
+        return sample
 
 
-class Subset:
-    """Some samples of a dataset, as a dataset."""
+def clip_files(folder: Path, pattern: str = "*.safetensors") -> list[Path]:
+    """The files of a cache's clips, in their order."""
+    return sorted(folder.glob(pattern))
 
-    def __init__(self, dataset, indices: np.ndarray):
-        self.dataset, self.indices = dataset, indices
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def get(self, index: int, generator: torch.Generator | None = None) -> dict:
-        return self.dataset.get(int(self.indices[index]), generator)
+def check_header(folder: Path, expected: dict) -> dict:
+    """The header of a cache. Raises UserError where there is none, or one that says otherwise."""
+    path = folder / "header.json"
+    with reading(path, "the header of a cache, which prepare.py makes"):
+        header = json.loads(path.read_text())
+        made = {name: header[name] for name in ("complete", "draws", "clips", *expected)}
+    for name, value in json.loads(json.dumps(expected)).items():
+        if made[name] != value:
+            raise UserError(f"the cache in {folder} was made with {name} = {made[name]}, not {value}: "
+                            "choose another folder or those options")
+    return header
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
@@ -468,78 +364,3 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
         some = values[places.to(values.device)].bfloat16().float().cpu()     # the same in either dtype
         digest.update(f"{name} {tuple(tensor.shape)} {some.tolist()}".encode())
     return digest.hexdigest()[:16]
-
-
-def check_header(folder: Path, made: dict, wanted: dict, partly: bool = False) -> None:
-    """Raises ValueError, in one line, where a cache's header differs from what is wanted of it."""
-    wanted = json.loads(json.dumps(wanted))           # tuples become lists, as in the file
-    names = wanted.keys() if partly else made.keys() | wanted.keys()
-    for name in sorted(names):
-        if made.get(name) != wanted.get(name):
-            raise ValueError(f"the cache in {folder} was made with {name} = {made.get(name)}, not "
-                             f"{wanted.get(name)}: choose another folder or those options")
-
-
-def stamp(header: dict) -> str:
-    return sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def shard_count(clips: int) -> int:
-    return -(-clips // PER_SHARD)
-
-
-def shard_path(folder: Path, shard: int) -> Path:
-    return folder / f"{shard:06d}.safetensors"
-
-
-def read_notes(path: Path) -> dict:
-    """What a shard holds besides tensors: its cache's stamp, a row per sample, the clips left out."""
-    try:
-        with safe_open(path, "pt") as file:
-            notes = file.metadata()["notes"]
-        if notes[:8] != f"{zlib.crc32(notes[8:].encode()):08x}":
-            raise ValueError("its notes are not what was written")
-        return json.loads(notes[8:])
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}): make it anew with --prepare") from error
-
-
-def read_tensors(file: safe_open, place: int, row: dict) -> dict[str, Tensor]:
-    """The tensors of one sample. Raises ValueError unless they are those that were written."""
-    tensors = {}
-    for name, crc in row["crc"].items():
-        try:
-            tensors[name] = file.get_tensor(f"{place}.{name}")
-        except SafetensorError as error:
-            raise ValueError(f"damaged: {error}") from error
-        if checksum(tensors[name]) != crc:
-            raise ValueError(f"damaged: {name} is not what was written")
-    return tensors
-
-
-def to_half(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float16).contiguous()
-
-
-def checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.numpy())
-
-
-def read_json(path: Path) -> dict | None:
-    """What write_json wrote, or None where there is nothing. Raises ValueError for a damaged file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        crc = value.pop("crc")
-        if crc != zlib.crc32(json.dumps(value).encode()):
-            raise ValueError("it is not what was written")
-        return value
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and go on with --prepare") from error
-
-
-def write_json(path: Path, value: dict) -> None:
-    crc = zlib.crc32(json.dumps(value).encode())
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps({**value, "crc": crc}), encoding="utf-8")

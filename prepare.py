@@ -1,208 +1,170 @@
 """T2V-Turbo-v2, Algorithm 1: what the teacher says about each clip is computed once, before training.
 
-    torchrun --nproc_per_node=8 train.py --preset turbo-v2 --teacher model.ckpt --prepare CACHE \\
+    torchrun --nproc_per_node=8 prepare.py --teacher model.ckpt --out CACHE \\
         --data vidgen.csv --reward-data '/data/webvid/{00000..09999}.tar'
+    python prepare.py --preset shapes-v2 --out CACHE                                # the toy's, on a laptop
 
 Per clip: latents z0, caption states c, and one DDIM inversion of z0 with its own caption, which serves all of
 the clip's draws of (t, ε). Per draw: z_t, ε(c), ε(∅) and, where motion guidance is active, ∂G/∂z_t. Training
-then needs no teacher: guidance is linear in ε(c) and ε(∅), so that ω stays random in every step.
+(`train.py --preset turbo-v2 --data CACHE`) then needs no teacher: guidance is linear in ε(c) and ε(∅), so that
+ω stays random in every step. Interrupted, the same command goes on.
 """
-import signal
-from collections.abc import Iterator
+import dataclasses
+import sys
 from dataclasses import dataclass
-from itertools import groupby
+from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import data
+import shapes
+import train
 from model import Models
-from plumbing.dryrun import Work
-from plumbing.run import Group, stop_signals
+from plumbing import cli, weights
+from plumbing.cli import Count, File, Folder
+from plumbing.errors import UserError
+from plumbing.run import Group, listen
 from solver import Schedule, ddim_invert
-from turbo import Solved, motion_gradient, motion_strength, teacher_eps
-
-
-class Chosen:
-    """The clips that are prepared: those of --data, and with --reward-data as many of that.
-
-    With --reward-data only its clips carry rewards: their captions are short enough for reward models, which
-    read 32 to 77 tokens. Without it all clips do. `clips` of them are drawn from `seed`; None takes all.
-    """
-
-    def __init__(self, datasets: list, clips: int | None, seed: int):
-        self.datasets, self.chosen = datasets, []
-        share = None if clips is None else clips // len(datasets)
-        for number, dataset in enumerate(datasets):
-            count = len(dataset) if share is None else min(share, len(dataset))
-            self.chosen += [(number, index) for index in some_of(len(dataset), count, seed + number)]
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def get(self, index: int, generator: torch.Generator | None = None) -> dict:
-        """A clip of its dataset, and: rewards, whether it carries them; source, source_index."""
-        number, place = self.chosen[index]
-        rewards = number == len(self.datasets) - 1
-        clip = self.datasets[number].get(place, generator)
-        return clip | dict(rewards=rewards, source=("data", "reward_data")[number], source_index=place)
-
-
-def some_of(total: int, count: int, seed: int) -> list[int]:
-    """`count` of the numbers below `total`, each at most once, in ascending order."""
-    generator = torch.Generator().manual_seed(seed)
-    if count * 2 > total:
-        return sorted(torch.randperm(total, generator=generator)[:count].tolist())
-    found = set()
-    while len(found) < count:                               # of a large set: no permutation of all of it
-        found.add(int(torch.randint(total, (), generator=generator)))
-    return sorted(found)
+from turbo import TeacherOutput, motion_strength
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the samples of a cache depend on, beside teacher and clips."""
-    grid: int               # N
-    draws: int              # (t, ε) per clip
-    inversion_steps: int    # grid of the inversion
-    motion_share: float     # τ: motion guidance is active at t >= 1000 (1 - τ)
-    fps: float              # told to the teacher
-    seed: int
-    micro: int              # clips at once; changes the last bits of sums, not the draws
+class Config(train.Config):
+    """The options of prepare.py; all else is that of the preset that will train from the cache."""
+    preset: Literal["turbo-v2", "shapes-v2"] = "turbo-v2"  # the recipe that will train from the cache
+    teacher: File = ""                  # model.ckpt of VideoCrafter2; toy: its folder [downloaded; embedded]
+    data: tuple[str, ...] = ()          # captioned clips: folder, manifest or .tar pattern; repeatable
+    reward_data: tuple[str, ...] = ()   # further clips; then only these carry rewards (v2: WebVid)
+    columns: str = ""                   # a manifest's columns: path=NAME,caption=NAME,reward_caption=NAME
+    video_root: Folder = ""             # folder that a manifest's paths start from [the manifest's own]
+    out: Folder = "runs/cache"          # folder of the cache
+    clips: Count | None = None          # how many clips of all data together [all; toy: 400]
+    draws: Count = 1                    # timesteps and noises per clip, which share its inversion [toy: 4]
+    dry_run: bool = False               # prints what a clip would take, simulated; reads no file
+
+# ---- one clip ----------------------------------------------------------------------------------------------
 
 
-def prepare(plan: Plan, models: Models, clips, writer: data.CacheWriter, group: Group) -> int | None:
-    """Fills a cache with this process's share of the clips -> the signal that stopped it, or None."""
-    heard = stop_signals()
-    missing = writer.missing()
-    with tqdm(total=len(missing), desc="clips prepared", disable=group.rank > 0) as bar:
-        for indices in micro_batches(missing, plan.micro):
-            if heard:
-                break
-            items = usable(clips, indices, writer, plan.seed)
-            for sample in solve_clips(plan, models, items) if items else ():
-                writer.add(sample)
-            bar.update(len(indices))
+def prepare_clip(models: Models, recipe, clip: Tensor, caption: str,
+                 generator: torch.Generator) -> dict[str, Tensor]:
+    """All draws of a clip uint8 (3, T, H, W) -> tensors for a `data.CacheWriter`, and t (draws,)."""
+    device = next(models.unet.parameters()).device
+    schedule = Schedule(recipe.grid, device)
 
-    if group.any(heard):
-        return (heard or [signal.SIGTERM])[0]
-    if group.rank == 0:
-        writer.finish()
-    return None
+    # clean latents and caption states; t and ε of each draw
+    z0, c, uncond = encode(models, clip.to(device), caption, generator)
+    t = schedule.grid[torch.randint(recipe.grid, (recipe.draws,), generator=generator).to(device)]
+    eps = torch.randn(recipe.draws, *z0.shape[1:], generator=generator).to(device)
 
+    # the clip's own motion, at the timesteps where motion guidance is active
+    guided = [time for time, on in zip(t.tolist(), motion_strength(t, 1.0, recipe.motion_share)) if on]
+    inverted = ddim_invert(Schedule(recipe.inversion_steps, device),
+                           lambda z, t: models.unet(z, t, c, fps=recipe.fps).float(), z0, guided)
 
-def micro_batches(indices: list[int], size: int) -> Iterator[list[int]]:
-    """A few clips at a time, all of one shard: which clips share a pass, and so the last bits of sums, does
-    not depend on the number of processes."""
-    for _, shard in groupby(indices, key=lambda index: index // data.PER_SHARD):
-        members = list(shard)
-        for start in range(0, len(members), size):
-            yield members[start:start + size]
-
-
-def usable(clips, indices: list[int], writer: data.CacheWriter, seed: int) -> list[dict]:
-    """The clips that can be used, numbered; the others are named to the writer."""
-    items = []
-    for index in indices:
-        try:
-            clip = clips.get(index, torch.Generator().manual_seed(data.seed_of(seed, index)))
-            items.append(clip | {"index": index})
-        except data.BadClip as error:
-            writer.skip(index, str(error))
-    return items
-
-
-def solve_clips(plan: Plan, models: Models, items: list[dict]) -> Iterator[dict]:
-    """The samples of some clips, for a CacheWriter. What is random about a draw depends on its clip alone."""
-    device, schedule = next(models.unet.parameters()).device, Schedule(plan.grid)
-    generators = [torch.Generator().manual_seed(data.seed_of(plan.seed, item["index"], 1)) for item in items]
-    captions = [item["caption"] for item in items]
-
-    # clean latents and caption states
-    clips = torch.stack([item["clip"] for item in items]).to(device)
-    z0, c, null = encode(models, clips, captions, generators)
-
-    # all draws of (t, ε); one inversion serves those in which motion guidance is active
-    draws = [draw(schedule, z0, generators) for _ in range(plan.draws)]
-    references = invert(plan, models, z0, c, [t.to(device) for t, _ in draws])
-
-    for number, ((t, eps), z_ref) in enumerate(zip(draws, references, strict=True)):
-        schedule_here = Schedule(plan.grid, device)
-        solved = Solved.by(models.unet, schedule_here, z0, eps.to(device), t.to(device), z_ref, c, null,
-                           plan.motion_share, fps=plan.fps)
-        for i, item in enumerate(items):
-            told = ("index", "caption", "reward_caption", "rewards", "source", "source_index")
-            yield {name: item[name] for name in told} | dict(
-                draw=number, t=int(t[i]), z_t=solved.z_t[i], eps_c=solved.eps_c[i], eps_u=solved.eps_u[i],
-                gradient=solved.gradient[i], c=c[i])
+    outputs = [TeacherOutput.of(models.unet, schedule, z0, eps[i:i + 1], t[i:i + 1], inverted.get(int(t[i])),
+                                c, uncond, fps=recipe.fps)
+               for i in range(recipe.draws)]
+    tensors = {name: torch.cat([getattr(output, name) for output in outputs]) for name in vars(outputs[0])}
+    if not guided:
+        del tensors["gradient"]
+    return tensors | {"c": c[0]}
 
 
 @torch.no_grad()
-def encode(models: Models, clips: Tensor, captions: list[str],
-           generators: list[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
-    """Clips uint8 (B, 3, T, H, W) -> latents z0 drawn from the VAE's posterior, and the states of their
-    captions and of no caption."""
-    B, _, T, H, W = clips.shape
-    vae = models.vae.config
-    shape = vae.latent, T, H // vae.factor, W // vae.factor
-    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(clips.device)
-    z0 = models.vae.encode(clips / 127.5 - 1, noise).float()
-    return z0, models.text(captions), models.text([""] * B)
+def encode(models: Models, clip: Tensor, caption: str,
+           generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents z0 (1, C, T, h, w) drawn from the VAE's posterior, the states of the caption and of no caption."""
+    vae, (_, T, H, W) = models.vae.config, clip.shape
+    noise = torch.randn(1, vae.latent, T, H // vae.factor, W // vae.factor, generator=generator)
+    z0 = models.vae.encode(clip[None] / 127.5 - 1, noise.to(clip.device)).float()
+    return z0, models.text([caption]), models.text([""])
 
 
-def draw(schedule: Schedule, z0: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-    """Timestep t (B,) of the grid and noise like z0, on the CPU, from one generator per clip."""
-    place = torch.cat([torch.randint(len(schedule.grid), (1,), generator=g) for g in generators])
-    eps = torch.stack([torch.randn(z0.shape[1:], generator=g) for g in generators])
-    return schedule.grid[place], eps
+# ---- all clips ---------------------------------------------------------------------------------------------
 
 
-def invert(plan: Plan, models: Models, z0: Tensor, c: Tensor, times: list[Tensor]) -> list[Tensor]:
-    """z0 inverted to the timesteps of each draw; z0 itself for draws without motion guidance."""
-    wanted = [i for i, t in enumerate(times) if motion_strength(t, 1.0, plan.motion_share).any()]
-    references = [z0] * len(times)
-    if wanted:
-        def eps_model(z, t):
-            return models.unet(z, t, c, fps=plan.fps).float()
+class Mixture:
+    """`count` clips, as many of each dataset (None: all of all), drawn from `seed`; the last one's carry
+    rewards. Their captions are short enough for reward models, which read 32 to 77 tokens."""
 
-        schedule = Schedule(plan.inversion_steps, z0.device)
-        inverted = ddim_invert(schedule, eps_model, z0, [times[i] for i in wanted])
-        for i, z_ref in zip(wanted, inverted, strict=True):
-            references[i] = z_ref
-    return references
+    def __init__(self, datasets: list, count: int | None, seed: int):
+        self.datasets, self.places = datasets, []
+        for number, dataset in enumerate(datasets):
+            size = min(len(dataset), count // len(datasets)) if count else len(dataset)
+            chosen = np.random.default_rng([seed, number]).choice(len(dataset), size, replace=False)
+            self.places += [(number, int(place)) for place in sorted(chosen)]
 
+    def __len__(self) -> int:
+        return len(self.places)
 
-def work(plan: Plan, size: tuple[int, int, int]) -> dict[str, Work]:
-    """What preparing a clip of size (T, H, W) consists of, for --dry-run 0.
-
-    The clip is one of those that take longest: motion guidance is active, at t = 999.
-    """
-    (T, H, W), told = size, dict(fps=plan.fps)
-
-    def encoded(models, made):
-        clip = torch.zeros(1, 3, T, H, W, dtype=torch.uint8)
-        states = encode(models, clip, ["a red circle moving right"], [torch.Generator()])
-        return *states, torch.full((1,), 999)
-
-    def inverted(models, made):
-        z0, c, _, t = made["encode"]
-        return models.unet(z0, t, c, **told).float()
-
-    def predicted(models, made):
-        z0, c, null, t = made["encode"]
-        return teacher_eps(models.unet, z0, t, c, null, **told)
-
-    def guided(models, made):
-        z0, c, _, t = made["encode"]
-        return motion_gradient(models.unet, z0, made["inversion step"], t, c, **told)
-
-    return {"encode": Work(encoded), "inversion step": Work(inverted, plan.inversion_steps),
-            "predictions": Work(predicted, plan.draws), "motion gradient": Work(guided, plan.draws)}
+    def get(self, index: int, generator: torch.Generator) -> dict:
+        """A clip of its dataset, and whether it carries rewards. Raises data.BadClip."""
+        number, place = self.places[index]
+        return self.datasets[number].get(place, generator) | {"rewards": number == len(self.datasets) - 1}
 
 
-def teacher_identity(models: Models) -> str:
-    """A teacher's fingerprint, whatever dtype it is in; without the layers that a student adds."""
-    added = ("time_cond_proj", "motion_cond_proj", "combine_proj")
-    state = models.unet.state_dict()
-    return data.fingerprint({name: x for name, x in state.items() if not name.startswith(added)})
+def prepare(config: Config, models: Models, clips: Mixture, writer: data.CacheWriter) -> bool:
+    """Writes this process's clips until a signal comes -> are they all there?"""
+    missing, stop_signals, bad = writer.missing(), listen(), 0
+    for done, index in enumerate(tqdm(missing, "clips prepared", disable=None), 1):
+        if stop_signals:
+            return False
+        try:
+            clip = clips.get(index, torch.Generator().manual_seed(data.seed_of(config.seed, index)))
+            generator = torch.Generator().manual_seed(data.seed_of(config.seed, index, 1))
+            tensors = prepare_clip(models, config, clip["clip"], clip["caption"], generator)
+            notes = {name: clip[name] for name in ("caption", "reward_caption", "rewards")}
+            writer.write(index, tensors, notes | {"t": tensors.pop("t").tolist()})
+        except data.BadClip as error:
+            bad += 1
+            data.append_rows(writer.folder / "bad_clips.jsonl", [dict(index=index, reason=str(error))])
+            if bad >= 20 and bad > 0.05 * done:
+                raise UserError(f"too many bad clips: {bad} of {done}; the last one: {error}") from error
+    return True
+
+
+def header_of(config: Config, models: Models, clips: Mixture) -> dict:
+    """What the samples of a cache depend on; a part of it is what training asks for (`train.expected`)."""
+    recipe = train.expected(config) | {name: getattr(config, name) for name in (
+        "draws", "inversion_steps", "motion_share", "seed", "data", "reward_data")}
+    return recipe | {"clips": len(clips), "teacher": train.teacher_fingerprint(models)}
+
+
+@cli.main
+def main(argv: list[str] | None = None):
+    """Makes a cache, or goes on with one."""
+    preset = cli.parse(Config, argv, __doc__).preset
+    config = cli.parse(Config, argv, __doc__, defaults=train.PRESETS[preset])
+    group = Group(config.device)
+    torch.manual_seed(config.seed)
+
+    # clips, teacher, cache
+    if train.is_toy(config):                # every second clip carries rewards, as in v2's mixture of data
+        datasets = [train.toy_clips(config)] * 2
+    else:
+        datasets = [train.open_clips(config, specs, group) for specs in (config.data, config.reward_data) if specs]
+    if not datasets:
+        raise UserError("no clips to prepare; name them with --data")
+    clips = Mixture(datasets, config.clips, config.seed)
+    models = train.load_models(config, group.device)
+    models.unet.requires_grad_(False)
+    models.unet.checkpointing = True
+    with group.rank0_first():
+        writer = data.CacheWriter(config.out, header_of(config, models, clips), group.rank, group.world_size)
+
+    complete = not group.any(not prepare(config, models, clips, writer))
+    if group.rank == 0 and complete:
+        writer.write_header(complete=True)
+        print(f"{config.out}: {len(data.clip_files(writer.folder))} of {len(clips)} clips")
+    group.close()
+    if not complete:
+        print(f"stopped by a signal; what is in {config.out} stays, and the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
