@@ -31,7 +31,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
-from hashlib import sha256
 from itertools import count, islice
 from pathlib import Path
 
@@ -312,8 +311,9 @@ class Cache:
     """
 
     def __init__(self, folder: str | Path, expected: dict | None = None, only_rewards: bool = False):
-        self.header = check_header(Path(folder), expected or {})
-        self.files = clip_files(Path(folder), "*.rewards.safetensors" if only_rewards else "*.safetensors")
+        self.folder = Path(folder)
+        self.header = check_header(self.folder, expected or {})
+        self.files = clip_files(self.folder, "*.rewards.safetensors" if only_rewards else "*.safetensors")
         if not self.header["complete"]:
             raise UserError(f"the cache in {folder} is not complete: go on with prepare.py --out {folder}")
         if not self.files:
@@ -353,14 +353,3 @@ def check_header(folder: Path, expected: dict) -> dict:
             raise UserError(f"the cache in {folder} was made with {name} = {made[name]}, not {value}: "
                             "choose another folder or those options")
     return header
-
-
-def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """A cheap identity of a network for a cache's header: names, shapes, and 64 values of each tensor."""
-    digest = sha256()
-    for name, tensor in sorted(tensors.items()):
-        values = tensor.detach().flatten()
-        places = torch.linspace(0, len(values) - 1, min(64, len(values)), dtype=torch.float64).long()
-        some = values[places.to(values.device)].bfloat16().float().cpu()     # the same in either dtype
-        digest.update(f"{name} {tuple(tensor.shape)} {some.tolist()}".encode())
-    return digest.hexdigest()[:16]

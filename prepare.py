@@ -12,7 +12,6 @@ the clip's draws of (t, ε). Per draw: z_t, ε(c), ε(∅) and, where motion gui
 import dataclasses
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -21,13 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-import shapes
 import train
 from model import Models
-from plumbing import cli, weights
+from plumbing import cli
 from plumbing.cli import Count, File, Folder
 from plumbing.errors import UserError
-from plumbing.run import Group, listen
+from plumbing.run import Group, stop_signals
 from solver import Schedule, ddim_invert
 from turbo import TeacherOutput, motion_strength
 
@@ -109,9 +107,9 @@ class Mixture:
 
 def prepare(config: Config, models: Models, clips: Mixture, writer: data.CacheWriter) -> bool:
     """Writes this process's clips until a signal comes -> are they all there?"""
-    missing, stop_signals, bad = writer.missing(), listen(), 0
+    missing, signals, bad = writer.missing(), stop_signals(), 0
     for done, index in enumerate(tqdm(missing, "clips prepared", disable=None), 1):
-        if stop_signals:
+        if signals:
             return False
         try:
             clip = clips.get(index, torch.Generator().manual_seed(data.seed_of(config.seed, index)))
@@ -128,8 +126,8 @@ def prepare(config: Config, models: Models, clips: Mixture, writer: data.CacheWr
 
 
 def header_of(config: Config, models: Models, clips: Mixture) -> dict:
-    """What the samples of a cache depend on; a part of it is what training asks for (`train.expected`)."""
-    recipe = train.expected(config) | {name: getattr(config, name) for name in (
+    """What the samples of a cache depend on; a part of it is what training asks for (`train.cache_header`)."""
+    recipe = train.cache_header(config) | {name: getattr(config, name) for name in (
         "draws", "inversion_steps", "motion_share", "seed", "data", "reward_data")}
     return recipe | {"clips": len(clips), "teacher": train.teacher_fingerprint(models)}
 
@@ -138,7 +136,9 @@ def header_of(config: Config, models: Models, clips: Mixture) -> dict:
 def main(argv: list[str] | None = None):
     """Makes a cache, or goes on with one."""
     preset = cli.parse(Config, argv, __doc__).preset
-    config = cli.parse(Config, argv, __doc__, defaults=train.PRESETS[preset])
+    toy = dict(clips=400, draws=4) if preset == "shapes-v2" else {}
+    config = cli.parse(Config, argv, __doc__, defaults=train.PRESETS[preset] | toy)
+    config = dataclasses.replace(config, lora=1)            # nothing is trained here: the teacher is in --dtype
     group = Group(config.device)
     torch.manual_seed(config.seed)
 
@@ -146,7 +146,8 @@ def main(argv: list[str] | None = None):
     if train.is_toy(config):                # every second clip carries rewards, as in v2's mixture of data
         datasets = [train.toy_clips(config)] * 2
     else:
-        datasets = [train.open_clips(config, specs, group) for specs in (config.data, config.reward_data) if specs]
+        sources = [specs for specs in (config.data, config.reward_data) if specs]
+        datasets = [train.open_clips(config, specs, group) for specs in sources]
     if not datasets:
         raise UserError("no clips to prepare; name them with --data")
     clips = Mixture(datasets, config.clips, config.seed)
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None):
         print(f"{config.out}: {len(data.clip_files(writer.folder))} of {len(clips)} clips")
     group.close()
     if not complete:
-        print(f"stopped by a signal; what is in {config.out} stays, and the same command goes on", file=sys.stderr)
+        print(f"stopped by a signal; what is in {config.out} stays, the same command goes on", file=sys.stderr)
         sys.exit(130)
 
 

@@ -619,14 +619,13 @@ def load_world(config: Config, group: Group) -> tuple[Models, object, list[Rewar
     else:
         load_reward = partial(rewards.load, device=group.device, dtype=getattr(torch, config.dtype))
     if is_v2(config):
-        clips = data.Cache(config.data[0], expected(config))
+        clips = data.Cache(config.data[0], cache_header(config))
     else:
         clips = toy_clips(config) if is_toy(config) else open_clips(config, config.data, group)
     terms = reward_terms(config, load_reward)
     models = load_models(config, group.device)
     if is_v2(config) and clips.header["teacher"] != teacher_fingerprint(models):
-        raise UserError(f"the cache in {config.data[0]} was made by another teacher "
-                        f"({clips.header['teacher_file']}); give that one with --teacher")
+        raise UserError(f"the cache in {config.data[0]} was made by another teacher; give that one with --teacher")
     return models, clips, terms
 
 
@@ -661,8 +660,8 @@ def open_clips(config: Config, specs: tuple[str, ...], group: Group) -> data.Cli
                                  cache=config.out, **manifest)
 
 
-def expected(config: Config) -> dict:
-    """What the header of a cache must say."""
+def cache_header(config: Config) -> dict:
+    """What the header of a cache that this run trains from must say."""
     names = ["grid", "frames", "height", "width", "fps"] + ["motion_share"] * has_motion(config)
     return {"model": model_name(config)} | {name: getattr(config, name) for name in names}
 
@@ -813,7 +812,7 @@ def batches_of(trainer: Trainer, clips, bad_file: Path) -> Iterator[dict]:
     elif not trainer.terms:
         yield from ({"distill": first, "bad": first["bad"]} for first in distilled)
     else:                                   # rewards see clips with captions short enough for them
-        rewarded = stream(clips.where(rewards=True), reward_batch(config), config.seed + 1)
+        rewarded = stream(data.Cache(clips.folder, only_rewards=True), reward_batch(config), config.seed + 1)
         for first, second in zip(distilled, rewarded, strict=True):
             yield {"distill": first, "rewards": second, "bad": first["bad"] + second["bad"]}
 
