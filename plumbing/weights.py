@@ -72,7 +72,7 @@ def read_tensors(path: str | Path):
         try:
             with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except (UnpicklingError, EOFError, OSError) as error:
+        except (UnpicklingError, EOFError, OSError, RuntimeError) as error:
             raise UserError(f"{path} is not a weight file, is truncated, or holds code, which is not run; "
                             "take the file as it was published") from error
 

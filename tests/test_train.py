@@ -547,8 +547,8 @@ def test_merged_weights_are_also_written_as_released(tmp_path):
     train.export(made, tmp_path)
     written = weights.read_named(tmp_path / "t2v_turbo_vc2.pt")
     assert written["first_stage_model.x"] == 1
-    assert torch.equal(written["model.diffusion_model.out.2.bias"], made.models.unet.out[2].bias)
-    unet = weights.rename(weights.part(written, "model.diffusion_model."), weights.VIDEOCRAFTER)
+    assert torch.equal(written["diffusion_model.out.2.bias"], made.models.unet.out[2].bias)
+    unet = weights.rename(weights.part(written, "diffusion_model."), weights.VIDEOCRAFTER)
     weights.fill(made.models.unet, unet, "written")             # all names, and no other
 
 
