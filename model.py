@@ -1,4 +1,4 @@
-"""The networks: UNet3D (the denoiser ε), VAE (pixels <-> latents) and TextEncoder (caption -> c).
+"""The networks: UNet3D (the denoiser ε), TextEncoder (caption -> c); VAE (pixels <-> z) is plumbing/vae.py's.
 
 One UNet3D serves VideoCrafter2 and ModelScopeT2V: an image diffusion UNet whose every layer has a temporal
 twin behind it. ResBlock = image convolutions, then convolutions along T; Transformer over space, then time.
@@ -11,7 +11,6 @@ Layers are written as their formulas. On a CPU plumbing/fast_cpu.py has equal on
 """
 import math
 import sys
-from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -24,9 +23,10 @@ from torch import Tensor, nn
 from plumbing import fast_cpu, weights
 from plumbing.clip import TextTower, recompute
 from plumbing.errors import UserError
+from plumbing.vae import KL_F8, VAE, Upsample, VAEConfig, VAEResBlock
 from solver import Sampling
 
-# The published UNets: blocks on the way down, on the way up (from below) beside those that they take as skips,
+# The published UNets: blocks on the way down, on the way up (from below) beside those they take as skips,
 # and in the middle. A layer: its kind, width in (a sum: what comes up + skip), and width out if it differs.
 LAYOUT = """
     conv 4 320                           | res 320+320 320, space 320, time 320
@@ -59,11 +59,6 @@ class UNetConfig:
     motion: bool = False                    # T2V-Turbo-v2 is told λ', the strength of motion guidance, too
     groups: int = 32                        # of every group norm
 
-    @property
-    def factor(self) -> int:
-        """Latents are multiples of it in height and in width."""
-        return 2 ** self.layout.count("downsample")
-
 
 VC2 = UNetConfig(fps=True)
 MODELSCOPE = UNetConfig()
@@ -71,12 +66,12 @@ MODELSCOPE = UNetConfig()
 
 def read_layout(layout: str) -> tuple[list, list, list]:
     """The layers (kind, width in, width out) of all blocks: on the way down, in the middle, on the way up."""
+    def layer(kind, *widths):
+        widths = [sum(map(int, width.split("+"))) for width in widths]
+        return kind, widths[0], widths[-1]
+
     def block(text):
         return [layer(*words.split()) for words in text.split(",")]
-
-    def layer(kind, entering, leaving=None):
-        cin = sum(map(int, entering.split("+")))
-        return kind, cin, int(leaving or cin)
 
     *rows, middle = layout.strip().splitlines()
     down, up = zip(*(row.split("|") for row in rows))
@@ -454,174 +449,6 @@ def compile_layers(unet: UNet3D, **options) -> None:
             layer.compile(dynamic=False, **options)
 
 
-# ---- VAE ---------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class VAEConfig:
-    """Sizes of a VAE; the defaults are those of Stable Diffusion's KL-F8, which both teachers use."""
-    channels: int = 128
-    mult: tuple = (1, 2, 4, 4)              # width of each level, in units of channels
-    res_blocks: int = 2                     # per level of the encoder; one more in the decoder
-    latent: int = 4
-    groups: int = 32                        # of every group norm
-    scale: float = 0.18215                  # brings latents to unit variance
-    patch: int = 1                          # patch x patch pixels enter and leave as channels; KL-F8: 1
-
-    @property
-    def factor(self) -> int:
-        """Pixels per latent, in height and in width."""
-        return self.patch * 2 ** (len(self.mult) - 1)
-
-
-KL_F8 = VAEConfig()
-
-
-class VAEResBlock(nn.Module):
-    """Two convolutions around which x passes unchanged. (N, Cin, H, W) -> (N, Cout, H, W)"""
-
-    def __init__(self, cin: int, cout: int, groups: int):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(groups, cin, eps=1e-6)
-        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, cout, eps=1e-6)
-        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
-        self.silu = nn.SiLU()
-
-    def forward(self, x):
-        h = self.conv1(self.silu(self.norm1(x)))
-        h = self.silu(self.norm2(h))
-        h = self.conv2(h)
-        return self.nin_shortcut(x) + h
-
-
-class VAEAttention(nn.Module):
-    """One head over all pixels of a frame."""
-
-    def __init__(self, width: int, groups: int):
-        super().__init__()
-        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
-
-    def forward(self, x):
-        h = self.norm(x)
-        q, k, v = (conv(h).permute(0, 2, 3, 1).flatten(1, 2)[:, None] for conv in (self.q, self.k, self.v))
-        h = attention(q, k, v)                              # (N, 1, H*W, C)
-        h = h[:, 0].unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)
-        return x + self.proj_out(h)
-
-
-class Upsample(nn.Module):
-    """Doubles H and W, each pixel four times, and convolves. (N, C, H, W) -> (N, C, 2H, 2W)"""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-def named(**layers) -> nn.Sequential:
-    return nn.Sequential(OrderedDict(layers))
-
-
-def downsample(width):
-    pad = nn.ZeroPad2d((0, 1, 0, 1))                        # right and below only, as in training
-    return named(pad=pad, conv=nn.Conv2d(width, width, 3, stride=2))
-
-
-def vae_level(cin, cout, count, groups, **resampling):
-    blocks = [VAEResBlock(cin if i == 0 else cout, cout, groups) for i in range(count)]
-    return named(block=nn.Sequential(*blocks), **resampling)
-
-
-class Levels(nn.Sequential):
-    def forward(self, h):
-        for level in self:
-            for layer in (*level.block, *level[1:]):        # one by one: nobody holds a level's input
-                h = layer(h)
-        return h
-
-
-def vae_middle(width, groups):
-    return named(block_1=VAEResBlock(width, width, groups), attn_1=VAEAttention(width, groups),
-                 block_2=VAEResBlock(width, width, groups))
-
-
-def encoder(config: VAEConfig) -> nn.Sequential:
-    """Frames (N, 3, H, W) -> mean and log-variance of their latents before quant_conv, (N, 2 C, H/8, W/8)"""
-    widths, groups = [config.channels * m for m in config.mult], config.groups
-    levels = [vae_level(cin, width, config.res_blocks, groups, downsample=downsample(width))
-              for cin, width in zip([config.channels, *widths], widths, strict=False)]
-    del levels[-1].downsample
-    return named(conv_in=nn.Conv2d(3 * config.patch ** 2, config.channels, 3, padding=1),
-                 down=Levels(*levels), mid=vae_middle(widths[-1], groups),
-                 norm_out=nn.GroupNorm(groups, widths[-1], eps=1e-6), silu=nn.SiLU(),
-                 conv_out=nn.Conv2d(widths[-1], 2 * config.latent, 3, padding=1))
-
-
-def decoder(config: VAEConfig) -> nn.Sequential:
-    """Latents (N, C, h, w) -> frames (N, 3, 8h, 8w)"""
-    widths, groups = [config.channels * m for m in config.mult], config.groups
-    levels = [vae_level(cin, width, config.res_blocks + 1, groups, upsample=Upsample(width))
-              for cin, width in zip([*widths[1:], widths[-1]], widths, strict=True)]
-    del levels[0].upsample
-    up = OrderedDict((str(i), level) for i, level in reversed(list(enumerate(levels))))     # up.0 runs last
-    return named(conv_in=nn.Conv2d(config.latent, widths[-1], 3, padding=1),
-                 mid=vae_middle(widths[-1], groups), up=Levels(up),
-                 norm_out=nn.GroupNorm(groups, widths[0], eps=1e-6), silu=nn.SiLU(),
-                 conv_out=nn.Conv2d(widths[0], 3 * config.patch ** 2, 3, padding=1))
-
-
-class VAE(nn.Module):
-    """Clips (B, 3, T, H, W) in [-1, 1] <-> latents (B, 4, T, H/8, W/8) of unit variance, frame by frame.
-
-    The names of its parts are those of Stable Diffusion's first_stage_model.
-    """
-
-    def __init__(self, config: VAEConfig = KL_F8):
-        super().__init__()
-        self.config, latent = config, config.latent
-        self.checkpointing = False          # recompute each chunk of decoded frames in the backward pass
-        self.encoder, self.decoder = encoder(config), decoder(config)
-        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
-        self.post_quant_conv = nn.Conv2d(latent, latent, 1)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.quant_conv.weight.dtype
-
-    def posterior(self, x: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-        """x (B, 3, T, H, W) -> mean and log-variance of q(z | x), (B, 4, T, H/8, W/8) each, unscaled"""
-        frames = frames_to_batch(x.to(self.dtype, memory_format=torch.channels_last_3d))
-        frames = F.pixel_unshuffle(frames, self.config.patch)
-        h = torch.cat([self.quant_conv(self.encoder(some)) for some in frames.split(chunk or len(frames))])
-        mean, logvar = batch_to_frames(h, x.shape[0]).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
-
-    def encode(self, x: Tensor, noise: Tensor | None = None, chunk: int | None = None) -> Tensor:
-        """The posterior's mean, or its sample with that noise; scaled. `chunk` frames at a time."""
-        mean, logvar = self.posterior(x, chunk)
-        z = mean if noise is None else mean + (0.5 * logvar).exp() * noise.to(mean)
-        return z * self.config.scale
-
-    def decode(self, z: Tensor, chunk: int | None = None) -> Tensor:
-        """Scaled latents -> pixels, `chunk` frames at a time; not clamped, as rewards need the gradient."""
-        def images(z):
-            return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.config.patch)
-
-        frames = frames_to_batch((z / self.config.scale).to(self.dtype, memory_format=torch.channels_last_3d))
-        recomputed = self.checkpointing and torch.is_grad_enabled()
-        pixels = [recompute(images, some) if recomputed else images(some)
-                  for some in frames.split(chunk or len(frames))]
-        return batch_to_frames(torch.cat(pixels), z.shape[0])
-
-
-# for fast_cpu.speed_up: what has an equal layer that is faster, or takes less memory, on a CPU
-CPU_LAYERS = {GEGLU: fast_cpu.InParts, VAEResBlock: fast_cpu.ByRows, Upsample: fast_cpu.Folded}
-
-
 # ---- text --------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -653,22 +480,24 @@ class TextEncoder(TextTower):
         super().__init__(**vars(config))
         self.config, self.width = config, config.width
         self.tokenizer = tokenizer or clip_tokenizer()
-        self.warned = False
-
-    def tokenize(self, captions: list[str]) -> Tensor:
-        """B captions -> (B, L) token ids. The first time that one is too long, says that it is cut."""
-        limit = self.config.context_length - 2              # start and end take a place each
-        if not self.warned and hasattr(self.tokenizer, "encode"):
-            long = [caption for caption in captions if len(self.tokenizer.encode(caption)) > limit]
-            if long:
-                print(f"caption is cut at {limit} tokens, the text encoder's limit: {long[0][:60]}...",
-                      file=sys.stderr)
-                self.warned = True
-        return self.tokenizer(captions)
+        self.said_cut = False
 
     def forward(self, captions: list[str]) -> Tensor:
-        return self.penultimate(self.tokenize(captions).to(self.positional_embedding.device))
+        self.say_cut(captions)
+        return self.penultimate(self.tokenizer(captions).to(self.positional_embedding.device))
 
+    def say_cut(self, captions: list[str]) -> None:
+        """The first time that a caption is too long, says that it is cut."""
+        limit = self.config.context_length - 2              # start and end take a place each
+        for caption in captions if hasattr(self.tokenizer, "encode") and not self.said_cut else ():
+            if not self.said_cut and len(self.tokenizer.encode(caption)) > limit:
+                print(f"caption is cut at {limit} tokens, the text encoder's limit: {caption[:60]}...",
+                      file=sys.stderr)
+                self.said_cut = True
+
+
+# for fast_cpu.speed_up: layers that have equal ones which, on a CPU, are faster or hold less
+CPU_LAYERS = {GEGLU: fast_cpu.InParts, VAEResBlock: fast_cpu.ByRows, Upsample: fast_cpu.Folded}
 
 # ---- families and loading ----------------------------------------------------------------------------------
 
@@ -712,7 +541,7 @@ fetch = weights.fetch                       # path of a public file or folder
 
 def check_size(family: Family, **sides: int | None) -> None:
     """Raises UserError for heights and widths in pixels that VAE and UNet cannot halve evenly."""
-    multiple = family.vae.factor * family.unet.factor                   # 64, the toy's 16
+    multiple = family.vae.factor * 2 ** family.unet.layout.count("downsample")      # 64, the toy's 16
     for name, pixels in sides.items():
         if pixels is not None and (pixels < multiple or pixels % multiple):
             low = max(pixels // multiple, 1) * multiple

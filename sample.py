@@ -207,7 +207,7 @@ def load_models(config: Config) -> Models:
         student = f"{config.model}-turbo" if student == "turbo" else student            # the released one
         models = model.load(config.model, config.teacher, student, device, dtype, scale)
     if config.vae:
-        models.vae.decode = model.load_tiny_decoder(config.vae, device, dtype).decode
+        models.vae.decode = load_tiny_decoder(config.vae, device, dtype).decode
     models.unet.requires_grad_(False)
     models.unet.checkpointing = bool(config.refine or config.motion_from)       # these need a gradient
     return models

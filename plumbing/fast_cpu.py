@@ -104,7 +104,7 @@ def scale_and_shift(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Folded:
-    """Upsample with 4/9 of the products, and without the doubled image, nine of whose pixels are four of x: its
+    """Upsample with 4/9 of the products, and without the doubled image, nine of whose pixels are four of x:
     even and odd rows and columns are four 2x2 convolutions, whose weights are sums of those that meet."""
 
     def forward(self, x: Tensor) -> Tensor:

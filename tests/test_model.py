@@ -37,9 +37,10 @@ from model import (
     timestep_embedding,
     tokens_to_pixels,
 )
-from plumbing import fast_cpu, taesd
+from plumbing import fast_cpu
 from plumbing.clip import OPENCLIP_BLOCKS
 from plumbing.fast_cpu import speed_up
+from plumbing.vae import load_tiny_decoder
 from plumbing.weights import DIFFUSERS, DIFFUSERS_VAE, VIDEOCRAFTER, fill, huggingface_text, rename
 from turbo import inject, lora_off
 
@@ -357,7 +358,7 @@ def test_start_of_training():
 
 
 def test_layout_of_the_published_unets():
-    """The table is what a rule makes of four levels; each skip is as wide as what leaves the block beside it."""
+    """As a rule makes it of four levels; a skip is as wide as what leaves the block beside it."""
     assert read_layout(model.LAYOUT) == read_layout(sizes(320, (1, 2, 4, 4))["layout"])
     rows = [row.split("|") for row in model.LAYOUT.splitlines() if "|" in row]
     skips = [int(re.search(r"\+(\d+)", up)[1]) for _, up in rows]
@@ -494,7 +495,7 @@ def test_tiny_decoder_equals_diffusers(tmp_path, layout):
         state = {re.sub(r"^(\d+)", lambda m: str(int(m[1]) + 1), key.removeprefix("decoder.layers.")): x
                  for key, x in state.items() if key.startswith("decoder.")}
     torch.save(state, tmp_path / "tiny.pth")
-    ours = taesd.load_tiny_decoder(tmp_path / "tiny.pth")
+    ours = load_tiny_decoder(tmp_path / "tiny.pth")
     assert sum(p.numel() for p in ours.parameters()) == 1_222_531
     z = 3 * randn(1, 2, 4, 3, 8, 4)
     with torch.no_grad():
