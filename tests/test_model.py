@@ -1,7 +1,6 @@
 """The networks against independent ones: diffusers, transformers, and numbers taken from the published code.
 
-Reference numbers come from the T2V-Turbo code, run once on SMALL with the weights of `deterministic` (fp32,
-CPU).
+Reference numbers come from the T2V-Turbo code, run once on SMALL with the weights of `deterministic`.
 """
 import argparse
 import copy
@@ -15,33 +14,18 @@ import benchmark
 import pytest
 import torch
 from oracles import diffusers, sizes, transformers
-from torch.nn import functional as F
 
 import model
 import solver
-from model import (
-    MODELSCOPE,
-    VAE,
-    VC2,
-    TextConfig,
-    TextEncoder,
-    UNet3D,
-    UNetConfig,
-    VAEConfig,
-    attention,
-    compile_layers,
-    frames_to_batch,
-    guidance_embedding,
-    pixels_to_tokens,
-    read_layout,
-    timestep_embedding,
-    tokens_to_pixels,
-)
+from model import MODELSCOPE, VAE, VC2, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, attention
+from model import compile_layers, frames_to_batch, guidance_embedding, pixels_to_tokens, read_layout
+from model import timestep_embedding, tokens_to_pixels
 from plumbing import fast_cpu
 from plumbing.clip import OPENCLIP_BLOCKS
 from plumbing.fast_cpu import speed_up
 from plumbing.vae import load_tiny_decoder
 from plumbing.weights import DIFFUSERS, DIFFUSERS_VAE, VIDEOCRAFTER, fill, huggingface_text, rename
+from plumbing.weights import to_public_names
 from turbo import inject, lora_off
 
 SMALL = UNetConfig(**sizes(32, (1, 2, 2, 2)), head_dim=8, context_dim=24)
@@ -59,30 +43,11 @@ def close(a, b, tolerance=1e-5):
     return (a - b).abs().max() <= tolerance * b.abs().max()
 
 
-def original_name(key):
-    """Our name -> VideoCrafter2's; written independently of the loader's table, which goes the other way."""
-    if re.match(r"((in|out)put_blocks\.\d+\.0|middle_block\.[03])\.(norm|conv|emb|skip|temporal)", key):
-        names = dict(norm1="in_layers.0", conv1="in_layers.2", emb="emb_layers.1", norm2="out_layers.0",
-                     conv2="out_layers.3", skip="skip_connection", temporal="temopral_conv", conv="op")
-        block, name, rest = re.match(r"(\w+\.\d+\.0\.|\w+\.\d\.)(\w+)(\..*)", key).groups()
-        name = "" if block == "input_blocks.0.0." else names[name]
-        return (block + name + rest).replace("..", ".")
-    key = re.sub(r"\.(attn\d)\.([qkv])\.", r".transformer_blocks.0.\1.to_\2.", key)
-    key = re.sub(r"\.(attn\d)\.out\.", r".transformer_blocks.0.\1.to_out.0.", key)
-    key = re.sub(r"\.(norm\d)\.", r".transformer_blocks.0.\1.", key)
-    return key.replace(".ff.proj.", ".transformer_blocks.0.ff.net.0.proj.").replace(
-        ".ff.out.", ".transformer_blocks.0.ff.net.2.")
-
-
 @functools.cache
 def original_shapes(config):
-    """{VideoCrafter2's name: shape}"""
+    """{VideoCrafter2's name: shape}; test_names_and_shapes_of_the_public_files knows them independently."""
     with torch.device("meta"):
-        unet = UNet3D(config)
-    shapes = {original_name(key): tuple(x.shape) for key, x in unet.state_dict().items()}
-    for key in ("init_attn.0.proj_in.weight", "init_attn.0.proj_out.weight"):       # Conv1d there
-        shapes[key] += (1,)
-    return shapes
+        return {key: tuple(x.shape) for key, x in to_public_names(UNet3D(config).state_dict()).items()}
 
 
 def deterministic(shapes):
@@ -120,6 +85,7 @@ def unet_pair():
 
 
 INPUTS = randn(1, 2, 4, 3, 16, 16), torch.tensor([3, 979]), randn(2, 2, 5, 24)        # z, t, context
+W = torch.tensor([7.5, 14.2])
 
 
 # ---- UNet --------------------------------------------------------------------------------------------------
@@ -138,40 +104,32 @@ def test_unet_equals_diffusers(unet_pair):
 
 
 def test_gradients_equal_diffusers(unet_pair):
-    """Of inputs and of every weight, in float64: in float32 two correct networks of this depth differ by up
-    to 3e-5."""
+    """Of inputs and of every weight, in float64: in float32 correct networks differ by up to 3e-5."""
     theirs, ours = (copy.deepcopy(unet).double() for unet in unet_pair)
     t, z, c = torch.tensor([5, 900]), randn(3, 2, 4, 3, 16, 8).double(), randn(4, 2, 7, 24).double()
     z.requires_grad_(), c.requires_grad_()
     a, b = theirs(z, t, encoder_hidden_states=c).sample, ours(z, t, c)
     probe = randn(5, *a.shape)
-    da, db = (
-        torch.autograd.grad((y * probe).sum(), [z, c, *net.parameters()])
-        for y, net in ((a, theirs), (b, ours))
-    )
+    da, db = (torch.autograd.grad((y * probe).sum(), [z, c, *net.parameters()])
+              for y, net in ((a, theirs), (b, ours)))
     assert close(db[0], da[0]) and close(db[1], da[1])
     da = rename(dict(zip((key for key, _ in theirs.named_parameters()), da[2:], strict=True)), DIFFUSERS)
     for (key, _), g in zip(ours.named_parameters(), db[2:], strict=True):
         assert (g - da[key].view_as(g)).abs().max() < 1e-5 * da[key].abs().max() + 1e-12, key  # some are zero
 
 
-@pytest.mark.parametrize("fps, expected", [
-    (None, [-.0900834, .4749277, .168649, -.2127277, -.4136356, .4136095]),
-    (8, [-.1048209, .44441, .1628433, -.2269125, -.4501387, .4178243]),
-    (torch.tensor([28, 28]), [-.0952577, .4616636, .1689128, -.2338706, -.4420432, .4352682])])
-def test_frame_rate_as_published(fps, expected):
+@pytest.mark.parametrize("config, given, expected", [
+    ({}, {}, [-.0900834, .4749277, .168649, -.2127277, -.4136356, .4136095]),
+    ({}, dict(fps=8), [-.1048209, .44441, .1628433, -.2269125, -.4501387, .4178243]),
+    ({}, dict(fps=torch.tensor([28, 28])), [-.0952577, .4616636, .1689128, -.2338706, -.4420432, .4352682]),
+    (dict(guidance=True), dict(fps=8, w=W), [-.1307804, .4606087, .1881391, -.2197787, -.4324611, .4341577]),
+    (dict(guidance=True, motion=True), dict(fps=8, w=W, motion=torch.tensor([0.05, 0.0])),
+     [-.1088979, .4450589, .1715164, -.2278798, -.4524518, .4187988]),
+    (dict(guidance=True, motion=True), dict(fps=8, w=W),
+     [-.1307804, .4606087, .1881391, -.2197787, -.4324611, .4341577])])
+def test_conditions_as_published(config, given, expected):
     with torch.no_grad():
-        assert close(published(original(replace(SMALL, fps=True))(*INPUTS, fps=fps)), torch.tensor(expected))
-
-
-@pytest.mark.parametrize("motion, given, expected", [
-    (False, None, [-.1307804, .4606087, .1881391, -.2197787, -.4324611, .4341577]),
-    (True, [0.05, 0.0], [-.1088979, .4450589, .1715164, -.2278798, -.4524518, .4187988]),
-    (True, None, [-.1307804, .4606087, .1881391, -.2197787, -.4324611, .4341577])])
-def test_conditions_as_published(motion, given, expected):
-    unet = original(replace(SMALL, fps=True, guidance=True, motion=motion))
-    with torch.no_grad():
-        eps = unet(*INPUTS, w=torch.tensor([7.5, 14.2]), fps=8, motion=given and torch.tensor(given))
+        eps = original(replace(SMALL, fps=True, **config))(*INPUTS, **given)
     assert close(published(eps), torch.tensor(expected))
 
 
@@ -190,8 +148,7 @@ def test_temporal_attention_as_published():
 
 
 def test_inversion_as_published():
-    """`reverse_ddim_loop` of T2V-Turbo-v2's preprocessing on the 200-step grid: latents after 4 and 6
-    steps."""
+    """`reverse_ddim_loop` of T2V-Turbo-v2's preprocessing on the 200-step grid, after 4 and 6 steps."""
     unet, (z, _, c) = original(replace(SMALL, fps=True)), INPUTS
     latents = solver.ddim_invert(solver.Schedule(200), lambda z, t: unet(z, t, c, fps=8), z, [19, 29])
     for t, expected in ((19, [-1.5270374, .9312716, -.2580215, -1.6858568, -1.9553465, -.0795338]),
@@ -201,8 +158,7 @@ def test_inversion_as_published():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_attention_maps_are_differentiable(checkpointing):
-    """Against a finite difference, in float64; also where blocks are recomputed, and with the listeners gone
-    by then."""
+    """Against a finite difference, in float64; also where blocks are recomputed, with the hooks gone."""
     unet = original(replace(SMALL, **sizes(32, (1, 2)))).double()
     z, t, c = INPUTS
     z, c, step = z.double().requires_grad_(), c.double(), 1e-6 * randn(6, *z.shape).double()
@@ -239,11 +195,10 @@ def test_a_clip_does_not_depend_on_its_batch(unet_pair):
 def test_folds_copy_nothing():
     x = torch.randn(2, 32, 3, 4, 5).to(memory_format=torch.channels_last_3d)
     frames, tokens = frames_to_batch(x), pixels_to_tokens(x)
-    assert (
-        frames.data_ptr() == tokens.data_ptr() == tokens_to_pixels(tokens, 3, 4, 5).data_ptr() == x.data_ptr()
-    )
+    pixels = tokens_to_pixels(tokens, 3, 4, 5)
+    assert frames.data_ptr() == tokens.data_ptr() == pixels.data_ptr() == x.data_ptr()
     assert frames.is_contiguous(memory_format=torch.channels_last) and tokens.is_contiguous()
-    assert torch.equal(frames[4], x[1, :, 1]) and torch.equal(tokens_to_pixels(tokens, 3, 4, 5), x)
+    assert torch.equal(frames[4], x[1, :, 1]) and torch.equal(pixels, x)
 
 
 def test_fast_layers_equal_the_textbook(unet_pair, monkeypatch):
@@ -283,13 +238,19 @@ def test_activations_are_smaller_than_diffusers(what, most, theirs):
 
 
 def test_half_precision(unet_pair):
+    """Also by autocast, where the end stays in float32: ε's error is divided by 0.068 at t = 999."""
     _, unet = unet_pair
+    dtypes = []
     with torch.no_grad():
         eps = unet(*INPUTS)
+        hooks = [layer.register_forward_hook(lambda layer, x, y: dtypes.append(y.dtype))
+                 for layer in (unet.middle_block, unet.out)]
         with torch.autocast("cpu", torch.bfloat16):
             mixed = unet(*INPUTS)
+        for hook in hooks:
+            hook.remove()
         half = build(UNet3D, SMALL, {key: x.bfloat16() for key, x in unet.state_dict().items()})(*INPUTS)
-    assert mixed.dtype == half.dtype == torch.float32       # the caller's
+    assert dtypes == [torch.bfloat16, torch.float32] and mixed.dtype == half.dtype == torch.float32
     assert close(mixed, eps, 0.05) and close(half, eps, 0.05)
 
 
@@ -302,26 +263,9 @@ def test_attention(dtype, tolerance, length):
     assert close(attention(q.to(dtype), k.to(dtype), v.to(dtype)).float(), expected, tolerance)
 
 
-def test_the_end_of_the_unet_is_float32_under_autocast(unet_pair):
-    """bfloat16 would round ε, whose error is divided by 0.068 at t = 999."""
-    _, unet = unet_pair
-    seen = []
-    hooks = [
-        layer.register_forward_hook(lambda layer, x, y: seen.append(y.dtype))
-        for layer in (unet.middle_block, unet.out)
-    ]
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        unet(*INPUTS)
-    for hook in hooks:
-        hook.remove()
-    assert seen == [torch.bfloat16, torch.float32]
-
-
 def test_a_pass_copies_nothing_to_its_device(monkeypatch):
-    """Each copy of a scalar would make the host wait for the GPU: sinusoids and rates are made where they are
-    used."""
+    """Each copy of a scalar would make the host wait for the GPU."""
     unet, (z, t, c) = original(replace(SMALL, **sizes(32), fps=True, guidance=True, motion=True)), INPUTS
-    w = torch.tensor([7.5, 14.2])
 
     def copied(*args, **options):
         raise AssertionError("a tensor made of Python numbers")
@@ -329,7 +273,7 @@ def test_a_pass_copies_nothing_to_its_device(monkeypatch):
     for name in ("tensor", "as_tensor", "scalar_tensor"):
         monkeypatch.setattr(torch, name, copied)
     with torch.no_grad():
-        unet(z, t, c, w=w, fps=8, motion=0 * w)
+        unet(z, t, c, w=W, fps=8, motion=0 * W)
 
 
 def test_embeddings():
@@ -342,8 +286,7 @@ def test_embeddings():
 
 
 def test_start_of_training():
-    """A new UNet predicts zero; a new student is its teacher, and learns about ω and λ from its first
-    step."""
+    """A new UNet predicts zero; a new student is its teacher, and learns about ω and λ at once."""
     torch.manual_seed(0)
     unet = UNet3D(replace(TINY, guidance=True, motion=True, fps=True))
     z, t, c, w = randn(1, 2, 4, 4, 8, 8), torch.tensor([3, 500]), randn(2, 2, 6, 24), torch.tensor([5.0, 9.0])
@@ -407,14 +350,12 @@ def test_a_full_size_step_compiles_without_a_graph_break():
 
 def digest(shapes):
     """sha256 of the sorted lines "name (shape)"."""
-    return hashlib.sha256(
-        "\n".join(sorted(f"{k} {tuple(s)}" for k, s in shapes.items())).encode()
-    ).hexdigest()[:16]
+    lines = "\n".join(sorted(f"{k} {tuple(s)}" for k, s in shapes.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def test_names_and_shapes_of_the_public_files():
-    """The digests are of lists made with the published code; ours hold the same tensors under the mapped
-    names."""
+    """The digests are of lists made with the published code."""
     v2 = original_shapes(replace(VC2, guidance=True, motion=True))
     assert len(v2) == 1487 and digest(v2) == "5db9776692bf058e"
     new = ("time_cond_proj.weight", "motion_cond_proj.weight", "combine_proj.weight")
@@ -422,10 +363,8 @@ def test_names_and_shapes_of_the_public_files():
     with torch.device("meta"):
         assert sum(p.numel() for p in UNet3D(MODELSCOPE).parameters()) == 1_411_233_860
         vae, text = VAE(), TextEncoder()
-    assert (
-        digest({"first_stage_model." + key: x.shape for key, x in vae.state_dict().items()})
-        == "9190c3ec1cf5cd6d"
-    )
+    names = {"first_stage_model." + key: x.shape for key, x in vae.state_dict().items()}
+    assert digest(names) == "9190c3ec1cf5cd6d"
     assert len(text.state_dict()) == 280 and sum(p.numel() for p in text.parameters()) == 340_387_840
 
 
