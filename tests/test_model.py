@@ -17,15 +17,22 @@ from oracles import diffusers, sizes, transformers
 
 import model
 import solver
-from model import MODELSCOPE, VAE, VC2, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig, attention
-from model import compile_layers, frames_to_batch, guidance_embedding, pixels_to_tokens, read_layout
-from model import timestep_embedding, tokens_to_pixels
-from plumbing import fast_cpu
+from model import (
+    MODELSCOPE,
+    VAE,
+    VC2,
+    TextConfig,
+    TextEncoder,
+    UNet3D,
+    UNetConfig,
+    VAEConfig,
+    frames_to_batch,
+)
+from plumbing import fast_cpu, weights
 from plumbing.clip import OPENCLIP_BLOCKS
 from plumbing.fast_cpu import speed_up
 from plumbing.vae import load_tiny_decoder
 from plumbing.weights import DIFFUSERS, DIFFUSERS_VAE, VIDEOCRAFTER, fill, huggingface_text, rename
-from plumbing.weights import to_public_names
 from turbo import inject, lora_off
 
 SMALL = UNetConfig(**sizes(32, (1, 2, 2, 2)), head_dim=8, context_dim=24)
@@ -47,7 +54,7 @@ def close(a, b, tolerance=1e-5):
 def original_shapes(config):
     """{VideoCrafter2's name: shape}; test_names_and_shapes_of_the_public_files knows them independently."""
     with torch.device("meta"):
-        return {key: tuple(x.shape) for key, x in to_public_names(UNet3D(config).state_dict()).items()}
+        return {key: tuple(x.shape) for key, x in weights.to_public_names(UNet3D(config).state_dict()).items()}
 
 
 def deterministic(shapes):
@@ -194,8 +201,8 @@ def test_a_clip_does_not_depend_on_its_batch(unet_pair):
 
 def test_folds_copy_nothing():
     x = torch.randn(2, 32, 3, 4, 5).to(memory_format=torch.channels_last_3d)
-    frames, tokens = frames_to_batch(x), pixels_to_tokens(x)
-    pixels = tokens_to_pixels(tokens, 3, 4, 5)
+    frames, tokens = frames_to_batch(x), model.pixels_to_tokens(x)
+    pixels = model.tokens_to_pixels(tokens, 3, 4, 5)
     assert frames.data_ptr() == tokens.data_ptr() == pixels.data_ptr() == x.data_ptr()
     assert frames.is_contiguous(memory_format=torch.channels_last) and tokens.is_contiguous()
     assert torch.equal(frames[4], x[1, :, 1]) and torch.equal(pixels, x)
@@ -260,7 +267,7 @@ def test_attention(dtype, tolerance, length):
     """The formula among a few frames, torch's kernel among many pixels."""
     q, k, v = (randn(i, 2, 3, length, 16) for i in range(3))
     expected = torch.einsum("nhij,nhjd->nhid", torch.einsum("nhid,nhjd->nhij", q, k).div(4).softmax(-1), v)
-    assert close(attention(q.to(dtype), k.to(dtype), v.to(dtype)).float(), expected, tolerance)
+    assert close(model.attention(q.to(dtype), k.to(dtype), v.to(dtype)).float(), expected, tolerance)
 
 
 def test_a_pass_copies_nothing_to_its_device(monkeypatch):
@@ -277,12 +284,13 @@ def test_a_pass_copies_nothing_to_its_device(monkeypatch):
 
 
 def test_embeddings():
-    e = guidance_embedding(torch.tensor([7.5]))
+    e = model.guidance_embedding(torch.tensor([7.5]))
     assert close(e[0, [0, 1, 128, 255]], torch.tensor([-.8512359, .8421312, -.5247833, .7316889]))
-    assert torch.equal(guidance_embedding(torch.zeros(1))[0], torch.cat([torch.zeros(128), torch.ones(128)]))
+    zero, one = torch.zeros(128), torch.ones(128)
+    assert torch.equal(model.guidance_embedding(zero[:1])[0], torch.cat([zero, one]))
     t, i = torch.tensor([7.0]), torch.arange(160)
     expected = torch.cat([torch.cos(t * 10000 ** (-i / 160)), torch.sin(t * 10000 ** (-i / 160))])
-    assert torch.allclose(timestep_embedding(t, 320)[0], expected, atol=1e-5)
+    assert torch.allclose(model.timestep_embedding(t, 320)[0], expected, atol=1e-5)
 
 
 def test_start_of_training():
@@ -302,10 +310,10 @@ def test_start_of_training():
 
 def test_layout_of_the_published_unets():
     """As a rule makes it of four levels; a skip is as wide as what leaves the block beside it."""
-    assert read_layout(model.LAYOUT) == read_layout(sizes(320, (1, 2, 4, 4))["layout"])
+    assert model.read_layout(model.LAYOUT) == model.read_layout(sizes(320, (1, 2, 4, 4))["layout"])
     rows = [row.split("|") for row in model.LAYOUT.splitlines() if "|" in row]
     skips = [int(re.search(r"\+(\d+)", up)[1]) for _, up in rows]
-    assert skips == [block[-1][2] for block in read_layout(model.LAYOUT)[0]] and len(skips) == 12
+    assert skips == [block[-1][2] for block in model.read_layout(model.LAYOUT)[0]] and len(skips) == 12
 
 
 def test_layers_compile_without_a_graph_break():
@@ -326,7 +334,7 @@ def test_layers_compile_without_a_graph_break():
         return [teacher, student.detach(), *unet.with_maps(*INPUTS, fps=8)[1], *gradients]
 
     expected = step()
-    compile_layers(unet, fullgraph=True, backend="eager")                   # traces only, which can fail
+    model.compile_layers(unet, fullgraph=True, backend="eager")      # traces only, which can fail
     assert all(map(torch.equal, step(), expected))
 
 
@@ -341,7 +349,7 @@ def test_a_full_size_step_compiles_without_a_graph_break():
     unet.__dict__["last"] = unet.out                        # autocast knows no meta device
     torch._dynamo.reset()
     counters.clear()
-    compile_layers(unet, fullgraph=True, backend="eager")
+    model.compile_layers(unet, fullgraph=True, backend="eager")
     z, c = torch.randn(1, 4, 16, 40, 64, device="meta"), torch.randn(1, 77, 1024, device="meta")
     t, w = (torch.full((1,), value, device="meta") for value in (999, 7.5))
     unet(z, t, c, w=w, fps=16).sum().backward()
