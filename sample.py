@@ -46,7 +46,7 @@ class Config:
     prompt: str = ""                    # what the clip shows
     prompts: File | None = None         # list: .txt, .csv, .tsv, .json, .jsonl; clips that exist are skipped
     num: Number | None = None           # clips of each prompt [1; of VBench's lists as VBench has it]
-    seed: Seed = 0                      # of the first clip of each prompt; clip i has seed + i
+    seed: Seed = 0                      # of each prompt's first clip; clip i has seed + i (--best-of: + i N)
     as_typed: bool = False              # shapes: the prompt as it is; else what it leaves unsaid is drawn
 
     # ---- which model

@@ -12,6 +12,7 @@ from plumbing.errors import UserError, reading
 
 COLUMNS = ("prompt_en", "prompt", "caption", "text")        # of tables and objects; the first that is there
 SUFFIXES = (".mp4", ".gif", ".png", ".safetensors")        # of clips
+FORBIDDEN = r"[/\r\n\t]" if os.name != "nt" else r'[<>:"/\\|?*\x00-\x1f]'      # in files' names
 NAME_BYTES = 240                        # of a name; file systems take 255, and -24.mp4 comes behind it
 
 
@@ -81,7 +82,7 @@ def read_row(row, place: str) -> Prompt:
 
 def file_name(text: str) -> str:
     """The text as a file's name; one that is too long is cut, and its hash keeps it apart from others."""
-    name = re.sub(r"[/\r\n\t]", " ", text)
+    name = re.sub(FORBIDDEN, " ", text)
     if len(os.fsencode(name)) <= NAME_BYTES:
         return name
     start = os.fsencode(name)[:NAME_BYTES - 9].decode(errors="ignore")
