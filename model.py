@@ -678,4 +678,6 @@ def to_clip(vae: nn.Module, z: torch.Tensor, chunk: int | None = None) -> torch.
     chunk: frames decoded at a time; None = all.
     """
     x = vae.decode(z, chunk).float()
+    if not x.isfinite().all():
+        raise UserError("the networks gave NaN or infinity, which would be a black clip; try --dtype float32")
     return ((x.clamp(-1, 1) + 1) / 2 * 255).byte()

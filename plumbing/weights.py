@@ -247,7 +247,9 @@ class NoInit(TorchFunctionMode):
     """Draws no normal values: on the meta device they would import torch's compiler, which takes a second."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return args[0] if function is torch.Tensor.normal_ else function(*args, **(kwargs or {}))
+        if function is torch.Tensor.normal_:
+            return args[0]
+        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
 
 
 @contextmanager
