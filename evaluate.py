@@ -22,7 +22,6 @@ from plumbing.errors import UserError
 from plumbing.files import check_outputs, check_writable
 
 if TYPE_CHECKING:                       # imported where they are needed: --help and mistakes answer at once
-    import torch
     from torch import Tensor
 
     from rewards import Reward
@@ -96,7 +95,7 @@ def score(config: ScoreConfig) -> dict:
     from plumbing.run import pick_device
     device, result = pick_device(config.device), dict(clips=rows, means={}, diversity={})
     for name, path in read_rewards(config.reward, config.diversity):    # one reward in memory at a time
-        reward = load_reward(name, path, device)
+        reward = shapes.reward(name, path, device)
         features = score_clips(reward, rows, config.diversity and reward.kind == "video")
         result["means"][name] = mean_reward(prompts, [row[name] for row in rows])
         if features is not None:
@@ -129,16 +128,6 @@ def read_rewards(specs: tuple[str, ...], diversity: bool) -> list[tuple[str, str
     if diversity and not any(rewards.RECIPES[name].kind == "video" for name in names):
         raise UserError("--diversity compares features of a video reward, e.g. --reward viclip=FILE")
     return parsed
-
-
-def load_reward(name: str, path: str | None, device: torch.device) -> Reward:
-    """A reward; the toy's from its embedded files, unless others are named."""
-    import rewards
-    if not name.startswith("shapes"):
-        return rewards.load(name, path, device)
-    from shapes import world
-    path = path or shapes.WEIGHTS / f"{name.removeprefix('shapes-')}.safetensors"
-    return rewards.load(name, path, device, tokenizer=world.tokenize)
 
 
 def frames_of(reward: Reward, path: str) -> Tensor:

@@ -8,13 +8,11 @@ from importlib import import_module
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
-STUDENTS = ("vcm", "vcm-1", "vcm-2", "vcm-longer", "vcm-longer-1", "vcm-longer-2",
-            "vcm-img", "vcm-vid", "vcm-both",
-            "turbo", "turbo-1", "turbo-2",
+STUDENTS = ("vcm", "vcm-1", "vcm-2", "vcm-longer", "vcm-longer-1", "vcm-longer-2", "vcm-img", "vcm-vid",
+            "vcm-both", "turbo", "turbo-1", "turbo-2",
             "v2", "v2-no-mg", "v2-vcm", "v2-img", "v2-vid", "v2-all", "v2-disjoint")
-NEEDS_TORCH = {"Clips": "world", "accuracy": "world", "FAMILY": "models", "SAMPLING": "models",
-               "load": "models", "load_text": "models", "load_vae": "models", "read": "models",
-               "rewards": "models"}
+NEEDS_TORCH = {"Clips": "world", "accuracy": "world"} | dict.fromkeys(
+    ("FAMILY", "SAMPLING", "load", "load_text", "load_vae", "read", "reward", "rewards"), "models")
 
 
 def __getattr__(name: str):

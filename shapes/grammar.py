@@ -88,7 +88,7 @@ HINT = """
 # What people type -> words of this world; nothing at all for words that change nothing.
 ALSO = {
     "a": "an, the, some, this, something",
-    "": "one, thing, object, shape, is, are, that, which, it, its, both",
+    "": "one, thing, object, shape, is, are, that, which, it, its, s, both",
     "and": "while, with, plus, beside, next to",
     "on": "against, over, in front of",
     "gray": "grey", "background": "backgrounds, backdrop",
@@ -159,8 +159,7 @@ def clauses(words: list[str]) -> tuple[list[list[str]], list[str]]:
     "and" and "a" begin a thing, "on" begins the background. What names neither a colour nor a shape, without
     "a", goes with the thing before it ("a red circle on white, moving left").
     """
-    # Cut at "and", "on" and "a"; each part with the words that led to it
-    parts, leading = [], []
+    parts, leading = [], []                                 # (the words that led to a part, the part)
     for word in words:
         if word in ("and", "on", "a"):
             leading.append(word)
@@ -258,7 +257,7 @@ def read_caption(caption: str, rng: random.Random | None = None) -> tuple[Scene,
 
 
 def understand(caption: str) -> Scene:
-    """The scene that a caption asks for; None: left unsaid. Raises UserError for anything else."""
+    """The scene that a caption asks for. Raises UserError for anything else."""
     return read_caption(caption)[0]
 
 

@@ -153,11 +153,7 @@ class UNet(model.UNet3D):
 
 class CaptionEncoder(nn.Module):
     """Captions -> c (B, 51, 128): the states of 24 tokens in CLIP's text tower, the same in ViCLIP's, and one
-    state for each thing and one for the background.
-
-    Which colour, shape and motion belong together is what small text towers blur: of the embedding of a whole
-    caption the toy's network could not learn whose motion is whose. So each thing gets a state of its own.
-    """
+    state for each thing and one for the background: small text towers blur whose motion is whose."""
 
     def __init__(self, clip: reward_models.CLIP, viclip: reward_models.ViCLIP):
         super().__init__()
@@ -254,10 +250,16 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     return model.Models("shapes", unet, vae, text, FAMILY, header)
 
 
+def reward(name: str, path: str | Path | None, device: torch.device | str) -> reward_models.Reward:
+    """A reward by its name; the toy's own from the embedded files, unless another is given."""
+    if not name.startswith("shapes-"):
+        return reward_models.load(name, path, device)
+    path = path or WEIGHTS / f"{name.removeprefix('shapes-')}.safetensors"
+    return reward_models.load(name, path, device, tokenizer=world.tokenize)
+
+
 def rewards(device: torch.device | str = "cpu", folder: str | Path | None = None
             ) -> dict[str, reward_models.Reward]:
     """R_img, the toy's CLIP, and R_vid, its ViCLIP."""
-    files = {kind: Path(folder or WEIGHTS) / f"{name}.safetensors"
-             for kind, name in (("image", "clip"), ("video", "viclip"))}
-    return {kind: reward_models.load(f"shapes-{path.stem}", path, device, tokenizer=world.tokenize)
-            for kind, path in files.items()}
+    return {kind: reward(f"shapes-{name}", Path(folder or WEIGHTS) / f"{name}.safetensors", device)
+            for kind, name in (("image", "clip"), ("video", "viclip"))}

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,11 +77,7 @@ def mixed_precision(device: torch.device) -> torch.autocast:
 
 # ---- the training loop of all stages -----------------------------------------------------------------------
 
-
-LossOf = Callable[[random.Random, float], tuple[Tensor, dict]]
-
-
-def fit(name: str, network: nn.Module, loss_of: LossOf, steps: int, out: str | Path, lr: float = 1e-3,
+def fit(name: str, network: nn.Module, loss_of: Callable, steps: int, out: Path, lr: float = 1e-3,
         ema: float = 0.995, group: Group | None = None, warmup: float = 0.05,
         cosines: tuple[tuple[float, float], ...] = ((0, 1),)) -> None:
     """AdamW, exact resumption. Leaves an average of the weights in the network.
@@ -90,12 +86,15 @@ def fit(name: str, network: nn.Module, loss_of: LossOf, steps: int, out: str | P
     alone; progress is 0..1. Each process of a group takes its share of the batch. The learning rate grows
     during the share `warmup` of the steps, and falls by `cosines`, see learning_rate.
     """
-    out, rank0 = Path(out), group is None or group.rank == 0
+    rank0 = group is None or group.rank == 0
     params = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     average = EMA(params, ema)
     start = resume(out / f"{name}.ckpt", network, optimizer, average)
-    log, began = open_log(out / f"{name}.jsonl", start) if rank0 else None, time.time()
+    log, began = out / f"{name}.jsonl", time.time()
+    if rank0:                                               # lines of steps that are made again go
+        with atomic(log) as temporary:
+            temporary.write_text("".join(line for step, line in whole_lines(log) if step <= start))
 
     for step in (bar := tqdm(range(start, steps), name, initial=start, total=steps, disable=not rank0)):
         for param_group in optimizer.param_groups:
@@ -120,7 +119,8 @@ def fit(name: str, network: nn.Module, loss_of: LossOf, steps: int, out: str | P
             figures = {"loss": loss.item(), **{key: float(value) for key, value in figures.items()}}
             bar.set_postfix({key: f"{value:.4f}" for key, value in figures.items()}, refresh=False)
             line = dict(step=step + 1, **figures, seconds=round(time.time() - began, 1))
-            print(json.dumps(line), file=log, flush=True)
+            with open(log, "a") as file:
+                file.write(json.dumps(line) + "\n")
         if rank0 and ((step + 1) % SAVE_EVERY == 0 or step + 1 == steps):
             state = dict(network=network.state_dict(), optimizer=optimizer.state_dict(), ema=average.average)
             with atomic(out / f"{name}.ckpt") as temporary, open(temporary, "wb") as file:
@@ -151,13 +151,6 @@ def average_gradients(params: list[nn.Parameter], group: Group) -> None:
     mean = group.sum(torch.cat([p.grad.flatten() for p in params])) / group.world_size
     for p, grad in zip(params, mean.split([p.numel() for p in params])):
         p.grad.copy_(grad.view_as(p))
-
-
-def open_log(path: Path, start: int):
-    """NAME.jsonl, to append figures of every 20th step. Lines of steps that are made again go."""
-    with atomic(path) as temporary:
-        temporary.write_text("".join(line for step, line in whole_lines(path) if step <= start))
-    return open(path, "a")
 
 
 # ---- batches -----------------------------------------------------------------------------------------------
@@ -340,18 +333,10 @@ def viclip(out: Path, group: Group) -> None:
 # ---- the teacher -------------------------------------------------------------------------------------------
 
 
-class Phase(NamedTuple):
-    """A part of the teacher's training."""
-    until: float                        # share of all steps at which it ends
-    batch: int
-    frames: int
-    lesson: tuple[int, int]             # timesteps at which the lesson is decided
-    uniform: int                        # one timestep in this many is any, the others are of the lesson
-
-
-PHASES = (Phase(2 / 15, 96, 1, (200, 800), 2),              # colours and shapes
-          Phase(0.21, 16, 8, (700, 1000), 2),               # coherent clips
-          Phase(1, 16, 8, (600, 1000), 4))                  # what moves how
+# Until which share of the steps; batch, frames; timesteps of the lesson, and one in how many is any other.
+PHASES = ((2 / 15, 96, 1, (200, 800), 2),           # colours and shapes
+          (0.21, 16, 8, (700, 1000), 2),            # coherent clips
+          (1, 16, 8, (600, 1000), 4))               # what moves how
 COSINES = ((0, 0.6), (0.21, 0.39), (0.6, 0.4))      # of the learning rate: it starts over twice
 
 
@@ -372,8 +357,7 @@ def teacher(out: Path, group: Group) -> None:
             layer.weight.data[:, :, ::2] = 0            # what a frame takes from its neighbours
 
     def loss_of(rng, progress):
-        phase = next(phase for phase in PHASES if progress < phase.until)
-        B, T = phase.batch, phase.frames
+        B, T, lesson, uniform = next(phase[1:] for phase in PHASES if progress < phase[0])
         clips, captions, _ = draw(rng, B, max(T, 2))
         if T == 1:
             clips = some_frame(clips, rng)[:, :, None]
@@ -381,7 +365,7 @@ def teacher(out: Path, group: Group) -> None:
         # Drawn for the whole batch, so that any number of processes trains on the same
         own = slice(B * group.rank // group.world_size, B * (group.rank + 1) // group.world_size)
         c = text([caption if rng.random() > 0.1 else "" for caption in captions][own])
-        ranges = [phase.lesson if i % phase.uniform else (0, 1000) for i in range(B)]
+        ranges = [lesson if i % uniform else (0, 1000) for i in range(B)]
         t = torch.tensor([rng.randrange(*each) for each in ranges], device=group.device)[own]
         size = (pixels.config.latent, T, world.SIZE // 8, world.SIZE // 8)
         noise, eps = torch.randn(2, B, *size)[:, own].to(group.device)
@@ -391,7 +375,7 @@ def teacher(out: Path, group: Group) -> None:
         with mixed_precision(group.device):
             eps_hat = network(schedule.add_noise(z0, eps, t), t, c)
             error = (eps_hat - eps).pow(2).flatten(1).mean(1) / schedule.alpha[t] ** 2
-        return error.mean(), dict(uniform=error.detach()[::phase.uniform].mean())
+        return error.mean(), dict(uniform=error.detach()[::uniform].mean())
 
     fit("teacher", network, loss_of, STEPS["teacher"], out, ema=0.997, group=group,
         warmup=0.03, cosines=COSINES)
@@ -413,10 +397,9 @@ def main(argv=None):
     for name in needs:
         if not (out / f"{name}.safetensors").exists():
             raise UserError(f"--stage {config.stage} needs {out}/{name}.safetensors; make that first")
-    if cli.place()[1] > 1 and config.stage != "teacher":
-        raise UserError(f"--stage {config.stage} is for one process; torchrun is for --stage teacher")
-
     group = Group()                                         # first: it chooses this process's GPU
+    if group.world_size > 1 and config.stage != "teacher":
+        raise UserError(f"--stage {config.stage} is for one process; torchrun is for --stage teacher")
     with locked(out) if group.rank == 0 else nullcontext():
         if group.rank == 0:
             remove_leftovers(out)

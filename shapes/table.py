@@ -99,9 +99,8 @@ def chosen(text: str, folder: Path) -> list[Row]:
     texts = [part.strip().lower() for part in text.split(",")]
     for part in texts:
         if not any(part in row.name.lower() for row in rows):
-            names = ", ".join(dict.fromkeys(row.title for row in rows))
-            raise UserError(f"--rows {part!r}: no row's name contains this; there are {names}, "
-                            "each with its steps behind it, e.g. \"VCM 4\"")
+            raise UserError(f"--rows {part!r}: no row's name contains this; e.g. \"VCM 4\", of "
+                            + ", ".join(dict.fromkeys(row.title for row in rows)))
     return [row for row in rows if any(part in row.name.lower() for part in texts)]
 
 

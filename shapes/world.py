@@ -1,8 +1,7 @@
 """The shapes world: clips drawn by a program, and an oracle that reads them. The toy's WebVid and its VBench.
 
-What a scene is and how captions say it: grammar.py. Where a thing is, how large it is and how fast it moves
-is free: a caption says what happens, never where. Clips are uint8 (3, T, 64, 64).
-The oracle measures pixels (hue, area, centroid, overlap with ideal shapes); no model ever sees it.
+Captions (grammar.py) say what happens, never where: place, size and speed are free. Clips are uint8
+(3, T, 64, 64). The oracle measures pixels (hue, area, centroid, overlap with ideal shapes); no model sees it.
 """
 import math
 import random
@@ -103,13 +102,11 @@ def colour_masks(clip: Tensor) -> tuple[Tensor, float | None]:
     high, low = rgb.amax(0), rgb.amin(0)
     chroma = high - low
 
-    # Hue in sixths of a turn
-    r, g, b = rgb
+    r, g, b = rgb                                           # hue in sixths of a turn
     span = chroma + 1e-6
     green_or_blue = torch.where(high == g, (b - r) / span + 2, (r - g) / span + 4)
     hue = torch.where(high == r, (g - b) / span % 6, green_or_blue)
 
-    # Pixels of each colour
     centres = torch.tensor([HUE[colour] for colour in COLOURS], device=clip.device)[:, None, None, None]
     distance = ((hue - centres + 3) % 6 - 3).abs()
     masks = (chroma > 85) & (distance == distance.amin(0)) & (distance < 0.6)
@@ -180,12 +177,10 @@ def things_in(clip: Tensor) -> tuple[dict[str, Tensor], float | None]:
 def read(clip: Tensor) -> tuple[Scene, float]:
     """What a clip uint8 (3, T, H, W) shows, and its quality: mean IoU of things with their ideal shapes."""
     masks, level = things_in(clip.cpu())
-    things, overlaps = [], []
-    for colour, mask in masks.items():
-        shape, overlap = read_shape(mask)
-        things.append(Thing(colour, shape, read_motion(mask)))
-        overlaps.append(overlap)
-    return Scene(tuple(things), read_background(level)), sum(overlaps) / max(len(overlaps), 1)
+    shapes = {colour: read_shape(mask) for colour, mask in masks.items()}
+    things = tuple(Thing(colour, shapes[colour][0], read_motion(mask)) for colour, mask in masks.items())
+    quality = sum(overlap for _, overlap in shapes.values()) / max(len(shapes), 1)
+    return Scene(things, read_background(level)), quality
 
 
 class Measured(NamedTuple):
@@ -260,8 +255,7 @@ class Clips:
 
 
 def accuracy(generate, count: int = 32) -> float:
-    """Share of clips that are all right, for the same captions and seeds each time; half of them held-out
-    combinations.
+    """Share of clips that are all right, for the same captions and seeds each time, half of them held-out.
 
     generate(captions, seeds) -> clips uint8 (B, 3, T, H, W) on any device.
     """

@@ -510,7 +510,7 @@ def test_variety_of_the_world_and_of_one_clip():
 
 MISTAKES = [                            # what is typed behind evaluate.py -> what the message says
     ("shape", "no command 'shape'; there are shapes, score, vbench"),
-    ("shapes --rows nobody", "--rows 'nobody': no row's name contains this; there are DDIM, DDIM without"),
+    ("shapes --rows nobody", "--rows 'nobody': no row's name contains this; e.g. \"VCM 4\", of DDIM, "),
     ("shapes --folder {empty}", "--folder {empty}: no teacher.safetensors of the toy in it"),
     ("shapes --out table.csv", "--out table.csv: the table is stored as .json"),
     ("shapes --out {color1}", "--out {color1} exists, and no such command wrote it"),
