@@ -534,8 +534,6 @@ RELEASED = {                                # by method: how released files, wit
     "turbo": {"method": "turbo", "grid": 50, "w_min": 5.0, "w_max": 15.0},
     "turbo-v2": {"method": "turbo-v2", "grid": 200, "w_min": 5.0, "w_max": 15.0},
 }
-
-
 fetch = weights.fetch                       # path of a public file or folder
 
 

@@ -46,9 +46,7 @@ MODELSCOPE = "text2video_pytorch_model.pth", "VQGAN_autoencoder.pth", "open_clip
 class Inert:
     """Stands in for whatever a training framework pickled beside its tensors. Does nothing."""
 
-    def __init__(self, *args, **kwargs):
-        pass
-
+    def __init__(self, *args, **kwargs): ...
     __setstate__ = __init__
 
 
@@ -173,6 +171,8 @@ def read_student(path: str | Path, model: str | None) -> tuple[State | list, dic
     content = unwrap(read_tensors(path))
     if not isinstance(content, list):
         content = named_tensors(content, path) | read_named(*shards)
+        if all(key.isdigit() for key in content):           # a list that was converted to .safetensors
+            content = [content[key] for key in sorted(content, key=int)]
 
     header = read_header(path) if is_safetensors(path) else {}
     for key, kind in HEADER.items():
@@ -374,18 +374,16 @@ def lora_from_dict(tensors: State, layers: Shapes, source) -> Pairs:
 
 
 def peft_scale(path: Path, tensors: State) -> float:
-    """alpha / r: of peft in adapter_config.json beside the file, of diffusers in the file; else 1."""
-    if any(key.startswith("base_model.") for key in tensors):
-        path = path.with_name("adapter_config.json")
-    with reading(path, "a file that says peft's alpha"):
-        if path.suffix == ".json":
+    """alpha / r: of peft in adapter_config.json beside the file, of diffusers in its metadata; else 1."""
+    peft = any(key.startswith("base_model.") for key in tensors)
+    path = path.with_name("adapter_config.json") if peft else path
+    with reading(path, "a LoRA that says alpha"):
+        if peft:
             config = json.loads(path.read_text())
-        elif is_safetensors(path):
-            with safetensors.safe_open(path, "np") as file:
-                config = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
         else:
-            return 1.0
-        config = {key.rpartition(".")[2]: value for key, value in config.items()}
+            metadata = safetensors.safe_open(path, "np").metadata() if is_safetensors(path) else {}
+            config = json.loads((metadata or {}).get("lora_adapter_metadata", "{}"))
+        config = {key.rpartition(".")[2]: value for key, value in config.items()}           # "unet.r" -> "r"
         if any(config.get(name) for name in ("alpha_pattern", "rank_pattern", "use_dora", "use_rslora")):
             raise UserError(f"{path}: a kind of LoRA that is not read; merge it into weights with peft first")
         return config.get("lora_alpha", 1) / config.get("r", 1)

@@ -72,6 +72,15 @@ def test_folders_in_shards_and_in_the_hubs_cache(tmp_path, modelscope):
         model.load("ms", main)
 
 
+def test_a_list_of_lora_with_numbers_for_names(tmp_path):
+    write_teacher(tmp_path)
+    shapes = model.lora_shapes(replace(FPS, guidance=True))
+    tensors = lora_list([shapes[name] for name in weights.lora_order(shapes)])
+    torch.save(tensors, tmp_path / "x.pt")
+    safetensors.torch.save_file({str(i): x for i, x in enumerate(tensors)}, tmp_path / "x.safetensors")
+    assert same(*(model.load("vc2", tmp_path, tmp_path / f"x.{kind}") for kind in ("pt", "safetensors")))
+
+
 def by_hand(unet, lora, scale):
     """A diffusers UNet's weights with LoRA {layer: (up, down)} added."""
     state = {key: x.clone() for key, x in unet.state_dict().items()}
