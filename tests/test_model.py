@@ -17,17 +17,7 @@ from oracles import diffusers, sizes, transformers
 
 import model
 import solver
-from model import (
-    MODELSCOPE,
-    VAE,
-    VC2,
-    TextConfig,
-    TextEncoder,
-    UNet3D,
-    UNetConfig,
-    VAEConfig,
-    frames_to_batch,
-)
+from model import MODELSCOPE, VAE, VC2, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
 from plumbing import fast_cpu, weights
 from plumbing.clip import OPENCLIP_BLOCKS
 from plumbing.fast_cpu import speed_up
@@ -54,7 +44,8 @@ def close(a, b, tolerance=1e-5):
 def original_shapes(config):
     """{VideoCrafter2's name: shape}; test_names_and_shapes_of_the_public_files knows them independently."""
     with torch.device("meta"):
-        return {key: tuple(x.shape) for key, x in weights.to_public_names(UNet3D(config).state_dict()).items()}
+        state = weights.to_public_names(UNet3D(config).state_dict())
+    return {key: tuple(x.shape) for key, x in state.items()}
 
 
 def deterministic(shapes):
@@ -201,7 +192,7 @@ def test_a_clip_does_not_depend_on_its_batch(unet_pair):
 
 def test_folds_copy_nothing():
     x = torch.randn(2, 32, 3, 4, 5).to(memory_format=torch.channels_last_3d)
-    frames, tokens = frames_to_batch(x), model.pixels_to_tokens(x)
+    frames, tokens = model.frames_to_batch(x), model.pixels_to_tokens(x)
     pixels = model.tokens_to_pixels(tokens, 3, 4, 5)
     assert frames.data_ptr() == tokens.data_ptr() == pixels.data_ptr() == x.data_ptr()
     assert frames.is_contiguous(memory_format=torch.channels_last) and tokens.is_contiguous()
@@ -210,8 +201,7 @@ def test_folds_copy_nothing():
 
 def test_fast_layers_equal_the_textbook(unet_pair, monkeypatch):
     """With a graph and without one: feed-forward layers take parts, SiLU works in place."""
-    ours = unet_pair[1]
-    fast = copy.deepcopy(ours)
+    ours, fast = unet_pair[1], copy.deepcopy(unet_pair[1])
     speed_up(model.CPU_LAYERS, fast)
     assert list(fast.state_dict()) == list(ours.state_dict()) and isinstance(fast.out[1], fast_cpu.InPlace)
     monkeypatch.setattr(fast_cpu, "TOKENS", 48)
@@ -391,13 +381,13 @@ def test_vae_encodes_as_diffusers(vae_pair):
     theirs, ours = vae_pair
     x = randn(1, 2, 3, 3, 64, 32)
     with torch.no_grad():
-        posterior = theirs.encode(frames_to_batch(x)).latent_dist
+        posterior = theirs.encode(model.frames_to_batch(x)).latent_dist
         mean, logvar = ours.posterior(x)
         noise = randn(2, *mean.shape)
-        assert close(frames_to_batch(mean), posterior.mean)
-        assert close(frames_to_batch(logvar), posterior.logvar)
-        sample = posterior.mean + posterior.std * frames_to_batch(noise)
-        assert close(frames_to_batch(ours.encode(x, noise)), 0.18215 * sample)
+        assert close(model.frames_to_batch(mean), posterior.mean)
+        assert close(model.frames_to_batch(logvar), posterior.logvar)
+        sample = posterior.mean + posterior.std * model.frames_to_batch(noise)
+        assert close(model.frames_to_batch(ours.encode(x, noise)), 0.18215 * sample)
         assert torch.equal(ours.encode(x), 0.18215 * mean)
 
 
@@ -406,8 +396,8 @@ def test_vae_decodes_as_diffusers(vae_pair, chunk, checkpointing):
     theirs, ours = vae_pair
     z = randn(1, 2, 4, 3, 8, 4).requires_grad_()
     ours.checkpointing = checkpointing
-    x, expected = ours.decode(z, chunk), theirs.decode(frames_to_batch(z) / 0.18215).sample
-    assert close(frames_to_batch(x), expected)
+    x, expected = ours.decode(z, chunk), theirs.decode(model.frames_to_batch(z) / 0.18215).sample
+    assert close(model.frames_to_batch(x), expected)
     g, dg = (torch.autograd.grad(y.square().sum(), z)[0] for y in (x, expected))
     assert close(g, dg)
 
@@ -425,12 +415,12 @@ def test_fast_vae(vae_pair, monkeypatch, dtype, tolerance):
     monkeypatch.setattr(fast_cpu, "norm_silu_conv",
                         lambda *a, **k: shapes.append(a[2].shape) or by_rows(*a, **k))
     with torch.no_grad():
-        decoded, expected = ours.decode(z).float(), theirs.decode(frames_to_batch(z) / 0.18215).sample
-        assert close(frames_to_batch(decoded), expected, tolerance) and decoded.isfinite().all()
-        assert close(frames_to_batch(ours.posterior(x)[0].float()),
-                     theirs.encode(frames_to_batch(x)).latent_dist.mean, tolerance)
+        decoded, expected = ours.decode(z).float(), theirs.decode(model.frames_to_batch(z) / 0.18215).sample
+        assert close(model.frames_to_batch(decoded), expected, tolerance) and decoded.isfinite().all()
+        assert close(model.frames_to_batch(ours.posterior(x)[0].float()),
+                     theirs.encode(model.frames_to_batch(x)).latent_dist.mean, tolerance)
     assert shapes == [(6, 32, 64, 32)] * 2 * (3 + 2)        # blocks of the decoder, and of the encoder
-    assert close(frames_to_batch(ours.decode(z).float()), expected, tolerance)
+    assert close(model.frames_to_batch(ours.decode(z).float()), expected, tolerance)
 
 
 @pytest.mark.parametrize("layout", ["taesd", "diffusers"])
@@ -446,7 +436,8 @@ def test_tiny_decoder_equals_diffusers(tmp_path, layout):
     assert sum(p.numel() for p in ours.parameters()) == 1_222_531
     z = 3 * randn(1, 2, 4, 3, 8, 4)
     with torch.no_grad():
-        assert close(frames_to_batch(ours.decode(z, chunk=4)), theirs.decode(frames_to_batch(z)).sample)
+        expected = theirs.decode(model.frames_to_batch(z)).sample
+        assert close(model.frames_to_batch(ours.decode(z, chunk=4)), expected)
 
 
 def test_text_equals_transformers(capsys):
