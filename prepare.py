@@ -39,9 +39,12 @@ class Config(train.Config):
     reward_data: tuple[str, ...] = ()   # further clips; then only these carry rewards (v2: WebVid)
     columns: str = ""                   # a manifest's columns: path=NAME,caption=NAME,reward_caption=NAME
     video_root: Folder = ""             # folder that a manifest's paths start from [the manifest's own]
+    frames: Count = 16                  # frames of a clip
+    height: Count = 320                 # height of the clips in pixels
+    width: Count = 512                  # width of the clips in pixels
     out: Folder = "runs/cache"          # folder of the cache
-    clips: Count | None = None          # how many clips of all data together [all; toy: 400]
-    draws: Count = 1                    # timesteps and noises per clip, which share its inversion [toy: 4]
+    clips: Count | None = None          # how many clips of all data together [all]
+    draws: Count = 1                    # timesteps and noises per clip, which share its inversion
     dry_run: bool = False               # prints what a clip would take, simulated; reads no file
 
 # ---- one clip ----------------------------------------------------------------------------------------------
