@@ -62,7 +62,7 @@ class Row:
 TITLES = {"vcm": "VCM", "turbo": "T2V-Turbo", "v2": "T2V-Turbo-v2"}     # seeds and ablations: by their files
 ROWS = [Row("DDIM", steps, method="ddim") for steps in (50, 8, 4, 2)]
 ROWS += [Row("DDIM without ω", 4, method="ddim", guidance=0.0)]
-ROWS += [Row("teacher, jumps", steps, method="jumps") for steps in (1, 2, 4, 8)]
+ROWS += [Row("teacher jumps", steps, method="jumps") for steps in (1, 2, 4, 8)]
 ROWS += [Row(TITLES.get(name, name), steps, name) for name in shapes.STUDENTS for steps in (1, 2, 4, 8)]
 
 DIFFERENCES = [                         # compared clip by clip
@@ -99,8 +99,9 @@ def chosen(text: str, folder: Path) -> list[Row]:
     texts = [part.strip().lower() for part in text.split(",")]
     for part in texts:
         if not any(part in row.name.lower() for row in rows):
-            raise UserError(f"--rows {part!r}: no row's name contains this; e.g. \"VCM 4\", of "
-                            + ", ".join(dict.fromkeys(row.title for row in rows)))
+            titles = ", ".join(dict.fromkeys(row.title for row in rows))
+            raise UserError(f"--rows {part!r}: no row has this in its name; there are {titles}, each with "
+                            "its steps behind it: \"VCM 4\"")
     return [row for row in rows if any(part in row.name.lower() for part in texts)]
 
 

@@ -493,7 +493,7 @@ def test_rows_at_the_toys_own_timesteps():
         own = SAMPLING["turbo"].timesteps if row.steps == 4 and row.method != "ddim" else ()
         assert row.sampling(models).timesteps == own and row.sampling(models).steps == row.steps
     passes = {row.name: row.passes for row in table.ROWS}
-    assert (passes["DDIM 50"], passes["DDIM without ω 4"], passes["teacher, jumps 4"]) == (100, 4, 8)
+    assert (passes["DDIM 50"], passes["DDIM without ω 4"], passes["teacher jumps 4"]) == (100, 4, 8)
 
 
 def test_variety_of_the_world_and_of_one_clip():
@@ -510,7 +510,7 @@ def test_variety_of_the_world_and_of_one_clip():
 
 MISTAKES = [                            # what is typed behind evaluate.py -> what the message says
     ("shape", "no command 'shape'; there are shapes, score, vbench"),
-    ("shapes --rows nobody", "--rows 'nobody': no row's name contains this; e.g. \"VCM 4\", of DDIM, "),
+    ("shapes --rows nobody", "--rows 'nobody': no row has this in its name; there are DDIM, "),
     ("shapes --folder {empty}", "--folder {empty}: no teacher.safetensors of the toy in it"),
     ("shapes --out table.csv", "--out table.csv: the table is stored as .json"),
     ("shapes --out {color1}", "--out {color1} exists, and no such command wrote it"),
