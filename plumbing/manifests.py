@@ -56,7 +56,8 @@ def open_sources(spec: str | Sequence[str | Path], cache: str | None = None, col
 def open_source(path: str, cache: str | None, columns: str, root: str) -> "Files | Shards":
     if os.path.isdir(path):
         clips = open_folder(path)
-        shards = sorted(glob.glob(f"{glob.escape(path)}/**/*.tar", recursive=True))
+        tars = sorted(glob.glob(f"{glob.escape(path)}/**/*.tar", recursive=True))
+        shards = [tar for tar in tars if os.path.isfile(tar)]
         return Shards(shards, cache) if shards and not len(clips) else clips
     if os.path.isfile(path) and path.endswith(".tar"):
         return Shards([path], cache)
@@ -174,7 +175,8 @@ def rows_of(path: str, file: TextIO, named: dict[str, str]) -> Iterator[list]:
     if not head:
         raise UserError(f"{path}: no rows; expected path,caption in the first line, then a clip in each")
     if not places:
-        columns = ", ".join(map(repr, names)) + f", separated by {SEPARATORS.get(separator)}" * bool(separator)
+        separated = f", separated by {SEPARATORS[separator]}" if separator else ""
+        columns = ", ".join(map(repr, names)) + separated
         raise UserError(f"{path}: path and caption are not known among its columns ({columns}); name them: "
                         "--columns path=COLUMN,caption=COLUMN")
 
