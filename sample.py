@@ -143,7 +143,7 @@ def plan_clips(config: Config) -> list[Job]:
     prompts = read_prompts(config.prompts) if config.prompts else [one]
     out = Path(config.out or ("clips" if config.prompts else "out.mp4"))
     jobs = plan(prompts, out, config.num, config.seed, config.best_of or 1)
-    if jobs[-1].seed + (config.best_of or 1) > 2 ** 32:
+    if max(job.seed for job in jobs) + (config.best_of or 1) > 2 ** 32:
         raise UserError(f"--seed {config.seed}: the last clip's is beyond 2**32 - 1, torch's last")
     for prompt in prompts if config.model == "shapes" else ():
         grammar.understand(prompt.text)
@@ -350,13 +350,15 @@ def make_all(jobs: list[Job], models: Models, terms: list[RewardTerm], config: C
 
 def write(ranked: list[Take], fps: float, config: Config) -> None:
     """The best of a job's takes as a clip; with rewards also a line and a .json with the scores of all."""
+    from tqdm import tqdm
+
     from plumbing import video
     best = ranked[0]
     video.write_video(best.job.path, best.clip, fps)
     if not best.scores:
         return
     scores = ", ".join(f"{name} {score:.4f}" for name, score in best.scores.items())
-    print(f"{best.job.path}: {best.total:.4f} ({scores}), seed {best.seed}")
+    tqdm.write(f"{best.job.path}: {best.total:.4f} ({scores}), seed {best.seed}")
     with atomic(scores_path(best.job, config)) as temporary:
         takes = [dict(seed=take.seed, total=take.total, climb=take.climb) | take.scores for take in ranked]
         content = dict(prompt=best.job.prompt, caption=best.caption, scores=takes)
