@@ -119,11 +119,17 @@ def check(config: Config) -> None:
     if not toy and config.method == "vcm" and not config.turbo:
         raise UserError(f"there are no public VCM weights for {config.model}; give your own: --turbo FILE")
 
+    # files to read
+    sources = [(f"{cli.flag_of(name)} ", getattr(config, name)) for name in ("teacher", "motion_from", "vae")]
     if config.reward:
         import rewards
-        names = [rewards.parse_spec(spec)[0] for spec in config.reward]
-        if len({*names}) < len(names):
-            raise UserError(f"--reward {', '.join(names)}: give each once, with the sum of its weights")
+        specs = [rewards.parse_spec(spec) for spec in config.reward]
+        sources += [(f"--reward {name}=", path) for name, path, _ in specs]
+        if len({name for name, _, _ in specs}) < len(specs):
+            raise UserError(f"--reward {' '.join(config.reward)}: give each once, with the sum of its weights")
+    for option, path in sources:
+        if path and not Path(path).expanduser().exists():
+            raise UserError(f"{option}{path}: no such file or folder")
 
     # names of files to write
     out = Path(config.out or "out.mp4")

@@ -43,6 +43,8 @@ TYPED = {                               # command -> what is typed behind it -> 
         f"{RED} --reward hpsv2": "--reward belongs to --best-of or --refine",
         f"{RED} --best-of 2 --reward hpsv3": "no reward 'hpsv3'; did you mean hpsv2?",
         f"{RED} --model vc2 --best-of 2": "--best-of belongs to --reward NAME, e.g. --reward hpsv2",
+        f"{RED} --model vc2 --vae none.pth": "--vae none.pth: no such file or folder",
+        f"{RED} --best-of 2 --reward hpsv2=none.pt": "--reward hpsv2=none.pt: no such file or folder",
         f"{RED} --turbo none.safetensors": "none.safetensors: no such file",
         f"{RED} --turbo unet_lora.pt": "unet_lora.pt does not say whose student it is; add --model vc2, ms",
         f"{RED} --turbo vc2.safetensors --model shapes": "vc2.safetensors is a student of vc2, not of shapes",
