@@ -133,7 +133,7 @@ class Config(Recipe):
     resume: str = ""                # auto (the last checkpoint in OUT, if any) or a checkpoint's path
     save_every: Count = 500         # steps between checkpoints; the last two are kept
     sample_every: Size = 500        # steps between sample clips; 0: never
-    merge: bool = False             # at the end also OUT/merged.safetensors; vc2: t2v_turbo_vc2.pt; ms: unet/, for diffusers
+    merge: bool = False             # at the end also merged.safetensors; vc2: t2v_turbo_vc2.pt; ms: unet/ of diffusers
 
 
 MS = dict(height=256, width=256, fps=8, lora=32, image_weight=2.0, video_weight=3.0, reward=("hpsv2", "viclip"))
