@@ -126,7 +126,7 @@ def check(config: Config) -> None:
         specs = [rewards.parse_spec(spec) for spec in config.reward]
         sources += [(f"--reward {name}=", path) for name, path, _ in specs]
         if len({name for name, _, _ in specs}) < len(specs):
-            raise UserError(f"--reward {' '.join(config.reward)}: give each once, with the sum of its weights")
+            raise UserError(f"--reward {' '.join(config.reward)}: give each reward once")
     for option, path in sources:
         if path and not Path(path).expanduser().exists():
             raise UserError(f"{option}{path}: no such file or folder")
