@@ -111,6 +111,7 @@ def chosen(text: str, folder: Path) -> list[Row]:
 def sampler(row: Row, folder: Path, device: torch.device) -> Sampler:
     """The row as a function, with its network loaded."""
     models, bfloat16 = shapes.load(row.student, folder, device), usual_dtype(device) == "bfloat16"
+    models.unet.requires_grad_(False)                       # as sample.py does: the same bits
 
     @torch.no_grad()
     def sample(captions: list[str], seeds: list[int]) -> Tensor:
