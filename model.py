@@ -669,6 +669,14 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
     return Models(name, unet, vae, text, family, complete(header, family) if header else {})
 
 
+def untrained(name: str, **conditions) -> Models:
+    """The networks of "vc2" or "ms" with random weights, in torch's default dtype: to count time and memory."""
+    family = FAMILIES[name]
+    unet = UNet3D(replace(family.unet, **conditions))
+    vae, text = VAE(family.vae).requires_grad_(False), TextEncoder(family.text).requires_grad_(False)
+    return Models(name, unet, vae, text, family)
+
+
 @torch.no_grad()
 def to_clip(vae: nn.Module, z: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
     """Latents (B, C, T, h, w) -> clips uint8 (B, 3, T, H, W), cut to whole numbers as in the released code.

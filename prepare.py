@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None):
     torch.manual_seed(config.seed)
 
     # clips, teacher, cache
-    if train.is_toy(config):                # every second clip carries rewards, as in v2's mixture of data
+    if config.is_toy:                       # every second clip carries rewards, as in v2's mixture of data
         datasets = [train.toy_clips(config)] * 2
     else:
         sources = [specs for specs in (config.data, config.reward_data) if specs]

@@ -405,14 +405,13 @@ def budget(config: Config) -> CountedParts:
 
     def networks() -> Models:
         with dryrun.build("cpu", getattr(torch, dtype)):
-            unet = model.UNet3D(replace(family.unet, guidance=config.method != "teacher")).eval()
-            unet.requires_grad_(False).checkpointing = bool(config.refine)
-            vae, text = model.VAE(family.vae).requires_grad_(False), model.TextEncoder(family.text)
+            made = model.untrained(config.model, guidance=config.method != "teacher")
+            made.unet.eval().requires_grad_(False).checkpointing = bool(config.refine)
             for name, _, _ in map(rewards.parse_spec, config.reward if config.refine else ()):
                 reward = rewards.untrained(name, "cpu", getattr(torch, dtype))
                 terms.append(turbo.RewardTerm(reward, 1.0, reward.frames or 6, reward.kind == "video", name))
             dryrun.pick_worst(terms)
-            return model.Models(config.model, unet, vae, text, family)
+            return made
 
     def latents(models: Models, results: dict) -> Tensor:
         if not config.refine:

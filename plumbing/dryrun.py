@@ -200,7 +200,8 @@ def report(config, group, world, trainer_class) -> Parts:
         parts = CountedParts(group.device, counter)
         models, _, terms = world(config, group)
         to_host = no_values if simulated else torch.Tensor.tolist
-        trainer = trainer_class(config, models, terms, group, parts, to_host)
+        trainer = trainer_class(config, models, terms, group)
+        trainer.parts, trainer.to_host = parts, to_host
         trainer.optimizer.step()                                # allocates the moments; the gradient is zero
         trainer.keep_moments()
         held = inventory(trainer)

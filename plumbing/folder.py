@@ -4,7 +4,6 @@ import errno
 import importlib.util
 import json
 import re
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,13 +38,12 @@ def locked(out: str | Path) -> Iterator[None]:
         yield
 
 
-def check_unchanged(saved: dict, config, may_change: set[str]) -> None:
-    """Refuses another value of an option that holds for the whole of a run. saved: its options, by name."""
-    for name, value in dataclasses.asdict(config).items():
-        before = tuple(saved[name]) if isinstance(saved.get(name), list) else saved.get(name)
-        if name in saved and name not in may_change and before != value:
-            raise UserError(f"this run began with {cli.flag_of(name)} {before}, not {value}; go on with that, "
-                            "or choose another --out")
+def check_unchanged(saved: dict, settings: dict) -> None:
+    """Refuses another value of a setting that holds for the whole of a run."""
+    for name, value in settings.items():
+        if saved.get(name, value) != value:
+            raise UserError(f"this run began with {cli.flag_of(name)} {saved[name]}, not {value}; go on with "
+                            "that, or choose another --out")
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
@@ -65,7 +63,8 @@ def open_folder(config) -> Path | None:
     if path is None:
         path = own[-1] if own else None
         if path and not config.resume:
-            raise UserError(f"{out} already holds {path.name}; go on with --resume auto, or choose another --out")
+            raise UserError(f"{out} already holds {path.name}; go on with --resume auto, or choose another "
+                            "--out")
     elif not path.is_file():
         raise UserError(f"--resume {path}: no such file" + (f"; the last one is {own[-1]}" if own else ""))
     elif own and path.resolve().parent != out.resolve():
@@ -95,14 +94,6 @@ def read_checkpoint(path: Path, group: Group) -> dict:
         raise UserError(f"the processes go on from different steps ({', '.join(map(str, steps))}); "
                         f"all nodes must share the folder of {path}")
     return state
-
-
-def check_room(out: Path, size: int, exports: int) -> None:
-    """Refuses a disk that does not hold checkpoints of `size` bytes, and then weights of `exports`."""
-    need, free = size * (KEPT + 1 - min(KEPT, len(checkpoints(out)))) + exports, shutil.disk_usage(out).free
-    if free < need:
-        raise UserError(f"{out} has {free / 1e9:.2f} GB free, checkpoints and weights take {need / 1e9:.2f} GB "
-                        f"({KEPT} checkpoints kept, one being written); make room, or choose another --out")
 
 
 def save_checkpoint(out: Path, step: int, state: dict) -> None:

@@ -268,7 +268,7 @@ def shallow(make, header):
 
 
 def training(preset: str, *options: str, gpus: int = 1, clips: int = 1, again: bool = False,
-             show: bool = False) -> dict:
+             show: bool = False, **recipe) -> dict:
     """A step. again: another one, from the state that a file held. show: the run's sample clips."""
     import train
     from plumbing import dryrun
@@ -278,9 +278,10 @@ def training(preset: str, *options: str, gpus: int = 1, clips: int = 1, again: b
     argv = ["--preset", preset, "--batch", batch, "--micro-batch", str(clips), "--chunk", "16", *options]
     with tempfile.TemporaryDirectory() as out:
         config = train.configure([*argv, "--out", out])
-        config = dataclasses.replace(config, reward_every=1, grid=2 if show else config.grid)    # clips of two steps
+        recipe |= dict(reward_every=1, grid=2 if show else config.grid)     # sample clips of two steps
+        config = dataclasses.replace(config, **recipe)
         group = processes(gpus) if gpus > 1 else Group()
-        trainer_class = train.CachedTrainer if train.is_v2(config) else train.Trainer
+        trainer_class = train.CachedTrainer if config.is_v2 else train.Trainer
         models, terms = world(config, group)
         trainer = trainer_class(config, models, terms, group)
         dryrun.pick_worst(terms)                        # frames, as the dry run does
@@ -301,16 +302,10 @@ def training(preset: str, *options: str, gpus: int = 1, clips: int = 1, again: b
 
 def world(config, group):
     """Networks and reward terms of a preset, without its clips."""
-    import shapes
     import train
 
-    if not train.is_toy(config):
-        models, _, terms = train.random_world(config, group)
-        return models, terms
-    models = train.load_models(config, group.device)
-    load = partial(train.toy_reward, device=group.device, folder=None)
-    assert models.family is shapes.FAMILY
-    return models, train.reward_terms(config, load)
+    models, _, terms = train.load_world(dataclasses.replace(config, dry_run=1), group)
+    return models, terms
 
 
 def preparing(preset: str) -> dict:
@@ -539,7 +534,7 @@ CASES = {
        for preset in ("shapes", "shapes-v2", *ALL)},
     **{f"train {preset} --lora 0": partial(training, preset, "--lora", "0", again=preset == "vcm-ms")
        for preset in ("vcm-ms", "turbo-v2")},
-    "train vcm-ms --on-policy 1": partial(training, "vcm-ms", "--on-policy", "1", clips=2),
+    "train vcm-ms on policy": partial(training, "vcm-ms", clips=2, on_policy=1.0),
     "train turbo-vc2 --offload": partial(training, "turbo-vc2", "--offload", show=True),
     "train turbo-v2 --offload": partial(training, "turbo-v2", "--offload", again=True),
     "train turbo-vc2 --lora 0 on 2 GPUs": partial(training, "turbo-vc2", "--lora", "0", gpus=2, again=True),

@@ -28,7 +28,7 @@ import rewards  # noqa: E402
 import train  # noqa: E402
 import turbo  # noqa: E402
 from plumbing import dryrun  # noqa: E402
-from plumbing.run import Group, Parts  # noqa: E402
+from plumbing.run import Group  # noqa: E402
 from solver import Sampling  # noqa: E402
 
 TRAINED = ("vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms", "turbo-v2")
@@ -177,12 +177,13 @@ def wide(network):
 
 def trainer_of(preset: str, device, options: list[str], counted: bool = False):
     """A trainer of one clip a step with random networks, and its batch."""
-    config = train.configure(["--preset", preset, "--batch", "1", *options])
+    config = train.configure(["--preset", preset, "--batch", "1", "--dry-run", "1", *options])
     group = Group("cpu" if torch.device(device).type == "cpu" else "")
-    trainer_class = train.CachedTrainer if train.is_v2(config) else train.Trainer
-    models, _, terms = train.random_world(config, group)
+    trainer_class = train.CachedTrainer if config.is_v2 else train.Trainer
+    models, _, terms = train.load_world(config, group)
     to_host = dryrun.no_values if counted else torch.Tensor.tolist
-    trainer = trainer_class(config, models, terms, group, Parts(group.device), to_host)
+    trainer = trainer_class(config, models, terms, group)
+    trainer.to_host = to_host
     if counted:
         dryrun.pick_worst(terms)
     return trainer, dryrun.random_batch(config, models, 1)

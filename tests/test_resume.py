@@ -154,12 +154,6 @@ def test_what_can_be_said_before_training_is_said_before(two_steps, tmp_path):
     code, text = tiny.run(tmp_path / "a", "--out", tmp_path / "file" / "run")
     assert code == 2 and "nothing can be written there" in text and "Traceback" not in text
 
-    def little(rank):
-        shutil.disk_usage = lambda path: SimpleNamespace(free=1000)
-
-    code, text = tiny.run(tmp_path / "b", before=little)
-    assert code == 2 and "make room" in text and not (tmp_path / "b" / "log.jsonl").exists()
-
     two_steps("c")
     for options, told in (((), "--resume auto"), (("--resume", tmp_path / "c" / "x.pt"), "the last one is"),
                           (("--resume", "auto", "--batch", 4), "this run began with --batch 6")):
@@ -194,15 +188,13 @@ def test_options_of_the_whole_run_do_not_change(undisturbed, tmp_path):
     run = shutil.copytree(undisturbed(), tmp_path / "run")
     weights = (run / "turbo.safetensors").stat()
     for options, message in {
-        ("--train-steps", 2): "checkpoint-0000004.pt is at step 4, past --train-steps 2",
         ("--ema", 0.5): "this run began with --ema 0.95, not 0.5",
         ("--batch", 12): "this run began with --batch 6, not 12",
         ("--dtype", "bfloat16"): "this run began with --dtype float32, not bfloat16",
         ("--reward", "shapes-clip:3", "--reward", "shapes-viclip"):
-            "the rewards shapes-clip (1), shapes-viclip (2), not shapes-clip (3), shapes-viclip (2)",
+            "--reward shapes-clip:1 shapes-viclip:2, not shapes-clip:3 shapes-viclip:2",
     }.items():
-        steps = () if "--train-steps" in options else ("--train-steps", 5)
-        code, text = tiny.run(run, *steps, *options, "--resume", "auto")
+        code, text = tiny.run(run, "--train-steps", 5, *options, "--resume", "auto")
         assert code == 2 and message in text.splitlines()[-1] and "Traceback" not in text
 
     def another_teacher(rank):
@@ -210,7 +202,7 @@ def test_options_of_the_whole_run_do_not_change(undisturbed, tmp_path):
         tiny.networks = lambda seed=0, unet=tiny.UNET: made(1, unet)
 
     code, text = tiny.run(run, "--train-steps", 5, "--resume", "auto", before=another_teacher)
-    assert code == 2 and "this run began with another teacher" in text.splitlines()[-1]
+    assert code == 2 and "this run began with another --teacher" in text.splitlines()[-1]
     assert (run / "turbo.safetensors").stat() == weights
 
 
@@ -302,7 +294,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert tiny.run(run, "--resume", "auto", "--train-steps", 1)[0] == 0
 
 
-STATE = dict(config={}, teacher="", step=1, params={"w": torch.tensor([1.25, 3.5])}, optimizer={"state": {}})
+STATE = dict(settings={}, teacher="", step=1, params={"w": torch.tensor([1.25, 3.5])}, optimizer={"state": {}})
 BROKEN = {
     "empty": b"", "text": b"hello", "cut": STATE, "list": [1, 2], "tensor": torch.zeros(2),
     "foreign": {"state_dict": {}}, "flipped": STATE}
@@ -371,6 +363,7 @@ def test_torchrun_restarts_from_the_last_checkpoint_by_itself(undisturbed, tmp_p
              "--max-restarts=1", "--monitor-interval=0.1", "tiny.py"]
 
     def agent():
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"      # else the addresses of dead processes stay
         sys.argv[1:], os.environ["CRASH"] = ["--out", str(tmp_path / "two"), "--resume", "auto"], str(3 * 3 + 1)
         config, *_ = torchrun_itself.config_from_args(torchrun_itself.parse_args(words))
         config.start_method = "fork"                        # in place of four starts of Python and PyTorch
@@ -420,7 +413,7 @@ def test_torchrun_passes_a_signal_on_and_all_is_saved(tmp_path, number):
         assert process.poll() is None
     os.killpg(process.pid, number)  # Ctrl-C reaches the whole group of the terminal
     _, text = process.communicate(timeout=120)
-    assert "stopped by a signal, and saved" in text
+    assert "stopped by a signal, saved" in text
     assert tiny.last(run)["step"] == len(tiny.log(run)) >= 1
 
 

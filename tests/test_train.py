@@ -13,13 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import evaluate
 import model
 import rewards
 import train
 import turbo
 from data import BadClip
-from plumbing import dryrun, folder, video, weights
+from plumbing import dryrun, folder, run, video, weights
 from plumbing.errors import UserError
 from plumbing.folder import checkpoints
 from plumbing.run import Group, own_gpu, pick_device, usual_dtype
@@ -72,13 +71,13 @@ def test_presets_are_the_papers():
         assert (c.train_steps, c.batch, c.lr, c.ema, c.clip) == (10000, 8, 1e-5, 0.95, 1.0)
         assert (c.dtype, c.out) == ("bfloat16", f"runs/{preset}")
     v2 = train.configure(["--preset", "turbo-v2"])
-    assert (v2.batch, train.reward_batch(v2), v2.grid, v2.train_steps) == (24, 8, 200, 8000)
+    assert (v2.batch, v2.reward_batch, v2.grid, v2.train_steps) == (24, 8, 200, 8000)
 
 
 def test_reward_lists_exactly_the_rewards():
     """With β of the preset for its kind, unless a weight is given; one of weight zero is not loaded."""
     def planned(*argv):
-        return {r.name: (r.path, r.weight, r.frames) for r in train.planned_rewards(train.configure([*argv]))}
+        return {r.name: (r.reward, r.weight, r.frames) for r in train.planned_rewards(train.configure([*argv]))}
 
     ms = planned("--preset", "turbo-ms", "--reward", "pickscore=a.bin:0.5", "--reward", "viclip")
     assert ms == {"pickscore": ("a.bin", 0.5, 6), "viclip": (None, 3.0, 8)}
@@ -101,7 +100,7 @@ def test_help_shows_the_defaults_of_the_preset_in_use(capsys):
 
 
 @pytest.mark.parametrize("native, toy", [(True, "bfloat16"), (False, "float32")])
-def test_the_toy_works_in_what_the_processor_is_fast_in(monkeypatch, tmp_path, native, toy):
+def test_the_toy_works_in_what_the_processor_is_fast_in(monkeypatch, native, toy):
     """Where bfloat16 is imitated, a step of the toy takes six times as long as in float32."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
@@ -115,14 +114,11 @@ def test_the_toy_works_in_what_the_processor_is_fast_in(monkeypatch, tmp_path, n
 
     with mixed_precision(torch.device("cpu")):
         assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == getattr(torch, toy)
-    rows = tmp_path / "rows.json"
-    evaluate.main(["shapes", *cpu, "--clips", "1", "--diversity", "0", "--rows", "vcm 1", "--out", str(rows)])
-    assert json.loads(rows.read_text())["options"]["dtype"] == toy
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_a_device_that_imitates_bfloat16_is_told_of(monkeypatch, capsys, native):
-    monkeypatch.setattr(train, "has_bfloat16", lambda device: native)
+    monkeypatch.setattr(run, "has_bfloat16", lambda device: native)
     monkeypatch.setattr(train.dryrun, "report", lambda *args: None)
     for steps, dtype in (("1", "bfloat16"), ("1", "float32"), ("0", "bfloat16")):
         train.main(["--preset", "turbo-vc2", "--device", "cpu", "--dtype", dtype, "--dry-run", steps])
@@ -131,16 +127,18 @@ def test_a_device_that_imitates_bfloat16_is_told_of(monkeypatch, capsys, native)
 
 
 def test_the_learning_rate_falls_where_it_is_told():
-    config = train.Config(train_steps=10, lr=2.0)
-    assert [train.learning_rate(config, done) for done in (0, 9)] == [2, 2]
-    falling = dataclasses.replace(config, lr_fall=0.5)
-    assert [train.learning_rate(falling, done) for done in (0, 5, 6, 9)] == pytest.approx([2, 2, 1.6, 0.4])
+    constant, falling = (trainer("--lr", 0.5, "--train-steps", 10, lr_fall=fall) for fall in (0.0, 0.5))
+    for made in (constant, falling):
+        made.gradients = lambda batch: torch.zeros(4, dtype=torch.float64)
+    for expected, made in (([0.5, 0.5, 0.5], constant), ([0.5, 0.4, 0.1], falling)):
+        rates = [vars(made).update(done=done) or made.step({"bad": 0})["lr"] for done in (0, 6, 9)]
+        assert rates == pytest.approx(expected)
 
 
 def test_a_batch_that_cannot_be_split_is_refused():
     group = Group()
     group.world_size = 4
-    with pytest.raises(UserError, match="of 6 clips cannot be split over 4 processes; try --batch 8"):
+    with pytest.raises(UserError, match="--batch 6 on 4 processes: try a multiple of 4"):
         train.Trainer(tiny.configure(), tiny.networks(), [], group)
 
 
@@ -154,7 +152,7 @@ def by_hand(made, teacher, target, clips, positions):
         g = train.generator(c.seed, position)
         x, caption = clips["clip"][i:i + 1] / 127.5 - 1, clips["caption"][i]
         text, uncond = made.models.text([caption]), made.models.text([""])
-        z0 = vae.encode(x, torch.randn(made.latent(*x.shape[2:]), generator=g)[None])
+        z0 = vae.encode(x, torch.randn(4, tiny.T, *(n // vae.config.factor for n in x.shape[3:]), generator=g)[None])
         t = schedule.grid[torch.randint(50, (1,), generator=g)]
         w = 5 + 10 * torch.rand(1, generator=g)
         eps = torch.randn(z0.shape[1:], generator=g)[None]
@@ -254,8 +252,8 @@ def test_a_student_starts_from_another_one(tmp_path, lora):
         assert torch.equal(made.teacher(z, t, c), alone.unet(z, t, c))
     for p, q in zip(made.params, first.params, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)                # the toy's: float16
-    for rank, message in ((0, "train it with --lora"), (8, "another rank than --lora 8")) if lora else (
-            (4, "whole weights: train them with --lora 0"),):
+    for rank, message in ((0, "holds LoRA: not with --lora 0"), (8, "its rank is not --lora")) if lora else (
+            (4, "holds whole weights: not with --lora 4"),):
         with pytest.raises(UserError, match=message):
             train.Trainer(tiny.configure("--lora", rank, "--init", path), tiny.networks(), [], Group())
 
@@ -277,14 +275,15 @@ def test_any_split_of_the_batch_trains_the_same(tmp_path):
     """Six clips on 1, 2 and 3 processes, in passes of 1 to 6: the same losses, moments and weights, to
     rounding; passes of the same clips differ in the order of sums alone."""
     runs = {}
-    for world, micro in ((1, 6), (2, 3), (3, 1), (1, 3)):
+    for world, micro in ((1, 6), (1, 3), (2, 3), (1, 1), (3, 1)):
         out = tmp_path / f"{world}-{micro}"
-        code, text = tiny.run(out, "--train-steps", 2, "--micro-batch", micro, world=world, on_policy=0.7)
+        options = ("--train-steps", 2, "--save-every", 1, "--micro-batch", micro)
+        code, text = tiny.run(out, *options, world=world, on_policy=0.7)
         assert code == 0, text
-        runs[world, micro] = tiny.log(out), tiny.last(out)
-    for one, other, near in (((1, 6), (1, 3), 1e-4), ((1, 6), (3, 1), 1e-4), ((1, 3), (2, 3), 1e-6)):
+        runs[world, micro] = tiny.log(out), torch.load(checkpoints(out)[0], weights_only=True)
+    for one, other, near in (((1, 6), (1, 3), 1e-4), ((1, 3), (2, 3), 1e-6), ((1, 1), (3, 1), 1e-6)):
         (lines, state), (other_lines, other_state) = runs[one], runs[other]
-        assert tiny.same(lines, other_lines, near=2 * near), (one, other)
+        assert tiny.same(lines, other_lines, near=2e-4), (one, other)
         a, b = (torch.cat([s["exp_avg"].flatten() for s in each["optimizer"]["state"].values()])
                 for each in (state, other_state))               # after clipping: of the gradients
         assert (a - b).norm() < near * a.norm(), (one, other)
@@ -360,7 +359,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_by_all(tmp_path, monkeypatc
 
     (tmp_path / "ten").mkdir()
     code, text = tiny.run(tmp_path / "run", "--train-steps", 30, "--resume", "auto", world=2, before=before)
-    assert code == 2 and "10 steps in a row without a finite gradient" in text
+    assert code == 2 and "10 steps without a finite gradient" in text
     # the tenth is the end
     assert [line["steps_skipped"] for line in tiny.log(tmp_path / "run")[3:]] == list(range(10))
 
@@ -545,11 +544,11 @@ def test_merged_weights_are_also_written_as_released(tmp_path):
     made.optimizer.state["a step"] = {}
     made.config = dataclasses.replace(made.config, preset="turbo-vc2", teacher=str(tmp_path))
     train.export(made, tmp_path)
-    written = weights.read_named(tmp_path / "t2v_turbo_vc2.pt")
+    written = torch.load(tmp_path / "t2v_turbo_vc2.pt")["state_dict"]
     assert written["first_stage_model.x"] == 1
-    assert torch.equal(written["diffusion_model.out.2.bias"], made.models.unet.out[2].bias)
-    unet = weights.rename(weights.part(written, "diffusion_model."), weights.VIDEOCRAFTER)
-    weights.fill(made.models.unet, unet, "written")             # all names, and no other
+    assert torch.equal(written["model.diffusion_model.out.2.bias"], made.models.unet.out[2].bias)
+    config, state, _, _ = model.read_turbo(tmp_path / "t2v_turbo_vc2.pt", made.models.unet.config)
+    weights.fill(model.UNet3D(config), state, "written")    # all names, and no other
 
 
 def test_a_student_without_a_step_or_not_finite_is_not_exported(tmp_path):
@@ -558,7 +557,7 @@ def test_a_student_without_a_step_or_not_finite_is_not_exported(tmp_path):
         train.export(made, tmp_path)
     made.step(batch())
     made.params[0].data.flatten()[0] = float("nan")
-    with pytest.raises(UserError, match="of the student is not finite, so it is not exported"):
+    with pytest.raises(UserError, match="the student is not finite, so it is not exported"):
         train.export(made, tmp_path)
     assert not list(tmp_path.iterdir())
 

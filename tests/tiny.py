@@ -88,8 +88,8 @@ def load_world(config, group):
     terms = train.reward_terms(config, load)
     for term in terms:
         term.name = term.reward.name
-    clips = data.Cache(config.data[0], train.cache_header(config)) if train.is_v2(config) else Clips()
-    return networks(unet=MOTION if train.is_v2(config) else UNET), clips, terms
+    clips = data.Cache(config.data[0], train.cache_header(config)) if config.is_v2 else Clips()
+    return networks(unet=MOTION if config.is_v2 else UNET), clips, terms
 
 
 def in_this_world(command, argv, **recipe):
