@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import shapes
 from plumbing import cli
-from plumbing.cli import Count, File, NotNegative, Seed, Within
+from plumbing.cli import Count, File, Seed, Within
 from plumbing.errors import UserError, reading
 from plumbing.files import atomic, check_outputs, check_writable, read_header, remove_leftovers
 from plumbing.prompts import SUFFIXES, Job, Prompt, file_name, is_file, plan, read_prompts

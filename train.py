@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -666,11 +665,13 @@ def batches_of(trainer: Trainer, clips, bad_file: Path) -> Iterator[dict]:
         return data.loader(dataset, total // group.world_size, group.rank, group.world_size, config.workers,
                            seed, trainer.done, bad_file)
 
-    distilled, rewarded = stream(clips, config.batch, config.seed), repeat({"bad": 0})
+    distilled = stream(clips, config.batch, config.seed)
     if not config.is_v2:
         return distilled
-    if trainer.terms:                       # they see clips with captions short enough for them
-        rewarded = stream(data.Cache(clips.folder, only_rewards=True), config.reward_batch, config.seed + 1)
+    if not trainer.terms:
+        return ({"distill": first, "bad": first["bad"]} for first in distilled)
+    short = data.Cache(clips.folder, only_rewards=True)         # clips whose captions are short enough
+    rewarded = stream(short, config.reward_batch, config.seed + 1)
     return ({"distill": first, "rewards": second, "bad": first["bad"] + second["bad"]}
             for first, second in zip(distilled, rewarded))
 
