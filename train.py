@@ -243,7 +243,7 @@ class Trainer:
     def __init__(self, config: Config, models: Models, terms: list[RewardTerm], group: run.Group):
         unit = group.world_size * (config.reward_every if config.is_v2 else 1)
         if group.world_size > 1 and config.batch % unit:
-            raise UserError(f"--batch {config.batch} on {group.world_size} processes: try a multiple of {unit}")
+            raise UserError(f"--batch {config.batch}, {group.world_size} processes: try a multiple of {unit}")
         self.config, self.models, self.terms, self.group = config, models, terms, group
         self.schedule, self.w_range = Schedule(config.grid, group.device), (config.w_min, config.w_max)
         self.parts = run.Parts(group.device)
@@ -303,7 +303,7 @@ class Trainer:
         for name, (up, down) in (lora or {}).items():
             state = (state or {}) | {f"{name}.up": up, f"{name}.down": down}
         if bool(lora) != bool(rank):
-            raise UserError(f"--init {path} holds {'LoRA' if lora else 'whole weights'}: not with --lora {rank}")
+            raise UserError(f"--init {path} holds {'LoRA' if lora else 'a whole UNet'}; not with --lora {rank}")
         own = turbo.lora_state(unet) if rank else unet.state_dict()
         for name, x in state.items():
             if name not in own or x.shape != own[name].shape:
@@ -527,7 +527,7 @@ def load_world(config: Config, group: run.Group) -> tuple[Models, object, list[R
         return models, toy_clips(config) if config.is_toy else open_clips(config, config.data, group), terms
     cache = data.Cache(config.data[0], cache_header(config))
     if cache.header["teacher"] != teacher_fingerprint(models):
-        raise UserError(f"the cache {config.data[0]} is of another teacher; give that one with --teacher")
+        raise UserError(f"the cache {config.data[0]} was made by another teacher; give that one")
     return models, cache, terms
 
 

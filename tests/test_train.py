@@ -138,7 +138,7 @@ def test_the_learning_rate_falls_where_it_is_told():
 def test_a_batch_that_cannot_be_split_is_refused():
     group = Group()
     group.world_size = 4
-    with pytest.raises(UserError, match="--batch 6 on 4 processes: try a multiple of 4"):
+    with pytest.raises(UserError, match="--batch 6, 4 processes: try a multiple of 4"):
         train.Trainer(tiny.configure(), tiny.networks(), [], group)
 
 
@@ -252,8 +252,8 @@ def test_a_student_starts_from_another_one(tmp_path, lora):
         assert torch.equal(made.teacher(z, t, c), alone.unet(z, t, c))
     for p, q in zip(made.params, first.params, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)                # the toy's: float16
-    for rank, message in ((0, "holds LoRA: not with --lora 0"), (8, "its rank is not --lora")) if lora else (
-            (4, "holds whole weights: not with --lora 4"),):
+    for rank, message in ((0, "holds LoRA; not with --lora 0"), (8, "its rank is not --lora")) if lora else (
+            (4, "holds a whole UNet; not with --lora 4"),):
         with pytest.raises(UserError, match=message):
             train.Trainer(tiny.configure("--lora", rank, "--init", path), tiny.networks(), [], Group())
 
