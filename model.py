@@ -1,4 +1,4 @@
-"""The networks: UNet3D (the denoiser ε), TextEncoder (caption -> c); VAE (pixels <-> z) is plumbing/vae.py's.
+"""The networks: UNet3D (the denoiser ε), TextEncoder (caption -> c); VAE (pixels <-> z) is networks/vae.py's.
 
 One UNet3D serves VideoCrafter2 and ModelScopeT2V: an image diffusion UNet whose every layer has a temporal
 twin behind it. ResBlock = image convolutions, then convolutions along T; Transformer over space, then time.
@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.clip import TextTower, recompute
+from networks.vae import KL_F8, VAE, Upsample, VAEConfig, VAEResBlock
 from plumbing import fast_cpu, weights
-from plumbing.clip import TextTower, recompute
 from plumbing.errors import UserError
-from plumbing.vae import KL_F8, VAE, Upsample, VAEConfig, VAEResBlock
 from solver import Sampling
 
 # The published UNets: blocks on the way down, on the way up (from below) beside those they take as skips,

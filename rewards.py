@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plumbing.bert import BERT, BERTConfig, WordPiece
-from plumbing.clip import OPENCLIP_BLOCKS, BlockStack, LayerNorm, TextTower, TowerBlock, attend
+from networks.bert import BERT, BERTConfig, WordPiece
+from networks.clip import BlockStack, LayerNorm, TextTower, TowerBlock, attend
 from plumbing.errors import UserError, reading
 from plumbing.files import read_header
-from plumbing.layouts import PUBLIC, fetch, huggingface_text, rename
+from plumbing.layouts import OPENCLIP_BLOCKS, PUBLIC, fetch, huggingface_text, rename
 from plumbing.weights import fill, locate, read_named, weight_files, without_memory
 
 Generators = Sequence[torch.Generator] | None           # on the CPU, one per clip: they draw its crop window

@@ -196,8 +196,8 @@ def load_models(config: Config) -> Models:
     import torch
 
     import model
+    from networks.vae import load_tiny_decoder
     from plumbing.run import has_bfloat16, pick_device
-    from plumbing.vae import load_tiny_decoder
     device = pick_device(config.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", cli.place()[2])

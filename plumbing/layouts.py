@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from plumbing.clip import OPENCLIP_BLOCKS
 from plumbing.errors import UserError
 
 State = dict[str, Tensor]                       # {name: tensor}
@@ -152,6 +151,10 @@ HUGGINGFACE_CLIP = [
     (r"^encoder\.layers", "transformer.resblocks"), (r"layer_norm(\d)", r"ln_\1"),
     (r"self_attn\.out_proj", "attn.out_proj"), (r"mlp\.fc1", "mlp.c_fc"), (r"mlp\.fc2", "mlp.c_proj")]
 
+OPENCLIP_BLOCKS = [                                         # open_clip -> networks/clip.py
+    (r"transformer\.resblocks", "blocks"), (r"\.ln_(\d)", r".norm\1"), (r"\.attn\.in_proj_", ".attn.qkv."),
+    (r"\.attn\.out_proj", ".attn.proj"), (r"\.mlp\.c_fc", ".mlp.fc1"), (r"\.mlp\.c_proj", ".mlp.fc2")]
+
 LORA = [                                                    # peft, diffusers -> LAYER.up and LAYER.down
     (r"^(?:(?:base_model\.model|diffusion_model|unet)\.)+", ""),
     (r"\.processor\.to_out_lora\.", ".to_out.0."), (r"\.processor\.(to_[qkv])_lora\.", r".\1."),
@@ -176,7 +179,7 @@ def huggingface_text(state: State) -> State:
 
 
 def text_tower(state: State, layers: int) -> State:
-    """CLIP's text tower by any names -> plumbing/clip.py's, without what `penultimate` does not run."""
+    """CLIP's text tower by any names -> networks/clip.py's, without what `penultimate` does not run."""
     state = rename(huggingface_text(state), OPENCLIP_BLOCKS)
     unused = rf"visual\.|text_projection|logit_scale|attn_mask|embeddings\.position|blocks\.{layers - 1}\."
     return {key: x for key, x in state.items() if not re.match(unused, key)}

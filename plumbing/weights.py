@@ -23,9 +23,23 @@ from torch.overrides import TorchFunctionMode
 
 from plumbing.errors import UserError, reading
 from plumbing.files import atomic, read_header
-from plumbing.layouts import (DIFFUSERS, DIFFUSERS_VAE, LORA, PARTS, PUBLIC, TO_DIFFUSERS,  # noqa: F401
-                              TO_VIDEOCRAFTER, UNET, VIDEOCRAFTER, State, fetch, huggingface_text, rename,
-                              text_tower, to_public_names)
+from plumbing.layouts import (  # noqa: F401
+    DIFFUSERS,
+    DIFFUSERS_VAE,
+    LORA,
+    PARTS,
+    PUBLIC,
+    TO_DIFFUSERS,
+    TO_VIDEOCRAFTER,
+    UNET,
+    VIDEOCRAFTER,
+    State,
+    fetch,
+    huggingface_text,
+    rename,
+    text_tower,
+    to_public_names,
+)
 
 Pairs = dict[str, tuple[Tensor, Tensor]]        # LoRA: {layer: (up (out, r, 1, ...), down (r, in, kernel))}
 Shapes = dict[str, torch.Size]                  # {layer: shape of its weight}, in the network's order

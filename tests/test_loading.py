@@ -15,8 +15,18 @@ import pytest
 import safetensors.torch
 import torch
 from oracles import diffusers, open_clip, peft, transformers
-from test_model import (INPUTS, SMALL, SMALL_TEXT, SMALL_VAE, TINY, close, deterministic, original_shapes,
-                        published, randn)
+from test_model import (
+    INPUTS,
+    SMALL,
+    SMALL_TEXT,
+    SMALL_VAE,
+    TINY,
+    close,
+    deterministic,
+    original_shapes,
+    published,
+    randn,
+)
 from torch import nn
 
 import sample

@@ -18,11 +18,11 @@ from oracles import diffusers, sizes, transformers
 import model
 import solver
 from model import MODELSCOPE, VAE, VC2, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
+from networks.vae import load_tiny_decoder
 from plumbing import fast_cpu, weights
-from plumbing.clip import OPENCLIP_BLOCKS
 from plumbing.fast_cpu import speed_up
-from plumbing.vae import load_tiny_decoder
-from plumbing.weights import DIFFUSERS, DIFFUSERS_VAE, VIDEOCRAFTER, fill, huggingface_text, rename
+from plumbing.layouts import DIFFUSERS, DIFFUSERS_VAE, OPENCLIP_BLOCKS, VIDEOCRAFTER, huggingface_text, rename
+from plumbing.weights import fill
 from turbo import inject, lora_off
 
 SMALL = UNetConfig(**sizes(32, (1, 2, 2, 2)), head_dim=8, context_dim=24)

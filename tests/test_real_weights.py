@@ -10,8 +10,17 @@ import pytest
 import safetensors.torch
 import torch
 from oracles import diffusers, peft
-from test_loading import (FPS, HEADER, SMALL, lora_list, merged_videocrafter, modelscope, same,
-                          small_families, write_teacher)
+from test_loading import (
+    FPS,
+    HEADER,
+    SMALL,
+    lora_list,
+    merged_videocrafter,
+    modelscope,
+    same,
+    small_families,
+    write_teacher,
+)
 from test_model import INPUTS, close, deterministic, original_shapes
 from torch import nn
 

@@ -12,7 +12,7 @@ import motion
 import pytest
 import tiny
 import torch
-from tiny import MOTION, Clips, configure, die, last, log, run, same, start
+from tiny import MOTION, Clips, configure, die, last, log, run, same
 
 import data
 import prepare

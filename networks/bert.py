@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plumbing.clip import BlockStack, LayerNorm, attend
+from networks.clip import BlockStack, LayerNorm, attend
 from plumbing.errors import reading
 
 # ---- tokenizer ---------------------------------------------------------------------------------------------

@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-OPENCLIP_BLOCKS = [             # open_clip's names -> those of the blocks below (plumbing.weights.rename)
-    (r"transformer\.resblocks", "blocks"), (r"\.ln_(\d)", r".norm\1"), (r"\.attn\.in_proj_", ".attn.qkv."),
-    (r"\.attn\.out_proj", ".attn.proj"), (r"\.mlp\.c_fc", ".mlp.fc1"), (r"\.mlp\.c_proj", ".mlp.fc2")]
 
 
 class LayerNorm(nn.LayerNorm):

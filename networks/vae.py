@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.clip import recompute
 from plumbing import weights
-from plumbing.clip import recompute
 
 
 @dataclass(frozen=True)
