@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None):
 
     # clips, teacher, cache
     if config.is_toy:                       # every second clip carries rewards, as in v2's mixture of data
-        datasets = [train.toy_clips(config)] * 2
+        datasets = [train.open_clips(config, (), group)] * 2
     else:
         sources = [specs for specs in (config.data, config.reward_data) if specs]
         datasets = [train.open_clips(config, specs, group) for specs in sources]

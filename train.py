@@ -195,7 +195,7 @@ def check_files(config: Config) -> None:
         raise UserError("v2 trains from a cache: make one with prepare.py, then give it as --data CACHE")
     if not config.is_toy and not config.data:
         raise UserError("no clips to train on; name them with --data, or try --dry-run 1")
-    named = [(f"--reward {term.name}", term.reward) for term in planned_rewards(config)]
+    named = [(f"--reward {term.name}:", term.reward) for term in planned_rewards(config)]
     for option, path in [("--teacher", config.teacher), ("--init", config.init), *named]:
         if path and not Path(path).expanduser().exists():
             raise UserError(f"{option} {path}: no such file or folder")
@@ -303,7 +303,7 @@ class Trainer:
         for name, (up, down) in (lora or {}).items():
             state = (state or {}) | {f"{name}.up": up, f"{name}.down": down}
         if bool(lora) != bool(rank):
-            raise UserError(f"--init {path} holds {'LoRA' if lora else 'a whole UNet'}; not with --lora {rank}")
+            raise UserError(f"--init {path} holds {'LoRA' if lora else 'all weights'}, not for --lora {rank}")
         own = turbo.lora_state(unet) if rank else unet.state_dict()
         for name, x in state.items():
             if name not in own or x.shape != own[name].shape:
@@ -394,8 +394,7 @@ class Trainer:
         """∂(β_img J_img + β_vid J_vid)/∂ẑ0, and the scores of each reward; None, {} without rewards."""
         if not self.terms:
             return None, {}
-        pairs = zip(clips["reward_caption"], clips["caption"], strict=True)
-        reward_captions = [short or full for short, full in pairs]
+        reward_captions = [short or full for short, full in zip(clips["reward_caption"], clips["caption"])]
         with self.part("rewards", *self.judges):
             return turbo.reward_gradient(z0_hat, reward_captions, self.models.vae.decode, self.terms,
                                          generators, self.config.chunk)
@@ -454,10 +453,7 @@ class Trainer:
 
 
 class CachedTrainer(Trainer):
-    """v2 Algorithm 2: what the teacher says comes from a cache, and rewards look at clips of their own.
-
-    A batch is {"distill": samples of the cache, "rewards": others of them, "bad": as in every batch}.
-    """
+    """v2 Algorithm 2: a batch is {"distill": samples of a cache, "rewards": others for rewards, "bad": n}."""
 
     def gradients(self, batch: dict) -> Tensor:
         steps = [self.distill(*some) for some in self.micro_batches(batch["distill"], self.config.batch)]
@@ -524,7 +520,7 @@ def load_world(config: Config, group: run.Group) -> tuple[Models, object, list[R
 
     models = load_models(config, device)
     if not config.is_v2 or config.dry_run is not None:
-        return models, toy_clips(config) if config.is_toy else open_clips(config, config.data, group), terms
+        return models, open_clips(config, config.data, group), terms
     cache = data.Cache(config.data[0], cache_header(config))
     if cache.header["teacher"] != teacher_fingerprint(models):
         raise UserError(f"the cache {config.data[0]} was made by another teacher; give that one")
@@ -550,12 +546,10 @@ def teacher_fingerprint(models: Models) -> str:
     return weights.fingerprint({name: x for name, x in state.items() if not name.startswith(added)})
 
 
-def toy_clips(config: Config) -> shapes.Clips:
-    return shapes.Clips(frames=config.frames, size=config.height, pairs=config.pairs)
-
-
 def open_clips(config: Config, specs: tuple[str, ...], group: run.Group) -> data.ClipDataset:
-    """The captioned clips of --data."""
+    """The captioned clips of --data, or the toy's."""
+    if config.is_toy:
+        return shapes.Clips(frames=config.frames, size=config.height, pairs=config.pairs)
     with group.rank0_first():               # it indexes shards, the others read the index
         return data.open_dataset(specs, config.frames, config.fps, config.height, config.width, config.out,
                                  config.columns, config.video_root)

@@ -1,4 +1,4 @@
-"""What carries a run: its device, its processes, what a step takes, what waits in host memory, and its end."""
+"""What carries a run: its device, its processes, what a step takes, and what waits in host memory."""
 import os
 import signal
 import time
@@ -56,8 +56,8 @@ def usual_dtype(device: torch.device) -> str:
 class Group:
     """The processes of a run, as torchrun started them; without torchrun, one.
 
-    Gradients meet in one explicit all-reduce per step instead of DistributedDataParallel: of a step's four
-    passes through the UNet only one has a gradient, so there is next to nothing to overlap.
+    Gradients meet in one explicit all-reduce: of a step's four passes through the UNet only one has a
+    gradient, so there is next to nothing that DistributedDataParallel could overlap.
     """
 
     def __init__(self, device: str = ""):
@@ -109,7 +109,7 @@ class Group:
             self.any(False)
 
     def close(self) -> None:
-        """Waits for all processes, as torchrun ends the others when one leaves with a signal's exit status."""
+        """Waits for all: torchrun ends the others when one leaves with a signal's exit status."""
         self.any(False)
         if self.world_size > 1:
             dist.destroy_process_group()

@@ -23,6 +23,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -323,13 +324,10 @@ def preparing(preset: str) -> dict:
     model.FAMILIES.update(known)
     models.unet.requires_grad_(False)
     models.unet.checkpointing = True
-    plan = prepare.Plan(config.grid, draws=1, inversion_steps=2, motion_share=1.0, fps=config.fps, seed=0,
-                        micro=1)
+    recipe = SimpleNamespace(grid=config.grid, draws=1, inversion_steps=2, motion_share=1.0, fps=config.fps)
     clip = torch.zeros(3, config.frames, config.height, config.width, dtype=torch.uint8)
-    item = dict(clip=clip, caption="a red circle moving right", reward_caption=None, index=0, rewards=True,
-                source="data", source_index=0)
-    for sample in prepare.solve_clips(plan, models, [item]):
-        assert_on(sample["gradient"], "cuda")
+    tensors = prepare.prepare_clip(models, recipe, clip, "a red circle moving right", torch.Generator())
+    assert_on(tensors["gradient"], "cuda")
 
 
 def processes(count: int):

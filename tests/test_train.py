@@ -8,7 +8,6 @@ import time
 import pytest
 import tiny
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -252,8 +251,8 @@ def test_a_student_starts_from_another_one(tmp_path, lora):
         assert torch.equal(made.teacher(z, t, c), alone.unet(z, t, c))
     for p, q in zip(made.params, first.params, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-3)                # the toy's: float16
-    for rank, message in ((0, "holds LoRA; not with --lora 0"), (8, "its rank is not --lora")) if lora else (
-            (4, "holds a whole UNet; not with --lora 4"),):
+    for rank, message in ((0, "holds LoRA, not for --lora 0"), (8, "its rank is not --lora")) if lora else (
+            (4, "holds all weights, not for --lora 4"),):
         with pytest.raises(UserError, match=message):
             train.Trainer(tiny.configure("--lora", rank, "--init", path), tiny.networks(), [], Group())
 
@@ -290,9 +289,8 @@ def test_any_split_of_the_batch_trains_the_same(tmp_path):
 
 
 def test_the_first_process_indexes_while_the_others_wait(tmp_path):
-    """For longer than the ten minutes that process groups wait by default."""
     def before(rank):
-        load, init = tiny.load_world, dist.init_process_group
+        load = tiny.load_world
 
         def load_world(config, group):
             with group.rank0_first(), open(tmp_path / "order", "a") as file:
@@ -301,11 +299,7 @@ def test_the_first_process_indexes_while_the_others_wait(tmp_path):
                 time.sleep(0.5)
                 file.write(f"{rank} ends\n")
             return load(config, group)
-
-        def init_process_group(*args, timeout, **options):
-            assert timeout.total_seconds() >= 3600
-            init(*args, timeout=timeout, **options)
-        tiny.load_world, dist.init_process_group = load_world, init_process_group
+        tiny.load_world = load_world
 
     code, text = tiny.run(tmp_path / "run", "--train-steps", 1, world=2, before=before)
     assert code == 0, text
@@ -560,22 +554,6 @@ def test_a_student_without_a_step_or_not_finite_is_not_exported(tmp_path):
     with pytest.raises(UserError, match="the student is not finite, so it is not exported"):
         train.export(made, tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_samples_leave_the_gpu_before_the_oracle_sees_them(tmp_path, monkeypatch):
-    class OnGpu(torch.Tensor):
-        def cpu(self):
-            return self.as_subclass(torch.Tensor)
-
-    def accuracy(generate):
-        assert type(generate(["a"], [0])) is torch.Tensor
-        return 1.0
-
-    made = trainer()
-    decode = made.models.vae.decode
-    made.models.vae.decode = lambda z, chunk=None: decode(z, chunk).as_subclass(OnGpu)
-    monkeypatch.setattr(train.shapes, "accuracy", accuracy)
-    assert train.show(made, tmp_path) == {"oracle": 1.0}
 
 
 def test_a_run_leaves_log_samples_and_weights(tmp_path):

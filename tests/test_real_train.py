@@ -1,0 +1,64 @@
+"""train.py's command line as people mistype it: each mistake ends in one line before anything is loaded."""
+import pytest
+
+import train
+
+MISTAKES = {
+    # options that cannot take effect
+    "--data clips": "--data has no effect here: it belongs to --preset turbo-vc2",
+    "--preset turbo-v2 --columns path=a": "--columns has no effect here",
+    "--preset turbo-v2 --ema 0.9": "v2's target is the student itself",
+    "--reward hpsv2=HPS.pt": "--reward hpsv2=HPS.pt is not for --preset shapes",
+    "--reward shapes-clip=x.pt": "--reward shapes-clip=x.pt is not for --preset shapes",
+    "--preset turbo-vc2 --reward shapes-clip": "--reward shapes-clip is not for --preset turbo-vc2",
+    "--lora 0 --merge": "--merge has no effect here: it belongs to --lora",
+    # numbers
+    "--lr inf": "--lr: 'inf' is not a number above 0 to 1",
+    "--lr 1e30": "--lr: '1e30' is not a number above 0 to 1",
+    "--ema nan": "--ema: 'nan' is not a number from 0 to 1",
+    "--frames 0": "--frames: '0' is not a whole number from 1 to 1024",
+    "--batch -1": "--batch: '-1' is not a whole number from 1",
+    "--train-steps 1.5": "--train-steps: '1.5' is not a whole number",
+    "--preset shapes-v2 --motion 1e30": "--motion: '1e30' is not a number from 0 to 1000",
+    "--seed 99999999999999999999": "--seed: '99999999999999999999' is not a whole number from 0 to",
+    # options that do not fit each other
+    "--frames 3": "--frames 3: shapes-clip looks at 4 frames of a clip",
+    "--width 128": "--width 128: the toy's clips are square; try --width 64",
+    "--preset turbo-vc2 --width 328": "width 328 is not a multiple of 64; try 320 or 384",
+    "--reward shapes-clip --reward shapes-clip": "--reward shapes-clip is given twice",
+    "--reward shapes-klip": "no reward 'shapes-klip'; did you mean shapes-clip?",
+    "--lora 1 --lora 2": "--lora is given twice, as 1 and as 2",
+    # what is not there, or would be written over
+    "--preset turbo-vc2": "no clips to train on; name them with --data",
+    "--preset shapes-v2": "v2 trains from a cache: make one with prepare.py",
+    "--teacher nowhere": "--teacher nowhere: no such file or folder",
+    "--init nowhere": "--init nowhere: no such file or folder",
+    "--preset turbo-ms --data . --out RUN --reward hpsv2=a.pt": "--reward hpsv2: a.pt: no such file or folder",
+    "--teacher . --out .": "--out . is also --teacher; an output never replaces an input",
+    "--preset vcm-vc2 --dtype float32 --data nowhere --out RUN": "no data at nowhere",
+    "--out FILE/run": "FILE/run: nothing can be written there",
+    "--out RUN --resume nowhere.pt": "--resume nowhere.pt: no such file",
+    # devices
+    "--device foo": "--device foo: no such device here; choose cpu, cuda",
+    "--device meta": "--device meta: no such device here",
+    "--device mps": "--device mps: training sums in float64, which MPS lacks",
+    "--unknown 1": "unknown option --unknown",
+}
+
+
+@pytest.mark.parametrize("typed", MISTAKES)
+def test_a_mistake_ends_in_one_line(typed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").touch()
+    with pytest.raises(SystemExit) as ended:
+        train.main(typed.split())
+    message, = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and MISTAKES[typed] in message
+
+
+def test_processes_without_an_address_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path / "run")])
+    assert "WORLD_SIZE=2, but not MASTER_ADDR; start several" in capsys.readouterr().err
