@@ -7,9 +7,8 @@ T2V-Turbo-v2 (arXiv 2410.05677), whose Algorithm 1 is prepare.py.
     torchrun --nproc_per_node=8 train.py --preset turbo-v2 --data CACHE --out runs/v2 \\
         --reward hpsv2=FILE --reward clip=FILE --reward internvideo2=FILE       # v2: prepare.py made CACHE
 
-The batch of a step is fixed and split over however many processes there are, and all that is random about a
-clip comes from a generator of its own, seeded by the clip's place in the run. So 1, 2 or 8 processes train
-the same student, and a run that was killed and resumed is the run that was not.
+A step's batch is split over however many processes there are, and each clip's random numbers come from its
+place in the run: any number of processes trains the same student, as does a run that was killed and resumed.
 """
 import copy
 import dataclasses
@@ -18,7 +17,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,18 +30,16 @@ import model
 import rewards
 import shapes
 import turbo
-from model import Models, condition_layers, to_clip
-from plumbing import cli, dryrun, folder, run, video, weights
+from plumbing import cli, dryrun, files, folder, run, video, weights
 from plumbing.cli import Count, File, Folder, Seed, Share, Size, Within
 from plumbing.errors import UserError
-from plumbing.files import check_outputs
 from solver import Sampling, Schedule
 from turbo import EMA, RewardTerm, Step, TeacherOutput
 
 # ---- options and presets -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """What only a preset fixes. Defaults: T2V-Turbo (VC2), Sec. 4 of its paper where nothing else is said."""
     fps: float = 16             # of clips, an input of VC2's UNet; released code: 16; MS and v2: 8
@@ -66,11 +62,10 @@ class Recipe:
     guidance: float = 7.5       # ω of sample clips
 
 
-Preset = Literal[
-    "shapes", "shapes-vcm", "shapes-v2", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms", "turbo-v2"]
+Preset = Literal["shapes", "shapes-vcm", "shapes-v2", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms", "turbo-v2"]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config(Recipe):
     """The options of the command line."""
     # ---- what is trained
@@ -199,8 +194,9 @@ def check_files(config: Config) -> None:
     for option, path in [("--teacher", config.teacher), ("--init", config.init), *named]:
         if path and not Path(path).expanduser().exists():
             raise UserError(f"{option} {path}: no such file or folder")
-    init = [config.init, Path(config.init).parent] if config.init else []
-    check_outputs({"--out": config.out}, {"--teacher": config.teacher, "--data": config.data, "--init": init})
+    inputs = {"--teacher": config.teacher, "--data": config.data}
+    inputs["--init"] = [config.init, Path(config.init).parent] if config.init else None
+    files.check_outputs({"--out": config.out}, inputs)
 
 
 def planned_rewards(config: Config) -> list[RewardTerm]:
@@ -240,7 +236,7 @@ class Trainer:
     fingerprint = ""                        # of the teacher
     to_host = staticmethod(Tensor.tolist)   # of a step's sums; a simulation, of empty tensors, has its own
 
-    def __init__(self, config: Config, models: Models, terms: list[RewardTerm], group: run.Group):
+    def __init__(self, config: Config, models: model.Models, terms: list[RewardTerm], group: run.Group):
         unit = group.world_size * (config.reward_every if config.is_v2 else 1)
         if group.world_size > 1 and config.batch % unit:
             raise UserError(f"--batch {config.batch}, {group.world_size} processes: try a multiple of {unit}")
@@ -277,7 +273,7 @@ class Trainer:
         """Student and teacher out of one UNet: with LoRA they share it, else the teacher is a frozen copy."""
         unet = self.models.unet.eval()
         unet.config = dataclasses.replace(unet.config, guidance=True, motion=config.has_motion)
-        for name, layer in condition_layers(unet.config).items():   # at zero: the student is its teacher
+        for name, layer in model.condition_layers(unet.config).items():   # at zero: it is its teacher
             if not hasattr(unet, name):
                 unet.add_module(name, layer.to(device, unet.dtype))
         unet.checkpointing = config.checkpointing
@@ -407,12 +403,11 @@ class Trainer:
 
     def update(self, norm: Tensor, lr: float, finite: bool) -> None:
         """AdamW and EMA; neither if anything is inf or nan: the sums then are so on all processes alike."""
+        self.skipped = 0 if finite else self.skipped + 1
+        if self.skipped == 10:
+            raise UserError("10 steps without a finite gradient; resume an earlier one with a lower --lr")
         if not finite:
-            self.skipped += 1
-            if self.skipped == 10:
-                raise UserError("10 steps without a finite gradient; resume an earlier one with a lower --lr")
             return
-        self.skipped = 0
         self.gradient *= (self.config.clip / (norm + 1e-6)).clamp(max=1)
         first = not self.optimizer.state
         self.optimizer.param_groups[0]["lr"] = lr
@@ -500,7 +495,7 @@ class CachedTrainer(Trainer):
 # ---- what a run needs --------------------------------------------------------------------------------------
 
 
-def load_world(config: Config, group: run.Group) -> tuple[Models, object, list[RewardTerm]]:
+def load_world(config: Config, group: run.Group) -> tuple[model.Models, object, list[RewardTerm]]:
     """Networks, dataset of captioned clips, and reward terms; random ones without clips for a --dry-run."""
     device, dtype = group.device, getattr(torch, config.dtype)
     if config.is_toy:
@@ -527,7 +522,7 @@ def load_world(config: Config, group: run.Group) -> tuple[Models, object, list[R
     return models, cache, terms
 
 
-def load_models(config: Config, device: torch.device) -> Models:
+def load_models(config: Config, device: torch.device) -> model.Models:
     """The teacher; in float32 where all of its weights are to be trained."""
     if config.is_toy:
         return shapes.load(folder=config.teacher or None, device=device)
@@ -539,7 +534,7 @@ def load_models(config: Config, device: torch.device) -> Models:
     return models
 
 
-def teacher_fingerprint(models: Models) -> str:
+def teacher_fingerprint(models: model.Models) -> str:
     """A teacher's fingerprint, whatever dtype it is in; without the layers that a student adds."""
     added = ("time_cond_proj", "motion_cond_proj", "combine_proj")
     state = models.unet.state_dict()
@@ -586,7 +581,7 @@ def show(trainer: Trainer, out: Path) -> dict[str, float]:
         """Clips uint8 (B, 3, T, H, W) on the CPU, as the student makes them now."""
         with trainer.offload(trainer.student, models.text):
             z = turbo.generate(student, captions, seeds, size, sampling)
-        return to_clip(models.vae, z, config.chunk).cpu()
+        return model.to_clip(models.vae, z, config.chunk).cpu()
 
     for i in range(group.rank, len(config.prompts), group.world_size):
         path = out / "samples" / f"step-{trainer.done:06d}-{i}.gif"
@@ -644,8 +639,8 @@ def loop(trainer: Trainer, clips, out: Path, record: dict) -> int | None:
                 batch = next(batches)
             record = trainer.step(batch)
             stopped = group.any(received)
-            last = trainer.done == config.train_steps
-            if group.rank == 0 and (trainer.done % config.save_every == 0 or last or stopped):
+            due = trainer.done % config.save_every == 0 or trainer.done == config.train_steps or stopped
+            if due and group.rank == 0:
                 folder.save_checkpoint(out, trainer.done, trainer.state(record))
             finish_step(trainer, out, log, record)
     return (received or [signal.SIGTERM])[0] if stopped else None
@@ -687,8 +682,7 @@ def main(argv: list[str] | None = None):
         check_files(config)
     group = run.Group(config.device)
     torch.manual_seed(config.seed)                                  # LoRA starts alike on all processes
-    imitated = config.dtype == "bfloat16" and not run.has_bfloat16(group.device)
-    if imitated and config.dry_run != 0 and group.rank == 0:
+    if config.dtype == "bfloat16" and not (run.has_bfloat16(group.device) or group.rank or config.dry_run == 0):
         print("--dtype bfloat16: this device only imitates it; float32 may be faster", file=sys.stderr)
     if config.dry_run is not None:
         return dryrun.report(config, group, load_world, trainer_class)
