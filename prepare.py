@@ -20,9 +20,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+import model
 import train
 from model import Models
-from plumbing import cli
+from plumbing import budget, cli
 from plumbing.cli import Count, File, Folder
 from plumbing.errors import UserError
 from plumbing.run import Group, stop_signals
@@ -46,6 +47,7 @@ class Config(train.Config):
     clips: Count | None = None          # how many clips of all data together [all]
     draws: Count = 1                    # timesteps and noises per clip, which share its inversion
     dry_run: bool = False               # prints what a clip would take, simulated; reads no file
+
 
 # ---- one clip ----------------------------------------------------------------------------------------------
 
@@ -83,6 +85,35 @@ def encode(models: Models, clip: Tensor, caption: str,
     noise = torch.randn(1, vae.latent, T, H // vae.factor, W // vae.factor, generator=generator)
     z0 = models.vae.encode(clip[None] / 127.5 - 1, noise.to(clip.device)).float()
     return z0, models.text([caption]), models.text([""])
+
+
+def dry_run(config: Config) -> budget.Budget:
+    """--dry-run: what a clip takes with fake tensors, one of those whose motion guides."""
+    dtype, size = getattr(torch, config.dtype), (config.frames, config.height, config.width)
+
+    def networks() -> Models:
+        with budget.build("cpu", dtype):
+            models = model.untrained("vc2")
+        models.unet.requires_grad_(False).checkpointing = True
+        return models
+
+    def encoded(models, results):
+        clip = torch.zeros(3, *size, dtype=torch.uint8)
+        return encode(models, clip, "a red circle moving right", torch.Generator())
+
+    def inverted(models, results):
+        z0, c, _ = results["encode"]
+        return models.unet(z0, torch.full((1,), 999), c, fps=config.fps).float()
+
+    def drawn(models, results):
+        z0, c, uncond = results["encode"]
+        return TeacherOutput.of(models.unet, Schedule(config.grid), z0, torch.randn_like(z0),
+                                torch.full((1,), 999), results["step of inversion"], c, uncond, fps=config.fps)
+
+    title = f"a clip for {config.preset}, {config.width}x{config.height}, {config.frames} frames, {config.dtype}"
+    return budget.report_clip(title, networks, {
+        "encode": (1, encoded), "step of inversion": (config.inversion_steps, inverted),
+        "draw of t and ε": (config.draws, drawn)})
 
 
 # ---- all clips ---------------------------------------------------------------------------------------------
@@ -142,6 +173,10 @@ def main(argv: list[str] | None = None):
     toy = dict(clips=400, draws=4) if preset == "shapes-v2" else {}
     config = cli.parse(Config, argv, __doc__, defaults=train.PRESETS[preset] | toy)
     config = dataclasses.replace(config, lora=1)            # nothing is trained here: the teacher is in --dtype
+    if config.dry_run:
+        if config.preset == "shapes-v2":
+            raise UserError("--dry-run counts the published networks; the toy's cache takes minutes to make")
+        return dry_run(config)
     group = Group(config.device)
     torch.manual_seed(config.seed)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:                       # imported where they are needed: --help
     from torch import Tensor
 
     from model import Models
-    from plumbing.dryrun import CountedParts
+    from plumbing.budget import Budget
     from solver import Sampling
     from turbo import Reference, RewardTerm
 
@@ -389,14 +389,14 @@ def write_sheet(path: Path, clips: list[Tensor]) -> None:
 # ---- what a clip costs -------------------------------------------------------------------------------------
 
 
-def budget(config: Config) -> CountedParts:
+def dry_run(config: Config) -> Budget:
     """--dry-run: FLOP, bytes moved and memory of a clip, without the networks' files."""
     import torch
 
     import model
     import rewards
     import turbo
-    from plumbing import dryrun
+    from plumbing import budget
     family, dtype, B = model.FAMILIES[config.model], config.dtype or "bfloat16", config.batch or 1
     T, H, W = config.frames or family.frames, config.height or family.height, config.width or family.width
     sampling = family.sampling["teacher" if config.method == "teacher" else "turbo"]
@@ -404,14 +404,16 @@ def budget(config: Config) -> CountedParts:
     common, terms = ([config.prompt or "a prompt"] * B, [0] * B, (T, H, W)), []
 
     def networks() -> Models:
-        with dryrun.build("cpu", getattr(torch, dtype)):
-            made = model.untrained(config.model, guidance=config.method != "teacher")
-            made.unet.eval().requires_grad_(False).checkpointing = bool(config.refine)
-            for name, _, _ in map(rewards.parse_spec, config.reward if config.refine else ()):
+        with budget.build("cpu", getattr(torch, dtype)):
+            models = model.untrained(config.model, guidance=config.method != "teacher")
+        models.unet.requires_grad_(False).checkpointing = bool(config.refine)
+        for name, _, _ in map(rewards.parse_spec, config.reward if config.refine else ()):
+            with budget.build("cpu", getattr(torch, dtype)):
                 reward = rewards.untrained(name, "cpu", getattr(torch, dtype))
-                terms.append(turbo.RewardTerm(reward, 1.0, reward.frames or 6, reward.kind == "video", name))
-            dryrun.pick_worst(terms)
-            return made
+            reward.checkpoint(True)
+            terms.append(turbo.RewardTerm(reward, 1.0, reward.frames or 6, reward.kind == "video", name))
+        budget.pick_worst(terms)
+        return models
 
     def latents(models: Models, results: dict) -> Tensor:
         if not config.refine:
@@ -421,10 +423,10 @@ def budget(config: Config) -> CountedParts:
 
     part = "step of --refine" if config.refine else "captions and one step"
     times = config.refine + 1 if config.refine else sampling.steps
-    work = {part: dryrun.Work(latents, times),
-            "decode": dryrun.Work(lambda models, results: models.vae.decode(results[part], 4), 1)}
-    title = f"{config.model} {config.method}, {B} x {W}x{H}, {T} frames, {sampling.steps} steps"
-    return dryrun.report_clip(title, networks, dtype, work)
+    return budget.report_clip(
+        f"{config.model} {config.method}, {B} x {W}x{H}, {T} frames, {sampling.steps} steps, {dtype}", networks,
+        {part: (times, latents),
+         "decode": (1, lambda models, results: models.vae.decode(results[part], 4))})
 
 
 # ---- the command -------------------------------------------------------------------------------------------
@@ -437,7 +439,7 @@ def main(argv=None):
     config = replace(config, model=model_of(config))
     check(config)
     if config.dry_run:
-        return budget(config)
+        return dry_run(config)
     jobs = plan_clips(config)
     if not jobs:
         return print("nothing to do: all clips are there")

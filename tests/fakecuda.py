@@ -2,17 +2,17 @@
 
 `test_fakecuda.py` runs this file in a process of its own, with fakecuda.c preloaded:
 
-    python tests/fakecuda.py [--project DIR] [--full] [WORD ...]      # cases whose name holds each word
+    python tests/fakecuda.py [WORD ...]         # cases whose name holds each word
 
-A line of JSON per case: what went wrong, and what was copied from the host to the device, and by whom. An
-operation on two devices fails as it does on a GPU. Not shown: kernels and their strides, NCCL, torch.compile.
-Networks have their published widths and fewer blocks (`shrink`); --full keeps all blocks and takes minutes.
+A line of JSON per case: what went wrong, what was copied from the host to the device and by whom, and where
+the host waited for the device. An operation on two devices fails as it does on a GPU. Not shown: kernels and
+their strides, NCCL, torch.compile. Networks have their published widths and fewer blocks (`shrink`).
 """
-import argparse
 import collections
 import contextlib
 import ctypes
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -21,16 +21,16 @@ import time
 import traceback
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from fakes import Fake, device_of
 from oracles import sizes
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+PROJECT = Path(__file__).resolve().parent.parent
 REWARDS = ("hpsv2", "pickscore", "clip", "imagereward", "viclip", "internvideo2")
 DTYPES = ("float32", "bfloat16", "float16")
 CANNOT = 3                      # exit code where this PyTorch is not like the one that this was written for
@@ -46,18 +46,17 @@ def install() -> None:
 
     answers = dict(is_available=True, is_bf16_supported=True, is_initialized=True, device_count=1,
                    current_device=0, get_device_capability=(9, 0), memory_allocated=0, max_memory_allocated=0)
-    silent = dict.fromkeys(("synchronize", "reset_peak_memory_stats", "set_device", "_lazy_init"))
+    silent = dict.fromkeys(("reset_peak_memory_stats", "set_device", "_lazy_init"))
     for name, answer in (answers | silent).items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
-    torch.cuda.Stream = torch.cuda.current_stream = Stream
-    torch.cuda.stream = nullcontext
+    torch.cuda.synchronize = lambda *args: WATCH.count(WATCH.waits)
     torch.utils.checkpoint.get_device_states = lambda *args: ([], [])
     torch.utils.checkpoint.set_device_states = lambda *args, **kwargs: None
     fake_tensor.FakeTensorMode.avoid_device_init = True     # torch.tensor is made on the host, then copied
     torch._C._ensureCUDADeviceGuardSet()
     torch.autograd.set_multithreading_enabled(False)        # no thread per device: there is none to wait for
     torch.nn.Module._apply = replace_tensors
-    torch.Tensor.tolist = lambda x: nested(x.shape, x.dtype)
+    torch.Tensor.tolist = tolist
     F.scaled_dot_product_attention = fused_attention
 
     engine = torch.autograd.graph._engine_run_backward
@@ -67,16 +66,6 @@ def install() -> None:
             return engine(*args, **kwargs)
 
     torch.autograd.graph._engine_run_backward = torch.autograd._engine_run_backward = run_backward
-
-
-class Stream:
-    """There is nothing to wait for."""
-
-    def __init__(self, device=None):
-        pass
-
-    def wait_stream(self, other) -> None:
-        pass
 
 
 class visible_gpus:
@@ -116,11 +105,15 @@ def replace_tensors(module, fn, recurse=True):
     return module
 
 
-def nested(shape, dtype):
-    """Ones in nested lists: the contents of a tensor without contents."""
-    if not shape:
-        return one(dtype)
-    return [nested(shape[1:], dtype) for _ in range(shape[0])]
+def tolist(x):
+    """Ones in nested lists: the contents of a tensor without contents. The host waits for those of a GPU."""
+    if x.device.type == "cuda":
+        WATCH.count(WATCH.waits)
+
+    def nested(shape):
+        return [nested(shape[1:]) for _ in range(shape[0])] if shape else one(x.dtype)
+
+    return nested(x.shape)
 
 
 def one(dtype):
@@ -157,17 +150,16 @@ def fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **k
 
 
 class Watch(TorchDispatchMode):
-    """Answers what only contents can tell (a number: 1, a mask: true), and counts copies from host to device.
+    """Answers what only contents can tell (a number: 1, a mask: true), and counts by the function that asks.
 
-    `copies` are by the function that asked for them; `in_networks` those within a pass of a UNet, a VAE or a
-    reward model.
+    `copies`: from host to device; `in_networks`: those within a pass of a UNet, a VAE or a reward model;
+    `waits`: where the host waits until the device has computed, to read a result of it.
     """
 
-    def __init__(self, project: Path, networks: tuple[type, ...]):
+    def __init__(self, networks: tuple[type, ...] = ()):
         super().__init__()
-        self.project, self.networks = str(project), networks
-        self.copies, self.in_networks = collections.Counter(), collections.Counter()
-        self.device_of = import_module("fakes").device_of
+        self.networks = networks
+        self.copies, self.in_networks, self.waits = (collections.Counter() for _ in range(3))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -175,54 +167,48 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op is torch.ops.prim.device.default:
-            return self.device_of(args[0])
+            return device_of(args[0])
         aten, kwargs = torch.ops.aten, kwargs or {}
         if op is aten._local_scalar_dense.default:
+            if args[0].device.type == "cuda":
+                self.count(self.waits)
             return one(args[0].dtype)
         if op in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
             indices = [i for i in args[1] if i is not None]
             wrong = [i.device for i in indices if i.device not in (args[0].device, torch.device("cpu"))]
             assert not wrong, f"an index on {wrong[0]} of a tensor on {args[0].device}"
-            if op is aten.index.Tensor and indices[0].dtype == torch.bool:
-                return self.masked(args[0], *indices)
+            if op is aten.index.Tensor and indices[0].dtype == torch.bool:      # as if all of it were true
+                self.count(self.waits)
+                return args[0].reshape(-1, *args[0].shape[indices[0].ndim:])
         with visible_gpus(0):
             out = op(*args, **kwargs)
         if op in (aten._to_copy.default, aten.copy_.default):
             source = args[1] if op is aten.copy_.default else args[0]
-            if (source.device.type, out.device.type) == ("cpu", "cuda"):
-                self.count()
+            way = source.device.type, out.device.type
+            if way == ("cpu", "cuda"):
+                self.count(self.copies)
+            if way == ("cuda", "cpu"):
+                self.count(self.waits)
         return out
 
-    @staticmethod
-    def masked(x, mask):
-        """x[mask], one mask over the first dimensions, as if all of it were true."""
-        return x.reshape(-1, *x.shape[mask.ndim:])
-
-    def count(self) -> None:
-        """Notes who copies: the innermost function of the project, and whether a network is under way."""
+    def count(self, counter: collections.Counter) -> None:
+        """Notes the innermost function of the project, and for a copy whether a network is under way."""
         name, inside, frame = None, False, sys._getframe(2)
         while frame:
             code = frame.f_code
             path = code.co_filename                         # a virtual environment may lie in the folder, too
             others = "/tests/" in path or "/site-packages/" in path
-            if path.startswith(self.project) and not others:
+            if path.startswith(str(PROJECT)) and not others:
                 name = name or f"{Path(code.co_filename).name}: {getattr(code, 'co_qualname', code.co_name)}"
                 if code.co_name in ("forward", "decode", "score"):
                     inside |= isinstance(frame.f_locals.get("self"), self.networks)
             frame = frame.f_back
-        self.copies[name] += 1
-        if inside:
+        counter[name] += 1
+        if inside and counter is self.copies:
             self.in_networks[name] += 1
 
 
-@contextmanager
-def fake_gpu(watch: Watch):
-    """Within the block all tensors are fake, and may be on "cuda"."""
-    from fakes import Fake
-
-    fake = Fake()
-    with fake, watch:
-        yield fake
+WATCH = Watch()
 
 
 def fake_load_file(path, device="cpu"):
@@ -272,23 +258,23 @@ def training(preset: str, *options: str, gpus: int = 1, clips: int = 1, again: b
              show: bool = False, **recipe) -> dict:
     """A step. again: another one, from the state that a file held. show: the run's sample clips."""
     import train
-    from plumbing import dryrun
+    from plumbing import budget
     from plumbing.run import Group
 
-    batch = str(gpus * clips)
-    argv = ["--preset", preset, "--batch", batch, "--micro-batch", str(clips), "--chunk", "16", *options]
+    argv = ["--preset", preset, "--batch", str(gpus * clips), "--micro-batch", str(clips), "--chunk", "16",
+            "--dry-run", "1", *options]
     with tempfile.TemporaryDirectory() as out:
         config = train.configure([*argv, "--out", out])
-        recipe |= dict(reward_every=1, grid=2 if show else config.grid)     # sample clips of two steps
-        config = dataclasses.replace(config, **recipe)
+        config = dataclasses.replace(config, reward_every=1, **({"grid": 2} if show else {}), **recipe)
         group = processes(gpus) if gpus > 1 else Group()
         trainer_class = train.CachedTrainer if config.is_v2 else train.Trainer
-        models, terms = world(config, group)
+        models, _, terms = train.load_world(config, group)
         trainer = trainer_class(config, models, terms, group)
-        dryrun.pick_worst(terms)                        # frames, as the dry run does
-        batch = dryrun.random_batch(config, models, clips)
-        with counting() as copies:
-            trainer.step(batch)
+        budget.pick_worst(terms)                        # frames, as the dry run does
+        batch = budget.random_batch(config, models, clips)
+        WATCH.waits.clear()
+        trainer.step(batch)
+        waits = dict(WATCH.waits)
         if again:
             resume(trainer)
             trainer.step(batch)
@@ -298,15 +284,7 @@ def training(preset: str, *options: str, gpus: int = 1, clips: int = 1, again: b
             train.video.write_video = lambda path, clip, fps: assert_on(clip, "cpu")
             trainer.config = dataclasses.replace(config, prompts=config.prompts[:1])
             train.show(trainer, Path(out))
-    return {"copies": dict(copies)}
-
-
-def world(config, group):
-    """Networks and reward terms of a preset, without its clips."""
-    import train
-
-    models, _, terms = train.load_world(dataclasses.replace(config, dry_run=1), group)
-    return models, terms
+    return {"waits": waits}
 
 
 def preparing(preset: str) -> dict:
@@ -314,20 +292,21 @@ def preparing(preset: str) -> dict:
     import model
     import prepare
     import train
-    from plumbing.run import Group
 
-    config, known = train.configure(["--preset", preset]), dict(model.FAMILIES)
+    config = dataclasses.replace(prepare.Config(preset=preset), **train.PRESETS[preset], inversion_steps=2,
+                                 motion_share=1.0, draws=1, dtype="bfloat16", device="")
+    known = dict(model.FAMILIES)
     for name, family in known.items():              # the energy reads temporal attention on the way up
         model.FAMILIES[name] = dataclasses.replace(
             family, unet=dataclasses.replace(family.unet, **sizes(320, (1,), 1, attention_levels=(0,))))
-    models, _ = world(config, Group())
+    models = networks("shapes" if config.is_toy else "vc2", "teacher", torch.bfloat16)
     model.FAMILIES.update(known)
     models.unet.requires_grad_(False)
     models.unet.checkpointing = True
-    recipe = SimpleNamespace(grid=config.grid, draws=1, inversion_steps=2, motion_share=1.0, fps=config.fps)
     clip = torch.zeros(3, config.frames, config.height, config.width, dtype=torch.uint8)
-    tensors = prepare.prepare_clip(models, recipe, clip, "a red circle moving right", torch.Generator())
+    tensors = prepare.prepare_clip(models, config, clip, "a red circle moving right", torch.Generator())
     assert_on(tensors["gradient"], "cuda")
+    return {}
 
 
 def processes(count: int):
@@ -344,25 +323,18 @@ def processes(count: int):
 
 def resume(trainer) -> None:
     """The trainer's state, read from a file on the CPU."""
-    def to_cpu(x):
-        if isinstance(x, torch.Tensor):
-            return x.cpu()
-        if isinstance(x, dict):
-            return {key: to_cpu(value) for key, value in x.items()}
-        return [to_cpu(value) for value in x] if isinstance(x, list) else x
-
     with torch.no_grad():
-        state = to_cpu(trainer.state({"clips_skipped": 0}))
-    trainer.load_state(state)
+        state = trainer.state({"clips_skipped": 0})
+        trainer.load_state(tree_map_only(torch.Tensor, torch.Tensor.cpu, state))
 
 
 def check_devices(trainer, device) -> None:
     """Gradients, moments and averages are where the weights are: fused kernels refuse what is elsewhere."""
-    moments = [x for state in trainer.optimizer.state.values() for x in state.values()]
-    states = [x for x in moments if isinstance(x, torch.Tensor)]
+    states = tree_leaves([*trainer.optimizer.state.values()])
     averages = trainer.ema.average if trainer.ema else []
     for x in [*trainer.params, *(p.grad for p in trainer.params), *averages, *states]:
-        assert x.device == device, f"{tuple(x.shape)} of the state on {x.device}, weights on {device}"
+        if isinstance(x, torch.Tensor):
+            assert x.device == device, f"{tuple(x.shape)} of the state on {x.device}, weights on {device}"
 
 
 def assert_on(x, kind: str) -> None:
@@ -373,18 +345,16 @@ def networks(family: str, method: str, dtype):
     """A family's networks on the GPU: with random weights, but the toy's, whose files are small."""
     import model
     import shapes
-    from plumbing import dryrun
+    from plumbing import budget
 
     student = method in ("turbo", "v2")
     if family == "shapes":
         return shapes.load("turbo" if student else None, None, "cuda", dtype)
-    known = model.FAMILIES[family]
-    with dryrun.build("cuda", dtype):
-        unet = model.UNet3D(dataclasses.replace(known.unet, guidance=student, motion=method == "v2")).eval()
-        vae, text = model.VAE(known.vae), model.TextEncoder(known.text)
+    with budget.build("cuda", dtype):
+        models = model.untrained(family, guidance=student, motion=method == "v2")
     released = model.RELEASED["turbo-v2" if method == "v2" else "turbo"]
-    header = model.complete(released, known) if student else {}
-    return model.Models(family, unet, vae.requires_grad_(False), text.requires_grad_(False), known, header)
+    header = model.complete(released, models.family) if student else {}
+    return dataclasses.replace(models, header=header)
 
 
 def sampling(family: str, method: str, dtype: str, size: tuple[int, int] | None = None) -> dict:
@@ -392,9 +362,8 @@ def sampling(family: str, method: str, dtype: str, size: tuple[int, int] | None 
     import model
     import turbo
 
-    dtype = getattr(torch, dtype)
-    models = networks(family, method, dtype)
-    told, (T, H, W) = models.sampling, models.size[:1] + (size or models.size[1:])
+    models = networks(family, method, getattr(torch, dtype))
+    T, H, W = models.size[:1] + (size or models.size[1:])
     copies = []
 
     def watched(timesteps):
@@ -402,11 +371,11 @@ def sampling(family: str, method: str, dtype: str, size: tuple[int, int] | None 
             copies.append(WATCH.copies.copy())
             yield t
 
-    z = turbo.generate(models, ["a red circle moving right"] * 2, [0, 1], (T, H, W),
-                       dataclasses.replace(told, steps=2), watched)
+    two_steps = dataclasses.replace(models.sampling, steps=2)
+    z = turbo.generate(models, ["a red circle moving right"] * 2, [0, 1], (T, H, W), two_steps, watched)
     second = WATCH.copies - copies[1]
     if method == "teacher":                                     # and its undistilled jumps
-        jumps = dataclasses.replace(told, steps=1, method="jumps")
+        jumps = dataclasses.replace(two_steps, steps=1, method="jumps")
         assert_on(turbo.generate(models, ["a red circle moving right"], [0], models.size, jumps), "cuda")
     assert_on(z, "cuda")
     assert z.dtype == torch.float32, z.dtype
@@ -414,15 +383,14 @@ def sampling(family: str, method: str, dtype: str, size: tuple[int, int] | None 
     return {"copies": dict(second)}
 
 
-def reward(name: str, dtype: str) -> dict:
+def reward(name: str, dtype: str) -> None:
     """Scores of two clips and their gradient in the pixels, recomputed, within the trainer's autocast."""
     import rewards
-    from plumbing import dryrun
+    from plumbing import budget
 
-    video = rewards.RECIPES[name].kind == "video"
-    frames = 8 if video else None
+    frames = 8 if rewards.RECIPES[name].kind == "video" else None
     device, dtype = torch.device("cuda", 0), getattr(torch, dtype)
-    with dryrun.build(device, dtype):
+    with budget.build(device, dtype):
         made = rewards.untrained(name, device, dtype, frames)
     made.checkpoint(True)
     clips = torch.empty(2, made.frames or 3, 3, 320, 512, device="cuda", requires_grad=True)
@@ -432,7 +400,6 @@ def reward(name: str, dtype: str) -> dict:
     assert (scores.shape, scores.dtype) == ((2,), torch.float32), scores
     gradient, = torch.autograd.grad(scores.sum(), clips)
     assert_on(gradient, "cuda")
-    return {}
 
 
 def oracle() -> None:
@@ -443,86 +410,30 @@ def oracle() -> None:
     shapes.accuracy(lambda captions, seeds: clips, count=2)
 
 
-def add_across_devices() -> None:
-    torch.ones(2, device="cuda") + torch.ones(2)
-
-
-def index_on_the_gpu() -> None:
-    torch.ones(2)[torch.zeros(2, dtype=torch.long, device="cuda")]
-
-
-def attend_to_too_many() -> None:
-    q = torch.ones(1, GRID_LIMIT + 1, 16, 64, device="cuda")
+def attend(sequences: int):
+    q = torch.ones(1, sequences, 16, 64, device="cuda")
     F.scaled_dot_product_attention(q, q, q)
 
 
-def gradient_across_devices() -> None:
-    x = torch.ones(2, device="cuda", requires_grad=True)
-    torch.autograd.grad(x * 2, x, torch.ones(2))
-
-
-WATCH: Watch | None = None
-ATTENTION = F.scaled_dot_product_attention              # PyTorch's own
-
-
-def watched(case) -> dict:
-    """A case, and "peak": the most bytes that it held on the GPU."""
-    from fakes import device_of
-
-    from plumbing.dryrun import LiveBytes
-
-    class OnTheGpu(LiveBytes):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            if op is torch.ops.prim.device.default:
-                return device_of(args[0])
-            out = op(*args, **(kwargs or {}))
-            for x in tree_leaves(out):
-                if isinstance(x, torch.Tensor) and x.device.type == "cuda":
-                    self.add(x.untyped_storage())
-            return out
-
-    with OnTheGpu() as counter:
-        answer = case()
-    return answer | {"peak": counter.peak}
-
-
-def dry_run(command, argv: list[str]) -> int:
+def dry_run(command: str, argv: str) -> int:
     """The most bytes that a --dry-run simulates, with the networks that the cases have."""
-    from fakes import Fake
+    from importlib import import_module
 
-    from plumbing import dryrun
-    dryrun.FakeTensorMode = Fake                        # it takes half of the time
+    from plumbing import budget
+    budget.FakeTensorMode = Fake                        # it takes half of the time
     F.scaled_dot_product_attention, fused = ATTENTION, F.scaled_dot_product_attention
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            return max(command(argv).peak.values())
+        with contextlib.redirect_stdout(io.StringIO()):
+            return max(import_module(command).main(argv.split()).peak.values())
     finally:
         F.scaled_dot_product_attention = fused
 
 
-def training_budget() -> int:
-    import train
-    argv = "--preset turbo-vc2 --lora 4 --batch 1 --micro-batch 1 --chunk 16 --dry-run 0 --device cpu"
-    return dry_run(train.main, argv.split())
-
-
-def sampling_budget() -> int:
-    import sample
-    argv = "--model vc2 --dtype bfloat16 --batch 2 --dry-run"
-    return dry_run(sample.main, ["a red circle moving right", *argv.split()])
-
-
-BUDGETS = {"train turbo-vc2 --lora 4": training_budget, "sample vc2 turbo bfloat16": sampling_budget}
-
-
-@contextmanager
-def counting():
-    """The copies to the device within the block, by function."""
-    before, found = WATCH.copies.copy(), collections.Counter()
-    yield found
-    found.update(WATCH.copies - before)
-
-
+ATTENTION = F.scaled_dot_product_attention              # PyTorch's own
+BUDGETS = {                                             # case: its command
+    "train turbo-vc2 --lora 4": (
+        "train", "--preset turbo-vc2 --lora 4 --batch 1 --micro-batch 1 --chunk 16 --dry-run 0 --device cpu"),
+    "sample vc2 turbo bfloat16": ("sample", "any --model vc2 --dtype bfloat16 --batch 2 --dry-run")}
 ALL = ("vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms", "turbo-v2")
 SAMPLED = {
     "vc2 turbo": DTYPES, "vc2 v2": DTYPES, "vc2 teacher": DTYPES, "ms turbo": DTYPES, "ms teacher": DTYPES,
@@ -533,6 +444,7 @@ CASES = {
     **{f"train {preset} --lora 0": partial(training, preset, "--lora", "0", again=preset == "vcm-ms")
        for preset in ("vcm-ms", "turbo-v2")},
     "train vcm-ms on policy": partial(training, "vcm-ms", clips=2, on_policy=1.0),
+    "train turbo-ms --dtype float32": partial(training, "turbo-ms", "--dtype", "float32"),
     "train turbo-vc2 --offload": partial(training, "turbo-vc2", "--offload", show=True),
     "train turbo-v2 --offload": partial(training, "turbo-v2", "--offload", again=True),
     "train turbo-vc2 --lora 0 on 2 GPUs": partial(training, "turbo-vc2", "--lora", "0", gpus=2, again=True),
@@ -544,59 +456,60 @@ CASES = {
        for name in REWARDS for dtype in ("bfloat16", "float32")},
     "oracle": oracle,
 }
-WRONG = {"wrong: sum": add_across_devices, "wrong: index": index_on_the_gpu,
-         "wrong: attention": attend_to_too_many}
+WRONG = {
+    "wrong: sum": lambda: torch.ones(2, device="cuda") + torch.ones(2),
+    "wrong: index": lambda: torch.ones(2)[torch.zeros(2, dtype=torch.long, device="cuda")],
+    "wrong: attention": partial(attend, GRID_LIMIT + 1)}
+WAITS = {
+    "waits: item": lambda: torch.ones(1, device="cuda").item(),
+    "waits: copy": lambda: torch.ones(1, device="cuda").cpu(),
+    "waits: synchronize": lambda: torch.cuda.synchronize()}
 
 
 def run(name: str, case) -> dict:
     """{"error": one line and where, or None, "seconds", "in_networks": copies there, and what it answers}"""
-    start = time.process_time()
-    WATCH.in_networks.clear()
+    from plumbing.budget import Counter
+
+    start, answer, error = time.process_time(), {}, None
+    WATCH.in_networks.clear(), WATCH.waits.clear()
     try:
-        with fake_gpu(WATCH):
-            answer = watched(case) if name in BUDGETS else case()
+        with Fake(), WATCH, Counter("cuda") if name in BUDGETS else nullcontext() as counter:
+            answer = case()
         if name in BUDGETS:
-            answer["budget"] = BUDGETS[name]()
-        error = None
+            answer |= {"peak": counter.peak, "budget": dry_run(*BUDGETS[name])}
+        if name in WAITS:
+            answer = {"waits": dict(WATCH.waits)}
     except Exception as problem:
         frames = traceback.extract_tb(problem.__traceback__)
         lines = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames
-                 if frame.filename.startswith(WATCH.project)]
+                 if frame.filename.startswith(str(PROJECT))]
         answer, error = {}, f"{type(problem).__name__}: {problem} (in {' < '.join(reversed(lines[-4:]))})"
         if os.environ.get("TRACE"):
             traceback.print_exc()
+    answer = answer if isinstance(answer, dict) else {}
     seconds = round(time.process_time() - start, 2)
-    return {"error": error, "seconds": seconds, "in_networks": dict(WATCH.in_networks)} | (answer or {})
+    return {"error": error, "seconds": seconds, "in_networks": dict(WATCH.in_networks)} | answer
 
 
 def main() -> None:
-    global WATCH
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("words", nargs="*")
-    parser.add_argument("--project", type=Path, default=Path(__file__).resolve().parent.parent)
-    parser.add_argument("--full", action="store_true", help="all blocks")
-    args = parser.parse_args()
-    sys.path.insert(0, str(args.project))
+    sys.path.insert(0, str(PROJECT))
     torch.set_num_threads(1)
     try:
         install()
-        with fake_gpu(Watch(args.project, ())):
+        with Fake(), Watch():
             x = torch.ones(2, device="cuda", requires_grad=True)
             torch.autograd.grad((x * x).sum(), x)
     except (AttributeError, OSError, RuntimeError) as error:
         print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
         sys.exit(CANNOT)
-    import safetensors.torch
-    safetensors.torch.load_file = fake_load_file
-    if not args.full:
-        shrink()
     import model
     import rewards
-    reward_models = {recipe.model for recipe in rewards.RECIPES.values()}
-    WATCH = Watch(args.project, (model.UNet3D, model.VAE, *reward_models))
-    for name, case in (CASES | WRONG).items():
-        if all(word in name for word in args.words):
+    import safetensors.torch
+    safetensors.torch.load_file = fake_load_file
+    shrink()
+    WATCH.networks = model.UNet3D, model.VAE, *{recipe.model for recipe in rewards.RECIPES.values()}
+    for name, case in (CASES | WRONG | WAITS).items():
+        if all(word in name for word in sys.argv[1:]):
             print(json.dumps({"case": name} | run(name, case)), flush=True)
 
 

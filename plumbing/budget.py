@@ -1,0 +1,231 @@
+"""Will it fit, and how long will it take? What a training step or a clip holds, computes and moves.
+
+`--dry-run 0` of train.py and `--dry-run` of sample.py and prepare.py run the program's own code on fake
+tensors, which have shapes but no contents: full-size models then need neither memory, nor a GPU, nor a file.
+`train.py --dry-run N` makes N real steps with random weights.
+"""
+import time
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from plumbing.run import Offload
+
+GIB = 2 ** 30
+ATTENTION = "_scaled_dot_product_flash_attention"           # a CPU's is not in torch's registry
+FORMULAS = flop_registry | {
+    getattr(torch.ops.aten, f"{ATTENTION}_for_cpu{end}"): flop_registry[getattr(torch.ops.aten, ATTENTION + end)]
+    for end in ("", "_backward")}
+CARDS = {"A100": 312e12, "H100": 989e12}    # FLOP a second in bf16, dense, from their data sheets
+
+
+class Counter(TorchDispatchMode):
+    """Counts what is done within the block, to real or to fake tensors.
+
+    `live`: bytes of the tensors on the device that were made and are not freed; `peak`: the most of them since
+    `reset`. `flops`: by torch's formulas, a multiplication and an addition are two. `moved`: bytes that
+    operations read and write, each by itself; fused ones move fewer.
+    """
+
+    def __init__(self, device: str = "cpu"):
+        super().__init__()
+        self.device, self.storages, self.paused = device, set(), False
+        self.live = self.peak = self.flops = self.moved = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = op(*args, **kwargs)
+        if op.overloadpacket in FORMULAS:
+            self.flops += FORMULAS[op.overloadpacket](*args, **kwargs, out_val=out)
+        written = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        if not op.is_view:
+            read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            self.moved += sum(x.nbytes for x in read + written)
+        for x in written:
+            if x.device.type == self.device and not self.paused:
+                self.add(x.untyped_storage())
+        return out
+
+    def add(self, storage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.storages:
+            self.storages.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.drop, key, size).atexit = False
+
+    def drop(self, key: int, size: int) -> None:
+        self.storages.discard(key)
+        self.live -= size
+
+    def reset(self) -> int:
+        self.peak = self.live
+        return self.live
+
+    def uncounted(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor like x that takes no bytes: in a simulation it plays one in host memory."""
+        self.paused = True
+        copy = torch.empty_like(x.detach())
+        self.paused = False
+        return copy
+
+
+@contextmanager
+def simulation() -> Iterator[Counter]:
+    """Within the block tensors are fake, on the CPU, and counted as a GPU would hold them: norms in float32,
+    as autocast has them there; what waits in host memory (--offload) is not counted."""
+    fake, counter, to_host, norms = FakeTensorMode(), Counter(), Offload.to_host, (F.group_norm, F.layer_norm)
+    fake.__deepcopy__ = lambda memo: fake                       # copies of fake tensors stay in the one mode
+
+    def norm(function, x, size, w=None, b=None, eps=1e-5):
+        wide = torch.is_autocast_enabled("cpu")
+        return function(*(y.float() if wide and isinstance(y, torch.Tensor) else y for y in (x, size, w, b)), eps)
+
+    Offload.to_host = staticmethod(counter.uncounted)
+    F.group_norm, F.layer_norm = (partial(norm, function) for function in norms)
+    try:
+        with warnings.catch_warnings(), fake, counter:
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")   # by deepcopy
+            yield counter
+    finally:
+        Offload.to_host, (F.group_norm, F.layer_norm) = staticmethod(to_host), norms
+
+
+@contextmanager
+def build(device, dtype: torch.dtype) -> Iterator[None]:
+    """Within the block modules are made on this device, of this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class Budget:
+    """What each named part holds, computes and moves; in a trainer it takes the place of `run.Parts`."""
+
+    def __init__(self, counter: Counter):
+        self.counter, self.counting, self.held, self.times = counter, True, 0, {}
+        self.peak, self.kept, self.flops, self.moved, self.seconds = (defaultdict(float) for _ in range(5))
+
+    @contextmanager
+    def __call__(self, name: str, times: int = 1):
+        """times: how often the part is done; it is simulated once."""
+        counter, start = self.counter, time.perf_counter()
+        flops, moved, live = counter.flops, counter.moved, counter.reset()
+        yield
+        if counter.device == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[name] += time.perf_counter() - start
+        if self.counting:
+            self.times[name] = times
+            self.peak[name], self.kept[name] = max(self.peak[name], counter.peak), counter.live - live
+            self.flops[name] += times * (counter.flops - flops)
+            self.moved[name] += times * (counter.moved - moved)
+
+    def show(self, title: str, steps: int = 0) -> None:
+        """Prints the parts. steps: in how many `seconds` were taken; 0: simulated."""
+        print(f"{title}, {steps or 'simulated'}{' steps' * bool(steps)}\n\n"
+              f"{'part':24}times  peak GiB leaves GiB    TFLOP GB moved" + "       s" * bool(steps))
+        for name, times in self.times.items():
+            print(f"{name:24}{times:5}{self.peak[name] / GIB:10.2f}{self.kept[name] / GIB:11.2f}"
+                  f"{self.flops[name] / 1e12:9.2f}{self.moved[name] / 1e9:9.0f}"
+                  + (f"{self.seconds[name] / steps:8.2f}" if steps else ""))
+
+        worst, flops = max(self.peak, key=self.peak.get), sum(self.flops.values())
+        print(f"\nheld all the time: {self.held / GIB:.2f} GiB; most: {self.peak[worst] / GIB:.2f} GiB, in {worst}; "
+              "on a GPU add about 1 GiB for CUDA and its libraries")
+        print(f"in all {flops / 1e12:.1f} TFLOP; in bf16 at the peak rates of "
+              + ", ".join(f"{card} {flops / rate:.2f} s" for card, rate in CARDS.items())
+              + f"; {sum(self.moved.values()) / 1e9:.0f} GB moved if no operations are fused")
+
+
+def report_clip(title: str, networks: Callable, work: dict[str, tuple]) -> Budget:
+    """Prints what a clip takes that is sampled or prepared, all of it with fake tensors.
+
+    networks() -> Models. work: of each part, how often it is done, and do(models, results of those before it).
+    """
+    with simulation() as counter, torch.no_grad():
+        budget, results = Budget(counter), {}
+        with budget("construction", times=0):
+            models = networks()
+        budget.held = counter.live
+        for name, (times, do) in work.items():
+            with budget(name, times):
+                results[name] = do(models, results)
+    budget.show(title)
+    return budget
+
+
+def report_step(config, group, load_world: Callable, trainer_class: type) -> Budget:
+    """--dry-run N: prints what a training step takes. load_world(config, group) -> models, clips, rewards.
+
+    Memory is counted while all is built and in a first step, which is not among the N. In a simulation (N = 0)
+    each process has one micro-batch, as other clips of a batch find the same memory, and shows it to rewards.
+    """
+    n, alone = config.dry_run, copy(group)
+    if not n:                                                   # no process waits for another
+        alone.device, alone.sum = torch.device("cpu"), lambda x: x
+        config = replace(config, batch=config.micro_batch * group.world_size, reward_every=1)
+    with Counter(group.device.type) if n else simulation() as counter:
+        budget = Budget(counter)
+        with budget("construction", times=0):
+            models, _, terms = load_world(config, alone)
+            trainer = trainer_class(config, models, terms, alone)
+        trainer.parts = budget
+        trainer.optimizer.step()                                # allocates the moments; the gradient is zero
+        trainer.keep_moments()
+        budget.held = counter.live
+        if not n:
+            pick_worst(terms)
+            trainer.to_host = lambda sums: [0.0] * len(sums)    # which have no contents
+        batch = random_batch(config, models, config.batch // group.world_size)
+        trainer.step(batch)
+
+    budget.counting = False
+    budget.seconds.clear()
+    for _ in range(n):
+        trainer.step(batch)
+    if group.rank == 0:
+        budget.show(f"{config.preset}, {config.width}x{config.height}, {config.frames} frames, {config.dtype}, "
+                    f"{config.batch} clips, {config.micro_batch} at a time", n)
+        seconds = sum(budget.seconds.values()) / max(n, 1)
+        print(f"a step takes {seconds:.2f} s, {config.train_steps} steps take "
+              f"{seconds * config.train_steps / 3600:.1f} h\n" * bool(n), end="")
+    group.close()
+    return budget
+
+
+def random_batch(config, models, n: int) -> dict:
+    """What a trainer's step takes: n clips, or for v2 samples of a cache, zeros with one caption."""
+    captions = dict(caption=["a red circle moving right"] * n, reward_caption=[None] * n)
+    T, H, W = config.frames, config.height, config.width
+    if not config.preset.endswith("v2"):
+        return captions | dict(clip=torch.zeros(n, 3, T, H, W, dtype=torch.uint8), bad=0)
+    vae = models.vae.config
+    z = torch.zeros(n, vae.latent, T, H // vae.factor, W // vae.factor)
+    c = models.text(captions["caption"]).to("cpu")
+    sample = captions | dict(t=torch.full((n,), 999), z_t=z, eps_c=z, eps_u=z, gradient=z, c=c)
+    return dict(distill=sample, rewards=sample, bad=0)
+
+
+def pick_worst(terms) -> None:
+    """Each reward looks at other frames than the others: the most that a step decodes."""
+    start = 0
+    for term in terms:
+        term.pick = lambda T, generator, frames=range(start, start + term.frames): [i % T for i in frames]
+        start += term.frames
