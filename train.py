@@ -16,7 +16,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ import model
 import rewards
 import shapes
 import turbo
-from plumbing import cli, dryrun, files, folder, run, video, weights
+from plumbing import budget, cli, files, folder, run, video, weights
 from plumbing.cli import Count, File, Folder, Seed, Share, Size, Within
 from plumbing.errors import UserError
 from solver import Sampling, Schedule
@@ -242,7 +242,7 @@ class Trainer:
             raise UserError(f"--batch {config.batch}, {group.world_size} processes: try a multiple of {unit}")
         self.config, self.models, self.terms, self.group = config, models, terms, group
         self.schedule, self.w_range = Schedule(config.grid, group.device), (config.w_min, config.w_max)
-        self.parts = run.Parts(group.device)
+        self.parts = run.Parts()
 
         # networks, and what of them is trained
         self.prepare_networks(config, group.device)
@@ -257,6 +257,9 @@ class Trainer:
         # what waits in host memory
         self.offload = run.Offload(group.device, config.offload)
         self.judges = [term.reward.model for term in terms] if config.offload else []
+        self.present = ExitStack()                  # of --offload, the reward on the device
+        for term in terms if config.offload else ():
+            term.reward = partial(self.judge, term.reward)
         for network in dict.fromkeys([models.text, self.student, self.teacher, *self.judges]):
             self.offload.keep(network, [p for p in network.parameters() if not p.requires_grad])
 
@@ -391,9 +394,15 @@ class Trainer:
         if not self.terms:
             return None, {}
         reward_captions = [short or full for short, full in zip(clips["reward_caption"], clips["caption"])]
-        with self.part("rewards", *self.judges):
+        with self.part("rewards"), self.present:
             return turbo.reward_gradient(z0_hat, reward_captions, self.models.vae.decode, self.terms,
                                          generators, self.config.chunk)
+
+    def judge(self, reward: Callable, *args) -> Tensor:
+        """A reward's scores (--offload); its weights take the place of those of the reward before."""
+        self.present.close()
+        self.present.enter_context(self.offload(reward.model))
+        return reward(*args)
 
     def metrics(self, loss_cd: Tensor, scores: dict[str, Tensor]) -> Tensor:
         """Loss, L_CD and each reward, as the log has them."""
@@ -505,7 +514,7 @@ def load_world(config: Config, group: run.Group) -> tuple[model.Models, object, 
     elif config.dry_run is None:
         terms = reward_terms(config, partial(rewards.load, device=device, dtype=dtype))
     else:
-        with dryrun.build(device, dtype):
+        with budget.build(device, dtype):
             untrained = partial(rewards.untrained, device=device, dtype=dtype)
             terms = reward_terms(config, lambda name, path, frames: untrained(name, frames=frames))
             models = model.untrained(config.model, guidance=True, motion=config.has_motion)
@@ -685,7 +694,7 @@ def main(argv: list[str] | None = None):
     if config.dtype == "bfloat16" and not (run.has_bfloat16(group.device) or group.rank or config.dry_run == 0):
         print("--dtype bfloat16: this device only imitates it; float32 may be faster", file=sys.stderr)
     if config.dry_run is not None:
-        return dryrun.report(config, group, load_world, trainer_class)
+        return budget.report_step(config, group, load_world, trainer_class)
 
     out = Path(config.out)
     with folder.locked(out) if group.rank == 0 else nullcontext():

@@ -54,12 +54,12 @@ class Counter(TorchDispatchMode):
             read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             self.moved += sum(x.nbytes for x in read + written)
         for x in written:
-            if x.device.type == self.device and not self.paused:
+            if x.device.type == self.device:
                 self.add(x.untyped_storage())
         return out
 
     def add(self, storage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage._cdata, 0 if self.paused else storage.nbytes()
         if key not in self.storages:
             self.storages.add(key)
             self.live += size

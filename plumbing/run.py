@@ -148,25 +148,16 @@ def stop_signals() -> list[int]:
 
 
 class Parts:
-    """Seconds of the named parts of a step; on a GPU those of its host, unless `synchronize` waits for it.
+    """Seconds of the named parts of a step, those of the host: nothing waits for a GPU (budget.py's do)."""
 
-    With a counter as `memory` (dryrun.py) also the most bytes held in each part, and how many it left behind.
-    """
-
-    def __init__(self, device: torch.device, memory=None, synchronize: bool = False):
-        self.device, self.memory, self.synchronize = device, memory, synchronize
-        self.seconds, self.peak, self.kept = defaultdict(float), defaultdict(int), {}
+    def __init__(self):
+        self.seconds = defaultdict(float)
 
     @contextmanager
     def __call__(self, name: str):
-        start, before = time.perf_counter(), self.memory.reset() if self.memory else 0
+        start = time.perf_counter()
         yield
-        if self.synchronize and self.device.type == "cuda":
-            torch.cuda.synchronize()
         self.seconds[name] += time.perf_counter() - start
-        if self.memory:
-            self.peak[name] = max(self.peak[name], self.memory.peak)
-            self.kept[name] = self.memory.live - before
 
 
 def memory(device: torch.device) -> float:

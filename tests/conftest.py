@@ -22,5 +22,5 @@ def quick_simulation(monkeypatch):
     without)."""
     from fakes import Fake
 
-    from plumbing import dryrun
-    monkeypatch.setattr(dryrun, "FakeTensorMode", Fake)
+    from plumbing import budget
+    monkeypatch.setattr(budget, "FakeTensorMode", Fake)

@@ -293,8 +293,8 @@ def preparing(preset: str) -> dict:
     import prepare
     import train
 
-    config = dataclasses.replace(prepare.Config(preset=preset), **train.PRESETS[preset], inversion_steps=2,
-                                 motion_share=1.0, draws=1, dtype="bfloat16", device="")
+    config = prepare.Config(**train.PRESETS[preset] | dict(
+        preset=preset, inversion_steps=2, motion_share=1.0, dtype="bfloat16"))
     known = dict(model.FAMILIES)
     for name, family in known.items():              # the energy reads temporal attention on the way up
         model.FAMILIES[name] = dataclasses.replace(

@@ -17,7 +17,7 @@ import rewards
 import train
 import turbo
 from data import BadClip
-from plumbing import dryrun, folder, run, video, weights
+from plumbing import budget, folder, run, video, weights
 from plumbing.errors import UserError
 from plumbing.folder import checkpoints
 from plumbing.run import Group, own_gpu, pick_device, usual_dtype
@@ -118,7 +118,7 @@ def test_the_toy_works_in_what_the_processor_is_fast_in(monkeypatch, native, toy
 @pytest.mark.parametrize("native", [True, False])
 def test_a_device_that_imitates_bfloat16_is_told_of(monkeypatch, capsys, native):
     monkeypatch.setattr(run, "has_bfloat16", lambda device: native)
-    monkeypatch.setattr(train.dryrun, "report", lambda *args: None)
+    monkeypatch.setattr(train.budget, "report_step", lambda *args: None)
     for steps, dtype in (("1", "bfloat16"), ("1", "float32"), ("0", "bfloat16")):
         train.main(["--preset", "turbo-vc2", "--device", "cpu", "--dtype", dtype, "--dry-run", steps])
         told = "--dtype bfloat16: this device only imitates it" in capsys.readouterr().err
@@ -427,7 +427,7 @@ def test_offload_changes_nothing(lora, monkeypatch):
 
 
 def test_live_bytes_counts_storages_once():
-    with dryrun.LiveBytes() as memory:
+    with budget.Counter() as memory:
         a = torch.zeros(1000)
         b = a[10:].view(-1, 2)
         assert memory.live == 4000
@@ -449,7 +449,7 @@ def test_the_reward_gradient_lowers_the_peak():
     made.models.vae = vae.requires_grad_(False)
     for way in ("joint", "staged"):
         made.gradient.zero_()
-        with dryrun.LiveBytes() as memory:
+        with budget.Counter() as memory:
             if way == "staged":
                 made.accumulate(clips, range(1))
             else:
@@ -473,13 +473,13 @@ def tiny_family(monkeypatch):
 def test_the_simulation_agrees_with_the_steps_it_simulates(tiny_family, capsys, monkeypatch, lora):
     """Live bytes of fake tensors against those of real ones, float32 on the CPU, part by part."""
     if lora == "0":                                     # once with PyTorch's own mode: see conftest.py
-        monkeypatch.setattr(dryrun, "FakeTensorMode", FakeTensorMode)
+        monkeypatch.setattr(budget, "FakeTensorMode", FakeTensorMode)
     options = [*tiny_family, "--lora", lora, "--dtype", "float32", "--batch", "1", "--dry-run"]
     fake, real = [train.main([*options, n]) for n in ("0", "1")]
-    assert fake.peak.keys() == real.peak.keys() == {"encode", "distill", "backward", "update"}
+    assert fake.peak.keys() == real.peak.keys() == {"construction", "encode", "distill", "backward", "update"}
     assert fake.peak == pytest.approx(real.peak, rel=0.01)
     assert fake.kept == pytest.approx(real.kept, rel=0.01, abs=1e5)
-    simulated, made = capsys.readouterr().out.split("together")[1:]
+    simulated, made = capsys.readouterr().out.split("held all")[1:]
     assert "a step takes " in made and "a step takes" not in simulated and "most: " in simulated
 
 
