@@ -110,8 +110,8 @@ def dry_run(config: Config) -> budget.Budget:
         return TeacherOutput.of(models.unet, Schedule(config.grid), z0, torch.randn_like(z0),
                                 torch.full((1,), 999), results["step of inversion"], c, uncond, fps=config.fps)
 
-    title = f"a clip for {config.preset}, {config.width}x{config.height}, {config.frames} frames, {config.dtype}"
-    return budget.report_clip(title, networks, {
+    T, H, W = size
+    return budget.report_clip(f"a clip of {config.preset}, {W}x{H}, {T} frames, {config.dtype}", networks, {
         "encode": (1, encoded), "step of inversion": (config.inversion_steps, inverted),
         "draw of t and ε": (config.draws, drawn)})
 

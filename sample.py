@@ -423,10 +423,10 @@ def dry_run(config: Config) -> Budget:
 
     part = "step of --refine" if config.refine else "captions and one step"
     times = config.refine + 1 if config.refine else sampling.steps
-    return budget.report_clip(
-        f"{config.model} {config.method}, {B} x {W}x{H}, {T} frames, {sampling.steps} steps, {dtype}", networks,
-        {part: (times, latents),
-         "decode": (1, lambda models, results: models.vae.decode(results[part], 4))})
+    title = f"{config.model} {config.method}, {B} x {W}x{H}, {T} frames, {sampling.steps} steps, {dtype}"
+    return budget.report_clip(title, networks, {
+        part: (times, latents),
+        "decode": (1, lambda models, results: models.vae.decode(results[part], 4))})
 
 
 # ---- the command -------------------------------------------------------------------------------------------

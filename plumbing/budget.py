@@ -24,19 +24,20 @@ from torch.utils.flop_counter import flop_registry
 from plumbing.run import Offload
 
 GIB = 2 ** 30
-ATTENTION = "_scaled_dot_product_flash_attention"           # a CPU's is not in torch's registry
-FORMULAS = flop_registry | {
-    getattr(torch.ops.aten, f"{ATTENTION}_for_cpu{end}"): flop_registry[getattr(torch.ops.aten, ATTENTION + end)]
-    for end in ("", "_backward")}
+aten = torch.ops.aten
+FORMULAS = flop_registry | {                # torch's has no formula of a CPU's attention
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        flop_registry[aten._scaled_dot_product_flash_attention_backward]}
 CARDS = {"A100": 312e12, "H100": 989e12}    # FLOP a second in bf16, dense, from their data sheets
 
 
 class Counter(TorchDispatchMode):
     """Counts what is done within the block, to real or to fake tensors.
 
-    `live`: bytes of the tensors on the device that were made and are not freed; `peak`: the most of them since
-    `reset`. `flops`: by torch's formulas, a multiplication and an addition are two. `moved`: bytes that
-    operations read and write, each by itself; fused ones move fewer.
+    `live`: bytes of the tensors made on the device and not yet freed; `peak`: the most of them since `reset`.
+    `flops`: by torch's formulas, a multiplication and an addition are two. `moved`: bytes that operations
+    read and write, each by itself; fused ones move fewer.
     """
 
     def __init__(self, device: str = "cpu"):
@@ -90,8 +91,9 @@ def simulation() -> Iterator[Counter]:
     fake.__deepcopy__ = lambda memo: fake                       # copies of fake tensors stay in the one mode
 
     def norm(function, x, size, w=None, b=None, eps=1e-5):
-        wide = torch.is_autocast_enabled("cpu")
-        return function(*(y.float() if wide and isinstance(y, torch.Tensor) else y for y in (x, size, w, b)), eps)
+        if torch.is_autocast_enabled("cpu"):
+            x, w, b = (None if y is None else y.float() for y in (x, w, b))
+        return function(x, size, w, b, eps)
 
     Offload.to_host = staticmethod(counter.uncounted)
     F.group_norm, F.layer_norm = (partial(norm, function) for function in norms)
@@ -147,8 +149,8 @@ class Budget:
                   + (f"{self.seconds[name] / steps:8.2f}" if steps else ""))
 
         worst, flops = max(self.peak, key=self.peak.get), sum(self.flops.values())
-        print(f"\nheld all the time: {self.held / GIB:.2f} GiB; most: {self.peak[worst] / GIB:.2f} GiB, in {worst}; "
-              "on a GPU add about 1 GiB for CUDA and its libraries")
+        print(f"\nheld all the time: {self.held / GIB:.2f} GiB; most: {self.peak[worst] / GIB:.2f} GiB, in "
+              f"{worst}; on a GPU add about 1 GiB for CUDA and its libraries")
         print(f"in all {flops / 1e12:.1f} TFLOP; in bf16 at the peak rates of "
               + ", ".join(f"{card} {flops / rate:.2f} s" for card, rate in CARDS.items())
               + f"; {sum(self.moved.values()) / 1e9:.0f} GB moved if no operations are fused")
@@ -157,7 +159,7 @@ class Budget:
 def report_clip(title: str, networks: Callable, work: dict[str, tuple]) -> Budget:
     """Prints what a clip takes that is sampled or prepared, all of it with fake tensors.
 
-    networks() -> Models. work: of each part, how often it is done, and do(models, results of those before it).
+    networks() -> Models. work: of each part, how often it is done, and do(models, results before it).
     """
     with simulation() as counter, torch.no_grad():
         budget, results = Budget(counter), {}
@@ -174,8 +176,8 @@ def report_clip(title: str, networks: Callable, work: dict[str, tuple]) -> Budge
 def report_step(config, group, load_world: Callable, trainer_class: type) -> Budget:
     """--dry-run N: prints what a training step takes. load_world(config, group) -> models, clips, rewards.
 
-    Memory is counted while all is built and in a first step, which is not among the N. In a simulation (N = 0)
-    each process has one micro-batch, as other clips of a batch find the same memory, and shows it to rewards.
+    Memory is counted while all is built and in a first step, which is not among the N. Simulated (N = 0), a
+    process has one micro-batch, as other clips of a batch find the same memory, and shows it to rewards.
     """
     n, alone = config.dry_run, copy(group)
     if not n:                                                   # no process waits for another
@@ -201,11 +203,11 @@ def report_step(config, group, load_world: Callable, trainer_class: type) -> Bud
     for _ in range(n):
         trainer.step(batch)
     if group.rank == 0:
-        budget.show(f"{config.preset}, {config.width}x{config.height}, {config.frames} frames, {config.dtype}, "
-                    f"{config.batch} clips, {config.micro_batch} at a time", n)
-        seconds = sum(budget.seconds.values()) / max(n, 1)
-        print(f"a step takes {seconds:.2f} s, {config.train_steps} steps take "
-              f"{seconds * config.train_steps / 3600:.1f} h\n" * bool(n), end="")
+        budget.show(f"{config.preset}, {config.width}x{config.height}, {config.frames} frames, {config.batch} "
+                    f"clips, {config.micro_batch} at a time, {config.dtype}", n)
+    if group.rank == 0 and n:
+        seconds = sum(budget.seconds.values()) / n
+        print(f"a step takes {seconds:.2f} s, {config.train_steps} steps {seconds * config.train_steps / 3600:.1f} h")
     group.close()
     return budget
 

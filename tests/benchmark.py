@@ -31,7 +31,7 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import CPU_LAYERS, MODELSCOPE, VAE, VC2, UNet3D, compile_layers  # noqa: E402
-from plumbing.dryrun import build, simulation  # noqa: E402
+from plumbing.budget import build, simulation  # noqa: E402
 from plumbing.fast_cpu import FORMATS, speed_up  # noqa: E402
 from turbo import inject  # noqa: E402
 

@@ -197,7 +197,7 @@ class Watch(TorchDispatchMode):
         while frame:
             code = frame.f_code
             path = code.co_filename                         # a virtual environment may lie in the folder, too
-            others = "/tests/" in path or "/site-packages/" in path
+            others = any(name in path for name in ("/tests/", "/site-packages/", "budget.py"))
             if path.startswith(str(PROJECT)) and not others:
                 name = name or f"{Path(code.co_filename).name}: {getattr(code, 'co_qualname', code.co_name)}"
                 if code.co_name in ("forward", "decode", "score"):

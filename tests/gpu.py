@@ -27,7 +27,7 @@ import model  # noqa: E402
 import rewards  # noqa: E402
 import train  # noqa: E402
 import turbo  # noqa: E402
-from plumbing import dryrun  # noqa: E402
+from plumbing import budget  # noqa: E402
 from plumbing.run import Group  # noqa: E402
 from solver import Sampling  # noqa: E402
 
@@ -50,9 +50,9 @@ class Row:
 
     def cells(self, rate: float) -> str:
         floor = self.flops / rate
-        simulated = "-" if self.simulated is None else f"{self.simulated / dryrun.GIB:.3g}"
+        simulated = "-" if self.simulated is None else f"{self.simulated / budget.GIB:.3g}"
         return (f"| {self.name} | {self.seconds:.3f} | {self.flops / 1e12:.2f} | {floor:.3f} | "
-                f"{self.seconds / max(floor, 1e-9):.2f} | {self.peak / dryrun.GIB:.3g} | {simulated} |")
+                f"{self.seconds / max(floor, 1e-9):.2f} | {self.peak / budget.GIB:.3g} | {simulated} |")
 
     def fits(self) -> bool:
         return self.simulated is None or self.peak <= MEMORY * self.simulated
@@ -64,7 +64,7 @@ class Device:
     def __init__(self, name: str, repeat: int):
         self.device, self.repeat = torch.device(name), repeat
         self.cuda = self.device.type == "cuda"
-        self.bytes = dryrun.CudaBytes() if self.cuda else dryrun.LiveBytes()    # of what is made within it
+        self.bytes = budget.Counter(self.device.type)    # of what is made within it
 
     def wait(self) -> None:
         if self.cuda:
@@ -96,7 +96,7 @@ class Device:
 
 def count(prepare, run) -> tuple[int, int]:
     """run(*prepare()), which make their own tensors, on fake ones -> FLOP of `run`, bytes held at most."""
-    with dryrun.simulation() as counter:
+    with budget.simulation() as counter:
         made = prepare()
         counter.reset()
         before = counter.flops
@@ -110,7 +110,7 @@ def count(prepare, run) -> tuple[int, int]:
 def networks(name: str, device, dtype=torch.bfloat16) -> model.Models:
     """A student of the family with random weights: last layers are not zero, so that all of it counts."""
     family = model.FAMILIES[name]
-    with dryrun.build(device, dtype):
+    with budget.build(device, dtype):
         unet = model.UNet3D(dataclasses.replace(family.unet, guidance=True)).eval()
         vae, text = model.VAE(family.vae).eval(), model.TextEncoder(family.text).eval()
     for p in unet.parameters():
@@ -181,12 +181,12 @@ def trainer_of(preset: str, device, options: list[str], counted: bool = False):
     group = Group("cpu" if torch.device(device).type == "cpu" else "")
     trainer_class = train.CachedTrainer if config.is_v2 else train.Trainer
     models, _, terms = train.load_world(config, group)
-    to_host = dryrun.no_values if counted else torch.Tensor.tolist
+    to_host = (lambda sums: [0.0] * len(sums)) if counted else torch.Tensor.tolist
     trainer = trainer_class(config, models, terms, group)
     trainer.to_host = to_host
     if counted:
-        dryrun.pick_worst(terms)
-    return trainer, dryrun.random_batch(config, models, 1)
+        budget.pick_worst(terms)
+    return trainer, budget.random_batch(config, models, 1)
 
 
 def training_row(preset: str, device: Device, options: list[str]) -> Row:

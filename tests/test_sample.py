@@ -340,5 +340,5 @@ def test_the_budget_of_a_clip_needs_no_files(monkeypatch, capsys):
     monkeypatch.setitem(model.FAMILIES, "vc2", tiny)
     run("a dog", "--model", "vc2", "--dry-run")
     out = capsys.readouterr().out
-    parts = ("UNet", "captions and one step", "decode", "TFLOP", "H100", "4 frames, 4 steps")
+    parts = ("construction", "captions and one step", "decode", "TFLOP", "H100", "4 frames, 4 steps")
     assert all(word in out for word in parts)
