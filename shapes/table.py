@@ -26,9 +26,10 @@ from plumbing.stats import mean_interval, paired_interval, wilson
 from shapes import grammar, world
 from shapes.models import SAMPLING
 from solver import Sampling
-from turbo import generate
+from turbo import RewardTerm, generate, generate_refined
 
 BATCH = 50                              # clips sampled at once
+TAKE = 1_000_000                        # between the seeds of a clip's takes
 Sampler = Callable[[list[str], list[int]], Tensor]          # captions, seeds -> clips uint8 (B, 3, T, H, W)
 
 
@@ -40,6 +41,9 @@ class Row:
     student: str | None = None          # one of shapes.STUDENTS; None: the teacher
     method: str = "student"             # as in solver.Sampling
     guidance: float = 2.0               # ω
+    best_of: int = 1                    # takes of a clip, of which rewards choose one
+    refine: int = 0                     # steps in which rewards optimise its noises
+    motion: float = 0.0                 # weight of the motion reward beside the other two, for `refine`
 
     @property
     def name(self) -> str:
@@ -47,8 +51,10 @@ class Row:
 
     @property
     def passes(self) -> int:
-        """Evaluations of the UNet for a clip; guidance costs the teacher two a step."""
-        return self.steps * (1 if self.student or not self.guidance else 2)
+        """Evaluations of the UNet for a clip, backward passes not counted; guidance costs the teacher two a
+        step, and each step of `refine` runs the sampler twice."""
+        once = self.steps * (1 if self.student or not self.guidance else 2)
+        return once * self.best_of * (2 * self.refine + 2 if self.refine else 1)
 
     def sampling(self, models: Models) -> Sampling:
         """The row's `solver.Sampling`: as sample.py makes it, by default."""
@@ -64,13 +70,18 @@ ROWS = [Row("DDIM", steps, method="ddim") for steps in (50, 8, 4, 2)]
 ROWS += [Row("DDIM without ω", 4, method="ddim", guidance=0.0)]
 ROWS += [Row("teacher jumps", steps, method="jumps") for steps in (1, 2, 4, 8)]
 ROWS += [Row(TITLES.get(name, name), steps, name) for name in shapes.STUDENTS for steps in (1, 2, 4, 8)]
+ROWS += [Row(f"{TITLES[name]} best-of-16", 4, name, best_of=16) for name in ("vcm", "turbo")]
+ROWS += [Row(f"{TITLES[name]} refine-15", 4, name, refine=15) for name in ("vcm", "turbo")]
+ROWS += [Row("T2V-Turbo motion-15", 4, "turbo", refine=15, motion=1.0)]
 
 DIFFERENCES = [                         # compared clip by clip
+    ("VCM best-of-16 4", "VCM 4"), ("VCM refine-15 4", "VCM 4"), ("T2V-Turbo refine-15 4", "T2V-Turbo 4"),
+    ("T2V-Turbo motion-15 4", "T2V-Turbo 4"), ("T2V-Turbo motion-15 4", "T2V-Turbo refine-15 4"),
     ("VCM 4", "DDIM 2"), ("VCM 4", "DDIM 4"), ("T2V-Turbo 4", "VCM 4"), ("T2V-Turbo 4", "DDIM 4"),
     ("T2V-Turbo 4", "DDIM 50"), ("T2V-Turbo-v2 4", "T2V-Turbo 4"), ("T2V-Turbo-v2 4", "v2-no-mg 4"),
     ("T2V-Turbo-v2 4", "v2-vcm 4")]
 
-COLUMNS = {"row": 16, "passes": 6, "right % (95 %)": 18, "one": 3, "two": 3, "qual.": 5, "px": 4, "var.": 4,
+COLUMNS = {"row": 22, "passes": 6, "right % (95 %)": 18, "one": 3, "two": 3, "qual.": 5, "px": 4, "var.": 4,
            "s": 4}
 LEGEND = """
 right: clips whose colours, shapes, motions and background are all as asked, by the oracle; one, two: of
@@ -108,23 +119,35 @@ def chosen(text: str, folder: Path) -> list[Row]:
 # ---- measuring ---------------------------------------------------------------------------------------------
 
 
-def sampler(row: Row, folder: Path, device: torch.device) -> Sampler:
+def sampler(row: Row, folder: Path, device: torch.device, scorers: dict) -> Sampler:
     """The row as a function, with its network loaded."""
     models, bfloat16 = shapes.load(row.student, folder, device), usual_dtype(device) == "bfloat16"
     models.unet.requires_grad_(False)                       # as sample.py does: the same bits
 
-    @torch.no_grad()
+    image, video = scorers["image"], scorers["video"]
+    terms = [RewardTerm(image, 1.0, 6, name="image"), RewardTerm(video, 2.0, 4, video=True, name="video")]
+    if row.motion:
+        terms.append(RewardTerm(rewards.load("motion"), row.motion, 8, video=True, name="motion"))
+
     def sample(captions: list[str], seeds: list[int]) -> Tensor:
+        how = models, captions, seeds, models.size, row.sampling(models)
         with torch.autocast(device.type, torch.bfloat16, bfloat16):
-            z = generate(models, captions, seeds, models.size, row.sampling(models))
+            z = generate_refined(*how, terms, row.refine, chunk=0)[0] if row.refine else generate(*how)
         return to_clip(models.vae, z).cpu()
 
-    return sample
+    @torch.no_grad()
+    def best(captions: list[str], seeds: list[int]) -> Tensor:
+        takes = [sample(captions, [seed + TAKE * k for seed in seeds]) for k in range(row.best_of)]
+        scores = torch.stack([sum(term.weight * term.reward(rewards.frames_for(term.reward, clips), captions)
+                                  for term in terms) for clips in takes])           # (takes, B)
+        return torch.stack([takes[k][i] for i, k in enumerate(scores.argmax(0).tolist())])
+
+    return best if row.best_of > 1 else sample
 
 
 def measure(row: Row, count: int, folder: Path, device: torch.device, scorers: dict) -> dict:
     """Samples and judges `count` clips of a row, of trained and of held-out combinations in turn."""
-    sample, clips, seconds = sampler(row, folder, device), [], 0.0
+    sample, clips, seconds = sampler(row, folder, device, scorers), [], 0.0
     splits = (shapes.Clips("train"), shapes.Clips("held-out"))
     for start in tqdm(range(0, count, BATCH), row.name, leave=False):
         indices = range(start, min(start + BATCH, count))
