@@ -21,7 +21,7 @@ import shapes
 from plumbing import cli
 from plumbing.cli import Count, File, Seed, Within
 from plumbing.errors import UserError, reading
-from plumbing.files import atomic, check_outputs, check_writable, read_header, remove_leftovers
+from plumbing.files import atomic, check_outputs, check_writable, read_header
 from plumbing.prompts import SUFFIXES, Job, Prompt, file_name, is_file, plan, read_prompts
 from shapes import grammar
 
@@ -120,16 +120,16 @@ def check(config: Config) -> None:
         raise UserError(f"there are no public VCM weights for {config.model}; give your own: --turbo FILE")
 
     # files to read
-    sources = [(f"{cli.flag_of(name)} ", getattr(config, name)) for name in ("teacher", "motion_from", "vae")]
+    sources = {"--teacher": config.teacher, "--motion-from": config.motion_from, "--vae": config.vae}
     if config.reward:
         import rewards
         specs = [rewards.parse_spec(spec) for spec in config.reward]
-        sources += [(f"--reward {name}=", path) for name, path, _ in specs]
+        sources |= {f"--reward {name}": path for name, path, _ in specs}
         if len({name for name, _, _ in specs}) < len(specs):
             raise UserError(f"--reward {' '.join(config.reward)}: give each reward once")
-    for option, path in sources:
+    for option, path in sources.items():
         if path and not Path(path).expanduser().exists():
-            raise UserError(f"{option}{path}: no such file or folder")
+            raise UserError(f"{option} {path}: no such file or folder")
 
     # names of files to write
     out = Path(config.out or "out.mp4")
@@ -149,35 +149,27 @@ def plan_clips(config: Config) -> list[Job]:
     prompts = read_prompts(config.prompts) if config.prompts else [one]
     out = Path(config.out or ("clips" if config.prompts else "out.mp4"))
     jobs = plan(prompts, out, config.num, config.seed, config.best_of or 1)
-    if max(job.seed for job in jobs) + (config.best_of or 1) > 2 ** 32:
-        raise UserError(f"--seed {config.seed}: the last clip's is beyond 2**32 - 1, torch's last")
     for prompt in prompts if config.model == "shapes" else ():
         grammar.understand(prompt.text)
     names = [prompt.name for prompt in prompts if prompt.name != prompt.text.replace("/", " ")]
     if names and not is_file(out):
         print(f"{len(names)} prompts do not name their files: see e.g. {names[0]}-0.mp4", file=sys.stderr)
 
-    # whose they are, and what is left to do
-    check_places(jobs, out, config)
+    # no file is lost, and all can be written
+    places = [job.path.with_suffix("") if job.path.suffix.lower() == ".png" else job.path for job in jobs]
+    places += [scores_path(job, config) for job in jobs] if config.best_of or config.refine else []
+    inputs = {cli.flag_of(name): getattr(config, name)
+              for name in ("prompts", "teacher", "turbo", "motion_from", "vae")}
+    check_outputs({"--out": [out] * bool(config.prompts) + places, "--sheet": config.sheet}, inputs)
+    for folder in {path.parent for path in [*places, Path(config.sheet or places[0])]}:
+        check_writable(folder)
+
+    # this process's own, and what is left to do
     rank, world_size, _ = cli.place()
     if world_size > 1 and config.sheet:
         raise UserError("--sheet shows the clips of one process; run without torchrun")
-    if world_size == 1 and config.prompts:
-        remove_leftovers(out)
     again = config.sheet or not config.prompts              # a sheet is of all clips
     return [job for job in jobs[rank::world_size] if again or not job.path.exists()]
-
-
-def check_places(jobs: list[Job], out: Path, config: Config) -> None:
-    """Raises UserError where a file would be lost, or cannot be written."""
-    places = [job.path.with_suffix("") if job.path.suffix.lower() == ".png" else job.path for job in jobs]
-    scores = [scores_path(job, config) for job in jobs] if config.best_of or config.refine else []
-    inputs = {cli.flag_of(name): getattr(config, name)
-              for name in ("prompts", "teacher", "turbo", "motion_from", "vae")}
-    folder = [out] if config.prompts else []
-    check_outputs({"--out": [*folder, *places, *scores], "--sheet": config.sheet}, inputs)
-    for folder in {path.parent for path in [*places, *scores, Path(config.sheet or places[0])]}:
-        check_writable(folder)
 
 
 def scores_path(job: Job, config: Config) -> Path:
@@ -290,9 +282,7 @@ class Take:
     caption: str
     seed: int
     clip: Tensor | None = None          # uint8 (3, T, H, W)
-    scores: dict[str, float] = field(default_factory=dict)
-    total: float = 0.0                  # the weighted sum of the scores
-    climb: list[float] = field(default_factory=list)        # that sum before each step of --refine, and after
+    scores: dict[str, float] = field(default_factory=dict)  # also their weighted sum, and what --refine climbed
 
 
 def make(takes: list[Take], models: Models, terms: list[RewardTerm], sampling: Sampling, config: Config,
@@ -306,22 +296,20 @@ def make(takes: list[Take], models: Models, terms: list[RewardTerm], sampling: S
     from rewards import frames_for
     captions, seeds = [take.caption for take in takes], [take.seed for take in takes]
     common, steps = (models, captions, seeds, size_of(models, config), sampling), partial(tqdm, leave=False)
+    climb = []                          # the rewards (B,) before each step of --refine, and after the last
     if config.refine:
         z, climb = turbo.generate_refined(*common, terms, config.refine, progress=steps)
-        for i, take in enumerate(takes):
-            take.climb = [float(reward[i]) for reward in climb]
     else:
         z = turbo.generate(*common, steps, reference)
-
     clips = to_clip(models.vae, z, None if models.name == "shapes" else 4).cpu()
-    for take, clip in zip(takes, clips, strict=True):
-        take.clip = clip
-    for term in terms:
-        with torch.no_grad():
-            scores = term.reward(frames_for(term.reward, clips), captions).tolist()
-        for take, score in zip(takes, scores, strict=True):
-            take.scores[term.name] = score
-            take.total += term.weight * score
+
+    with torch.no_grad():
+        columns = {term.name: term.reward(frames_for(term.reward, clips), captions).tolist() for term in terms}
+    for i, take in enumerate(takes):
+        take.clip = clips[i]
+        scores = {name: column[i] for name, column in columns.items()}
+        total = sum(term.weight * scores[term.name] for term in terms)
+        take.scores = dict(total=total, climb=[float(reward[i]) for reward in climb]) | scores
 
 
 def make_all(jobs: list[Job], models: Models, terms: list[RewardTerm], config: Config) -> None:
@@ -337,19 +325,18 @@ def make_all(jobs: list[Job], models: Models, terms: list[RewardTerm], config: C
         if notes:
             print(f"{job.path.name}: {'; '.join(notes)}", file=sys.stderr)
 
-    takes = [Take(job, caption, job.seed + i) for job, (caption, _) in zip(jobs, captions)
-             for i in range(count)]
-    pending, rows = [], []
-    for start in tqdm(range(0, len(takes), batch), "clips", unit_scale=batch, disable=len(takes) <= batch):
-        some = takes[start:start + batch]
-        make(some, models, terms, sampling, config, reference)
-        pending += some
-        while len(pending) >= count:
-            ranked, pending = sorted(pending[:count], key=lambda take: -take.total), pending[count:]
+    at_once, rows = max(1, batch // count), []                                  # jobs
+    bar = tqdm(range(0, len(jobs), at_once), "clips", unit_scale=at_once, disable=len(jobs) <= at_once)
+    for start in bar:
+        some = slice(start, start + at_once)
+        takes = [Take(job, caption, job.seed + i) for job, (caption, _) in zip(jobs[some], captions[some])
+                 for i in range(count)]
+        for i in range(0, len(takes), batch):
+            make(takes[i:i + batch], models, terms, sampling, config, reference)
+        for i in range(0, len(takes), count):
+            ranked = sorted(takes[i:i + count], key=lambda take: -take.scores["total"])
             write(ranked, config.fps or models.fps, config)
             rows += [take.clip for take in ranked] if config.sheet else []
-            for take in ranked:
-                take.clip = None
     if config.sheet:
         write_sheet(Path(config.sheet), rows)
 
@@ -361,12 +348,12 @@ def write(ranked: list[Take], fps: float, config: Config) -> None:
     from plumbing import video
     best = ranked[0]
     video.write_video(best.job.path, best.clip, fps)
-    if not best.scores:
+    if not (config.best_of or config.refine):
         return
-    scores = ", ".join(f"{name} {score:.4f}" for name, score in best.scores.items())
-    tqdm.write(f"{best.job.path}: {best.total:.4f} ({scores}), seed {best.seed}")
+    numbers = ", ".join(f"{name} {score:.4f}" for name, score in best.scores.items() if name != "climb")
+    tqdm.write(f"{best.job.path}: {numbers}, seed {best.seed}")
     with atomic(scores_path(best.job, config)) as temporary:
-        takes = [dict(seed=take.seed, total=take.total, climb=take.climb) | take.scores for take in ranked]
+        takes = [dict(seed=take.seed) | take.scores for take in ranked]
         content = dict(prompt=best.job.prompt, caption=best.caption, scores=takes)
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
@@ -383,7 +370,7 @@ def write_sheet(path: Path, clips: list[Tensor]) -> None:
             tile = Image.fromarray(frame).resize((W * zoom, H * zoom), Image.Resampling.NEAREST)
             picture.paste(tile, (border + t * (W * zoom + gap), border + row * (H * zoom + border)))
     with atomic(path) as temporary:
-        picture.save(temporary)
+        picture.save(temporary, format="png")
 
 
 # ---- what a clip costs -------------------------------------------------------------------------------------

@@ -153,9 +153,10 @@ MAY_CHANGE = PATHS | {                              # when a run is resumed; not
 
 def configure(argv: list[str] | None = None, description: str = "") -> Config:
     """Command line over preset over defaults, checked before a file is opened."""
-    preset = cli.typed(Config, argv).get("preset", Config.preset)
+    typed = cli.typed(Config, argv)
+    preset = typed.get("preset", Config.preset)
     config = cli.parse(Config, argv, description, defaults={"out": f"runs/{preset}"} | PRESETS[preset])
-    check_options(config, cli.given(Config, argv))
+    check_options(config, set(typed))
     if config.dtype is None:
         config = dataclasses.replace(config, dtype=run.usual_dtype(run.pick_device(config.device)))
     return config

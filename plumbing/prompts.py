@@ -5,8 +5,8 @@ import io
 import json
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from plumbing.errors import UserError, reading
 
@@ -16,23 +16,18 @@ FORBIDDEN = r"[/\r\n\t]" if os.name != "nt" else r'[<>:"/\\|?*\x00-\x1f]'      #
 NAME_BYTES = 240                        # of a name; file systems take 255, and -24.mp4 comes behind it
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """A row of a list."""
     text: str
     name: str                           # of its files, without -NUMBER.mp4
     count: int = 1                      # clips, unless --num says otherwise
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One clip to make."""
     prompt: str
     seed: int
     path: Path
-
-
-# ---- lists -------------------------------------------------------------------------------------------------
 
 
 def read_prompts(path: str) -> list[Prompt]:
@@ -40,23 +35,23 @@ def read_prompts(path: str) -> list[Prompt]:
     suffix = Path(path).suffix.lower()
     with reading(path, "a list of prompts in utf-8"):
         text = Path(path).read_bytes().decode("utf-8-sig")
-        lines = [line.strip() for line in text.split("\n") if line.strip()]     # splitlines cuts at U+2028
+        rows = [line for line in text.split("\n") if line.strip()]             # splitlines cuts at U+2028
         if suffix in (".csv", ".tsv"):
             comma = "," if suffix == ".csv" else "\t"
             rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=comma, strict=True))
         elif suffix == ".json":
             rows = json.loads(text)
-        else:
-            rows = [json.loads(line) for line in lines] if suffix == ".jsonl" else lines
+            assert isinstance(rows, list), "it holds no list"
+        elif suffix == ".jsonl":
+            rows = list(map(json.loads, rows))
 
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path}: no prompts in it")
     prompts: dict[tuple, Prompt] = {}                       # a prompt of several dimensions of VBench is one
     for number, row in enumerate(rows, 1):
         prompt = read_row(row, f"{path}, entry {number}")
-        before = prompts.setdefault((prompt.text, prompt.name), prompt)
-        if prompt.count > before.count:
-            prompts[prompt.text, prompt.name] = prompt
+        before = prompts.setdefault(prompt[:2], prompt)
+        prompts[prompt[:2]] = max(prompt, before)
+    if not prompts:
+        raise UserError(f"{path}: no prompts in it")
     return list(prompts.values())
 
 
@@ -66,18 +61,19 @@ def read_row(row, place: str) -> Prompt:
     row = {"prompt": row} if isinstance(row, str) else row
     if not isinstance(row, dict) or None in row:            # DictReader's key of surplus fields
         raise UserError(f"{place}: neither a text nor a row of the header's columns; quote texts with commas")
+
     values = {str(key).strip().lower(): value for key, value in row.items()}
     text = next((values[column] for column in COLUMNS if values.get(column)), None)
     if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise UserError(f"{place}: no prompt in any of {', '.join(COLUMNS)}; it has {', '.join(values):.80}")
 
-    text, dimensions = text.strip(), values.get("dimension")
-    name = values.get("name") or text
-    if not isinstance(dimensions, list) or not dimensions:
-        return Prompt(text, file_name(str(name)))
-    if str(dimensions[0])[:1].isupper():                    # VBench-2.0: Camera_Motion; VBench: color
-        return Prompt(text, file_name(name[:180]), 20 if "Diversity" in dimensions else 3)
-    return Prompt(text, file_name(name), 25 if "temporal_flickering" in dimensions else 5)
+    text, dimensions, count = text.strip(), values.get("dimension"), 1
+    name = str(values.get("name") or text)
+    if isinstance(dimensions, list) and any(str(name)[:1].isupper() for name in dimensions):
+        name, count = name[:180], 20 if "Diversity" in dimensions else 3        # VBench-2.0: Camera_Motion
+    elif isinstance(dimensions, list):
+        count = 25 if "temporal_flickering" in dimensions else 5
+    return Prompt(text, file_name(name), count)
 
 
 def file_name(text: str) -> str:
@@ -87,9 +83,6 @@ def file_name(text: str) -> str:
         return name
     start = os.fsencode(name)[:NAME_BYTES - 9].decode(errors="ignore")
     return f"{start} {hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
-
-
-# ---- files -------------------------------------------------------------------------------------------------
 
 
 def plan(prompts: list[Prompt], out: Path, num: int | None, seed: int, step: int = 1) -> list[Job]:
@@ -102,16 +95,17 @@ def plan(prompts: list[Prompt], out: Path, num: int | None, seed: int, step: int
     ignores_case = other_case != out and out.exists() and other_case.exists()
     jobs, owners = [], {}
     for prompt in prompts:
-        count = num or prompt.count
-        paths = [out / f"{prompt.name}-{i}.mp4" for i in range(count)]
-        if is_file(out):
-            paths = [out] if count == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(count)]
-        jobs += [Job(prompt.text, seed + i * step, path) for i, path in enumerate(paths)]
-
         owner = owners.setdefault(prompt.name.casefold() if ignores_case else prompt.name, prompt)
         if owner != prompt:
-            raise UserError(f"the prompts {owner.text!r:.80} and {prompt.text!r:.80} would both be written "
-                            f"to {paths[0]}; reword one, or give it a name of its own")
+            raise UserError(f"the prompts {owner.text!r:.80} and {prompt.text!r:.80} would both be written to "
+                            f"{out / prompt.name}-0.mp4; reword one, or give it a name of its own")
+
+        count = num or prompt.count
+        for i in range(count):
+            path = out / f"{prompt.name}-{i}.mp4"
+            if is_file(out):
+                path = out if count == 1 else out.with_stem(f"{out.stem}-{i}")
+            jobs.append(Job(prompt.text, seed + i * step, path))
     return jobs
 
 

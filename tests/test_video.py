@@ -335,7 +335,8 @@ def test_atomic_leaves_nothing_of_a_failure(tmp_path):
     with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "a") as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
-    for path, reason in (("a/b", "a/b cannot be written: (File exists|Not a dir)"), ("b", "it is a folder")):
-        with pytest.raises(UserError, match=reason), atomic(tmp_path / path):
-            raise AssertionError("the block must not run")
+    with pytest.raises(UserError, match="cannot be written: (File exists|Not a dir)"), atomic(tmp_path / "a/b"):
+        raise AssertionError("the block must not run")
+    with pytest.raises(UserError, match="b cannot be written: Is a directory"), atomic(tmp_path / "b"):
+        pass
     assert {file.name for file in tmp_path.iterdir()} == {"a", "b"} and (tmp_path / "a").read_text() == "old"
