@@ -62,7 +62,8 @@ class Recipe:
     guidance: float = 7.5       # ω of sample clips
 
 
-Preset = Literal["shapes", "shapes-vcm", "shapes-v2", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms", "turbo-v2"]
+Preset = Literal[
+    "shapes", "shapes-vcm", "shapes-v2", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms", "turbo-v2"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -692,7 +693,8 @@ def main(argv: list[str] | None = None):
         check_files(config)
     group = run.Group(config.device)
     torch.manual_seed(config.seed)                                  # LoRA starts alike on all processes
-    if config.dtype == "bfloat16" and not (run.has_bfloat16(group.device) or group.rank or config.dry_run == 0):
+    real = group.rank == 0 and config.dry_run != 0
+    if real and config.dtype == "bfloat16" and not run.has_bfloat16(group.device):
         print("--dtype bfloat16: this device only imitates it; float32 may be faster", file=sys.stderr)
     if config.dry_run is not None:
         return budget.report_step(config, group, load_world, trainer_class)
@@ -705,7 +707,6 @@ def main(argv: list[str] | None = None):
         if state:
             folder.check_unchanged(state["settings"], settings(config))
 
-        # networks and clips
         models, clips, terms = load_world(config, group)
         fingerprint = teacher_fingerprint(models)
         trainer = trainer_class(config, models, terms, group)
