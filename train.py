@@ -383,8 +383,8 @@ class Trainer:
         if not self.config.on_policy:
             return z0, step
 
-        def f(z, t, i):
-            return turbo.consistency(self.student, self.schedule, z, t, step.w[i:i + 1], c[i:i + 1],
+        def f(z, t, clips):
+            return turbo.consistency(self.student, self.schedule, z, t, step.w[clips], c[clips],
                                      fps=self.config.fps)
 
         jumps = min(4, self.config.grid)

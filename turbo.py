@@ -257,51 +257,46 @@ def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[Rew
     """g = ∂(β_img J_img + β_vid J_vid)/∂ẑ0 and each reward's score of each clip, (B,).
 
     J is the mean over a clip's frames and over the batch. Rewards reach the network only through ẑ0, so their
-    gradient is taken on a detached ẑ0 and handed to the UNet's backward as L_CD - ⟨g, ẑ0⟩.
+    gradient is taken on a detached ẑ0 and handed to the UNet's backward as L_CD - ⟨g, ẑ0⟩: the chain rule in
+    three stages that share no memory.
 
     decode: latents (1, C, P, h, w) -> pixels (1, 3, P, H, W) in [-1, 1], frame by frame. generators: one per
     clip, on the CPU, for its frames and then its crop windows. chunk: frames of which the decoder's graph is
     held at a time, when they are decoded again; 0: all, decoded once.
     """
-    gradients, scores = [], []
-    for z0, caption, generator in zip(z0_hat.detach().split(1), captions, generators, strict=True):
-        g, score = clip_gradient(z0, caption, decode, terms, generator, chunk)
-        gradients.append(g)
-        scores.append(score)
-    by_name = {term.name: torch.stack([score[term.name] for score in scores]) for term in terms}
-    return torch.cat(gradients) / len(gradients), by_name
+    z0 = z0_hat.detach().transpose(1, 2)                                    # (B, T, C, h, w)
+    B, T = z0.shape[:2]
+    clips = [[i] for i in range(B)]                                         # (B, 1)
+    frames_of = [[term.pick(T, generator) for generator in generators] for term in terms]      # (B, M) each
+    seen = sorted({(i, frame) for picks in frames_of for i, frames in enumerate(picks) for frame in frames})
+    size, seen = chunk or len(seen), tuple(map(list, zip(*seen)))
 
-
-def clip_gradient(z0: Tensor, caption: str, decode, terms: list[RewardTerm], generator: torch.Generator,
-                  chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """`reward_gradient` of one clip (1, C, T, h, w): the chain rule in three stages that share no memory."""
-    frames_of = [term.pick(z0.shape[2], generator) for term in terms]
-    frames = sorted(set().union(*frames_of))                                # P that any reward looks at
-
-    # 1 decode them
-    latents = [z.detach().requires_grad_() for z in z0[:, :, frames].split(chunk or len(frames), dim=2)]
+    # 1 decode what any reward looks at, P frames of all clips
+    latents = [z.transpose(0, 1)[None].requires_grad_() for z in z0[seen].split(size)]  # (1, C, <= size, h, w)
     with torch.set_grad_enabled(not chunk):
         decoded = [decode(z).to(z.dtype) for z in latents]
-    pixels = torch.cat(decoded, dim=2).detach().requires_grad_()            # (1, 3, P, H, W)
+    shown = torch.cat(decoded, dim=2)[0].detach().transpose(0, 1)           # (P, 3, H, W)
+    pixels = shown.new_zeros(B, T, *shown.shape[1:])
+    pixels[seen] = shown
+    pixels.requires_grad_()
 
     # 2 rewards -> pixels, one after the other
     g_pixels, scores = torch.zeros_like(pixels), {}
-    for term, numbers in zip(terms, frames_of, strict=True):
-        shown = pixels[:, :, [frames.index(number) for number in numbers]].transpose(1, 2)
-        score, = term.reward((shown / 2 + 0.5).clamp(0, 1), [caption], [generator]).to(z0.dtype)
-        g_pixels += term.weight * torch.autograd.grad(score, pixels)[0]     # v1 Eq. 8, v1 Eq. 9
+    for term, frames in zip(terms, frames_of, strict=True):
+        score = term.reward((pixels[clips, frames] / 2 + 0.5).clamp(0, 1), captions, generators).to(z0.dtype)
+        g_pixels += term.weight * torch.autograd.grad(score.sum(), pixels)[0]   # v1 Eq. 8, v1 Eq. 9
         scores[term.name] = score.detach()
 
     # 3 pixels -> ẑ0, through the decoder
     g_latents = []
-    for z, x, g_x in zip(latents, decoded, g_pixels.split(chunk or len(frames), dim=2), strict=True):
+    for z, x, g_x in zip(latents, decoded, g_pixels[seen].split(size), strict=True):
         if chunk:
             with torch.enable_grad():
                 x = decode(z).to(z.dtype)
-        g_latents.append(torch.autograd.grad(x, z, g_x)[0])
+        g_latents.append(torch.autograd.grad(x, z, g_x.transpose(0, 1)[None])[0])
     g = torch.zeros_like(z0)
-    g[:, :, frames] = torch.cat(g_latents, dim=2)
-    return g, scores
+    g[seen] = torch.cat(g_latents, dim=2)[0].transpose(0, 1)
+    return g.transpose(1, 2) / B, scores
 
 
 def total_loss(loss_cd: Tensor, z0_hat: Tensor, g: Tensor | None) -> Tensor:
@@ -559,18 +554,21 @@ def on_policy(f, schedule: Schedule, z0: Tensor, step: Step, share: float, n: in
     The papers noise training clips only, and unless t is near 999 the clip can be seen in z_t. Here z_t is
     made of the student's last answer, whose mistakes L_CD and rewards can mend; DMD2 (arXiv 2405.14867) calls
     it backward simulation. Each clip's generator draws whether it moves and how many jumps it has behind it,
-    0 to n - 1. f(z, t, i) -> ẑ0 of clip i, all with a batch axis of 1.
+    0 to n - 1. f(z, t, clips) -> ẑ0 of some clips, by their numbers in the batch.
     """
-    z0, t = z0.clone(), step.t.clone()
-    for i, generator in enumerate(generators):
-        if torch.rand(1, generator=generator) >= share:
-            continue
-        jumps = int(torch.randint(n, (1,), generator=generator))
-        answer, times = torch.zeros_like(z0[i:i + 1]), t.new_tensor(schedule.few_steps(n)).split(1)
-        for time in times[:jumps]:                          # z_999 = σ_999 ε, σ_999 = 0.998
-            noise = torch.randn(answer.shape, generator=generator).to(z0.device)
-            answer = f(schedule.add_noise(answer, noise, time), time, i)    # Eq. D
-        z0[i:i + 1], t[i:i + 1] = answer, times[jumps]
+    z0, t, times = z0.clone(), step.t.clone(), step.t.new_tensor(schedule.few_steps(n))
+    jumps = {i: int(torch.randint(n, (1,), generator=generator)) for i, generator in enumerate(generators)
+             if torch.rand(1, generator=generator) < share}
+    for i, count in jumps.items():
+        z0[i], t[i] = 0, times[count]                       # z_999 = σ_999 ε, σ_999 = 0.998
+
+    for done, time in enumerate(times):
+        moving = [i for i, count in jumps.items() if count > done]
+        if moving:
+            noise = torch.stack([torch.randn(z0.shape[1:], generator=generators[i]) for i in moving])
+            now = time.expand(len(moving))
+            z = schedule.add_noise(z0[moving], noise.to(z0.device), now)    # Eq. D
+            z0[moving] = f(z, now, moving)
     return z0, replace(step, t=t)
 
 

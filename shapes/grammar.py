@@ -37,7 +37,7 @@ class Thing:
         """One in six combinations is never trained on; every pair of attributes is seen."""
         if None in (self.colour, self.shape, self.motion):
             return False
-        shape, motion = list(SHAPES).index(self.shape), list(MOTIONS).index(self.motion)
+        shape, motion = [*SHAPES].index(self.shape), [*MOTIONS].index(self.motion)
         return (COLOURS.index(self.colour) + 2 * shape + motion) % 6 == 0
 
 
@@ -96,36 +96,29 @@ ALSO = {
     "ring": "rings, hoop, donut",
     "square": "squares", "box": "boxes, cube, cubes, block, blocks",
     "triangle": "triangles",
-    "moving": "move, moves, slide, slides, sliding, roll, rolls, rolling, fly, flies, flying, drift, drifts, "
-              "drifting, float, floats, floating, travel, travels, travelling, traveling, run, runs, running",
+    "moving": "move, moves, slide, slides, sliding, roll, rolls, rolling, fly, flies, flying, float, floats",
     "going": "go, goes", "bigger": "larger",
     "left": "to the left, leftward, leftwards, from right to left",
     "right": "to the right, rightward, rightwards, from left to right",
     "up": "upward, upwards, from bottom to top",
     "down": "downward, downwards, from top to bottom",
-    "rising": "rise, rises, rises up, rising up, climb, climbs, climbing, ascends, ascending",
-    "falling": "fall, falls, falls down, falling down, drop, drops, dropping, sinks, sinking, descending",
+    "rising": "rise, rises, rises up, rising up, climb, climbs, climbing",
+    "falling": "fall, falls, falls down, falling down, drop, drops, dropping, sinks, sinking",
     "growing": "grow, grows, expands, expanding",
     "getting": "get, gets, becomes, becoming",
-    "standing still": "stay, stays, staying, stays still, staying still, stays put, stand, stands, standing, "
-                      "stands still, sit, sits, sitting, sits still, sitting still, motionless, not moving",
-    "at rest": "rests, resting",
+    "standing still": "stay, stays, staying, stays still, staying still, stand, stands, standing, "
+                      "stands still, rests, resting, motionless, not moving",
 }
 MEANS = {phrase: means for means, phrases in ALSO.items() for phrase in phrases.split(", ")}
 DROPPED = set((                         # left out with a note: this world has no such differences
-    "please, show me, show, make, create, generate, video of, clip of, animation of, picture of, very, "
-    "really, big, large, huge, small, little, tiny, fast, slow, quickly, slowly, smoothly, bright, dark, "
-    "light, solid, plain, simple, beautiful, pretty, nice, cute, shiny, colourful, colorful, cinematic, "
-    "realistic, photorealistic, highly detailed, detailed, high quality, hd, 4k, 8k, 3d").split(", "))
-NOT_HERE = {
-    "colours": ("purple orange pink brown cyan magenta violet golden turquoise", COLOURS),
-    "shapes": ("star heart hexagon pentagon rectangle oval ellipse diamond cross line dot", SHAPES),
-    "motions": ("shrinking shrinks rotating rotates spinning spins turning turns jumping bouncing", MOTIONS)}
+    "please, show me, show, make, create, generate, video of, clip of, animation of, very, really, big, "
+    "large, small, little, tiny, fast, slow, quickly, slowly, bright, dark, light, simple, beautiful, "
+    "colourful, colorful, cinematic, realistic, highly detailed, high quality, hd, 4k, 3d").split(", "))
 LONGEST_FIRST = sorted(["standing still", *MEANS, *DROPPED], key=len, reverse=True)
 PHRASES = re.compile(r"\b(" + "|".join(LONGEST_FIRST) + r")\b")
-MOTION_WORDS = {"rising": "up", "falling": "down", "rest": "still", "bigger": "growing"}
-MOTION_WORDS |= {motion: motion for motion in MOTIONS}
-MOTION_VERBS = {"moving", "going", "getting", "standing", "at"}       # say no motion by themselves
+MOTION_WORDS = {motion: motion for motion in MOTIONS} | {
+    "rising": "up", "falling": "down", "rest": "still", "bigger": "growing"}
+MOVING = {*MOTION_WORDS, "moving", "going", "getting", "standing", "at"}     # the others alone say no motion
 
 
 def words(caption: str) -> tuple[list[str], list[str]]:
@@ -137,20 +130,13 @@ def words(caption: str) -> tuple[list[str], list[str]]:
     plain = PHRASES.sub(lambda match: "" if match[0] in DROPPED else MEANS.get(match[0], match[0]), plain)
     for word in plain.split():
         if word not in VOCABULARY:
-            raise UserError(unknown(word))
+            near = get_close_matches(word, {*VOCABULARY, *MEANS}, 1, 0.7)
+            meant = f", did you mean {near[0]}?" if near else ""
+            raise UserError(f"unknown word {word!r:.40}{meant}{HINT}")
     mixed = re.search(r"\b({0}) and ({0})\b".format("|".join(COLOURS)), plain)
     if mixed:
         raise UserError(f"{mixed[0]!r}: a thing has one colour")
     return plain.split(), dropped
-
-
-def unknown(word: str) -> str:
-    """What to say of a word that this world lacks."""
-    for kind, (others, known) in NOT_HERE.items():
-        if word in others.split():
-            return f"{word!r} is none of this world's {kind}: {', '.join(known)}"
-    near = get_close_matches(word, {*VOCABULARY, *MEANS}, 1, 0.7)
-    return f"unknown word {word!r:.40}" + (f", did you mean {near[0]}?" if near else "") + HINT
 
 
 def clauses(words: list[str]) -> tuple[list[list[str]], list[str]]:
@@ -173,8 +159,8 @@ def clauses(words: list[str]) -> tuple[list[list[str]], list[str]]:
     for leading, part in parts:
         is_background = "on" in leading or "background" in part
         if is_background:
-            background += [word for word in part if word not in {*MOTION_WORDS, *MOTION_VERBS}]
-            part = [word for word in part if word in {*MOTION_WORDS, *MOTION_VERBS}]
+            background += [word for word in part if word not in MOVING]
+            part = [word for word in part if word in MOVING]
         is_thing = "a" in leading and not is_background or {*COLOURS, *SHAPE_WORDS} & {*part}
         if things and not is_thing:
             things[-1] += part
@@ -226,8 +212,8 @@ def say(thing: Thing, clause: list[str]) -> str:
 def read_caption(caption: str, rng: random.Random | None = None) -> tuple[Scene, str, list[str]]:
     """A caption -> the scene it asks for; a caption for the networks, which were trained on whole things,
     with what is unsaid drawn by rng; notes on what was left out and added. Raises UserError for others."""
-    all_words, dropped = words(caption)
-    thing_words, background_words = clauses(all_words)
+    known_words, dropped = words(caption)
+    thing_words, background_words = clauses(known_words)
     if not thing_words:
         raise UserError("the caption names no colour, no shape and no motion" + HINT)
     things = tuple(read_thing(clause) for clause in thing_words)
@@ -271,5 +257,4 @@ def token_ids(caption: str) -> list[int]:
     """A caption, or the empty one -> CONTEXT_LENGTH numbers: 0 pads, 1 starts, the largest ends."""
     network_words = read_caption(caption)[1].split() if caption else []
     known = [FIRST_WORD + VOCABULARY.index(word) for word in network_words][:CONTEXT_LENGTH - 2]
-    ids = [1, *known, VOCABULARY_SIZE - 1]
-    return ids + [0] * (CONTEXT_LENGTH - len(ids))
+    return [1, *known, VOCABULARY_SIZE - 1] + [0] * (CONTEXT_LENGTH - 2 - len(known))

@@ -3,7 +3,7 @@
 Names of parts are those of the shipped files.
 """
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import model
 import rewards as reward_models
 from plumbing import weights
-from plumbing.errors import UserError
+from plumbing.errors import UserError, reading
 from plumbing.fast_cpu import speed_up
 from shapes import STUDENTS, WEIGHTS, grammar, student, world
 from solver import Sampling, Schedule
@@ -153,15 +153,11 @@ class UNet(model.UNet3D):
 
 class CaptionEncoder(nn.Module):
     """Captions -> c (B, 51, 128): the states of 24 tokens in CLIP's text tower, the same in ViCLIP's, and one
-    state for each thing and one for the background: small text towers blur whose motion is whose."""
+    for each thing and for the background: small text towers blur whose motion is whose."""
 
     def __init__(self, clip: reward_models.CLIP, viclip: reward_models.ViCLIP):
         super().__init__()
         self.clip, self.viclip = clip.text_encoder, viclip.text_encoder
-
-    @property
-    def width(self) -> int:
-        return self.clip.ln_final.weight.shape[0]
 
     @torch.no_grad()
     def forward(self, captions: list[str]) -> Tensor:
@@ -199,20 +195,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     return {key: tensor.float() for key, tensor in tensors.items()}, header
 
 
-def sizes(kind: type, header: dict, path: Path):
-    """A file's header as the dataclass `kind`; other fields, as older files have, are left out."""
-    names = header.keys() & {field.name for field in fields(kind)}
-    if not names:
-        raise UserError(f"{path}: its header describes no {kind.__name__}; is it another stage's file?")
-    values = {name: header[name] for name in names}
-    return kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
-
-
 def load_vae(folder: str | Path = WEIGHTS) -> model.VAE:
     """The toy's VAE, frozen."""
     path = Path(folder) / "vae.safetensors"
     tensors, header = read(path)
-    return weights.fill(model.VAE(sizes(model.VAEConfig, header, path)), tensors, path).requires_grad_(False)
+    with reading(path, "the toy's VAE"):
+        network = model.VAE(replace(TOY_VAE, scale=header["scale"]))
+    return weights.fill(network, tensors, path).requires_grad_(False)
 
 
 def load_text(folder: str | Path = WEIGHTS) -> CaptionEncoder:
@@ -229,11 +218,8 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     folder: where pretrain.py wrote, instead of the embedded weights.
     """
     folder = Path(folder or WEIGHTS)
-    path = folder / "teacher.safetensors"
-    state, header = read(path)
-    config = replace(sizes(Config, header, path), **conditions)
-
-    whole, lora, header = None, None, {}
+    state, _ = read(folder / "teacher.safetensors")
+    config, whole, lora, header = replace(TOY, **conditions), None, None, {}
     if turbo is not None:
         turbo = student(turbo, folder) if str(turbo) in STUDENTS else turbo
         config, whole, lora, header = model.read_turbo(turbo, config, "shapes")
@@ -244,7 +230,6 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     with weights.without_memory():
         unet = UNet(config)
     weights.fill(unet, state, turbo or folder, device, dtype, lora).out.float()          # see UNet3D.last
-    unet.schedule = Schedule(device=device)
     vae, text = load_vae(folder).to(device, dtype), load_text(folder).to(device)    # text stays in float32
     speed_up(model.CPU_LAYERS, unet, vae)
     return model.Models("shapes", unet, vae, text, FAMILY, header)

@@ -5,8 +5,8 @@ Captions (grammar.py) say what happens, never where: place, size and speed are f
 """
 import math
 import random
+from collections import namedtuple
 from itertools import permutations
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,18 +71,17 @@ def draw_path(thing: Thing, rng: random.Random, T: int, size: int) -> tuple[Tens
     return x + dx * progress, y + dy * progress, start + (end - start) * progress
 
 
-def apart(paths: list[tuple[Tensor, Tensor, Tensor]]) -> bool:
-    """Do two things never touch? One thing never does."""
-    if len(paths) == 1:
-        return True
-    (x0, y0, r0), (x1, y1, r1) = paths
-    return bool((torch.hypot(x0 - x1, y0 - y1) > 1.25 * (r0 + r1) + 1).all())
+def touch(path0: tuple[Tensor, ...], path1: tuple[Tensor, ...]) -> bool:
+    """Do two things ever touch, or almost?"""
+    (x0, y0, r0), (x1, y1, r1) = path0, path1
+    return bool((torch.hypot(x0 - x1, y0 - y1) <= 1.25 * (r0 + r1) + 1).any())
 
 
 def render(scene: Scene, rng: random.Random, T: int = FRAMES, size: int = SIZE) -> Tensor:
     """Scene -> clip uint8 (3, T, size, size). Paths are drawn again until things never touch."""
-    while not apart(paths := [draw_path(thing, rng, T, size) for thing in scene.things]):
-        pass
+    paths = [draw_path(thing, rng, T, size) for thing in scene.things]
+    while len(paths) == 2 and touch(*paths):
+        paths = [draw_path(thing, rng, T, size) for thing in scene.things]
 
     clip = torch.full((3, T, size, size), float(GRAY[scene.background or rng.choice(BACKGROUNDS)]))
     column, row = pixel_grid(size)
@@ -113,11 +112,6 @@ def colour_masks(clip: Tensor) -> tuple[Tensor, float | None]:
 
     plain = rgb.mean(0)[chroma < 60]
     return masks, plain.median().item() if len(plain) else None
-
-
-def read_background(level: float | None) -> str:
-    """The background of a gray level, or "none"."""
-    return next((name for name in BACKGROUNDS if level is not None and abs(GRAY[name] - level) < 45), "none")
 
 
 def read_shape(mask: Tensor) -> tuple[str, float]:
@@ -180,17 +174,13 @@ def read(clip: Tensor) -> tuple[Scene, float]:
     shapes = {colour: read_shape(mask) for colour, mask in masks.items()}
     things = tuple(Thing(colour, shapes[colour][0], read_motion(mask)) for colour, mask in masks.items())
     quality = sum(overlap for _, overlap in shapes.values()) / max(len(shapes), 1)
-    return Scene(things, read_background(level)), quality
+    near = [name for name in BACKGROUNDS if level is not None and abs(GRAY[name] - level) < 45]
+    return Scene(things, near[0] if near else "none"), quality
 
 
-class Measured(NamedTuple):
-    """What a caption leaves free, in shares of the width."""
-    x: float                            # mean centre
-    y: float
-    radius: float                       # mean, of a disc of the same area
-    dx: float                           # from the first frame to the last
-    dy: float
-    growth: float                       # of the radius, from the first frame to the last
+# What a caption leaves free, in shares of the width: mean centre and radius, of a disc of the same area, and
+# their changes from the first frame to the last.
+Measured = namedtuple("Measured", "x y radius dx dy growth")
 
 
 def measure(clip: Tensor) -> dict[str, Measured]:
@@ -215,10 +205,9 @@ def judge(asked: Scene, clip: Tensor) -> dict[str, float]:
         orders = permutations(shown.things)
         return float(len(asked.things) == len(shown.things) and any(fits(order, names) for order in orders))
 
-    verdict = {name: right(name) for name in ATTRIBUTES}
-    verdict["background"] = float(asked.background in (None, shown.background))
-    verdict["all"] = right(*ATTRIBUTES) * verdict["background"]
-    return {**verdict, "quality": quality}
+    background = float(asked.background in (None, shown.background))
+    verdict = {name: right(name) for name in ATTRIBUTES} | {"background": background}
+    return verdict | {"all": right(*ATTRIBUTES) * background, "quality": quality}
 
 
 # ---- clips as data -----------------------------------------------------------------------------------------

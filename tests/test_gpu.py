@@ -42,7 +42,7 @@ def test_pretraining_takes_the_gpu_of_its_process(tmp_path, monkeypatch):
     monkeypatch.setattr(run.dist, "init_process_group", lambda backend, **options: groups.append(backend))
     monkeypatch.setattr(run.Group, "close", lambda group: None)
     devices = []
-    monkeypatch.setitem(pretrain.STAGES, "teacher", (lambda out, group: devices.append(group.device), ()))
+    monkeypatch.setitem(pretrain.STAGES, "teacher", lambda out, group: (devices.append(group.device), {}))
 
     pretrain.main(["--stage", "teacher", "--out", str(tmp_path)])
     assert chosen == devices == [torch.device("cuda", 1)] and groups == ["cpu:gloo,cuda:nccl"]

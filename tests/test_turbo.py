@@ -131,8 +131,8 @@ def test_on_policy_clips_are_where_sampling_comes():
     def generators():
         return [torch.Generator().manual_seed(i) for i in range(len(z0))]
 
-    def f(z, t, i):
-        return torch.tanh(z) + t.view(-1, 1, 1, 1, 1) / 1000 + i
+    def f(z, t, clips):
+        return torch.tanh(z) + (t / 1000 + torch.tensor(clips)).view(-1, 1, 1, 1, 1)
 
     streams, jumps_made = generators(), []
     drawn = Step.draw(z0, schedule, (5.0, 15.0), streams)
