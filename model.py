@@ -10,7 +10,6 @@ Symbols: z noisy latents, t timesteps, c caption states (B, L, D), w guidance sc
 Layers are written as their formulas. On a CPU plumbing/fast_cpu.py has equal ones that are faster.
 """
 import math
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -20,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.clip import TextTower, recompute
+from networks.clip import TextTower, bpe, recompute, say_cut
 from networks.vae import KL_F8, VAE, Upsample, VAEConfig, VAEResBlock
-from plumbing import fast_cpu, weights
+from plumbing import fast_cpu, layouts, weights
 from plumbing.errors import UserError
+from plumbing.layouts import fetch
 from solver import Sampling
 
 # The published UNets: blocks on the way down, on the way up (from below) beside those they take as skips,
@@ -464,36 +464,22 @@ class TextConfig:
 VIT_H = TextConfig()
 
 
-@cache
-def clip_tokenizer():
-    import open_clip  # here, as it takes seconds, which the toy saves
-    return open_clip.get_tokenizer("ViT-H-14")              # byte pairs
-
-
 class TextEncoder(TextTower):
     """Captions -> states of all L tokens before CLIP's last layer, (B, L, D).
 
     Unlike the embedding of the whole caption, they keep every word in its place.
     """
 
-    def __init__(self, config: TextConfig = VIT_H, tokenizer=None):
+    def __init__(self, config: TextConfig = VIT_H):
         super().__init__(**vars(config))
         self.config, self.width = config, config.width
-        self.tokenizer = tokenizer or clip_tokenizer()
+        self.tokenizer = bpe()
         self.said_cut = False
 
     def forward(self, captions: list[str]) -> Tensor:
-        self.say_cut(captions)
+        length = self.config.context_length
+        self.said_cut = self.said_cut or say_cut("the text encoder", self.tokenizer, captions, length)
         return self.penultimate(self.tokenizer(captions).to(self.positional_embedding.device))
-
-    def say_cut(self, captions: list[str]) -> None:
-        """The first time that a caption is too long, says that it is cut."""
-        limit = self.config.context_length - 2              # start and end take a place each
-        for caption in captions if hasattr(self.tokenizer, "encode") and not self.said_cut else ():
-            if not self.said_cut and len(self.tokenizer.encode(caption)) > limit:
-                print(f"caption is cut at {limit} tokens, the text encoder's limit: {caption[:60]}...",
-                      file=sys.stderr)
-                self.said_cut = True
 
 
 # for fast_cpu.speed_up: layers that have equal ones which, on a CPU, are faster or hold less
@@ -530,13 +516,6 @@ FAMILIES = {
         "teacher": Sampling("ddim", steps=50, guidance=8.0),                                   # authors' 9
     }),
 }
-RELEASED = {                                # by method: how released files, without a header, were trained
-    "turbo": {"method": "turbo", "grid": 50, "w_min": 5.0, "w_max": 15.0},
-    "turbo-v2": {"method": "turbo-v2", "grid": 200, "w_min": 5.0, "w_max": 15.0},
-}
-fetch = weights.fetch                       # path of a public file or folder
-
-
 def check_size(family: Family, **sides: int | None) -> None:
     """Raises UserError for heights and widths in pixels that VAE and UNet cannot halve evenly."""
     multiple = family.vae.factor * 2 ** family.unet.layout.count("downsample")      # 64, the toy's 16
@@ -605,30 +584,26 @@ def lora_shapes(config: UNetConfig) -> weights.Shapes:
     return {name: m.weight.shape for name, m in unet.named_modules() if isinstance(m, takes_lora)}
 
 
-def read_turbo(path: str | Path, config: UNetConfig, name: str | None = None):
+def read_turbo(path: str | Path, config: UNetConfig, name: str | None = None, lora_scale: float = 1.0):
     """A student's file or folder -> (config of its UNet, its whole state or None, LoRA or None, its header).
 
-    name: the model that the student must belong to, where its header names one.
+    name: the model that the student must belong to, where its header names one. A file without a header is
+    one that was released.
     """
     content, header, path = weights.read_student(path, name)
-    config = replace(config, guidance=True)
-    if isinstance(content, list):
-        if name == "shapes":
-            raise UserError(f"{path}: a list of LoRA matrices, of --model vc2 or ms, not of the toy")
-        lora = weights.lora_from_list(content, lora_shapes(config), path)
-        return config, None, lora, RELEASED["turbo"]
-
-    config = replace(config, motion=any("motion_cond_proj" in key for key in content))
+    config = replace(config, guidance=True, motion=any("motion_cond_proj" in key for key in content))
     if weights.is_lora(content):
-        lora = weights.lora_from_dict(content, lora_shapes(config), path)
-        return config, None, lora, header or RELEASED["turbo"]
+        lora = weights.read_lora(content, lora_shapes(config), path, lora_scale)
+        return config, None, lora, header or {"method": "turbo"}
+    if lora_scale != 1:
+        raise UserError(f"--lora-scale {lora_scale:g}: {path} holds whole weights, no LoRA to scale")
 
     # a whole UNet: alone, or in a whole model
     unet, vae = (weights.part(content, prefix) for prefix in ("diffusion_model.", "first_stage_model."))
-    state = weights.rename(unet or content, weights.UNET)
+    state = layouts.rename(unet or content, layouts.UNET)
     weights.check_numbers(state, path, finite=True)
     second = config.motion or config.fps and not unet       # unet_mg.pt, unet_no_mg.pt; else t2v_turbo_vc2.pt
-    header = header or RELEASED["turbo-v2" if second else "turbo"] | {"whole": bool(vae)}
+    header = header or {"method": "turbo-v2" if second else "turbo", "whole": bool(vae)}
     return config, state, None, header if config.motion else header | {"motion": None}
 
 
@@ -647,26 +622,26 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
 
     # the student's file
     if turbo is not None:
-        turbo = weights.fetch(turbo) if turbo in weights.PUBLIC else turbo
-        config, state, lora, header = read_turbo(turbo, config, name)
-        lora = weights.scaled(lora, lora_scale, turbo)
+        turbo = fetch(turbo) if turbo in layouts.PUBLIC else turbo
+        config, state, lora, header = read_turbo(turbo, config, name, lora_scale)
+        header = complete(header, family)
 
     # the teacher's, which also holds VAE and text encoder
     if teacher is None:
-        teacher = turbo if header.get("whole") else weights.fetch(name)
-    (unet_state, unet_file), vae_part, text_part = weights.read_teacher(teacher, family.text.layers)
+        teacher = turbo if header.get("whole") else fetch(name)
+    unet_state, vae_state, text_state = weights.read_teacher(teacher, family.text.layers)
     if state is None:
         new = {f"{layer}.weight": module.weight.data for layer, module in condition_layers(config).items()}
-        state, turbo = new | unet_state, unet_file
+        state, turbo = new | unet_state, teacher
 
     # networks without memory, and then the tensors
     with weights.without_memory():
         unet, vae, text = UNet3D(config), VAE(family.vae), TextEncoder(family.text)
     weights.fill(unet, state, turbo, device, dtype, lora).out.float()                   # see UNet3D.last
-    weights.fill(vae, *vae_part, device, dtype).requires_grad_(False)
+    weights.fill(vae, vae_state, teacher, device, dtype).requires_grad_(False)
     fast_cpu.speed_up(CPU_LAYERS, unet, vae)
-    weights.fill(text, *text_part, device, dtype).requires_grad_(False)
-    return Models(name, unet, vae, text, family, complete(header, family) if header else {})
+    weights.fill(text, text_state, teacher, device, dtype).requires_grad_(False)
+    return Models(name, unet, vae, text, family, header)
 
 
 def untrained(name: str, **conditions) -> Models:

@@ -12,7 +12,6 @@ text)`; names in the public files. B clips, T frames, H W pixels, S side of a mo
 of a frame, L tokens, D width, E features.
 """
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.bert import BERT, BERTConfig, WordPiece
-from networks.clip import BlockStack, LayerNorm, TextTower, TowerBlock, attend
+from networks.clip import BlockStack, LayerNorm, TextTower, TowerBlock, attend, bpe, say_cut
 from plumbing.errors import UserError, reading
 from plumbing.files import read_header
 from plumbing.layouts import OPENCLIP_BLOCKS, PUBLIC, fetch, huggingface_text, rename
@@ -83,20 +82,9 @@ class Reward:
             self.cache.clear()
         new = [caption for caption in dict.fromkeys(captions) if caption not in self.cache]
         if new:
-            self.say_cut(new)
+            self.said_cut = self.said_cut or say_cut(self.name, self.tokenizer, new, self.text_length)
             self.cache.update(zip(new, self.model.text(self.tokenizer(new).to(self.device)), strict=True))
         return torch.stack([self.cache[caption] for caption in captions])
-
-    def say_cut(self, captions: list[str]) -> None:
-        """Says, the first time, that a caption is longer than what the model reads."""
-        encode, marks = getattr(self.tokenizer, "encode", None), getattr(self.tokenizer, "marks", 2)
-        for caption in captions if encode and not self.said_cut else ():
-            length = len(encode(caption)) + marks                   # with start and end
-            if length > self.text_length:
-                print(f"{self.name} reads {self.text_length} tokens of a caption; longer ones are cut, like "
-                      f"this of {length}: {caption[:60]}...", file=sys.stderr)
-                self.said_cut = True
-                break
 
     def checkpoint(self, on: bool = True) -> None:
         """Gradient checkpointing: about a third more time, and the memory of one block instead of all."""
@@ -123,14 +111,15 @@ class Recipe:
     text_length: int                            # L, tokens of a caption
     pixels: tuple                               # their mean and standard deviation
     tokenizer: Callable[[Path | None, int], Tokenizer] | None = None    # (weights, L); None: given to `load`
-    config: Callable[[dict], object] = lambda header: None      # header of the file -> configuration
+    config: Callable[..., object] = lambda: None                # header of the file -> configuration
     convert: Callable[[State, nn.Module], State] | None = None  # public names -> ours; None: no weights
-    frames: tuple[int, ...] = ()                # T that a video reward can take, the usual first; (): any
     whole: bool = True                          # the model needs all tensors of the file
 
-    def network(self, header: dict, frames: int | None, config: object = None) -> nn.Module:
-        config = config or self.config(header)
-        return self.model(replace(config, frames=frames) if frames and self.frames else config)
+    def network(self, header: dict, frames: int | None = None) -> nn.Module:
+        """frames: that a video reward looks at, where its model can take another number of them."""
+        config = self.config(**header)
+        other = frames and getattr(config, "frames", None)
+        return self.model(replace(config, frames=frames) if other else config)
 
 
 CLIP_PIXELS = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # mean, std
@@ -140,24 +129,23 @@ TOY_PIXELS = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 def recipes() -> dict[str, Recipe]:
     """The table RECIPES. A function, for Python meets the networks' names further down."""
-    vit_h_14 = dict(kind="image", model=CLIP, config=lambda header: CLIPConfig(), convert=from_clip,
-                    pixels=CLIP_PIXELS, text_length=77, tokenizer=bpe)
+    vit_h_14 = dict(kind="image", model=CLIP, config=CLIPConfig, convert=from_clip, pixels=CLIP_PIXELS,
+                    text_length=77, tokenizer=bpe)
     viclip = dict(kind="video", model=ViCLIP, convert=lambda state, model: rename(state, OPENCLIP_BLOCKS))
     return {
         "hpsv2": Recipe(**vit_h_14, view=pad),
         "pickscore": Recipe(**vit_h_14, view=squash),
         "clip": Recipe(**vit_h_14, view=squash),
         "imagereward": Recipe(
-            kind="image", model=ImageReward, config=lambda header: ImageRewardConfig(), view=centre,
+            kind="image", model=ImageReward, config=ImageRewardConfig, view=centre, whole=False,
             convert=lambda state, model: rename(state, IMAGEREWARD), pixels=CLIP_PIXELS, text_length=35,
-            tokenizer=partial(wordpiece, public="bert-base", extra=("[DEC]", "[ENC]")), whole=False),
+            tokenizer=partial(wordpiece, public="bert-base")),
         "viclip": Recipe(
-            **viclip, config=lambda header: ViCLIPConfig(), view=window, pixels=IMAGENET_PIXELS,
-            text_length=32, tokenizer=bpe, frames=(8,)),
+            **viclip, config=ViCLIPConfig, view=window, pixels=IMAGENET_PIXELS, text_length=32, tokenizer=bpe),
         "internvideo2": Recipe(
-            kind="video", model=InternVideo2, config=lambda header: InternVideo2Config(), view=window,
-            convert=from_internvideo2, pixels=IMAGENET_PIXELS, text_length=40, frames=(8, 4),
-            tokenizer=partial(wordpiece, public="bert-large", sep=False), whole=False),
+            kind="video", model=InternVideo2, config=InternVideo2Config, view=window, whole=False,
+            convert=from_internvideo2, pixels=IMAGENET_PIXELS, text_length=40,
+            tokenizer=partial(wordpiece, public="bert-large", sep=False)),
         "motion": Recipe(
             kind="video", model=Motion, view=squash, pixels=((0, 0, 0), (1, 1, 1)), text_length=1,
             tokenizer=lambda path, length: lambda captions: torch.zeros(len(captions), length)),
@@ -165,8 +153,7 @@ def recipes() -> dict[str, Recipe]:
             kind="image", model=CLIP, config=toy_clip, convert=from_clip, view=squash, pixels=TOY_PIXELS,
             text_length=24),
         "shapes-viclip": Recipe(
-            **viclip, config=lambda header: CLIPConfig(**header), view=squash, pixels=TOY_PIXELS,
-            text_length=24, frames=(4,)),
+            **viclip, config=CLIPConfig, view=squash, pixels=TOY_PIXELS, text_length=24),
     }
 
 
@@ -176,16 +163,6 @@ def recipe_of(name: str) -> Recipe:
         remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(RECIPES)}"
         raise UserError(f"no reward {name!r}; {remedy}")
     return RECIPES[name]
-
-
-def check_frames(name: str, frames: int | None) -> None:
-    """Raises UserError unless the reward can take this number of frames of a clip; None is the usual one."""
-    recipe = recipe_of(name)
-    any_number = recipe.kind == "video" and not recipe.frames
-    if frames is None or frames in recipe.frames or (any_number and frames > 1):
-        return
-    numbers = "2 or more" if any_number else " or ".join(map(str, recipe.frames)) or "single"
-    raise UserError(f"{name} takes {numbers} frames, not {frames}")
 
 
 # ---- loading -----------------------------------------------------------------------------------------------
@@ -206,15 +183,14 @@ def parse_spec(spec: str) -> tuple[str, str | None, float | None]:
 
 def load(name: str, path: str | Path | None = None, device: str | torch.device = "cpu",
          dtype: torch.dtype | None = None, tokenizer: Tokenizer | None = None, frames: int | None = None,
-         grad_checkpointing: bool = False, config: object = None) -> Reward:
+         grad_checkpointing: bool = False) -> Reward:
     """A `Reward`, frozen.
 
     path: a file, a folder, None = the public file. dtype: None = bfloat16 on CUDA, else float32. tokenizer:
-    which the toy's rewards need. frames: 4 or 8 for internvideo2. config: for models of another size.
+    which the toy's rewards need. frames: 4 or 8 for internvideo2.
     """
     # what can be wrong without reading the weights
     recipe, device = recipe_of(name), torch.device(device)
-    check_frames(name, frames)
     if not (tokenizer or recipe.tokenizer):
         raise UserError(f"{name} reads the toy's captions; it goes with the toy alone")
     if path and not recipe.convert:
@@ -223,9 +199,8 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
     path, tokenizer = files[0], tokenizer or recipe.tokenizer(files[0], recipe.text_length)
 
     # no time or memory is spent on initial values
-    header = read_header(path) if path and path.suffix == ".safetensors" else {}
     with reading(path, f"a file of {name}"), without_memory():
-        model = recipe.network(header, frames, config)
+        model = recipe.network(read_header(path) if path else {}, frames)
     if recipe.convert:
         state = needed(read_named(*files))
         with reading(path, f"a file of {name}"):
@@ -241,10 +216,9 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
 def untrained(name: str, device: str | torch.device, dtype: torch.dtype, frames: int | None = None) -> Reward:
     """A reward without its weights, to count time and memory: centre crop, and one caption for all."""
     recipe = recipe_of(name)
-    check_frames(name, frames)
-    model, ids = recipe.network({}, frames), torch.ones(1, recipe.text_length, dtype=torch.long)
-    reward = Reward(name, freeze(model, device, dtype), lambda captions: ids.expand(len(captions), -1),
-                    device, dtype)
+    ids = torch.ones(1, recipe.text_length, dtype=torch.long)
+    reward = Reward(name, freeze(recipe.network({}, frames), device, dtype),
+                    lambda captions: ids.expand(len(captions), -1), device, dtype)
     reward.view = lambda clips, S, generators: recipe.view(clips, S)
     return reward
 
@@ -253,11 +227,9 @@ def find(name: str, path: str | Path | None) -> list[Path]:
     """The file of weights, or its shards: `path`, what a folder `path` holds, or (no path) the public one."""
     if not path:
         return [fetch(name)]
-    path = locate(path)
-    public = [path / file for file in PUBLIC[name].files] if name in PUBLIC else []
-    if public and public[0].is_file():
-        return public
-    return weight_files(path, "open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
+    public = locate(path) / (PUBLIC[name].files[0] if name in PUBLIC else "")
+    stems = "open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model"
+    return [public] if public.is_file() else weight_files(path, *stems)
 
 
 def freeze(model: nn.Module, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
@@ -269,23 +241,13 @@ def freeze(model: nn.Module, device: str | torch.device, dtype: torch.dtype) -> 
     return model.eval()
 
 
-# ---- tokenizers --------------------------------------------------------------------------------------------
-def bpe(path: Path | None, length: int) -> Tokenizer:
-    """CLIP's tokenizer."""
-    from open_clip.tokenizer import SimpleTokenizer  # here, for it takes seconds
-    return SimpleTokenizer(context_length=length)
-
-
-def wordpiece(path: Path, length: int, public: str, **options) -> Tokenizer:
+# ---- tokenizers, beside CLIP's `bpe` ------------------------------------------------------------------------
+def wordpiece(path: Path, length: int, public: str, sep: bool = True) -> Tokenizer:
     """BERT's, from the `vocab.txt` beside the weights, else from the public one."""
-    vocabulary = path.parent / "vocab.txt"
-    if not vocabulary.exists():
-        try:
-            vocabulary = fetch(public)
-        except UserError as error:
-            raise UserError(f"there is no {vocabulary} beside the weights, and: {error}") from error
-    tokenizer, words = WordPiece(vocabulary, length, **options), 30522              # of the uncased models
-    if len(tokenizer.ids) != words + len(options.get("extra", ())):
+    beside = path.parent / "vocab.txt"
+    vocabulary = beside if beside.exists() else fetch(public)
+    tokenizer, words = WordPiece(vocabulary, length, sep), 30522                    # of the uncased models
+    if len(tokenizer.ids) != words:
         raise UserError(f"{vocabulary} does not hold {words} words; take that of {PUBLIC[public].repository}")
     return tokenizer
 
@@ -306,11 +268,6 @@ def pad(clips: Tensor, S: int, generators: Generators = None) -> Tensor:
     return F.pad(clips, (w // 2, w - w // 2, h // 2, h - h // 2))
 
 
-def centre(clips: Tensor, S: int, generators: Generators = None) -> Tensor:
-    """The middle square: ImageReward."""
-    return window(clips, S, to_int=int)
-
-
 def window(clips: Tensor, S: int, generators: Generators = None, to_int: Callable = round) -> Tensor:
     """The middle square, or one that a clip's generator draws: video rewards were trained on random crops.
 
@@ -326,6 +283,9 @@ def window(clips: Tensor, S: int, generators: Generators = None, to_int: Callabl
     else:
         corners = [[int(torch.randint(room + 1, (), generator=g)) for room in spare] for g in generators]
     return torch.stack([clip[..., y:y + S, x:x + S] for clip, (y, x) in zip(clips, corners, strict=True)])
+
+
+centre = partial(window, to_int=int)                        # ImageReward's
 
 
 def resize(clips: Tensor, height: int, width: int) -> Tensor:
@@ -626,12 +586,12 @@ def stretch(table: Tensor, frames: int, N: int) -> Tensor:
     return torch.cat([table[:, :1], grid.permute(0, 3, 1, 2).flatten(1, 2)], dim=1)
 
 
-def toy_clip(header: dict) -> CLIPConfig:
+def toy_clip(embed_dim: int, vision_cfg: dict, text_cfg: dict, image_size: int | None = None) -> CLIPConfig:
     """The toy's header is a configuration of open_clip."""
-    vision, text = header["vision_cfg"], header["text_cfg"]
+    vision, text = vision_cfg, text_cfg
     return CLIPConfig(
         image_size=vision["image_size"], patch=vision["patch_size"], width=vision["width"],
-        layers=vision["layers"], heads=vision["width"] // vision["head_width"], embed_dim=header["embed_dim"],
+        layers=vision["layers"], heads=vision["width"] // vision["head_width"], embed_dim=embed_dim,
         text_width=text["width"], text_layers=text["layers"], text_heads=text["heads"],
         context_length=text["context_length"], vocab_size=text["vocab_size"])
 

@@ -628,7 +628,7 @@ def export(trainer: Trainer, out: Path) -> None:
         whole = turbo.merge(unet.float()).state_dict()
         weights.save_checkpoint(out / "merged.safetensors", whole, about)
         if about["model"] == "vc2":         # for the released code and others
-            weights.save_merged(out / "t2v_turbo_vc2.pt", config.teacher or weights.fetch("vc2"), whole)
+            weights.save_merged(out / "t2v_turbo_vc2.pt", config.teacher, whole)
         if about["model"] == "ms":          # for diffusers
             weights.save_diffusers(out / "unet", whole, about)
 

@@ -1,5 +1,4 @@
 """BERT (Devlin et al., 2019), tokenizer and network: ImageReward and InternVideo2 read captions with it."""
-import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from plumbing.errors import reading
 
 # ---- tokenizer ---------------------------------------------------------------------------------------------
 
-SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+SPECIAL = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 CJK = [(0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF),
        (0x20000, 0x2A6DF), (0x2A700, 0x2CEAF), (0x2F800, 0x2FA1F)]
 
@@ -22,15 +21,14 @@ class WordPiece:
     """B captions -> token ids (B, length), padded with [PAD].
 
     A word becomes its longest known prefix, then the longest known continuation (##...) and so on; one that
-    cannot be finished is [UNK]. extra: tokens that follow the file's. sep: captions end in [SEP].
+    cannot be finished is [UNK]. sep: captions end in [SEP].
     """
 
-    def __init__(self, vocab_file: str | Path, length: int, extra: tuple[str, ...] = (), sep: bool = True):
+    def __init__(self, vocab_file: str | Path, length: int, sep: bool = True):
         with reading(vocab_file, "BERT's vocabulary"):
             words = Path(vocab_file).read_text(encoding="utf-8").rstrip("\n").split("\n")
-            self.ids = {word: i for i, word in enumerate([*words, *extra])}
-            self.pad, self.unknown, self.start, self.end, _ = (self.ids[word] for word in SPECIAL)
-        self.special = re.compile(f"({'|'.join(map(re.escape, [*SPECIAL, *extra]))})")
+            self.ids = {word: i for i, word in enumerate(words)}
+            self.pad, self.unknown, self.start, self.end = (self.ids[word] for word in SPECIAL)
         self.length, self.marks = length, 1 + sep                   # marks: tokens at start and end
 
     def __call__(self, captions: list[str]) -> Tensor:
@@ -42,14 +40,8 @@ class WordPiece:
         return ids
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text's pieces. Special tokens remain whole."""
-        ids = []
-        for i, part in enumerate(self.special.split(text)):         # plain, special, plain, ..., plain
-            if i % 2:
-                ids.append(self.ids[part])
-            else:
-                ids += [piece for word in words_of(part) for piece in self.split(word)]
-        return ids
+        """The ids of a text's pieces."""
+        return [piece for word in words_of(text) for piece in self.split(word)]
 
     def split(self, word: str) -> list[int]:
         """A word -> its pieces, from its start; [UNK] if it has none, or more than 100 letters."""
@@ -65,20 +57,17 @@ class WordPiece:
 
 
 def words_of(text: str) -> list[str]:
-    """Lower case without accents; each punctuation mark and each Chinese character is a word."""
-    # without control characters, every kind of space as " "
-    text = "".join(char for char in text if char in "\t\n\r" or unicodedata.category(char)[0] != "C")
-    text = "".join(" " if char.isspace() else char for char in text.replace("\ufffd", ""))
-
-    # accents are marks (Mn) of their own in the decomposed form
-    text = "".join(f" {char} " if any(a <= ord(char) <= b for a, b in CJK) else char for char in text)
-    text = unicodedata.normalize("NFD", text)
+    """Lower case without accents and control characters; what `stands_alone` is a word."""
+    visible = (char for char in text if char in "\t\n\r" or unicodedata.category(char)[0] != "C")
+    text = unicodedata.normalize("NFD", "".join(visible).replace("\ufffd", ""))     # accents are Mn of their own
     text = "".join(char for char in text if unicodedata.category(char) != "Mn")
+    return "".join(f" {char} " if stands_alone(char) else char for char in text.lower()).split()
 
-    # punctuation: Unicode's, and the symbols of ASCII ($ + < = > ^ ` | ~)
-    symbols = {char for char in set(text) if "!" <= char <= "~" and not char.isalnum()}
-    symbols |= {char for char in set(text) if unicodedata.category(char)[0] == "P"}
-    return "".join(f" {char} " if char in symbols else char for char in text.lower()).split()
+
+def stands_alone(char: str) -> bool:
+    """Punctuation, as Unicode has it and the symbols of ASCII ($ + < = > ^ ` | ~), and Chinese characters."""
+    symbol = "!" <= char <= "~" and not char.isalnum()
+    return symbol or unicodedata.category(char)[0] == "P" or any(a <= ord(char) <= b for a, b in CJK)
 
 
 # ---- network -----------------------------------------------------------------------------------------------

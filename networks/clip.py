@@ -3,9 +3,11 @@
 model.py conditions the denoiser on its states before the last layer; rewards.py compares its embedding of a
 caption with pictures and clips. B captions, L tokens, D width, E features.
 """
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -102,3 +104,24 @@ class TextTower(nn.Module):
         """Projected, at the end token, which has the vocabulary's highest id: (B, E)."""
         states = self.states(ids)
         return states[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)] @ self.text_projection
+
+
+# ---- tokens ------------------------------------------------------------------------------------------------
+
+@cache
+def bpe(path: Path | None = None, length: int = 77):
+    """CLIP's tokenizer, which needs no file: B captions -> token ids (B, length)."""
+    from open_clip.tokenizer import SimpleTokenizer         # here, for it takes seconds, which the toy saves
+    return SimpleTokenizer(context_length=length)
+
+
+def say_cut(model: str, tokenizer: Callable, captions: list[str], length: int) -> bool:
+    """Says that a caption is longer than the `length` tokens which a model reads -> was there one?"""
+    encode, marks = getattr(tokenizer, "encode", None), getattr(tokenizer, "marks", 2)      # start and end
+    for caption in captions if encode else ():
+        tokens = len(encode(caption)) + marks
+        if tokens > length:
+            print(f"{model} reads {length} tokens of a caption; longer ones are cut, like this of {tokens}: "
+                  f"{caption[:60]}...", file=sys.stderr)
+            return True
+    return False

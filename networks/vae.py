@@ -187,10 +187,6 @@ class VAE(nn.Module):
 
 # ---- TAESD -------------------------------------------------------------------------------------------------
 
-# diffusers counts layers without the clamp
-DIFFUSERS_TINY = [(r"^decoder\.layers\.(\d+)", lambda match: str(int(match[1]) + 1))]
-
-
 class TinyBlock(nn.Module):
     def __init__(self, width: int):
         super().__init__()
@@ -228,11 +224,8 @@ class TinyDecoder(nn.Sequential):
 
 
 def load_tiny_decoder(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> TinyDecoder:
-    """path: taesd_decoder.pth or .safetensors, or an AutoencoderTiny of diffusers (a file, or its folder)."""
-    state = weights.read_named(*weights.weight_files(path, "diffusion_pytorch_model", "taesd_decoder"))
-    state = weights.rename(state, DIFFUSERS_TINY)
-    state = {name: x for name, x in state.items() if not name.startswith("encoder.")}
-
+    """path: taesd_decoder.safetensors or .pth, or its folder."""
+    state = weights.read_named(*weights.weight_files(path, "taesd_decoder"))
     with weights.without_memory():
         decoder = TinyDecoder()
     return weights.fill(decoder, state, path, device, dtype).requires_grad_(False)

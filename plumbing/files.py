@@ -50,10 +50,19 @@ def check_writable(folder: str | Path) -> None:
         raise UserError(f"{folder}: nothing can be written there: {error.strerror}") from error
 
 
-def read_header(path: str | Path) -> dict:
+def is_safetensors(path: str | Path) -> bool:
+    """By content: eight bytes of length, then JSON."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def read_header(path: str | Path, key: str = "config") -> dict:
     """The JSON header of a .safetensors file of ours; {} where someone else wrote it. Needs no torch."""
-    with reading(path, "a weight file"), safe_open(path, "np") as file:
-        return {**json.loads((file.metadata() or {}).get("config", "{}"))}
+    with reading(path, "a weight file"):
+        if not is_safetensors(path):
+            return {}
+        with safe_open(path, "np") as file:
+            return {**json.loads((file.metadata() or {}).get(key, "{}"))}
 
 
 def check_outputs(outputs: dict, inputs: dict) -> None:

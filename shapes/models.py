@@ -15,6 +15,7 @@ import rewards as reward_models
 from plumbing import weights
 from plumbing.errors import UserError, reading
 from plumbing.fast_cpu import speed_up
+from plumbing.files import read_header
 from shapes import STUDENTS, WEIGHTS, grammar, student, world
 from solver import Sampling, Schedule
 
@@ -191,8 +192,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors (as float32) and header of one of the toy's weight files."""
     if not path.exists():
         raise UserError(f"{path} does not exist; make it with shapes/pretrain.py --out {path.parent}")
-    tensors, header = weights.read_checkpoint(path)
-    return {key: tensor.float() for key, tensor in tensors.items()}, header
+    tensors = weights.read_named(path)
+    weights.check_numbers(tensors, path)
+    return {key: tensor.float() for key, tensor in tensors.items()}, read_header(path)
 
 
 def load_vae(folder: str | Path = WEIGHTS) -> model.VAE:
@@ -222,8 +224,8 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     config, whole, lora, header = replace(TOY, **conditions), None, None, {}
     if turbo is not None:
         turbo = student(turbo, folder) if str(turbo) in STUDENTS else turbo
-        config, whole, lora, header = model.read_turbo(turbo, config, "shapes")
-        lora, header = weights.scaled(lora, lora_scale, turbo), model.complete(header, FAMILY)
+        config, whole, lora, header = model.read_turbo(turbo, config, "shapes", lora_scale)
+        header = model.complete(header, FAMILY)
     new = {f"{name}.weight": layer.weight.data for name, layer in model.condition_layers(config).items()}
     state = whole or new | state                                                # `new`: what LoRA adds to
 

@@ -240,7 +240,7 @@ def shrink() -> None:
             rewards.RECIPES[name] = dataclasses.replace(recipe, config=partial(shallow, recipe.config))
 
 
-def shallow(make, header):
+def shallow(make, **header):
     """A reward's configuration with one layer in every tower."""
     def cut(config):
         if isinstance(config, dict):
@@ -251,7 +251,7 @@ def shallow(make, header):
         depths = {name: 1 for name in ("layers", "text_layers") if name in fields}
         return dataclasses.replace(config, **towers, **depths)
 
-    return cut(make(header))
+    return cut(make(**header))
 
 
 def training(preset: str, *options: str, gpus: int = 1, clips: int = 1, again: bool = False,
@@ -352,9 +352,8 @@ def networks(family: str, method: str, dtype):
         return shapes.load("turbo" if student else None, None, "cuda", dtype)
     with budget.build("cuda", dtype):
         models = model.untrained(family, guidance=student, motion=method == "v2")
-    released = model.RELEASED["turbo-v2" if method == "v2" else "turbo"]
-    header = model.complete(released, models.family) if student else {}
-    return dataclasses.replace(models, header=header)
+    header = {"method": "turbo-v2" if method == "v2" else "turbo"}
+    return dataclasses.replace(models, header=model.complete(header, models.family) if student else {})
 
 
 def sampling(family: str, method: str, dtype: str, size: tuple[int, int] | None = None) -> dict:

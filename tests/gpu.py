@@ -120,7 +120,7 @@ def networks(name: str, device, dtype=torch.bfloat16) -> model.Models:
         network.requires_grad_(False)
     for p in unet.out.parameters():                             # as `model.load` does
         p.data = p.data.float()
-    header = model.complete(model.RELEASED["turbo"], family)
+    header = model.complete({"method": "turbo"}, family)
     return model.Models(name, unet, vae, text, family, header)
 
 
@@ -264,7 +264,7 @@ def tiny_families():
                 family, unet=dataclasses.replace(family.unet, **unet), vae=vae, text=text, frames=8,
                 height=16, width=16)
         for name, config in judges.items():
-            rewards.RECIPES[name] = dataclasses.replace(recipes[name], config=lambda header, c=config: c)
+            rewards.RECIPES[name] = dataclasses.replace(recipes[name], config=lambda c=config: c)
         yield "--frames 8 --height 16 --width 16".split()
     finally:
         model.FAMILIES.update(known)

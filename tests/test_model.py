@@ -19,7 +19,7 @@ import model
 import solver
 from model import MODELSCOPE, VAE, VC2, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
 from networks.vae import load_tiny_decoder
-from plumbing import fast_cpu, weights
+from plumbing import fast_cpu, layouts
 from plumbing.fast_cpu import speed_up
 from plumbing.layouts import DIFFUSERS, DIFFUSERS_VAE, OPENCLIP_BLOCKS, VIDEOCRAFTER, huggingface_text, rename
 from plumbing.weights import fill
@@ -44,7 +44,7 @@ def close(a, b, tolerance=1e-5):
 def original_shapes(config):
     """{VideoCrafter2's name: shape}; test_names_and_shapes_of_the_public_files knows them independently."""
     with torch.device("meta"):
-        state = weights.to_public_names(UNet3D(config).state_dict())
+        state = layouts.to_public_names(UNet3D(config).state_dict())
     return {key: tuple(x.shape) for key, x in state.items()}
 
 
@@ -423,14 +423,12 @@ def test_fast_vae(vae_pair, monkeypatch, dtype, tolerance):
     assert close(model.frames_to_batch(ours.decode(z).float()), expected, tolerance)
 
 
-@pytest.mark.parametrize("layout", ["taesd", "diffusers"])
-def test_tiny_decoder_equals_diffusers(tmp_path, layout):
+def test_tiny_decoder_equals_diffusers(tmp_path):
     theirs = diffusers.AutoencoderTiny().eval()
     state = deterministic({key: tuple(x.shape) for key, x in theirs.state_dict().items()})
     theirs.load_state_dict(state)
-    if layout == "taesd":                                   # taesd_decoder.pth: the decoder, clamp counted
-        state = {re.sub(r"^(\d+)", lambda m: str(int(m[1]) + 1), key.removeprefix("decoder.layers.")): x
-                 for key, x in state.items() if key.startswith("decoder.")}
+    state = {re.sub(r"^(\d+)", lambda m: str(int(m[1]) + 1), key.removeprefix("decoder.layers.")): x
+             for key, x in state.items() if key.startswith("decoder.")}         # the clamp counts as a layer
     torch.save(state, tmp_path / "tiny.pth")
     ours = load_tiny_decoder(tmp_path / "tiny.pth")
     assert sum(p.numel() for p in ours.parameters()) == 1_222_531
@@ -450,4 +448,4 @@ def test_text_equals_transformers(capsys):
     with torch.no_grad():
         assert close(text(captions), theirs(text.tokenizer(captions))[0])
         assert text(captions).shape == (3, 77, text.width)
-    assert capsys.readouterr().err.count("cut at 75 tokens") == 1
+    assert capsys.readouterr().err.count("reads 77 tokens") == 1

@@ -72,7 +72,7 @@ def aside(task, *args):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
-    aside(test_loading.write_full_size, "vc2", folder)
+    aside(test_loading.write_full_size, folder)
     return folder / "model.ckpt"
 
 
