@@ -645,7 +645,7 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
 
 
 def untrained(name: str, **conditions) -> Models:
-    """The networks of "vc2" or "ms" with random weights, in torch's default dtype: to count time and memory."""
+    """The networks of "vc2" or "ms" with random weights in torch's default dtype, to count time and memory."""
     family = FAMILIES[name]
     unet = UNet3D(replace(family.unet, **conditions))
     vae, text = VAE(family.vae).requires_grad_(False), TextEncoder(family.text).requires_grad_(False)

@@ -141,7 +141,8 @@ def recipes() -> dict[str, Recipe]:
             convert=lambda state, model: rename(state, IMAGEREWARD), pixels=CLIP_PIXELS, text_length=35,
             tokenizer=partial(wordpiece, public="bert-base")),
         "viclip": Recipe(
-            **viclip, config=ViCLIPConfig, view=window, pixels=IMAGENET_PIXELS, text_length=32, tokenizer=bpe),
+            **viclip, config=ViCLIPConfig, view=window, pixels=IMAGENET_PIXELS, text_length=32,
+            tokenizer=bpe),
         "internvideo2": Recipe(
             kind="video", model=InternVideo2, config=InternVideo2Config, view=window, whole=False,
             convert=from_internvideo2, pixels=IMAGENET_PIXELS, text_length=40,
@@ -241,7 +242,7 @@ def freeze(model: nn.Module, device: str | torch.device, dtype: torch.dtype) -> 
     return model.eval()
 
 
-# ---- tokenizers, beside CLIP's `bpe` ------------------------------------------------------------------------
+# ---- a tokenizer beside CLIP's `bpe` -----------------------------------------------------------------------
 def wordpiece(path: Path, length: int, public: str, sep: bool = True) -> Tokenizer:
     """BERT's, from the `vocab.txt` beside the weights, else from the public one."""
     beside = path.parent / "vocab.txt"

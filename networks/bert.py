@@ -59,7 +59,7 @@ class WordPiece:
 def words_of(text: str) -> list[str]:
     """Lower case without accents and control characters; what `stands_alone` is a word."""
     visible = (char for char in text if char in "\t\n\r" or unicodedata.category(char)[0] != "C")
-    text = unicodedata.normalize("NFD", "".join(visible).replace("\ufffd", ""))     # accents are Mn of their own
+    text = unicodedata.normalize("NFD", "".join(visible).replace("\ufffd", ""))     # accents apart, as Mn
     text = "".join(char for char in text if unicodedata.category(char) != "Mn")
     return "".join(f" {char} " if stands_alone(char) else char for char in text.lower()).split()
 

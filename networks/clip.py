@@ -111,7 +111,7 @@ class TextTower(nn.Module):
 @cache
 def bpe(path: Path | None = None, length: int = 77):
     """CLIP's tokenizer, which needs no file: B captions -> token ids (B, length)."""
-    from open_clip.tokenizer import SimpleTokenizer         # here, for it takes seconds, which the toy saves
+    from open_clip.tokenizer import SimpleTokenizer  # here, for it takes seconds, which the toy saves
     return SimpleTokenizer(context_length=length)
 
 

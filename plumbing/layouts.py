@@ -68,7 +68,8 @@ def fetch(name: str) -> Path:
             path = Path(huggingface_hub.hf_hub_download(repository, file))
         except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
             gated = isinstance(error, huggingface_hub.errors.GatedRepoError)
-            remedy = "accept its terms there and log in" if gated else "fetch it by hand and give its path (of a vocab.txt: lay it beside the weights)"
+            by_hand = "fetch it by hand and give its path, or lay a vocab.txt beside the weights"
+            remedy = "accept its terms there and log in" if gated else by_hand
             raise UserError(f"cannot download {file} of https://huggingface.co/{repository} "
                             f"({type(error).__name__}); {remedy}") from error
     return path if len(files) == 1 else path.parents[file.count("/")]

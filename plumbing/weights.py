@@ -243,7 +243,7 @@ def fill(module: nn.Module, state: State, source, device="cpu", dtype: torch.dty
     expected, filled = module.state_dict(), {}
     missing, unused = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unused and not allow_unused:
-        raise UserError(f"{source}: not the weights of this {type(module).__name__}, or not all, or not only: "
+        raise UserError(f"{source}: not the weights of this {type(module).__name__}, or not all: "
                         f"{len(missing)} of {len(expected)} tensors missing, {len(unused)} not expected "
                         f"({(missing + unused)[0]}, ...)")
     check_numbers({key: state[key] for key in expected}, source)
@@ -292,8 +292,8 @@ def is_lora(state: State) -> bool:
 
 
 def read_lora(tensors: State, layers: Shapes, source, strength: float = 1.0) -> Pairs:
-    """LoRA by any names -> {layer: (up, down)}: up (out, r, 1, ...) after down (r, in, kernel) has the shape of
-    the layer's weight. A factor alpha / r, and the strength (1 as trained, 0 the teacher), go into `up`.
+    """LoRA by any names -> {layer: (up, down)}: up (out, r, 1, ...) after down (r, in, kernel) has the shape
+    of the layer's weight. The factor alpha / r, and the strength (1 as trained, 0 the teacher), go into `up`.
     """
     # T2V-Turbo's list and our own files hold all layers that a LoRA must have
     order = lora_order(layers)
@@ -312,8 +312,8 @@ def read_lora(tensors: State, layers: Shapes, source, strength: float = 1.0) -> 
     lora = {}
     for layer, ends in matrices.items():
         if ends.keys() - {"alpha"} != {"up", "down"}:
-            raise UserError(f"{source}: LoRA of {layer} holds {', '.join(sorted(ends))}; it takes up and down, "
-                            "and other kinds are merged into weights first")
+            raise UserError(f"{source}: LoRA of {layer} holds {', '.join(sorted(ends))}; it takes up and "
+                            "down, and other kinds are merged into weights first")
         up, down, shape = ends["up"], ends["down"], layers[layer]
         r = len(down)
         if (trim(up.shape), trim(down.shape)) != (trim((shape[0], r)), trim((r, *shape[1:]))):
@@ -325,7 +325,7 @@ def read_lora(tensors: State, layers: Shapes, source, strength: float = 1.0) -> 
 
 
 def by_layer(tensors: State, layers: Shapes, source) -> dict[str, State]:
-    """LoRA of this project, peft, diffusers or kohya -> {layer: {"up": …, "down": …, perhaps "alpha": …}}."""
+    """LoRA of this project, peft, diffusers or kohya -> {layer: {"up", "down", perhaps "alpha": tensor}}."""
     underscores = {key[:-1].replace(".", "_"): layer                                # kohya's names
                    for table in ([], layouts.TO_VIDEOCRAFTER, layouts.TO_DIFFUSERS)
                    for key, layer in rename({f"{layer}.": layer for layer in layers}, table).items()}

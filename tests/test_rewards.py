@@ -640,7 +640,8 @@ def test_wrong_files_end_in_one_line(tmp_path):
     for name, (config, shapes, _, tokenizer) in CONTAINERS.items():             # another reward's file
         torch.save(weights(shapes(config)), tmp_path / f"{name}.pt")
         with pytest.raises(UserError, match=f"{name}.pt"):
-            rewards.load("clip" if name == "viclip" else "viclip", tmp_path / f"{name}.pt", tokenizer=tokenizer)
+            other = "clip" if name == "viclip" else "viclip"
+            rewards.load(other, tmp_path / f"{name}.pt", tokenizer=tokenizer)
     (tmp_path / "cut.pt").write_bytes((tmp_path / "clip.pt").read_bytes()[:-100])
     (tmp_path / "page.safetensors").write_text("<html>not found</html>")
     (tmp_path / "empty").mkdir()
