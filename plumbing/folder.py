@@ -129,6 +129,7 @@ class Log:
 
     def __init__(self, out: Path, start: int, steps: int, group: Group):
         self.file = self.board = self.bar = None
+        self.device = group.device
         self.last = start
         if group.rank:
             return
@@ -146,7 +147,7 @@ class Log:
         if self.file is None:
             return
         seconds = {name: round(value, 4) for name, value in parts.seconds.items()}
-        line = {"step": step, **record, "memory_gib": round(memory(parts.device), 3), "seconds": seconds}
+        line = {"step": step, **record, "memory_gib": round(memory(self.device), 3), "seconds": seconds}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
 
