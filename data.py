@@ -278,6 +278,8 @@ class CacheWriter:
         self.clips = range(rank, header["clips"], world_size)
         if (self.folder / "header.json").exists():
             check_header(self.folder, self.header)
+        elif clip_files(self.folder):
+            raise UserError(f"{folder} holds .safetensors files of something else; choose another folder")
         elif rank == 0:
             self.write_header(complete=False)
 

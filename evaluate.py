@@ -55,9 +55,6 @@ class ShapesConfig:
 
 def shapes_table(config: ShapesConfig) -> list[dict]:
     """The toy's table: teacher against students, every clip judged by the world's oracle."""
-    folder = Path(config.folder or shapes.WEIGHTS)
-    if not (folder / "teacher.safetensors").is_file():
-        raise UserError(f"--folder {folder}: no teacher.safetensors of the toy in it")
     if config.out:
         if Path(config.out).suffix != ".json":
             raise UserError(f"--out {config.out}: the table is stored as .json")
@@ -92,14 +89,16 @@ def score(config: ScoreConfig) -> dict:
     if config.diversity and len(set(prompts)) == len(prompts):
         raise UserError("--diversity compares clips of one prompt, and no prompt has two")
 
+    import torch
+
     from plumbing.run import pick_device
     device, result = pick_device(config.device), dict(clips=rows, means={}, diversity={})
     for name, path in read_rewards(config.reward, config.diversity):    # one reward in memory at a time
         reward = shapes.reward(name, path, device)
         features = score_clips(reward, rows, config.diversity and reward.kind == "video")
         result["means"][name] = mean_reward(prompts, [row[name] for row in rows])
-        if features is not None:
-            result["diversity"][name] = diversity(prompts, features)
+        if features:
+            result["diversity"][name] = diversity(prompts, torch.cat(features))
     print(json.dumps(result, indent=1) if config.json else score_table(result))
     return result
 
@@ -122,19 +121,16 @@ def read_rewards(specs: tuple[str, ...], diversity: bool) -> list[tuple[str, str
     """(name, file) of each --reward."""
     import rewards
     parsed = [rewards.parse_spec(spec)[:2] for spec in specs]
-    names = [name for name, _ in parsed]
-    if len(set(names)) < len(names):
-        raise UserError(f"--reward: {', '.join(names)}; give each reward once")
-    if diversity and not any(rewards.RECIPES[name].kind == "video" for name in names):
+    if len(dict(parsed)) < len(parsed):
+        raise UserError(f"--reward {' '.join(specs)}: give each reward once")
+    if diversity and not any(rewards.RECIPES[name].kind == "video" for name in dict(parsed)):
         raise UserError("--diversity compares features of a video reward, e.g. --reward viclip=FILE")
     return parsed
 
 
 def frames_of(reward: Reward, path: str) -> Tensor:
-    """A clip's frames as large as the reward takes them, and as many: (1, T, 3, S, S) in [0, 1].
-
-    They are fitted as they are decoded: minutes of video take no more memory than small pictures do.
-    """
+    """A clip's frames as large as the reward takes them, and as many: (1, T, 3, S, S) in [0, 1]. They are
+    fitted as they are decoded: minutes of video take no more memory than small pictures do."""
     from plumbing.video import read_clip
 
     def fit(frame: Tensor) -> Tensor:
@@ -144,30 +140,27 @@ def frames_of(reward: Reward, path: str) -> Tensor:
     return read_clip(path, reward.frames, fit).transpose(0, 1)[None]
 
 
-def score_clips(reward: Reward, rows: list[dict], features: bool) -> Tensor | None:
-    """Writes a reward's scores into the rows -> a video reward's features (N, E), where asked for."""
+def score_clips(reward: Reward, rows: list[dict], with_features: bool) -> list[Tensor]:
+    """Writes a reward's scores into the rows -> a video reward's features (1, E) of each, where asked for."""
     import torch
     from tqdm import tqdm
 
-    of_clips = []
+    features = []
     for row in tqdm(rows, reward.name, leave=False):
         frames = frames_of(reward, row["clip"])
         parts = frames.split(FRAMES, 1) if reward.kind == "image" else [frames]
         with torch.no_grad():
             sums = [reward(part, [row["prompt"]]).item() * part.shape[1] for part in parts]
-            of_clips += [reward.features(frames).cpu()] if features else []
+            features += [reward.features(frames).cpu()] if with_features else []
         row[reward.name] = sum(sums) / frames.shape[1]
-    return torch.cat(of_clips) if features else None
+    return features
 
 
 def mean_reward(prompts: list[str], values: list[float]) -> dict[str, float | None]:
     """Mean of a reward with its interval: over prompts, or over the clips of a single one."""
-    by_prompt: dict[str, list[float]] = {}
-    for prompt, value in zip(prompts, values, strict=True):
-        by_prompt.setdefault(prompt, []).append(value)
-    if len(by_prompt) == 1:
-        return mean_of(values)
-    return mean_of([sum(group) / len(group) for group in by_prompt.values()])
+    groups = [[value for value, other in zip(values, prompts) if other == prompt]
+              for prompt in dict.fromkeys(prompts)]
+    return mean_of(values if len(groups) == 1 else [sum(group) / len(group) for group in groups])
 
 
 def mean_of(values: list[float]) -> dict[str, float | None]:
@@ -177,10 +170,8 @@ def mean_of(values: list[float]) -> dict[str, float | None]:
 
 
 def diversity(prompts: list[str], features: Tensor) -> dict[str, float | None]:
-    """Mean distance 1 - cosine of two clips of one prompt, over prompts, with its interval.
-
-    features (N, E), of unit length, one for each clip.
-    """
+    """Mean distance 1 - cosine of two clips of one prompt, over prompts, with its interval. features (N, E):
+    of unit length, one for each clip."""
     distances = []
     for prompt in dict.fromkeys(prompts):
         of_prompt = features[[i for i, other in enumerate(prompts) if other == prompt]]
@@ -193,6 +184,9 @@ def diversity(prompts: list[str], features: Tensor) -> dict[str, float | None]:
 
 def score_table(result: dict) -> str:
     """Clips, means and diversity as Markdown."""
+    def with_interval(mean: float, half: float | None) -> str:
+        return f"{mean:.4f}" if half is None else f"{mean:.4f} ± {half:.4f}"
+
     names, rows = list(result["means"]), result["clips"]
     table = [[row["clip"], row["prompt"], *(f"{row[name]:.4f}" for name in names)] for row in rows]
     count = len({row["prompt"] for row in rows})
@@ -202,11 +196,6 @@ def score_table(result: dict) -> str:
             table.append([title, f"{count} prompt{'s' * (count > 1)}",
                           *(with_interval(**means[name]) if name in means else "-" for name in names)])
     return stats.markdown(["clip", "prompt", *names], table)
-
-
-def with_interval(mean: float, half: float | None) -> str:
-    """A mean and the half-width of its interval, if it has one."""
-    return f"{mean:.4f}" if half is None else f"{mean:.4f} ± {half:.4f}"
 
 
 # ---- python evaluate.py vbench -----------------------------------------------------------------------------
@@ -266,8 +255,8 @@ def tally(config: TallyConfig) -> None:
     """Win rates per question with Wilson intervals, and how often judges agree, as Markdown."""
     if not config.votes:
         raise UserError("tally takes files of votes, which a page of `compare` saves: tally votes-*.json")
-    comparisons = judging.tally(judging.read_votes(config.votes))
-    print("\n\n".join(judging.table(names, votes) for names, votes in comparisons.items()))
+    votes = judging.read_votes(config.votes)
+    print("\n\n".join(judging.table(names, by_pair) for names, by_pair in votes.items()))
 
 
 # ---- commands ----------------------------------------------------------------------------------------------

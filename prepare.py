@@ -26,6 +26,7 @@ from model import Models
 from plumbing import budget, cli
 from plumbing.cli import Count, File, Folder
 from plumbing.errors import UserError
+from plumbing.files import check_outputs
 from plumbing.run import Group, stop_signals
 from solver import Schedule, ddim_invert
 from turbo import TeacherOutput, motion_strength
@@ -177,6 +178,8 @@ def main(argv: list[str] | None = None):
         if config.preset == "shapes-v2":
             raise UserError("--dry-run counts the published networks; the toy's cache takes minutes to make")
         return dry_run(config)
+    check_outputs({"--out": config.out}, {
+        "--teacher": config.teacher, "--data": config.data, "--reward-data": config.reward_data})
     group = Group(config.device)
     torch.manual_seed(config.seed)
 

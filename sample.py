@@ -160,7 +160,7 @@ def plan_clips(config: Config) -> list[Job]:
     places += [scores_path(job, config) for job in jobs] if config.best_of or config.refine else []
     inputs = {cli.flag_of(name): getattr(config, name)
               for name in ("prompts", "teacher", "turbo", "motion_from", "vae")}
-    check_outputs({"--out": [out] * bool(config.prompts) + places, "--sheet": config.sheet}, inputs)
+    check_outputs({"--out": [out, *places], "--sheet": config.sheet}, inputs)
     for folder in {path.parent for path in [*places, Path(config.sheet or places[0])]}:
         check_writable(folder)
 
@@ -282,7 +282,7 @@ class Take:
     caption: str
     seed: int
     clip: Tensor | None = None          # uint8 (3, T, H, W)
-    scores: dict[str, float] = field(default_factory=dict)  # also their weighted sum, and what --refine climbed
+    scores: dict[str, float] = field(default_factory=dict)  # also "total", and "climb" of --refine
 
 
 def make(takes: list[Take], models: Models, terms: list[RewardTerm], sampling: Sampling, config: Config,
@@ -304,11 +304,11 @@ def make(takes: list[Take], models: Models, terms: list[RewardTerm], sampling: S
     clips = to_clip(models.vae, z, None if models.name == "shapes" else 4).cpu()
 
     with torch.no_grad():
-        columns = {term.name: term.reward(frames_for(term.reward, clips), captions).tolist() for term in terms}
+        columns = [term.reward(frames_for(term.reward, clips), captions).tolist() for term in terms]
     for i, take in enumerate(takes):
         take.clip = clips[i]
-        scores = {name: column[i] for name, column in columns.items()}
-        total = sum(term.weight * scores[term.name] for term in terms)
+        total = sum(term.weight * column[i] for term, column in zip(terms, columns))
+        scores = {term.name: column[i] for term, column in zip(terms, columns)}
         take.scores = dict(total=total, climb=[float(reward[i]) for reward in climb]) | scores
 
 

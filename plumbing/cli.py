@@ -5,11 +5,12 @@ import difflib
 import errno
 import inspect
 import io
+import math
 import os
 import re
 import sys
 import typing
-from functools import partial
+from functools import partial, wraps
 
 from plumbing.errors import UserError
 
@@ -29,17 +30,15 @@ Seed = typing.Annotated[int, Within(0, 2 ** 31 - 1)]        # of 32 bits that to
 File = typing.Annotated[str, "FILE"]                        # or a folder; ~ is the home folder
 Folder = typing.Annotated[str, "FOLDER"]
 
-# ---- values ------------------------------------------------------------------------------------------------
-
 
 def number(kind: type, within: Within, text: str) -> float:
     """Text -> a number within a range; nan and infinity are in none."""
     try:
         value = kind(text)
-        if within.low <= value <= within.high and not (within.above and value == within.low):
-            return value
     except ValueError:
-        pass
+        value = math.nan
+    if within.low <= value <= within.high and not (within.above and value == within.low):
+        return value
     noun, start = "a whole number" if kind is int else "a number", "above" if within.above else "from"
     bounds = f"{start} {within.low:.15g} to {within.high:.15g}"
     raise argparse.ArgumentTypeError(f"{text!r:.60} is not {noun} {bounds}")
@@ -76,18 +75,12 @@ def flag_of(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-def parser_for(cls, description="", positional=None, prog=None, defaults=None) -> Parser:
+def parser_for(cls, description="", positional=None, prog=None, defaults=None) -> argparse.ArgumentParser:
     """A parser with an --option per field that cls itself declares with a comment, in groups titled
-    `# ---- title`. Each option collects a list of its values."""
-    parser = Parser(prog=prog, description=description, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    `# ---- title`. Each option collects a list of its values. Complaints are one line."""
+    parser = argparse.ArgumentParser(prog, description=description, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; see {parser.prog} --help\n")
     annotations = typing.get_type_hints(cls, include_extras=True)
     in_force = {field.name: field.default for field in dataclasses.fields(cls)} | (defaults or {})
     group = parser
@@ -106,7 +99,7 @@ def parser_for(cls, description="", positional=None, prog=None, defaults=None) -
     return parser
 
 
-def collect(cls, parser: Parser, words: list[str] | None) -> tuple[dict, list[str]]:
+def collect(cls, parser: argparse.ArgumentParser, words: list[str] | None) -> tuple[dict, list[str]]:
     """({field: value} of what was typed, words that are no option's). An option that holds one value is given
     once."""
     args, unknown = parser.parse_known_args(words)
@@ -138,9 +131,6 @@ def parse(cls, argv=None, description="", positional=None, defaults=None, prog=N
     return cls(**(defaults or {}) | values)
 
 
-# ---- programs ----------------------------------------------------------------------------------------------
-
-
 def place() -> tuple[int, int, int]:
     """This process among those of torchrun: its rank, how many there are, its rank on this machine."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
@@ -170,12 +160,14 @@ def keep_streams() -> None:
         if stream is None:                                  # closed: its number must not become some file's
             setattr(sys, name, open(os.devnull, "w"))
         elif number > 0 and stream is getattr(sys, f"__{name}__"):
-            raw = io.BufferedWriter(Lenient(number, "w", closefd=False))
-            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True))
+            binary = io.BufferedWriter(Lenient(number, "w", closefd=False))
+            text = io.TextIOWrapper(binary, stream.encoding, "backslashreplace", line_buffering=True)
+            setattr(sys, name, text)
 
 
 def main(command):
     """Decorator for a program's `main`: a user's mistake ends in one line and status 2, Ctrl-C in 130."""
+    @wraps(command)
     def run(argv=None):
         keep_streams()
         try:
@@ -187,5 +179,4 @@ def main(command):
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""   # a progress bar gives way to the message
         print(f"{clear}{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
         sys.exit(status)
-    run.__doc__ = command.__doc__
     return run

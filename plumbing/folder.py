@@ -25,7 +25,7 @@ KEPT = 2                # checkpoints
 def locked(out: str | Path) -> Iterator[None]:
     """OUT serves one run at a time, where the system has file locks; they end with their process."""
     check_writable(out)
-    with open(Path(out) / "lock", "w") as file:
+    with open(Path(out) / "lock", "a") as file:
         try:
             import fcntl
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,6 +71,10 @@ def open_folder(config) -> Path | None:
         raise UserError(f"--resume {path}: {out} holds {own[-1].name} of another run; choose another --out")
 
     if path is None or path.resolve().parent != out.resolve():
+        about = out / "config.json"
+        ours = about.exists() and '"save_every"' in about.read_text(errors="replace")
+        if not ours and (about.exists() or (out / "log.jsonl").exists()):
+            raise UserError(f"{out} holds a config.json or log.jsonl that is no run's; choose another --out")
         lines = whole_lines(out / "log.jsonl")
         if (out / "turbo.safetensors").exists() or lines and lines[-1][0] >= config.save_every:
             raise UserError(f"{out} holds log or weights of a run whose checkpoints are gone; they would be "

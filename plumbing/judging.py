@@ -11,7 +11,6 @@ import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from plumbing.errors import UserError, reading
 from plumbing.files import atomic
@@ -23,6 +22,7 @@ QUESTIONS = ("Which video is more visually appealing?",                 # v1, Se
 LIMIT = 200                                                 # MiB of a page; browsers take more, slowly
 PAGE = Path(__file__).parent / "compare.html"
 Model = tuple[str, Path]                                    # name, folder of clips
+Models = tuple[str, str]                                    # names of A and B
 
 
 def prompt_of(path: str | Path) -> str:
@@ -36,8 +36,7 @@ def prompt_of(path: str | Path) -> str:
 
 
 def make_pages(a: Model, b: Model, out: Path, size: int) -> list[str]:
-    """Writes OUT, OUT-2, ... with `size` pairs each, in a random order, or one page with all; returns a line
-    for each."""
+    """Writes OUT, OUT-2, ... with `size` pairs each, or one page with all -> a line for each."""
     in_a, in_b = ({file.name for file in folder.glob("*.mp4")} for _, folder in (a, b))
     names = random.Random("order").sample(sorted(in_a & in_b), len(in_a & in_b))
     if not names:
@@ -67,7 +66,10 @@ def page(a: Model, b: Model, clips: list[str]) -> str:
     draw, pairs = random.Random(f"sides {clips}"), []
     start = draw.randrange(2)
     for clip, left in zip(clips, draw.sample(("AB" * len(clips))[start:start + len(clips)], len(clips))):
-        embedded = [data_uri(folder / clip) for _, folder in ((a, b) if left == "A" else (b, a))]
+        files = [(folder / clip).read_bytes() for _, folder in ((a, b) if left == "A" else (b, a))]
+        if any(file[4:8] != b"ftyp" for file in files):                 # where every mp4 begins
+            raise UserError(f"{clip}: not an mp4, or a damaged one, in {a[1]} or {b[1]}")
+        embedded = ["data:video/mp4;base64," + base64.b64encode(file).decode() for file in files]
         pairs.append(dict(pair=clip, prompt=prompt_of(clip), left=left, clips=embedded))
     content = dict(names=[a[0], b[0]], questions=QUESTIONS, pairs=pairs)
     content["page"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
@@ -75,64 +77,35 @@ def page(a: Model, b: Model, clips: list[str]) -> str:
     return PAGE.read_text(encoding="utf-8").replace("{{content}}", inside_html)
 
 
-def data_uri(clip: Path) -> str:
-    """An mp4 as text that a page can hold."""
-    content = clip.read_bytes()
-    if content[4:8] != b"ftyp":                             # where every mp4 begins
-        raise UserError(f"{clip}: not an mp4, or a damaged one")
-    return "data:video/mp4;base64," + base64.b64encode(content).decode()
-
-
 # ---- the votes ---------------------------------------------------------------------------------------------
 
 
-class Vote(NamedTuple):
-    """What one judge said of one pair: per question "A", "B" or "same"."""
-    names: tuple[str, str]          # of the models A and B
-    pair: str
-    judge: str
-    answers: tuple[str, ...]
-
-    def swapped(self) -> "Vote":
-        """The same vote with the models in the other order."""
-        other = {"A": "B", "B": "A", "same": "same"}
-        return self._replace(names=self.names[::-1], answers=tuple(other[answer] for answer in self.answers))
-
-
-def read_votes(paths: Iterable[str | Path]) -> list[Vote]:
-    """The votes of several files. Of a judge who voted twice on a pair the last file counts."""
-    votes: dict[tuple, Vote] = {}
+def read_votes(paths: Iterable[str | Path]) -> dict[Models, dict[str, dict[str, list[str]]]]:
+    """{(A, B): {pair: {judge: per question "A", "B" or "same"}}} of several files. A page of the same models
+    the other way round is turned; of a judge who voted twice on a pair the last file counts."""
+    comparisons: dict[Models, dict] = {}
     for path in paths:
         with reading(path, "a file of votes that a page of `compare` saved"):
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             (a, b), judge = content["names"], content["judge"]
+            turned = (b, a) in comparisons
+            sides = {"A": "B", "B": "A", "same": "same"} if turned else {"A": "A", "B": "B", "same": "same"}
+            by_pair = comparisons.setdefault((b, a) if turned else (a, b), {})
             for vote in content["votes"]:
-                answers = tuple(vote["answers"])
-                assert len(answers) == len(QUESTIONS) and {*answers} <= {"A", "B", "same"}, vote["pair"]
-                votes[a, b, vote["pair"], judge] = Vote((a, b), vote["pair"], judge, answers)
+                answers = [sides[answer] for answer in vote["answers"]]
+                assert len(answers) == len(QUESTIONS), vote["pair"]
+                by_pair.setdefault(vote["pair"], {})[judge] = answers
         if not content["votes"]:
             raise UserError(f"{path}: no votes in it; was it saved before the first pair was done?")
-    return list(votes.values())
-
-
-def tally(votes: list[Vote]) -> dict[tuple[str, str], list[Vote]]:
-    """Votes by comparison (A, B); those of a page of the same models the other way round are turned."""
-    comparisons: dict[tuple[str, str], list[Vote]] = {}
-    for vote in votes:
-        vote = vote.swapped() if vote.names[::-1] in comparisons else vote
-        comparisons.setdefault(vote.names, []).append(vote)
     return comparisons
 
 
-def table(names: tuple[str, str], votes: list[Vote]) -> str:
+def table(names: Models, by_pair: dict[str, dict[str, list[str]]]) -> str:
     """Win rates per question in percent, with Wilson's interval, and how often two judges of a pair agree.
     Judges of a pair are averaged: they do not make it several pairs."""
-    judges, rows = {vote.judge for vote in votes}, []
+    rows = []
     for index, question in enumerate(QUESTIONS):
-        by_pair: dict[str, dict[str, str]] = {}                         # pair -> judge -> answer
-        for vote in votes:
-            by_pair.setdefault(vote.pair, {})[vote.judge] = vote.answers[index]
-        answers = [list(by_judge.values()) for by_judge in by_pair.values()]
+        answers = [[row[index] for row in by_judge.values()] for by_judge in by_pair.values()]
         a, same, b = (sum(row.count(answer) / len(row) for row in answers) / len(answers)
                       for answer in ("A", "same", "B"))
         low, high = wilson(b + same / 2, len(answers))
@@ -140,6 +113,8 @@ def table(names: tuple[str, str], votes: list[Vote]) -> str:
         rows.append([question, *(f"{100 * share:.1f}" for share in (a, same, b)),
                      f"{100 * (b + same / 2):.1f} ({100 * low:.1f} to {100 * high:.1f})",
                      f"{100 * raw_agreement(shared):.1f} % of {len(shared)}" if shared else "-"])
-    titles = [f"{len(answers)} pairs, judges: {len(judges)}", names[0], "no difference", names[1],
+
+    judges = {judge for by_judge in by_pair.values() for judge in by_judge}
+    titles = [f"{len(by_pair)} pairs, judges: {len(judges)}", names[0], "no difference", names[1],
               f"{names[1]}, ties half (95 %)", "two judges agree"]
     return markdown(titles, rows)

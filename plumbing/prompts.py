@@ -97,8 +97,8 @@ def plan(prompts: list[Prompt], out: Path, num: int | None, seed: int, step: int
     for prompt in prompts:
         owner = owners.setdefault(prompt.name.casefold() if ignores_case else prompt.name, prompt)
         if owner != prompt:
-            raise UserError(f"the prompts {owner.text!r:.80} and {prompt.text!r:.80} would both be written to "
-                            f"{out / prompt.name}-0.mp4; reword one, or give it a name of its own")
+            raise UserError(f"the prompts {owner.text!r:.80} and {prompt.text!r:.80} would both be written "
+                            f"to {out / prompt.name}-0.mp4; reword one, or give it a name of its own")
 
         count = num or prompt.count
         for i in range(count):

@@ -9,7 +9,7 @@ from pathlib import Path
 from plumbing.errors import UserError, reading
 from plumbing.stats import markdown
 
-# {dimension: (heading, range that becomes 0..1, weight)}
+# {dimension: (heading, lower and upper end of the range that becomes 0..1, weight)}
 QUALITY = {
     "subject_consistency": ("Subject Consist.", 0.1462, 1, 1),
     "background_consistency": ("BG Consist.", 0.2615, 1, 1),
@@ -69,7 +69,7 @@ PUBLISHED = {
 
 
 def published() -> dict[str, dict[str, float]]:
-    """The papers' own rows, as `with_totals` returns one's own: {model: {column: share}}."""
+    """The papers' rows, as `with_totals` returns one's own: {model: {column: share}}."""
     columns = (*TOTALS, *DIMENSIONS)
     return {f"{name} (paper)": {column: percent / 100 for column, percent in zip(columns, row) if percent}
             for name, row in PUBLISHED.items()}
@@ -91,28 +91,24 @@ def read_model(name: str, paths: list[Path]) -> dict[str, float]:
     """{dimension: share} of a model's result files, or folders of them."""
     if name.removesuffix(" (paper)") in PUBLISHED:
         raise UserError(f"{name} is a paper's row; call your own model otherwise: NAME={paths[0]}")
-    files = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    files = [file for path in paths
+             for file in (sorted(path.glob("*_eval_results.json")) if path.is_dir() else [path])]
     scores = {}
-    for file in (file for file in files if not file.name.endswith("_full_info.json")):     # VBench's prompts
-        for dimension, share in read_result(file).items():
+    for file in files:
+        with reading(file, "a VBench result"):              # {dimension: [share, [single clips]]}
+            result = {dimension.replace(" ", "_").lower(): value[0]
+                      for dimension, value in json.loads(file.read_text(encoding="utf-8")).items()}
+        for dimension, share in result.items():
+            if dimension not in DIMENSIONS:
+                raise UserError(f"{file}: unknown dimension {dimension!r:.60}; VBench has "
+                                f"{', '.join(DIMENSIONS)}")
+            if type(share) not in (int, float) or not abs(share) <= 1:
+                raise UserError(f"{file}: {dimension} is {share!r:.40}; VBench writes shares, at most 1")
             if scores.setdefault(dimension, share) != share:
                 raise UserError(f"{file}: {dimension} is {share:g}, in another file of {name} "
                                 f"{scores[dimension]:g}; tell two models apart with NAME=FILE")
     if not scores:
         raise UserError(f"{paths[0]}: no result files (*_eval_results.json) in this folder")
-    return scores
-
-
-def read_result(file: Path) -> dict[str, float]:
-    """{dimension: share} of one of VBench's files, {dimension: [share, [single clips]]}."""
-    with reading(file, "a VBench result"):
-        scores = {name.replace(" ", "_").lower(): value[0] if isinstance(value, list) else value
-                  for name, value in json.loads(file.read_text(encoding="utf-8")).items()}
-    for name, share in scores.items():
-        if name not in DIMENSIONS:
-            raise UserError(f"{file}: unknown dimension {name!r:.60}; VBench's are {', '.join(DIMENSIONS)}")
-        if type(share) not in (int, float) or not abs(share) <= 1:
-            raise UserError(f"{file}: {name} is {share!r:.40}; VBench writes shares, at most 1")
     return scores
 
 

@@ -26,6 +26,7 @@ import model
 import rewards
 import shapes
 from plumbing import cli, folder, run, weights
+from plumbing.errors import UserError
 from plumbing.fast_cpu import speed_up
 from shapes import grammar, world
 from shapes.models import TOY, TOY_VAE, UNet
@@ -78,7 +79,7 @@ def fit(network: nn.Module, loss_of: Callable, out: Path, steps: int, group: run
 
     with folder.Log(out, start, steps, group) as log:
         for step in range(start, steps):
-            parts = run.Parts(group.device)
+            parts = run.Parts()
             optimizer.param_groups[0]["lr"] = lr * learning_rate(step / steps, cosines)
 
             # Gradient of this step's batch, over all processes
@@ -316,6 +317,9 @@ STAGES = {"vae": vae, "clip": clip, "viclip": viclip, "teacher": teacher}
 def main(argv=None):
     """Trains the stage of --stage; leaves weights in --out, log and checkpoints in a folder there."""
     config = cli.parse(Config, argv, __doc__)
+    weights_file = Path(config.out) / f"{config.stage}.safetensors"
+    if weights_file.exists() and not folder.checkpoints(Path(config.out) / config.stage):
+        raise UserError(f"{weights_file} exists without checkpoints to go on from; choose another --out")
     group, out = run.Group(), Path(config.out)              # the group first: it chooses this process's GPU
     with folder.locked(out / config.stage) if group.rank == 0 else nullcontext():
         torch.manual_seed(0)
