@@ -11,6 +11,7 @@ the clip's draws of (t, ε). Per draw: z_t, ε(c), ε(∅) and, where motion gui
 """
 import dataclasses
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,7 @@ from plumbing import budget, cli
 from plumbing.cli import Count, File, Folder
 from plumbing.errors import UserError
 from plumbing.files import check_outputs
+from plumbing.folder import locked
 from plumbing.run import Group, stop_signals
 from solver import Schedule, ddim_invert
 from turbo import TeacherOutput, motion_strength
@@ -195,14 +197,16 @@ def main(argv: list[str] | None = None):
     models = train.load_models(config, group.device)
     models.unet.requires_grad_(False)
     models.unet.checkpointing = True
-    with group.rank0_first():
-        writer = data.CacheWriter(config.out, header_of(config, models, clips), group.rank, group.world_size)
+    with locked(config.out) if group.rank == 0 else nullcontext():
+        with group.rank0_first():
+            header = header_of(config, models, clips)
+            writer = data.CacheWriter(config.out, header, group.rank, group.world_size)
 
-    complete = not group.any(not prepare(config, models, clips, writer))
-    if group.rank == 0 and complete:
-        writer.write_header(complete=True)
-        print(f"{config.out}: {len(data.clip_files(writer.folder))} of {len(clips)} clips")
-    group.close()
+        complete = not group.any(not prepare(config, models, clips, writer))
+        if group.rank == 0 and complete:
+            writer.write_header(complete=True)
+            print(f"{config.out}: {len(data.clip_files(writer.folder))} of {len(clips)} clips")
+        group.close()
     if not complete:
         print(f"stopped by a signal; what is in {config.out} stays, the same command goes on", file=sys.stderr)
         sys.exit(130)
