@@ -12,24 +12,19 @@ open_dataset(spec) takes any of these, or several (a list, or commas between the
 Order   Position p is clip p % N of epoch p // N, and an epoch is a permutation drawn from (seed, epoch).
         Step n on rank r reads `batch` positions from (n * world_size + r) * batch on: no repeats, no gaps,
         and one global batch for every split of it over ranks.
-Start   The first frame is drawn from a generator seeded by (seed, epoch, index).
-Bad     A clip that cannot be used is logged (step, index, clip, reason). In its place comes clip
-        hash(seed, epoch, p % N, attempt) % N, again a function of the position alone. A run ends when at
-        least 20 bad clips are more than 5 % of the last 1000 that its rank drew, or when 20 in a row are bad.
-Short   A clip that is too short is stretched over the frames asked for, which is said once; its item's fps is
-        the true one. The networks are told --fps all the same, as in the released code: always 16 (v2: 8).
+Bad     A clip that cannot be used is logged (step, index, clip, reason); in its place comes one drawn by the
+        position alone. A run ends after 20 bad clips in a row, or when half of the last 200 are bad.
+Short   A clip that is too short is stretched over the frames asked for; its item's fps is the true one. The
+        networks are told --fps all the same, as in the released code: always 16 (v2: 8).
 
 T2V-Turbo-v2 trains from a cache of what the teacher says about each clip: CacheWriter and Cache, at the end.
 """
-import atexit
 import json
 import os
-import queue
-import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import count, islice
 from pathlib import Path
@@ -45,7 +40,7 @@ from plumbing.files import atomic
 from plumbing.manifests import open_sources
 from plumbing.video import read_video
 
-TRIES, WINDOW, SHARE = 20, 1000, 0.05                 # the rule about bad clips
+TRIES, WINDOW = 20, 200                               # the rule about bad clips
 
 
 class BadClip(ValueError):
@@ -69,9 +64,9 @@ def open_dataset(spec: str | Sequence[str | Path], frames: int = 16, fps: float 
                  video_root: str = "") -> "ClipDataset":
     """All clips of `spec` (see the head of this file) as one dataset. Raises UserError.
 
-    cache: folder for the index of shards where it cannot be written beside them. Of several processes one
-    should come first: it makes the index, and the others map it into their memory. columns and video_root are
-    for manifests: "path={page_dir}/{videoid}.mp4,caption=name", and the folder that their paths begin in."""
+    cache: folder for the index of shards where it cannot be written beside them; of several processes one
+    should come first and make it. columns and video_root are for manifests:
+    "path={page_dir}/{videoid}.mp4,caption=name", and the folder that their paths begin in."""
     sources = open_sources(spec, cache, columns, video_root)
     if not sum(map(len, sources)):
         raise UserError(f"no clips in {spec}: expected *.mp4 with .txt beside them, e.g. 0001.mp4, 0001.txt; "
@@ -88,7 +83,6 @@ class ClipDataset:
         self.sources = sources
         self.frames, self.fps, self.height, self.width = frames, fps, height, width
         self.ends = np.cumsum([len(source) for source in sources])
-        self.stretched = False                        # whether a clip was too short
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -97,8 +91,8 @@ class ClipDataset:
         """dict(clip uint8 (3, T, H, W), fps, caption, reward_caption or None, index).
 
         The clip starts at the first frame without a generator. Raises BadClip."""
-        number, i = locate(self.ends, index)
-        source = self.sources[number]
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        source, i = self.sources[number], index - int(self.ends[number - 1] if number else 0)
         try:
             video, *captions = source.read(i)
             caption, reward_caption = map(clean, captions)
@@ -108,17 +102,10 @@ class ClipDataset:
         except (OSError, ValueError, RecursionError) as error:
             raise BadClip(source.name(i), getattr(error, "strerror", None) or str(error)) from error
 
-        if fps > self.fps and not self.stretched:     # said once
-            self.stretched = True
-            warnings.warn(f"{source.name(i)} is shorter than {self.frames} frames at {self.fps:g} fps: it "
-                          "is stretched, and so are others; a higher --fps needs less", stacklevel=2)
+        if fps > self.fps:                            # Python shows a warning of one text once
+            warnings.warn(f"clips shorter than {self.frames} frames at {self.fps:g} fps are stretched; "
+                          "a higher --fps needs less", stacklevel=1)
         return dict(clip=clip, fps=fps, caption=caption, reward_caption=reward_caption or None, index=index)
-
-
-def locate(ends: np.ndarray, index: int) -> tuple[int, int]:
-    """Index into a concatenation of things that end at `ends` -> (which of them, index in it)."""
-    number = int(np.searchsorted(ends, index, side="right"))
-    return number, int(index - (ends[number - 1] if number else 0))
 
 
 def clean(text: object) -> str | None:
@@ -180,45 +167,18 @@ def seed_of(*key: int) -> int:
 
 
 def in_threads(work: Callable, items: Iterable, workers: int, ahead: int) -> Iterator:
-    """work(item) of endless items, in their order, by threads up to `ahead` items ahead; without any, here.
-
-    The threads are daemons, as a pool's are not: a read that never returns does not keep the process from
-    ending. When it ends, they have two seconds for what is under way."""
+    """work(item) of endless items, in their order, by threads up to `ahead` items ahead; none: by this one."""
     if not workers:
         yield from map(work, items)
         return
-    jobs, pending = queue.SimpleQueue(), deque()
-
-    def run() -> None:
-        for future, item in iter(jobs.get, None):
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                future.set_result(work(item))
-            except BaseException as error:            # raised where the result is asked for
-                future.set_exception(error)
-
-    def stop() -> None:
-        for future in pending:
-            future.cancel()
-        for _ in threads:
-            jobs.put(None)
-        for thread in threads:
-            thread.join(2 / workers)
-
-    threads = [threading.Thread(target=run, daemon=True) for _ in range(workers)]
-    for thread in threads:
-        thread.start()
-    atexit.register(stop)
+    pool, pending = ThreadPoolExecutor(workers), deque()
     try:
         for item in items:
-            pending.append(Future())
-            jobs.put((pending[-1], item))
+            pending.append(pool.submit(work, item))
             if len(pending) > ahead:
                 yield pending.popleft().result()
     finally:
-        atexit.unregister(stop)
-        stop()
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def batches(clips: Iterator, batch: int, start_step: int, bad_file: str | Path | None) -> Iterator[dict]:
@@ -233,13 +193,12 @@ def batches(clips: Iterator, batch: int, start_step: int, bad_file: str | Path |
             if bad_file and bad:
                 append_rows(bad_file, [dict(step=step, **row) for row in bad])
 
-            rows = [row for row in recent if row] if bad else []
-            if None in items or TRIES <= len(rows) > SHARE * len(recent):
+            rows = [row for row in recent if row]
+            if None in items or len(rows) > WINDOW // 2:
                 reasons = Counter(row["reason"] for row in rows).most_common(3)
                 counts = ", ".join(f"{number} x {reason}" for reason, number in reasons)
-                raise UserError(f"too many bad clips: {len(rows)} of the last {len(recent)} (the limit is "
-                                f"{SHARE:.0%}): {counts}; the last one is {rows[-1]['clip']}"
-                                + f"; see {bad_file}" * bool(bad_file))
+                raise UserError(f"too many bad clips: {len(rows)} of the last {len(recent)}: {counts}; the last"
+                                f" one is {rows[-1]['clip']}" + f"; see {bad_file}" * bool(bad_file))
             yield {key: stack([item[key] for item in items]) for key in items[0]} | {"bad": total}
 
 
@@ -250,10 +209,9 @@ def stack(values: list) -> Tensor | list:
 
 
 def append_rows(path: str | Path, rows: list[dict]) -> None:
-    """JSON lines, each by one appending write, so that any number of processes may share the file."""
+    """JSON lines, by one appending write, so that any number of processes may share the file."""
     with open(path, "ab", buffering=0) as file:
-        for row in rows:
-            file.write((json.dumps(row) + "\n").encode())
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 # ---- the cache that T2V-Turbo-v2 trains from: what the teacher says about each clip ------------------------

@@ -10,12 +10,14 @@ import tarfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from plumbing.errors import UserError
 from plumbing.files import atomic
 from plumbing.video import READABLE
 
@@ -30,19 +32,17 @@ class Shards:
         return len(self.index)
 
     def name(self, i: int) -> str:
-        """SHARD:MEMBER of the video, or of the caption where there is none."""
-        shard, video, text, _ = self.index[i].tolist()
-        path, offset = self.paths[shard], video if video >= 0 else text
+        """SHARD:MEMBER of the video."""
+        shard, video, _, _ = self.index[i].tolist()
         try:
-            return f"{path}:{read_member(path, offset)[0]}"
+            member, _ = read_member(self.paths[shard], video)
         except (OSError, ValueError):
-            return f"{path}: byte {offset}"
+            member = f"byte {video}"
+        return f"{self.paths[shard]}:{member}"
 
     def read(self, i: int) -> tuple[bytes, object, object]:
-        """Raises ValueError for no video, a damaged member, or JSON that is no object."""
+        """Raises ValueError for a damaged member, or JSON that is no object."""
         shard, *offsets = self.index[i].tolist()
-        if offsets[0] < 0:
-            raise ValueError("no video beside this caption")
         video, text, more = (read_member(self.paths[shard], at)[1] if at >= 0 else None for at in offsets)
         fields = json.loads(more) if more else {}
         if not isinstance(fields, dict):
@@ -72,25 +72,21 @@ def open_index(paths: list[str], cache: str | None) -> np.ndarray:
     name = f"clips-{sha256(json.dumps(stamp).encode()).hexdigest()[:16]}.npy"
     places = [Path(folder, name) for folder in (os.path.dirname(paths[0]) or ".", cache) if folder]
     for place in places:
-        try:
+        with suppress(OSError, ValueError, EOFError):                 # missing or damaged
             return np.load(place, mmap_mode="r")
-        except (OSError, ValueError, EOFError):                       # missing or damaged
-            pass
 
     with ThreadPoolExecutor(8) as pool:                               # it waits for the disk
         tables = list(tqdm(pool.map(scan, paths), "indexing shards", len(paths), leave=False, delay=5))
     empty_shards = [path for path, table in zip(paths, tables) if not len(table)]
     if empty_shards:
-        warnings.warn(f"{len(empty_shards)} of {len(paths)} shards hold no clip, e.g. {empty_shards[0]}")
+        warnings.warn(f"{len(empty_shards)} of {len(paths)} shards hold no clip, e.g. {empty_shards[0]}",
+                      stacklevel=2)
     index = np.concatenate([np.insert(table, 0, shard, axis=1) for shard, table in enumerate(tables)])
 
-    for place in places if len(index) else []:
-        try:
-            with atomic(place) as temporary, open(temporary, "wb") as file:
-                np.save(file, index)
-            return np.load(place, mmap_mode="r")
-        except ValueError:                                            # not writable
-            pass
+    for place in places:
+        with suppress(UserError), atomic(place) as temporary:         # of a place that cannot be written
+            np.save(temporary, index)
+            break
     return index
 
 
@@ -127,14 +123,11 @@ def enter(member: tarfile.TarInfo, offsets: dict, clips: dict) -> None:
 
 def pair(clip: dict[str, int]) -> Iterator[list[int]]:
     """The members of one key, {suffix: offset} -> where its clips' video, .txt and .json are; -1: none."""
-    videos = [suffix for suffix in clip if Path(f"x.{suffix}").suffix in READABLE]
-    stems = {video: video[:video.rfind(".") + 1] for video in videos}                 # "v2." of KEY.v2.mp4
-    captioned = [video for video in videos if {stems[video] + "txt", stems[video] + "json"} & clip.keys()]
-    plain = [video for video in videos if not stems[video]]
+    stems = {suffix: suffix[:suffix.rfind(".") + 1] for suffix in clip if f".{suffix}".endswith(READABLE)}
+    captioned = [video for video, stem in stems.items() if {stem + "txt", stem + "json"} & clip.keys()]
+    plain = [video for video, stem in stems.items() if not stem]      # KEY.mp4, not KEY.v2.mp4 of stem "v2."
 
-    for video in captioned or plain or videos[:1]:
+    for video in captioned or plain or [*stems][:1]:
         stem = stems[video]
         texts = [name for name in (stem + "txt", "txt", stem + "caption.txt", "caption.txt") if name in clip]
         yield [clip[video], clip[texts[0]] if texts else -1, clip.get(stem + "json", clip.get("json", -1))]
-    if not videos and "txt" in clip:
-        yield [-1, clip["txt"], -1]

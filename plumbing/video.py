@@ -3,8 +3,6 @@
 Axes: T frames, H W space. A tick is a timestamp as the file counts it; times are in seconds, fps in 1/second.
 """
 import io
-import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -14,27 +12,22 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import GifImagePlugin, Image, PngImagePlugin
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plumbing.errors import UserError, reading
 from plumbing.files import atomic
 
-READABLE = tuple(   # clips of a training folder or shard: what PyAV reads, but for .gif, which are previews
-    ".mp4 .m4v .mov .f4v .3gp .3g2 .mkv .webm .avi .divx .wmv .asf .flv .mpg .mpeg .vob .ts .mts .m2ts .ogv "
-    ".mxf .dv .rm .rmvb .nut .y4m".split())
+READABLE = tuple(".mp4 .m4v .mov .3gp .mkv .webm .avi .wmv .flv .mpg .mpeg .ts .ogv .mxf .y4m".split())
 OPEN = dict(        # neither addresses in a network nor scripts that name further files
     protocol_whitelist="file",
-    format_whitelist="mov,matroska,avi,asf,flv,mpeg,mpegts,mpegvideo,ogg,mxf,dv,rm,nut,yuv4mpegpipe,gif")
+    format_whitelist="mov,matroska,avi,asf,flv,mpeg,mpegts,mpegvideo,ogg,mxf,yuv4mpegpipe,gif")
 INDEXED = ("mov", "matroska")           # containers that say when each frame is shown, and find key frames
 HDR = {16: "PQ", 18: "HLG"}             # transfer functions by their numbers in ITU-T H.273
 SLACK = 2e-3                            # containers round timestamps, some to a millisecond
 FILES = (".mp4", ".gif", ".safetensors")        # that are written; other names are folders of png
-FPS = {".mp4": 240, ".gif": 50}         # the highest that is written: players show a gif's frame for 2/100 s
-PNG_MARK = "t2v-turbo-from-scratch"     # in every png written here: others are never replaced
-
-# ---- reading -----------------------------------------------------------------------------------------------
+ENLARGED = "enlarged x4"                # the comment of a small clip that was enlarged for players
 
 
 def read_video(source: str | Path | bytes, frames: int, fps: float, height: int, width: int,
@@ -43,10 +36,10 @@ def read_video(source: str | Path | bytes, frames: int, fps: float, height: int,
 
     The clip starts at a random frame, or at the first without a generator. Its rate is `fps`, or more where
     the video is too short (see `pick`). Raises ValueError for whatever cannot be read whole."""
-    ticks, end, keys, seconds = timeline(source)
+    ticks, keys, seconds = timeline(source)
     if ticks[0] == ticks[-1]:
         raise ValueError(f"not a clip: {len(ticks)} frames, all of one timestamp")
-    chosen, rate = pick(ticks * seconds, end * seconds, frames, fps, generator)
+    chosen, rate = pick(ticks * seconds, frames, fps, generator)
     pictures = decode_at(source, ticks, keys, chosen, lambda frame: resize_crop(frame, height, width))
     return torch.stack(pictures, dim=1), rate
 
@@ -57,31 +50,35 @@ def read_clip(path: str | Path, frames: int | None = None,
 
     frames: how many, in the middles of equal parts of the clip; None: all. fit: applied to each frame
     (3, H, W) as it is decoded, so that memory holds the fitted ones only. Raises UserError."""
-    def numbers(T: int) -> Sequence[int]:
+    def chosen(T: int) -> list[int]:
         if T < (frames or 1):
             raise ValueError(f"{T} frames in it, {frames or 1} are needed")
-        return [int((i + 0.5) * T / frames) for i in range(frames)] if frames else range(T)
+        return [int((i + 0.5) * T / (frames or T)) for i in range(frames or T)]
 
     path = Path(path)
     with reading(path, "a clip"):
         if path.is_dir() or path.suffix.lower() == ".png":
             files = sorted(png_folder(path).glob("*.png"), key=lambda file: (len(file.name), file.name))
-            pictures = [fit(read_png(files[i])) for i in numbers(len(files))]
+            pictures = [fit(torch.from_numpy(np.array(Image.open(files[i]).convert("RGB"))).permute(2, 0, 1))
+                        for i in chosen(len(files))]
         elif path.suffix.lower() == ".safetensors":
-            clip = check_clip(load_file(check_file(path))["clip"])
-            pictures = [fit(clip[:, i]) for i in numbers(clip.shape[1])]
+            clip = load_file(check_file(path))["clip"]
+            if clip.dtype != torch.uint8 or clip.dim() != 4 or clip.shape[0] != 3:
+                raise ValueError(f"expected uint8 (3, T, H, W); this one is {clip.dtype} {tuple(clip.shape)}")
+            pictures = [fit(clip[:, i]) for i in chosen(clip.shape[1])]
         else:
-            ticks, _, keys, _ = timeline(path)
-            pictures = decode_at(path, ticks, keys, numbers(len(ticks)), fit)
+            ticks, keys, _ = timeline(path)
+            pictures = decode_at(path, ticks, keys, chosen(len(ticks)), fit)
         return torch.stack(pictures, dim=1)
 
 
-def pick(times: np.ndarray, end: float, frames: int, fps: float,
+def pick(times: np.ndarray, frames: int, fps: float,
          generator: torch.Generator | None = None) -> tuple[np.ndarray, float]:
     """Which frames are on screen at `frames` instants that are 1/fps apart -> (their indices, fps).
 
-    times: when each frame appears, ascending; the last one stays until `end`. In a video too short for that
-    the instants are spread evenly over all of it, and the fps handed back is their higher one."""
+    times: when each frame appears, ascending; the last one stays as long as most do. In a video too short
+    for that the instants are spread evenly over all of it, and the fps handed back is their higher one."""
+    end = times[-1] + np.median(np.diff(times))
     starts = int((times + (frames - 1) / fps < end - SLACK).sum())
     if starts:
         first = 0 if generator is None else torch.randint(starts, (), generator=generator).item()
@@ -103,20 +100,20 @@ def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputC
             stream = container.streams.best("video")
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
                 raise ValueError("no video stream in it (only sound?)")
-            if stream.codec_context is None or stream.time_base is None:
-                raise ValueError("not a readable video: its codec is not known here; convert it to h264")
+            if stream.codec_context is None:
+                raise ValueError("its codec is not known here; convert it to h264")
             stream.codec_context.thread_count = 1
             yield container, stream
     except av.FFmpegError as error:
         raise ValueError(f"not a readable video: {error.strerror}") from error
 
 
-def timeline(source: str | Path | bytes) -> tuple[np.ndarray, int, list[int], float]:
-    """When a video's frames are shown -> their ticks, ascending; the end's; those of key frames; s per tick.
+def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
+    """When a video's frames are shown -> their ticks, ascending; those of key frames; seconds per tick.
 
     These are the timestamps that the frames really have, so a variable frame rate needs no special case.
     Without an index there are no key frames, and the k-th frame that is decoded is shown at the k-th tick."""
-    shown, keys = [], []
+    ticks, keys = [], []
     with open_video(source) as (container, stream):
         indexed = container.format.name.startswith(INDEXED)         # then a packet, undecoded, tells its time
         for item in container.demux(stream) if indexed else container.decode(stream):
@@ -125,23 +122,13 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, int, list[int], fl
             if indexed and item.pts is not None and item.is_keyframe:
                 keys.append(item.pts)
             if not indexed or item.pts is not None and not item.is_discard:      # discarded by an edit list
-                shown.append((item.pts, item.duration or 0))
+                ticks.append(item.pts)
 
-        if not shown or any(tick is None for tick, _ in shown):
+        if not ticks or None in ticks:
             raise ValueError("not a clip: no frames, or some without a timestamp; convert it to mp4")
-        if not indexed and container.format.name != "avi" and shown != sorted(shown):   # an avi's: of packets
+        if not indexed and container.format.name != "avi" and ticks != sorted(ticks):   # an avi's: of packets
             raise ValueError("its timestamps run backwards (files joined?); convert it to mp4")
-
-        # Not every file says how long its last frame lasts. One that was cut between two packets shows it by
-        # the length that it states; but a segment of a longer video may state the time of its own end.
-        ticks, seconds = np.array(sorted(shown))[:, 0], float(stream.time_base)
-        end = ticks[-1] + (max(shown)[1] or (ticks[-1] - ticks[0]) // max(1, len(ticks) - 1))
-        stated = (stream.duration or 0) * seconds
-        if not stated and len(container.streams) == 1:              # webm's is that of the sound, too
-            stated = (container.duration or 0) / av.time_base
-        if (end - ticks[0]) * seconds < 0.9 * stated and ticks[0] * seconds < 0.1 * stated:
-            raise ValueError(f"truncated: {(end - ticks[0]) * seconds:.2f} s of {stated:.2f} s")
-    return ticks, end, sorted(keys), seconds
+        return np.array(sorted(ticks)), sorted(keys), float(stream.time_base)
 
 
 def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], chosen: Sequence[int],
@@ -149,8 +136,7 @@ def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], ch
     """What `fit` makes of the frames whose indices in a timeline (ticks, keys) are `chosen`, ascending.
 
     Decoding begins at the last key frame before the first of them, or without `keys` at the first frame."""
-    needed = [int(ticks[index]) for index in chosen]
-    missing, pictures = set(needed), {}
+    needed, pictures = [int(ticks[index]) for index in chosen], {}
     with open_video(source) as (container, stream):
         if keys:
             container.seek(max((key for key in keys if key <= needed[0]), default=needed[0]), stream=stream)
@@ -158,14 +144,13 @@ def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], ch
             if frame.is_corrupt:                      # others are predicted from it, and are not marked
                 raise ValueError("damaged: a frame cannot be decoded")
             tick = frame.pts if keys else int(ticks[order])
-            if tick in missing:
-                missing.remove(tick)
+            if tick in needed:
                 pictures[tick] = fit(pixels(frame, container, stream))
             if tick is not None and tick >= needed[-1]:
                 break
 
-    if missing:
-        raise ValueError(f"damaged: {len(missing)} frames are missing")
+    if not pictures.keys() >= set(needed):
+        raise ValueError("damaged: frames are missing")
     return [pictures[tick] for tick in needed]
 
 
@@ -179,10 +164,8 @@ def pixels(frame: av.VideoFrame, container: av.container.InputContainer, stream:
     x = frame.to_ndarray(format="rgb24", width=width, interpolation="BICUBIC", threads=1)
     x = torch.from_numpy(x).permute(2, 0, 1)
 
-    small = re.fullmatch(r"enlarged from ([1-9]\d*)x\d+", container.metadata.get("comment", ""))
-    if small:                                         # by write_video: one pixel of each block
-        factor = x.shape[1] // int(small[1])
-        x = x[:, factor // 2::factor, factor // 2::factor]
+    if container.metadata.get("comment") == ENLARGED:               # by write_video: one pixel of each block
+        x = x[:, 2::4, 2::4]
 
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
@@ -204,11 +187,6 @@ def resize_crop(x: Tensor, height: int, width: int) -> Tensor:
     return x[:, top:top + height, left:left + width]
 
 
-def read_png(path: Path) -> Tensor:
-    with Image.open(path) as picture:
-        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-
-
 def check_file(path: str | Path) -> Path:
     if not Path(path).is_file():
         raise ValueError("no file, but a pipe, device or folder" if Path(path).exists() else "No such file")
@@ -221,18 +199,15 @@ def check_file(path: str | Path) -> Path:
 def check_output(path: str | Path, fps: float) -> None:
     """Raises UserError where `write_video` would: before there is a clip to lose."""
     path = Path(path)
-    suffix, highest = path.suffix.lower(), FPS.get(path.suffix.lower(), 240)
+    suffix, highest = path.suffix.lower(), 50 if path.suffix.lower() == ".gif" else 240
     if suffix not in ("", ".png", *FILES) and not suffix[1:].isdigit():
         raise UserError(f"{path}: choose .mp4, .gif, .png, .safetensors, or a folder's name without suffix")
     if not 0.1 <= fps <= highest:
         raise UserError(f"fps {fps:g} for {path}: choose from 0.1 to {highest}")
     if suffix in FILES and path.is_dir():
         raise UserError(f"{path} is a folder: choose another name")
-
-    for file in png_folder(path).glob("*.png"):
-        with reading(file, "a picture"), Image.open(file) as picture:
-            if picture.info.get("Software") != PNG_MARK:
-                raise UserError(f"{path}: {file} was not written by this program; choose another folder")
+    if suffix not in FILES and any(png_folder(path).glob("*.png")):
+        raise UserError(f"{path}: the folder {png_folder(path)} has pictures already; choose another name")
 
 
 def png_folder(path: Path) -> Path:
@@ -240,59 +215,44 @@ def png_folder(path: Path) -> Path:
     return path.with_suffix("") if path.suffix.lower() == ".png" else path
 
 
-def check_clip(clip: Tensor) -> Tensor:
-    if clip.dtype != torch.uint8 or clip.dim() != 4 or clip.shape[0] != 3 or not clip.numel():
-        raise ValueError(f"expected uint8 (3, T, H, W); this one is {clip.dtype} {tuple(clip.shape)}")
-    return clip
-
-
 def write_video(path: str | Path, clip: Tensor, fps: float) -> None:
-    """Write uint8 (3, T, H, W) as .mp4, .gif, .safetensors (lossless) or png frames.
+    """Write uint8 (3, T, H, W) as .mp4, .gif, .safetensors (lossless) or png frames: FOLDER/0000.png and so on.
 
-    FOLDER, or FOLDER.png, holds the frames as 0000.png and so on. The same clip always becomes the same file.
-    A clip of less than 256 pixels is enlarged in mp4 and gif, which read_clip takes back: players show its
-    pixels, and yuv420p, which halves the planes of colour, keeps the edges. Raises UserError."""
-    check_clip(clip)
+    A clip of less than 128 pixels is enlarged in mp4 and gif, which read_clip takes back: players show its
+    pixels, and yuv420p, which halves the planes of colour, keeps the edges. In gif frames that look alike
+    become one that lasts longer. Raises UserError."""
+    assert clip.dtype == torch.uint8 and clip.dim() == 4, (clip.dtype, clip.shape)
     check_output(path, fps)
     path, clip, comment = Path(path), clip.cpu(), ""
-    pictures, suffix = clip.permute(1, 2, 3, 0).contiguous().numpy(), path.suffix.lower()     # (T, H, W, 3)
-    if suffix not in FILES:
-        return write_png(png_folder(path), pictures)
+    suffix = path.suffix.lower()
+    if suffix in (".mp4", ".gif") and max(clip.shape[2:]) < 128:
+        clip, comment = clip.repeat_interleave(4, 2).repeat_interleave(4, 3), ENLARGED
+    pictures = clip.permute(1, 2, 3, 0).contiguous().numpy()        # (T, H, W, 3)
 
-    H, W = clip.shape[2:]
-    if max(H, W) < 256 and suffix in FPS:
-        factor, comment = 2 * math.ceil(128 / min(H, W)), f"enlarged from {H}x{W}"
-        pictures = pictures.repeat(factor, 1).repeat(factor, 2)
+    if suffix not in FILES:
+        for t, picture in enumerate(pictures):
+            with atomic(png_folder(path) / f"{t:04d}.png") as temporary:
+                Image.fromarray(picture).save(temporary, format="png")
+        return
     with atomic(path) as temporary:
         if suffix == ".safetensors":
             save_file({"clip": clip.contiguous()}, temporary, metadata={"fps": str(float(fps))})
+        elif suffix == ".mp4":
+            write_mp4(temporary, pictures, Fraction(fps).limit_denominator(1001), comment)
         else:
-            write = write_mp4 if suffix == ".mp4" else write_gif
-            write(temporary, pictures, Fraction(fps).limit_denominator(1001), comment)
-
-
-def write_png(folder: Path, pictures: np.ndarray) -> None:
-    """Frames 0000.png and on, instead of those of an earlier clip."""
-    for file in folder.glob("*.png"):                 # all of them written here: see check_output
-        file.unlink()
-    info = PngImagePlugin.PngInfo()
-    info.add_text("Software", PNG_MARK)
-    for t, picture in enumerate(pictures):
-        with atomic(folder / f"{t:04d}.png") as temporary:
-            Image.fromarray(picture).save(temporary, format="png", pnginfo=info)
+            first, *others = map(Image.fromarray, pictures)
+            ends = np.round(100 * np.arange(len(pictures) + 1) / fps)             # a gif counts 1/100 s
+            first.save(temporary, format="gif", save_all=True, append_images=others, loop=0, comment=comment,
+                       duration=(10 * np.diff(ends)).tolist())
 
 
 def write_mp4(path: Path, pictures: np.ndarray, fps: Fraction, comment: str) -> None:
-    """h264 in yuv420p, which every player takes, BT.709. An odd size repeats its last row or column.
-
-    One thread, and no macroblock tree, which rounds differently from run to run: a clip has one file."""
-    _, H, W, _ = pictures.shape
-    pictures = np.pad(pictures, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), mode="edge")
+    """h264 in yuv420p, which every player takes, BT.709. The options make equal files of equal clips."""
     options = {"crf": "17", "x264-params": "mbtree=0:threads=1"}
     with av.open(f"file:{path.absolute()}", "w", format="mp4") as container:
         container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=fps, options=options)
-        stream.height, stream.width, stream.pix_fmt = H + H % 2, W + W % 2, "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
         tags = stream.codec_context
         tags.colorspace = tags.color_primaries = tags.color_trc = tags.color_range = 1   # BT.709, limited
         for picture in pictures:
@@ -300,19 +260,3 @@ def write_mp4(path: Path, pictures: np.ndarray, fps: Fraction, comment: str) -> 
             frame = frame.reformat(format="yuv420p", dst_colorspace="itu709", dst_color_range="MPEG")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
-
-
-def write_gif(path: Path, pictures: np.ndarray, fps: Fraction, comment: str) -> None:
-    """One palette of 256 colours made for this clip; frame times rounded to the gif's hundredths of a second.
-
-    Frame by frame: Pillow's and imageio's writers merge frames that look alike, and fewer would be read."""
-    T, H, W, _ = pictures.shape
-    column = Image.fromarray(pictures.reshape(T * H, W, 3))                  # all frames, one below the other
-    column = column.quantize(256, dither=Image.Dither.NONE)
-    frames = [column.crop((0, t * H, W, t * H + H)) for t in range(T)]
-    ends = [round(100 * t / fps) for t in range(T + 1)]
-
-    blocks, _ = GifImagePlugin.getheader(frames[0], info={"loop": 0, "comment": comment})
-    for frame, start, end in zip(frames, ends, ends[1:]):
-        blocks += GifImagePlugin.getdata(frame, duration=10 * (end - start))
-    path.write_bytes(b"".join(blocks) + b";")

