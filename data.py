@@ -167,7 +167,7 @@ def seed_of(*key: int) -> int:
 
 
 def in_threads(work: Callable, items: Iterable, workers: int, ahead: int) -> Iterator:
-    """work(item) of endless items, in their order, by threads up to `ahead` items ahead; none: by this one."""
+    """work(item) of endless items, in their order, by threads up to `ahead` items ahead, or by this one."""
     if not workers:
         yield from map(work, items)
         return
@@ -197,8 +197,8 @@ def batches(clips: Iterator, batch: int, start_step: int, bad_file: str | Path |
             if None in items or len(rows) > WINDOW // 2:
                 reasons = Counter(row["reason"] for row in rows).most_common(3)
                 counts = ", ".join(f"{number} x {reason}" for reason, number in reasons)
-                raise UserError(f"too many bad clips: {len(rows)} of the last {len(recent)}: {counts}; the last"
-                                f" one is {rows[-1]['clip']}" + f"; see {bad_file}" * bool(bad_file))
+                raise UserError(f"too many bad clips: {len(rows)} of the last {len(recent)}: {counts}; "
+                                f"the last one is {rows[-1]['clip']}" + f"; see {bad_file}" * bool(bad_file))
             yield {key: stack([item[key] for item in items]) for key in items[0]} | {"bad": total}
 
 

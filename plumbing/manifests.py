@@ -118,7 +118,8 @@ def open_folder(folder: str, cache: str | None) -> list:
 
     with reading(folder, "a folder"):
         walk = os.walk(folder, onerror=refuse, followlinks=True)
-        paths = sorted(os.path.join(base, name) for base, _, names in walk for name in names if name[0] != ".")
+        paths = sorted(os.path.join(base, name) for base, _, names in walk
+                       for name in names if not name.startswith("."))
     clips = [os.path.relpath(path, folder) for path in paths if path.lower().endswith(READABLE)]
     shards = [path for path in paths if path.endswith(".tar") and os.path.isfile(path)]
     sources = [Files(folder, ([clip, None, None, ""] for clip in clips))]

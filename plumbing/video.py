@@ -216,7 +216,7 @@ def png_folder(path: Path) -> Path:
 
 
 def write_video(path: str | Path, clip: Tensor, fps: float) -> None:
-    """Write uint8 (3, T, H, W) as .mp4, .gif, .safetensors (lossless) or png frames: FOLDER/0000.png and so on.
+    """Write uint8 (3, T, H, W) as .mp4, .gif, .safetensors (lossless) or FOLDER/0000.png and so on.
 
     A clip of less than 128 pixels is enlarged in mp4 and gif, which read_clip takes back: players show its
     pixels, and yuv420p, which halves the planes of colour, keeps the edges. In gif frames that look alike
