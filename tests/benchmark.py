@@ -1,20 +1,25 @@
-"""Full-size networks with random weights, ours against diffusers': time and memory of a pass. Not a test.
+"""Ratios side by side in one run, and the tables of the pages on performance and training. Not a test.
 
-    python tests/benchmark.py                       # one UNet pass and one decoded clip, 16 frames of 256x256
+    python tests/benchmark.py                   # a UNet pass and a decoded clip, 16x256x256, beside diffusers'
     python tests/benchmark.py --what unet --size 320 512 --dtype bfloat16 --compile
     python tests/benchmark.py --what unet --table   # seconds and FLOP/s of our pass, by kind of operation
-    python tests/benchmark.py --what processes      # the toy's training step on two processes, and on one
+    python tests/benchmark.py --what clips --size 128 128   # ModelScope in 4 steps, diffusers' in 4 and in 25
+    python tests/benchmark.py --what toy            # where the toy's training step spends its time
     python tests/benchmark.py --what checkpointing  # what recomputing saves and costs, counted for 512x320
+    python tests/benchmark.py --what budgets        # what every preset and command takes, simulated: Markdown
 
-Every measurement is a process of its own, so that its memory is its own: resident on a CPU, allocated on a
-GPU. On a CPU the ratio is that of processor time, which a busy machine distorts less. `floor` is how many
-times longer a pass takes than its FLOP (counted on fake tensors) at the rate of a large matrix product in the
-same process; `activations` is the peak less what was held before the pass, `tensors` the part of it that is
-tensors (counted on fake ones, too: without what kernels take for themselves). glibc keeps freed blocks of up
-to 32 MB; while memory is measured it gives them back, for both networks, so that what is resident is in use.
+Networks are full-size with random weights. Every measurement is a process of its own, so that its memory is
+its own: resident on a CPU, allocated on a GPU. On a CPU the ratio is that of processor time, which a busy
+machine distorts less. `floor` is how many times longer a pass takes than its FLOP (counted on fake tensors) at
+the rate of a large matrix product in the same process; `activations` is the peak less what was held before
+the pass, `tensors` the part of it that is tensors (counted on fake ones, too: without what kernels take for
+themselves). glibc keeps freed blocks of up to 32 MB; while memory is measured it gives them back, for both
+networks, so that what is resident is in use.
 """
 import argparse
+import contextlib
 import ctypes
+import io
 import json
 import os
 import resource
@@ -24,6 +29,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,11 +37,21 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import CPU_LAYERS, MODELSCOPE, VAE, VC2, UNet3D, compile_layers  # noqa: E402
-from plumbing.budget import build, simulation  # noqa: E402
+import turbo  # noqa: E402
+from plumbing.budget import CARDS, GIB, build, simulation  # noqa: E402
 from plumbing.fast_cpu import FORMATS, speed_up  # noqa: E402
-from turbo import inject  # noqa: E402
+from solver import Sampling  # noqa: E402
 
 RATIOS = {"time": "busy", "memory": "peak", "activations": "activations", "tensors": "tensors"}
+COMPARED = {"unet": ["diffusers", "ours"], "vae": ["diffusers", "ours"],      # the first is the others' unit
+            "clips": ["diffusers 25", "diffusers 4", "ours 4"]}
+BUDGETS = {             # command: its networks are simulated
+    "train.py": ["--preset turbo-vc2", "--preset turbo-vc2 --offload", "--preset turbo-vc2 --chunk 0",
+                 "--preset turbo-ms", "--preset vcm-vc2", "--preset vcm-ms", "--preset turbo-v2",
+                 "--preset turbo-v2 --offload", "--preset turbo-v2 --lora 64"],
+    "prepare.py": [""],
+    "sample.py": ["--model vc2", "--model vc2 --method teacher", "--model ms",
+                  "--model vc2 --refine 15 --reward hpsv2"]}
 KINDS = {"convolution": "convolution", "mm": "linear", "attention": "attention", "norm": "norm"}
 
 
@@ -43,7 +59,7 @@ def options():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--what", nargs="+", choices=["unet", "vae", "processes", "checkpointing"],
+    parser.add_argument("--what", nargs="+", choices=[*COMPARED, "toy", "checkpointing", "budgets"],
                         default=["unet", "vae"])
     parser.add_argument("--size", nargs=2, type=int, default=[256, 256], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--frames", type=int, default=16)
@@ -53,7 +69,8 @@ def options():
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
     parser.add_argument("--compile", action="store_true", help="our UNet with compiled layers, too")
     parser.add_argument("--table", action="store_true", help="only ours, by kind of operation")
-    parser.add_argument("--batch", type=int, default=8, help="clips per step of two processes, or of one")
+    parser.add_argument("--batch", type=int, default=8, help="clips per step of the toy")
+    parser.add_argument("--only", default="", help="of --what budgets: commands that hold this text")
     parser.add_argument("--one", help=argparse.SUPPRESS)    # measure this one, in this process
     return parser.parse_args()
 
@@ -61,7 +78,7 @@ def options():
 def network(which, what, device="meta"):
     """ours or theirs"""
     with torch.device(device):
-        if which != "diffusers":
+        if "diffusers" not in which:
             return UNet3D(MODELSCOPE) if what == "unet" else VAE()
         import diffusers
         if what == "unet":
@@ -71,20 +88,37 @@ def network(which, what, device="meta"):
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4)
 
 
-def one_pass(net, which, what, args):
-    """A function without arguments: a UNet step of one clip, or its decoding."""
-    h, w = (n // 8 for n in args.size)
+def one_pass(nets, which, what, args):
+    """A function without arguments: a UNet step of one clip, its decoding, or both in some steps."""
+    T, (h, w) = args.frames, (n // 8 for n in args.size)
     make = dict(device=args.device, dtype=getattr(torch, args.dtype))
-    z, c = torch.randn(1, 4, args.frames, h, w, **make), torch.randn(1, 77, 1024, **make)
-    t = torch.tensor([500], device=args.device)
+    z, c = torch.randn(1, 4, T, h, w, **make), torch.randn(1, 77, 1024, **make)
+    t, unet, vae = torch.tensor([500], device=args.device), nets.get("unet"), nets.get("vae")
     if what == "unet" and which == "diffusers":
-        return lambda: net(z, t, encoder_hidden_states=c).sample
+        return lambda: unet(z, t, encoder_hidden_states=c).sample
     if what == "unet":
-        return lambda: net(z, t, c)
-    if which != "diffusers":
-        return lambda: net.decode(z, args.chunk)
-    frames = z[0].transpose(0, 1)
-    return lambda: torch.cat([net.decode(part).sample for part in frames.split(args.chunk)])
+        return lambda: unet(z, t, c)
+    if what == "vae" and which == "diffusers":
+        return lambda: torch.cat([vae.decode(part).sample for part in z[0].transpose(0, 1).split(args.chunk)])
+    if what == "vae":
+        return lambda: vae.decode(z, args.chunk)
+
+    steps = int(which.split()[1])
+    if "ours" in which:
+        models = SimpleNamespace(unet=unet, vae=vae, text=lambda captions: c)
+        sampling = Sampling("student", steps=steps, guidance=7.5, grid=50)
+        return lambda: vae.decode(turbo.generate(models, ["a"], [0], (T, *args.size), sampling).to(c), args.chunk)
+    from diffusers import DDIMScheduler, TextToVideoSDPipeline
+    pipeline = TextToVideoSDPipeline(vae, None, None, unet, DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.decode_latents = lambda z: torch.stack(          # frame by frame, as ours
+        [vae.decode(part / 0.18215).sample for part in z[0].transpose(0, 1).split(args.chunk)])
+    return lambda: pipeline(prompt_embeds=c, negative_prompt_embeds=c, num_inference_steps=steps, num_frames=T,
+                            height=args.size[0], width=args.size[1], guidance_scale=9.0, output_type="latent")
+
+
+def parts_of(what) -> list[str]:
+    return ["unet", "vae"] if what == "clips" else [what]
 
 
 @torch.no_grad()
@@ -93,10 +127,10 @@ def count(which, what, args) -> tuple[int, int]:
     simulated = argparse.Namespace(**vars(args) | dict(device="cpu"))
     with simulation() as counter:
         with build("cpu", getattr(torch, args.dtype)):
-            net = network(which, what, "cpu")
-        if which != "diffusers" and args.device == "cpu":
-            speed_up(CPU_LAYERS, net)
-        run = one_pass(net, which, what, simulated)
+            nets = {name: network(which, name, "cpu") for name in parts_of(what)}
+        if "diffusers" not in which and args.device == "cpu":
+            speed_up(CPU_LAYERS, *nets.values())
+        run = one_pass(nets, which, what, simulated)
         before = counter.reset()
         run()
     return counter.flops, counter.peak - before
@@ -159,16 +193,19 @@ def held(args) -> float:
 def prepare(which, what, args):
     """A pass with random weights, ready to run."""
     torch.manual_seed(0)
-    net = network(which, what).to(getattr(torch, args.dtype)).to_empty(device=args.device).eval()
-    for p in net.parameters():
-        p.normal_(std=0.02)
-        if which != "diffusers" and p.dim() in FORMATS:     # as weights.fill leaves them
-            p.data = p.data.contiguous(memory_format=FORMATS[p.dim()])
-    if which != "diffusers":
-        speed_up(CPU_LAYERS, net)
+    nets = {}
+    for name in parts_of(what):
+        net = network(which, name).to(getattr(torch, args.dtype)).to_empty(device=args.device).eval()
+        for p in net.parameters():
+            p.normal_(std=0.02)
+            if "diffusers" not in which and p.dim() in FORMATS:     # as weights.fill leaves them
+                p.data = p.data.contiguous(memory_format=FORMATS[p.dim()])
+        nets[name] = net.requires_grad_(False)
+    if "diffusers" not in which:
+        speed_up(CPU_LAYERS, *nets.values())
     if which == "compiled":
-        compile_layers(net)
-    return one_pass(net, which, what, args)
+        compile_layers(nets["unet"])
+    return one_pass(nets, which, what, args)
 
 
 def give_back(size: int) -> None:
@@ -217,14 +254,14 @@ def table(what, args) -> None:
 # ---- what recomputing saves and costs ----------------------------------------------------------------------
 
 
-def checkpointing() -> None:
+def checkpointing(args) -> None:
     """Prints what the levels of VideoCrafter2 with LoRA 64 would keep for the backward pass, one clip of
     512x320 in bf16, and the FLOP that recomputing costs instead; counted as a GPU would hold it."""
     kept, flops = Counter(), Counter()
     with simulation() as counter:
         with build("cpu", torch.bfloat16):
             unet = UNet3D(replace(VC2, guidance=True))
-        inject(unet, 64)
+        turbo.inject(unet, 64)
 
         def run(block, h, *others):
             held, done = counter.live, counter.flops
@@ -244,65 +281,133 @@ def checkpointing() -> None:
     print(f"together {sum(kept.values()) / 2 ** 30:.2f} GiB, {sum(flops.values()) / 1e12:.2f} TFLOP")
 
 
-# ---- several processes -------------------------------------------------------------------------------------
+# ---- the toy's training step -------------------------------------------------------------------------------
 
 
-def train_steps(batch: int) -> dict:
-    """Of the toy, by this process or with the others that torchrun started -> what each step took.
+class Clock:
+    """Seconds of named functions, each without those of the others that it calls."""
 
-    Processor time is counted from where the first step, which is extra, has its gradient.
-    """
+    def __init__(self):
+        self.seconds, self.running, self.since = Counter(), ["rest"], time.perf_counter()
+
+    def switch(self) -> None:
+        now = time.perf_counter()
+        self.seconds[self.running[-1]] += now - self.since
+        self.since = now
+
+    def time(self, owner, function: str, name) -> None:
+        """owner.function is timed from now on. name(): of the row, or "" for that of its caller."""
+        plain = getattr(owner, function)
+
+        def timed(*args, **kwargs):
+            self.switch()
+            self.running.append(name() or self.running[-1])
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                self.switch()
+                self.running.pop()
+
+        setattr(owner, function, timed)
+
+
+def toy_step(batch: int) -> dict:
+    """Seconds of a step of the toy by what it is spent on; with those of a first step, which is extra."""
     import train
-    from plumbing.run import Group
+    clock, steps = Clock(), 3
 
-    sent, starts = Counter(), []
+    def of_consistency():
+        return "" if clock.running[-1] == "on-policy" else "student" if torch.is_grad_enabled() else "target"
 
-    def counted(method, name):
-        def call(group, x, *args):
-            starts.append(time.process_time())
-            sent[name] += x.nbytes * (group.world_size > 1)
-            return method(group, x, *args)
-        return call
+    clock.time(turbo, "teacher_eps", lambda: "teacher")
+    clock.time(turbo, "consistency", of_consistency)
+    clock.time(turbo, "on_policy", lambda: "on-policy")
+    clock.time(turbo, "reward_gradient", lambda: "rewards, and back through the decoder")
+    clock.time(VAE, "decode", lambda: "decode")
+    clock.time(VAE, "encode", lambda: "encode")
+    clock.time(torch.Tensor, "backward", lambda: "backward")
+    clock.time(train.Trainer, "update", lambda: "update")
+    clock.time(train.Trainer, "step", lambda: "rest of the step")
+    with contextlib.redirect_stdout(io.StringIO()):
+        train.main(["--preset", "shapes", "--dry-run", str(steps), "--batch", str(batch), "--micro-batch",
+                    str(batch), "--device", "cpu"])
+    del clock.seconds["rest"]
+    return {name: seconds / (1 + steps) for name, seconds in clock.seconds.items()}
 
-    Group.sum = counted(Group.sum, "summed")
-    torch.set_num_threads(1)
-    steps = 3
-    parts = train.main(["--preset", "shapes", "--dry-run", str(steps), "--batch", str(batch),
-                        "--micro-batch", str(batch), "--device", "cpu"])
-    return dict(seconds=sum(parts.seconds.values()) / steps, busy=(time.process_time() - starts[0]) / steps,
-                **{name: n / (1 + steps) for name, n in sent.items()})
+
+def toy(args) -> None:
+    """Prints the profile on one thread and on two, and a step on two processes of one thread."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    runs = {"1 thread": ([], "1"), "2 threads": ([], "2"), "2 processes": (torchrun, "1")}
+    results = {}
+    for name, (launcher, threads) in runs.items():
+        command = [sys.executable, *launcher, __file__, "--one", "toy", "--batch", str(args.batch)]
+        if launcher:
+            command[-1] = str(args.batch // 2)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True,
+                              env=os.environ | {"OMP_NUM_THREADS": threads})
+        results[name] = json.loads(done.stdout.splitlines()[-1])
+    first = results["1 thread"]
+    print(f"| ms of a step of {args.batch} clips | " + " | ".join(results) + " |\n" + "|---" * 4 + "|")
+    for name in sorted(first, key=first.get, reverse=True):
+        print(f"| {name} | " + " | ".join(f"{1000 * each[name]:.0f}" for each in results.values()) + " |")
+    totals = [sum(each.values()) for each in results.values()]
+    print("| together | " + " | ".join(f"{1000 * x:.0f}, x{x / totals[0]:.2f}" for x in totals) + " |")
 
 
-def processes(args) -> None:
-    """Prints a step of `--batch` clips on one process, and on two that talk by gloo, a thread each."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    for n in (1, 2):
-        command = torchrun + [f"--nproc_per_node={n}", __file__, "--what", "processes", "--one", "train",
-                              "--batch", str(args.batch)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        result = json.loads(done.stdout.splitlines()[-1])
-        print(f"{n} process{'es' * (n > 1)}, {args.batch} clips a step: {args.batch / result['seconds']:.2f} "
-              f"clips per second; a process and step: {result['busy']:.2f} s of processor, "
-              f"{result['summed'] / 1e6:.2f} MB summed", flush=True)
+# ---- what everything takes, simulated ----------------------------------------------------------------------
+
+
+def simulated(command: str, options: str):
+    """The budget of a command, without what it prints."""
+    from importlib import import_module
+
+    from fakes import Fake
+
+    from plumbing import budget
+    budget.FakeTensorMode = Fake                            # remembers results, in half of the time
+    argv = {"train.py": "--dry-run 0 --device cpu", "prepare.py": "--dry-run", "sample.py": "any --dry-run"}
+    with contextlib.redirect_stdout(io.StringIO()):
+        return import_module(command[:-3]).main([*options.split(), *argv[command].split()])
+
+
+def budget_row(command: str, options: str, made) -> str:
+    flops = sum(made.flops.values())
+    seconds = " / ".join(f"{flops / rate:.2f}" for rate in CARDS.values())
+    peak = max(made.peak.values())
+    return (f"| `{command} {options}".rstrip() + f"` | {made.held / GIB:.1f} | {peak / GIB:.1f} | "
+            f"{flops / 1e12:.0f} | {seconds} |")
+
+
+def budgets(args) -> None:
+    """Prints Markdown: one row for each command, and the parts of a step of turbo-vc2."""
+    print(f"| | held, GiB | peak, GiB | TFLOP | s at the peak rates of {' / '.join(CARDS)} |\n" + "|---" * 5 + "|")
+    parts = []
+    for command, each in BUDGETS.items():
+        for options in each:
+            if args.only in f"{command} {options}":
+                made = simulated(command, options)
+                print(budget_row(command, options, made), flush=True)
+                parts = parts or [(name, peak, made.flops[name]) for name, peak in made.peak.items()]
+    print("\n| part of the first one | peak, GiB | TFLOP |\n|---|---|---|")
+    for name, peak, flops in parts:
+        print(f"| {name} | {peak / GIB:.1f} | {flops / 1e12:.0f} |")
 
 
 def main():
     args = options()
-    if args.one == "train":
-        result = train_steps(args.batch)
-        if os.environ["RANK"] == "0":
-            print(json.dumps(result))
-        return
+    if args.one == "toy":
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        result = toy_step(args.batch)
+        return print(json.dumps(result)) if os.environ.get("RANK", "0") == "0" else None
     if args.one:
         return print(json.dumps(measure(*args.one.split(":"), args)))
-    if {"unet", "vae"} & set(args.what):
+    if {*COMPARED} & set(args.what):
         print(f"{args.frames} frames of {args.size[0]}x{args.size[1]}, {args.dtype} on {args.device}, "
               f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for what in args.what:
-        if what == "processes":
-            processes(args)
-        elif what == "checkpointing":
-            checkpointing()
+        if what in ("toy", "checkpointing", "budgets"):
+            {"toy": toy, "checkpointing": checkpointing, "budgets": budgets}[what](args)
         elif args.table:
             table(what, args)
         else:
@@ -310,17 +415,16 @@ def main():
 
 
 def compare(what, args) -> None:
-    """Prints a pass of diffusers' and of our network."""
-    base, flops = None, count("ours", what, args)[0]
-    print(f"{what}: {flops / 1e12:.2f} TFLOP a pass")
-    for which in ["diffusers", "ours"] + ["compiled"] * args.compile:
+    """Prints a pass of diffusers' network, and of ours as a ratio to it."""
+    base = None
+    for which in COMPARED[what] + ["compiled"] * (args.compile and what == "unet"):
         done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", f"{which}:{what}"],
                               stdout=subprocess.PIPE, text=True, check=True)
-        result = json.loads(done.stdout.splitlines()[-1])
-        result["tensors"] = count(which, what, args)[1]
+        result, (flops, tensors) = json.loads(done.stdout.splitlines()[-1]), count(which, what, args)
+        result["tensors"] = tensors
         base = base or result
-        print(f"{what:5}{which:10}{1000 * result['seconds']:10.0f} ms{result['peak']:8.2f} GiB"
-              + "".join(f"   {name} x{result[key] / base[key]:.2f}" for name, key in RATIOS.items())
+        print(f"{what:6}{which:14}{1000 * result['seconds']:10.0f} ms{result['peak']:8.2f} GiB"
+              f"{flops / 1e12:8.2f} TFLOP" + "".join(f"   {name} x{result[key] / base[key]:.2f}" for name, key in RATIOS.items())
               + f"   floor x{result['busy'] * result['rate'] / flops:.2f}"
               f" of {result['rate'] / 1e9:.0f} GFLOP/s", flush=True)
 
