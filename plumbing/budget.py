@@ -203,11 +203,12 @@ def report_step(config, group, load_world: Callable, trainer_class: type) -> Bud
     for _ in range(n):
         trainer.step(batch)
     if group.rank == 0:
-        budget.show(f"{config.preset}, {config.width}x{config.height}, {config.frames} frames, {config.batch} "
-                    f"clips, {config.micro_batch} at a time, {config.dtype}", n)
+        budget.show(f"{config.preset}, {config.width}x{config.height}, {config.frames} frames, {config.dtype}, "
+                    f"{config.batch} clips a step, {config.micro_batch} at a time", n)
     if group.rank == 0 and n:
         seconds = sum(budget.seconds.values()) / n
-        print(f"a step takes {seconds:.2f} s, {config.train_steps} steps {seconds * config.train_steps / 3600:.1f} h")
+        hours = seconds * config.train_steps / 3600
+        print(f"a step takes {seconds:.2f} s, {config.train_steps} steps take {hours:.1f} h")
     group.close()
     return budget
 

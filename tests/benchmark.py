@@ -1,6 +1,6 @@
 """Ratios side by side in one run, and the tables of the pages on performance and training. Not a test.
 
-    python tests/benchmark.py                   # a UNet pass and a decoded clip, 16x256x256, beside diffusers'
+    python tests/benchmark.py                   # a UNet pass and a decoded clip, 16x256x256, by diffusers'
     python tests/benchmark.py --what unet --size 320 512 --dtype bfloat16 --compile
     python tests/benchmark.py --what unet --table   # seconds and FLOP/s of our pass, by kind of operation
     python tests/benchmark.py --what clips --size 128 128   # ModelScope in 4 steps, diffusers' in 4 and in 25
@@ -10,8 +10,8 @@
 
 Networks are full-size with random weights. Every measurement is a process of its own, so that its memory is
 its own: resident on a CPU, allocated on a GPU. On a CPU the ratio is that of processor time, which a busy
-machine distorts less. `floor` is how many times longer a pass takes than its FLOP (counted on fake tensors) at
-the rate of a large matrix product in the same process; `activations` is the peak less what was held before
+machine distorts less. `floor` is how many times longer a pass takes than its FLOP (of fake tensors) at a
+large matrix product's rate in the same process; `activations` is the peak less what was held before
 the pass, `tensors` the part of it that is tensors (counted on fake ones, too: without what kernels take for
 themselves). glibc keeps freed blocks of up to 32 MB; while memory is measured it gives them back, for both
 networks, so that what is resident is in use.
@@ -36,8 +36,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from model import CPU_LAYERS, MODELSCOPE, VAE, VC2, UNet3D, compile_layers  # noqa: E402
 import turbo  # noqa: E402
+from model import CPU_LAYERS, MODELSCOPE, VAE, VC2, UNet3D, compile_layers  # noqa: E402
 from plumbing.budget import CARDS, GIB, build, simulation  # noqa: E402
 from plumbing.fast_cpu import FORMATS, speed_up  # noqa: E402
 from solver import Sampling  # noqa: E402
@@ -107,14 +107,16 @@ def one_pass(nets, which, what, args):
     if "ours" in which:
         models = SimpleNamespace(unet=unet, vae=vae, text=lambda captions: c)
         sampling = Sampling("student", steps=steps, guidance=7.5, grid=50)
-        return lambda: vae.decode(turbo.generate(models, ["a"], [0], (T, *args.size), sampling).to(c), args.chunk)
+        call = dict(captions=["a"], seeds=[0], size=(T, *args.size), sampling=sampling)
+        return lambda: vae.decode(turbo.generate(models, **call).to(c), args.chunk)
     from diffusers import DDIMScheduler, TextToVideoSDPipeline
     pipeline = TextToVideoSDPipeline(vae, None, None, unet, DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     pipeline.decode_latents = lambda z: torch.stack(          # frame by frame, as ours
         [vae.decode(part / 0.18215).sample for part in z[0].transpose(0, 1).split(args.chunk)])
-    return lambda: pipeline(prompt_embeds=c, negative_prompt_embeds=c, num_inference_steps=steps, num_frames=T,
-                            height=args.size[0], width=args.size[1], guidance_scale=9.0, output_type="latent")
+    call = dict(prompt_embeds=c, negative_prompt_embeds=c, num_inference_steps=steps, num_frames=T,
+                height=args.size[0], width=args.size[1], guidance_scale=9.0, output_type="pt")
+    return lambda: pipeline(**call)
 
 
 def parts_of(what) -> list[str]:
@@ -381,7 +383,8 @@ def budget_row(command: str, options: str, made) -> str:
 
 def budgets(args) -> None:
     """Prints Markdown: one row for each command, and the parts of a step of turbo-vc2."""
-    print(f"| | held, GiB | peak, GiB | TFLOP | s at the peak rates of {' / '.join(CARDS)} |\n" + "|---" * 5 + "|")
+    cards = " / ".join(CARDS)
+    print(f"| | held, GiB | peak, GiB | TFLOP | s at the peak rates of {cards} |\n" + "|---" * 5 + "|")
     parts = []
     for command, each in BUDGETS.items():
         for options in each:
@@ -424,7 +427,8 @@ def compare(what, args) -> None:
         result["tensors"] = tensors
         base = base or result
         print(f"{what:6}{which:14}{1000 * result['seconds']:10.0f} ms{result['peak']:8.2f} GiB"
-              f"{flops / 1e12:8.2f} TFLOP" + "".join(f"   {name} x{result[key] / base[key]:.2f}" for name, key in RATIOS.items())
+              f"{flops / 1e12:8.2f} TFLOP"
+              + "".join(f"   {name} x{result[key] / base[key]:.2f}" for name, key in RATIOS.items())
               + f"   floor x{result['busy'] * result['rate'] / flops:.2f}"
               f" of {result['rate'] / 1e9:.0f} GFLOP/s", flush=True)
 

@@ -200,8 +200,8 @@ def compiled(bench: Bench) -> Iterator[Row]:
     model.compile_layers(unet, fullgraph=True, backend="inductor" if bench.cuda else "aot_eager")
     yield check("compiled UNet", unet_pass(unet, z, t, c), eager_eps)
     yield bench.measure("UNet pass, compiled", lambda: unet_pass(unet, z, t, c), counter.flops)
-    whole = bench.measure("clip in 4 steps, compiled", lambda: clip(bench.models, bench.size), 4 * counter.flops)
-    yield dataclasses.replace(whole, note="floor of its passes")
+    yield bench.measure("clip in 4 steps, compiled; floor of its passes",
+                        lambda: clip(bench.models, bench.size), 4 * counter.flops)
     for layer in unet.modules():
         layer._compiled_call_impl = None                        # not compiled any more
 
@@ -281,7 +281,7 @@ def memory(bench: Bench) -> Iterator[Row]:
         yield from training(bench, f"training step, {' '.join(options)}", options)
     with contextlib.redirect_stdout(io.StringIO()):
         simulated = train.main([*STEP, *bench.options, "--device", "cpu", "--dry-run", "0"])
-    ratio = bench.peak / max(simulated.peak.values())                          # 0 where the training step was left out
+    ratio = bench.peak / max(simulated.peak.values())           # 0 where the training step was left out
     yield Row("peak of the training step", peak=bench.peak, note=f"x{ratio:.2f} of the simulated",
               good=ratio <= MEMORY)
 
@@ -294,7 +294,8 @@ SECTIONS = {"exact": exactness, "eager": eager, "step": training, "compiled": co
 def tiny_families():
     """Within the block the published families are tiny; -> the options of a training step in them."""
     known, recipes = dict(model.FAMILIES), dict(rewards.RECIPES)
-    unet = dict(sizes(32, (1,), 1, attention_levels=(0,)), head_dim=16, context_dim=16, init_heads=2, groups=8)
+    small = dict(head_dim=16, context_dim=16, init_heads=2, groups=8)
+    unet = sizes(32, (1,), 1, attention_levels=(0,)) | small
     vae = model.VAEConfig(channels=32, mult=(1, 1), res_blocks=1, patch=2)
     text = model.TextConfig(width=16, layers=2, heads=2)
     towers = dict(image_size=8, patch=4, width=8, layers=1, heads=2, embed_dim=8, text_width=8, text_layers=1,
@@ -304,11 +305,11 @@ def tiny_families():
               "internvideo2": rewards.InternVideo2Config(vit, bert, 8, 8)}
     try:
         for name, family in known.items():
-            model.FAMILIES[name] = dataclasses.replace(
-                family, unet=dataclasses.replace(family.unet, **unet), vae=vae, text=text, frames=8, height=16,
-                width=16)
+            made = dataclasses.replace(family.unet, **unet)
+            model.FAMILIES[name] = dataclasses.replace(family, unet=made, vae=vae, text=text, frames=8,
+                                                       height=16, width=16)
         for name, config in judges.items():
-            rewards.RECIPES[name] = dataclasses.replace(recipes[name], config=lambda header, c=config: c)
+            rewards.RECIPES[name] = dataclasses.replace(recipes[name], config=lambda c=config: c)
         yield "--frames 8 --height 16 --width 16".split()
     finally:
         model.FAMILIES.update(known)
@@ -335,8 +336,9 @@ def main(argv: list[str] | None = None) -> int:
         n = 256 if args.tiny else 8192                          # of the product that gives the rate
         a = torch.randn(n, n, device=bench.device, dtype=torch.bfloat16)
         rate = 2 * n ** 3 / bench.measure("", lambda: a @ a).seconds
-        print(f"{torch.cuda.get_device_name() if bench.cuda else 'CPU'}, torch {torch.__version__}, VC2 in bf16,"
-              f" {'x'.join(map(str, bench.size))}; a matrix product makes {rate / 1e12:.1f} TFLOP/s\n\n"
+        name = torch.cuda.get_device_name() if bench.cuda else "CPU"
+        print(f"{name}, torch {torch.__version__}, VC2 in bf16, "
+              f"{'x'.join(map(str, bench.size))}; a matrix product makes {rate / 1e12:.1f} TFLOP/s\n\n"
               "| | ms | TFLOP | floor, ms | times the floor | peak GiB | |\n" + "|---" * 7 + "|", flush=True)
         for name in args.only:
             if time.perf_counter() - start > 48 * args.minutes:
