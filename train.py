@@ -705,6 +705,8 @@ def main(argv: list[str] | None = None):
         path = group.broadcast(folder.open_folder(config) if group.rank == 0 else None)
         state = folder.read_checkpoint(path, group) if path else {}
         if state:
+            if config.is_toy and "dtype" not in cli.typed(Config, argv):    # of the machine that it began on
+                config = dataclasses.replace(config, dtype=state["settings"]["dtype"])
             folder.check_unchanged(state["settings"], settings(config))
 
         models, clips, terms = load_world(config, group)

@@ -46,8 +46,10 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def usual_dtype(device: torch.device) -> str:
-    """What the toy's networks work in, unless the command line says otherwise."""
-    return "bfloat16" if has_bfloat16(device) else "float32"
+    """What the toy's networks work in, unless the command line says otherwise: bfloat16 where small products
+    are faster in it. With AVX-512 BF16, but without AMX, a step takes 1.4 times as long as in float32."""
+    fast = torch.cpu._is_amx_tile_supported() if device.type == "cpu" else has_bfloat16(device)
+    return "bfloat16" if fast else "float32"
 
 
 # ---- processes ---------------------------------------------------------------------------------------------

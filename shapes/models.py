@@ -3,6 +3,7 @@
 Names of parts are those of the shipped files.
 """
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -219,6 +220,9 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
 
     folder: where pretrain.py wrote, instead of the embedded weights.
     """
+    # Two threads gain a third on an idle machine; on a busy one they mostly wait for each other.
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     folder = Path(folder or WEIGHTS)
     state, _ = read(folder / "teacher.safetensors")
     config, whole, lora, header = replace(TOY, **conditions), None, None, {}
