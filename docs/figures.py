@@ -1,302 +1,449 @@
-"""The pictures of the tutorial in README.md, each made from the embedded toy weights.
+"""The pictures of tutorial.md and of the front page, made from the embedded toy weights.
 
-    python docs/figures.py                    # all of them, into docs/
-    python docs/figures.py guidance jumps     # some
+    python docs/figures.py                                  # all of them, into runs/figures/
+    python docs/figures.py guidance jumps --seed 5          # some, with other noise
+    python docs/figures.py curves --logs A=runs/a/log.jsonl --logs B=runs/b/log.jsonl   # of training runs
+    python docs/figures.py --out docs                       # the committed ones
 """
-import math
-import random
+import io
+import json
 import sys
+import textwrap
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import imageio.v3 as imageio
 import matplotlib
 import torch
+from PIL import Image
 from torch import Tensor
 
 import shapes
+import turbo
 from model import to_clip
 from plumbing import cli
-from shapes import grammar, world
-from solver import Sampling, Schedule, ddim_step, predict_z0
-from turbo import Noise, boundary, generate, guided_eps, sample, student_f
+from plumbing.cli import File, Folder, Seed
+from plumbing.errors import UserError, reading
+from shapes import world
+from shapes.models import SAMPLING
+from solver import Schedule, ddim_step, predict_z0
 
 matplotlib.use("agg")
 from matplotlib import pyplot
+from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 
-PROMPT = "a red circle moving right"
 SIZE = (world.FRAMES, world.SIZE, world.SIZE)
-TEACHER = Sampling(method="ddim", steps=50, guidance=2.0, on_grid=True)
-STUDENT = Sampling(guidance=2.0, grid=8)
+TEACHER, STUDENT = SAMPLING["teacher"], SAMPLING["turbo"]
+BLUE, ORANGE, RED, GRAY = "#2563c9", "#d97706", "#c0262d", "#6b7280"
 
 
 @dataclass(frozen=True)
 class Config:
     """The options of the command line."""
     names: tuple[str, ...] = ()         # of figures [all]
-    out: str = "docs"                   # folder that they are written to
-    seed: int = 3                       # of every clip, or of the first
-    student: str = "turbo"              # of the figure hacked: a file that train.py wrote
+    out: Folder = "runs/figures"        # folder that they are written to
+    seed: Seed = 3                      # of clips and of noise
+    logs: tuple[File, ...] = ()         # of the figure curves: NAME=FILE of a run's log.jsonl, repeatable
+    keys: tuple[str, ...] = ("loss_cd", "oracle")   # of the figure curves: numbers in the logs, repeatable
 
 
-# ---- drawing -----------------------------------------------------------------------------------------------
+# ---- clips, and strips of their frames ---------------------------------------------------------------------
 
 
-def strips(rows: dict[str, list[Tensor]], titles: list[str] | None = None) -> "pyplot.Figure":
-    """A row of pictures uint8 (3, H, W) per label, with column titles above the first one."""
-    columns = max(len(pictures) for pictures in rows.values())
-    figure, axes = pyplot.subplots(len(rows), columns, squeeze=False, dpi=100,
-                                   figsize=(1.6 + 0.95 * columns, 0.25 + 1.0 * len(rows)))
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.axis("off")
+def strips(rows: dict[str, list[list[Tensor]]], titles: list[str], zoom: int = 4, below=False) -> Figure:
+    """Pictures uint8 (3, 64, 64), enlarged, a labelled row for each entry, in groups that stand apart.
 
-    for row, (label, pictures) in zip(axes, rows.items()):
-        for axis, picture in zip(row, pictures):
-            axis.axis("on")
-            axis.imshow(picture.permute(1, 2, 0))
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9, labelpad=8)
-    for axis, title in zip(axes[0], titles or []):
-        axis.set_title(title, fontsize=9)
-    figure.tight_layout(pad=0.4, w_pad=0.2, h_pad=0.3)
+    titles: one for each group, or one for each picture of a row; above the first row or below the last.
+    """
+    # where everything goes, in pixels
+    side, gap, font = world.SIZE * zoom, 2 * zoom, 7 * zoom
+    longest = max(len(line) for label in rows for line in label.replace("$", "").split("\n"))
+    x = left = int(0.58 * font * longest) + 4 * gap
+    head = int(1.35 * font * (1 + max(title.count("\n") for title in titles))) + gap
+    top, columns = gap if below else head, []
+    for group in next(iter(rows.values())):
+        columns.append([x + i * (side + gap) for i in range(len(group))])
+        x += len(group) * (side + gap) + 3 * gap
+    width, height = x - 3 * gap, head + len(rows) * (side + gap) + gap
+
+    # pictures, and words at the same places
+    canvas = torch.full((height, width, 3), 255, dtype=torch.uint8)
+    figure = pyplot.figure(figsize=(width / 100, height / 100), dpi=100)
+
+    def write(x, y, text, side):
+        figure.text(x / width, 1 - y / height, text, fontsize=0.72 * font, ha=side, va="center")
+
+    for y, (label, groups) in zip(range(top, height, side + gap), rows.items()):
+        write(left - 2 * gap, y + side / 2, label, "right")
+        for x, picture in zip(sum(columns, []), sum(groups, []), strict=True):
+            tile = picture.permute(1, 2, 0).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+            canvas[y:y + side, x:x + side] = tile
+    figure.figimage(canvas.numpy())
+
+    spans = columns if len(titles) == len(columns) else [[x] for x in sum(columns, [])]
+    for title, span in zip(titles, spans, strict=True):
+        write((span[0] + span[-1] + side) / 2, height - head / 2 if below else head / 2, title, "center")
     return figure
 
 
-def frames(clip: Tensor, every: int = 1) -> list[Tensor]:
-    """A clip (3, T, H, W) as a list of pictures."""
-    return list(clip[:, ::every].unbind(1))
+def frames(models, z: Tensor, every: int = 2) -> list[list[Tensor]]:
+    """Latents of some clips -> their pictures, every second one of them."""
+    return [list(clip[:, ::every].unbind(1)) for clip in to_clip(models.vae, z)]
 
 
-def as_colours(z: Tensor) -> list[Tensor]:
-    """Three channels of latents (C, T, h, w) as pictures, each channel stretched to 0..255."""
-    z = z[:3]
-    low, high = z.amin((1, 2, 3), True), z.amax((1, 2, 3), True)
-    pixels = ((z - low) / (high - low) * 255).byte()
-    return frames(pixels.repeat_interleave(8, 2).repeat_interleave(8, 3))
+def middle(models, z: Tensor) -> Tensor:
+    """A picture from the middle of a clip in latents."""
+    return to_clip(models.vae, z)[0, :, 4]
 
 
-# ---- the figures -------------------------------------------------------------------------------------------
-
-
-def latents(seed: int) -> "pyplot.Figure":
-    """Section 1: a clip, its latents as colours, and the clip that comes back."""
+def encoded(index: int, seed: int):
+    """The toy's networks; caption, clip and latents of one of its training clips; noise for it."""
     models = shapes.load()
-    clip = shapes.Clips("train").scene(seed)[2]
-
-    z = models.vae.encode(clip[None].float() / 127.5 - 1)
-    back = to_clip(models.vae, z)[0]
-    return strips({"clip": frames(clip), "latents": as_colours(z[0]), "decoded": frames(back)})
+    _, caption, clip = shapes.Clips().scene(index)
+    z0 = models.vae.encode(clip[None].float() / 127.5 - 1)
+    return models, caption, clip, z0, torch.randn(z0.shape, generator=torch.Generator().manual_seed(seed))
 
 
-def denoising(seed: int) -> "pyplot.Figure":
-    """Section 2: one clip under more and more noise, and the teacher's one-step guess ẑ0 of it."""
-    models, schedule = shapes.load(), Schedule()
-    _, caption, clip = shapes.Clips("train").scene(seed)
-    z0, c = models.vae.encode(clip[None].float() / 127.5 - 1), models.text([caption])
-    eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(seed))
+# ---- samplers compared: captions, and {label: (student, how it samples, strength of its LoRA)} -------------
 
-    noisy, guesses, titles = [], [], []
-    for t in (100, 200, 400, 600, 800, 900, 999):
-        t = torch.tensor([t])
+LEFT_UP = ["a green square moving up and a yellow triangle moving left on black",
+           "a blue square moving left and a red triangle growing on white"]
+ONE = ["a blue square moving up on black", "a red triangle moving left on white"]
+COMPARED = {
+    "paths": (ONE, {f"{n} steps": (None, replace(TEACHER, steps=n), 1.0) for n in (50, 8, 4, 2)}),
+    "guidance": (LEFT_UP, {f"$\\omega$ = {w:g}": (None, replace(TEACHER, guidance=w, steps=8), 1.0)
+                           for w in (0.0, 4.0)}),
+    "lora": (ONE, {label: ("turbo", replace(STUDENT, steps=1), scale) for label, scale in (
+        ("0: the teacher,\nno guidance", 0.0), ("0.5", 0.5), ("1: the student", 1.0))}),
+    "students": (LEFT_UP, {
+        "teacher,\n50 steps": (None, TEACHER, 1.0), "VCM,\n4 steps": ("vcm", STUDENT, 1.0),
+        "T2V-Turbo,\n4 steps": ("turbo", STUDENT, 1.0)}),
+}
+
+
+def compared(name: str, seed: int) -> Figure:
+    """Clips of the same noise, a row for each sampler."""
+    (captions, samplers), rows = COMPARED[name], {}
+    for label, (student, sampling, scale) in samplers.items():
+        models = shapes.load(student, lora_scale=scale)
+        z = turbo.generate(models, captions, [seed] * len(captions), SIZE, sampling)
+        rows[label] = frames(models, z)
+    return strips(rows, captions)
+
+
+# ---- the other figures with frames -------------------------------------------------------------------------
+
+
+def latents(seed: int) -> Figure:
+    """Clips, three channels of their latents as colours, each stretched to 0..255, and what comes back."""
+    rows, titles = {"clip": [], "latents": [], "decoded": []}, []
+    for index in (seed, seed + 9):
+        models, caption, clip, z0, _ = encoded(index, seed)
+        z = z0[0, :3, ::2]
+        low, high = z.amin((1, 2, 3), True), z.amax((1, 2, 3), True)
+        colours = ((z - low) / (high - low) * 255).byte().repeat_interleave(8, 2).repeat_interleave(8, 3)
+        titles.append(caption)
+        rows["clip"].append(list(clip[:, ::2].unbind(1)))
+        rows["latents"].append(list(colours.unbind(1)))
+        rows["decoded"] += frames(models, z0)
+    return strips(rows, titles)
+
+
+def denoising(seed: int) -> Figure:
+    """One clip under more and more noise, and the teacher's one-step guess ẑ0 of it."""
+    models, caption, _, z0, eps = encoded(seed + 9, seed)
+    schedule, c, noisy, guesses = Schedule(), models.text([caption]), [], []
+    timesteps = (100, 200, 400, 600, 800, 900, 999)
+    for t in torch.tensor(timesteps).split(1):
         z_t = schedule.add_noise(z0, eps, t)
-        z0_hat = predict_z0(z_t, models.unet(z_t, t, c), *schedule.at(t))
-        noisy.append(to_clip(models.vae, z_t)[0, :, 4])
-        guesses.append(to_clip(models.vae, z0_hat)[0, :, 4])
-        titles.append(f"t = {t.item()}")
-    return strips({"noisy $z_t$": noisy, "guess $\\hat z_0$": guesses}, titles)
+        noisy.append(middle(models, z_t))
+        guesses.append(middle(models, predict_z0(z_t, models.unet(z_t, t, c), *schedule.at(t))))
+    return strips({"noisy $z_t$": [noisy], "guess $\\hat z_0$": [guesses]}, [f"t = {t}" for t in timesteps])
 
 
-def paths(seed: int) -> "pyplot.Figure":
-    """Section 3: the same noise walked to a clip in 50, 8 and 4 DDIM steps."""
-    models, rows = shapes.load(), {}
-    for n in (50, 8, 4, 2):
-        z = generate(models, [PROMPT], [seed], SIZE, replace(TEACHER, steps=n))
-        rows[f"{n} steps"] = frames(to_clip(models.vae, z)[0])
-    return strips(rows, [f"frame {i}" for i in range(world.FRAMES)])
+def neighbours(seed: int) -> Figure:
+    """Points on one path of the teacher, its guess at each, and the end that the student sees."""
+    teacher, student, guesses, ends = shapes.load(), shapes.load("vcm"), [], []
+    schedule, c = Schedule(8), teacher.text(["a green triangle moving down on white"])
+    eps_model = turbo.guided_eps(teacher.unet, c, teacher.text([""]), TEACHER)
+    f = turbo.student_f(student.unet, schedule, c, STUDENT)
+    z = turbo.Noise([seed], (teacher.vae.config.latent, world.FRAMES, 8, 8))()
 
-
-def guidance(seed: int) -> "pyplot.Figure":
-    """Section 4: the same noise under growing guidance."""
-    models, rows = shapes.load(), {}
-    for w in (0.0, 1.0, 2.0, 8.0):
-        z = generate(models, [PROMPT], [seed], SIZE, replace(TEACHER, guidance=w, steps=25))
-        rows[f"$\\omega$ = {w:g}"] = frames(to_clip(models.vae, z)[0])
-    return strips(rows)
-
-
-def boundaries(seed: int) -> "pyplot.Figure":
-    """Section 5: c_skip and c_out, which make f(z, 0) = z whatever the network says."""
-    t = torch.linspace(0, 2, 400)
-    c_skip, c_out = boundary(t)
-    figure, axis = pyplot.subplots(figsize=(5, 2), dpi=100)
-    axis.plot(t, c_skip.flatten(), label="$c_{skip}$")
-    axis.plot(t, c_out.flatten(), label="$c_{out}$")
-    axis.set(xlabel="timestep t (the grid's first point is far to the right: 19 of 999)", ylim=(-0.05, 1.05))
-    axis.legend()
-    figure.tight_layout()
-    return figure
-
-
-def neighbours(seed: int) -> "pyplot.Figure":
-    """Section 5: points on one path of the teacher, its guess at each, and the end that the student sees."""
-    teacher, student = shapes.load(), shapes.load("vcm")
-    schedule, c = Schedule(8), teacher.text([PROMPT])
-    eps_model = guided_eps(teacher.unet, c, teacher.text([""]), TEACHER)
-    f = student_f(student.unet, schedule, c, STUDENT)
-    z = Noise([seed], (teacher.vae.config.latent, world.FRAMES, 8, 8))()
-
-    guesses, ends, titles = [], [], []
-    timesteps = schedule.grid.flip(0).tolist()
-    for t, s in zip(timesteps, timesteps[1:] + [0]):
-        titles.append(f"t = {t}")
-        t, s = torch.tensor([t]), torch.tensor([s])
-        with torch.no_grad():
-            eps, end = eps_model(z, t), f(z, t)
-        guesses.append(to_clip(teacher.vae, predict_z0(z, eps, *schedule.at(t)))[0, :, 4])
-        ends.append(to_clip(teacher.vae, end)[0, :, 4])
+    timesteps = schedule.grid.flip(0)
+    for t in timesteps.split(1):
+        s, eps = schedule.previous(t), eps_model(z, t)
+        guesses.append(middle(teacher, predict_z0(z, eps, *schedule.at(t))))
+        ends.append(middle(teacher, f(z, t)))
         z = ddim_step(z, eps, schedule.at(t), schedule.at(s))
-    return strips({"teacher's $\\hat z_0$": guesses, "student's $f$": ends}, titles)
+    rows = {"teacher's $\\hat z_0$": [guesses], "student's $f$": [ends]}
+    return strips(rows, [f"t = {t}" for t in timesteps.tolist()])
 
 
-def lora(seed: int) -> "pyplot.Figure":
-    """Section 7: one jump from the same noise, the student's LoRA off, at half its strength, and on."""
-    rows = {}
-    for label, scale in (("off: the teacher", 0.0), ("half", 0.5), ("on: the student", 1.0)):
-        models = shapes.load("turbo", lora_scale=scale)
-        z = generate(models, [PROMPT], [seed], SIZE, replace(STUDENT, steps=1))
-        rows[label] = frames(to_clip(models.vae, z)[0])
-    return strips(rows)
-
-
-def hacked(seed: int, student: str = "turbo") -> "pyplot.Figure":
-    """Section 8: three clips of T2V-Turbo, and three of a student that climbed the picture reward alone."""
-    rows, seeds = {}, [seed, seed + 1, seed + 2]
-    for label, turbo in (("$\\beta_{img}$ = 1", "turbo"), ("$\\beta_{img}$ = 50", student)):
-        models = shapes.load(turbo)
-        clips = to_clip(models.vae, generate(models, [PROMPT] * 3, seeds, SIZE, STUDENT))
-        rows |= {f"{label}, seed {number}": frames(clip) for number, clip in zip(seeds, clips)}
-    return strips(rows)
-
-
-def jumps(seed: int) -> "pyplot.Figure":
-    """Section 9: what four jumps land on, one after the other."""
-    models, seen = shapes.load("turbo"), []
-    schedule, c = Schedule(8), models.text([PROMPT])
-    f = student_f(models.unet, schedule, c, STUDENT)
+def jumps(seed: int) -> Figure:
+    """What four jumps land on, one after the other."""
+    models, rows, schedule = shapes.load("turbo"), {}, Schedule(STUDENT.grid)
+    f = turbo.student_f(models.unet, schedule, models.text(LEFT_UP), STUDENT)
 
     def watched(z, t):
-        seen.append((t[0].item(), f(z, t)))
-        return seen[-1][1]
+        z0_hat = f(z, t)
+        rows[f"jump {len(rows) + 1},\nt = {t[0].item()}"] = frames(models, z0_hat)
+        return z0_hat
 
-    noise = Noise([seed], (models.vae.config.latent, world.FRAMES, 8, 8))
-    sample(watched, schedule, noise, schedule.few_steps(4))
+    noise = turbo.Noise([seed] * 2, (models.vae.config.latent, world.FRAMES, 8, 8))
+    turbo.sample(watched, schedule, noise, STUDENT.jumps(schedule))
+    return strips(rows, LEFT_UP)
+
+
+@torch.enable_grad()
+def hacked(seed: int) -> Figure:
+    """The image reward climbed on the latents of a clip, for a caption that is not the clip's."""
+    models, caption, _, z0, _ = encoded(seed, seed)
+    term = turbo.RewardTerm(shapes.rewards()["image"], weight=1.0, frames=4)
+    z, scores = z0, []
+    for i in range(21):
+        generators = [torch.Generator().manual_seed(i)]
+        g, score = turbo.reward_gradient(z, ["a blue circle"], models.vae.decode, [term], generators)
+        scores.append(score["reward"].item())
+        before, z = z, z + 2 * g / g.norm()
+    rows = {f"the clip:\nscore {scores[0]:.2f}": frames(models, z0, 1),
+            f"after 20 steps:\nscore {scores[-1]:.2f}": frames(models, before, 1)}
+    return strips(rows, [f"{caption}; what is climbed is the score for \"a blue circle\""])
+
+
+@torch.enable_grad()
+def refined(seed: int) -> Figure:
+    """VCM's clips as they are, and with their noises optimised by rewards in 5 and in 15 steps."""
+    models, rows = shapes.load("vcm"), {}
+    terms = [turbo.RewardTerm(reward, weight, 4, kind == "video", kind)
+             for (kind, reward), weight in zip(shapes.rewards().items(), (1.0, 2.0))]
+    for steps in (0, 5, 15):
+        z, rewards = turbo.generate_refined(models, LEFT_UP, [seed] * 2, SIZE, STUDENT, terms, steps)
+        scores = ", ".join(f"{best:.2f}" for best in torch.stack(rewards).amax(0).tolist())
+        rows[(f"{steps} steps" if steps else "as it is") + f":\nR = {scores}"] = frames(models, z)
+    return strips(rows, LEFT_UP)
+
+
+HERO = ["a red square rising and a blue triangle falling on white", "a yellow triangle moving left on black",
+        "a green square growing on white", "a blue box and a red triangle, both going right on black",
+        "a green ring moving up on white"]
+
+
+def hero(seed: int) -> Iterator[Figure]:
+    """The frames of a loop: the teacher's 50 steps above, T2V-Turbo's 4 below; seconds of one core."""
     rows = {}
-    for number, (t, z0_hat) in enumerate(seen, 1):
-        rows[f"jump {number}, from t = {t}"] = frames(to_clip(models.vae, z0_hat)[0])
-    return strips(rows)
+    for title, student, sampling, passes in (("teacher", None, TEACHER, 100),
+                                             ("T2V-Turbo", "turbo", STUDENT, 4)):
+        models, start = shapes.load(student), time.process_time()
+        clips = frames(models, turbo.generate(models, HERO, [seed] * len(HERO), SIZE, sampling), 1)
+        seconds = (time.process_time() - start) / len(HERO)
+        rows[f"{title}\n{sampling.steps} steps\n{passes} passes\n{seconds:.1f} s a clip"] = clips
+    for t in range(world.FRAMES):
+        yield strips({label: [[clip[t]] for clip in clips] for label, clips in rows.items()},
+                     [textwrap.fill(prompt, 20) for prompt in HERO], zoom=3, below=True)
 
 
-def attention(seed: int) -> "pyplot.Figure":
-    """T2V-Turbo-v2: where a pixel of a noisy clip looks in each frame; of a thing that moves, and of one that
-    stands still.
-
-    White: its strongest key in the frame. The mask M of the motion energy keeps the strongest of all frames.
-    """
-    models, schedule, rows = shapes.load(), Schedule(8), {}
-    layer, head, frame, t = -1, 1, 4, torch.tensor([624])   # this head of the last layer follows things
-    for motion in ("moving right", "standing still"):
-        # a noised clip, and the network's attention in it
-        caption = f"a red circle {motion} on gray"
-        clip = world.render(grammar.understand(caption), random.Random(seed))
-        z0 = models.vae.encode(clip[None].float() / 127.5 - 1)
-        eps = torch.randn(z0.shape, generator=torch.Generator().manual_seed(seed))
-        _, maps = models.unet.with_maps(schedule.add_noise(z0, eps, t), t, models.text([caption]))
-
-        # that of the token in the middle of the thing; the layer sees w x w tokens a frame
-        T = world.FRAMES
-        w = math.isqrt(maps[layer].shape[-1] // T)
-        centre = world.track(world.things_in(clip)[0]["red"])[:2, frame] * w / world.SIZE
-        x, y = centre.int().tolist()
-        seen = maps[layer][0, head, (frame * w + y) * w + x].view(T, w, w)
-
-        # drawn
-        marked = frames(clip)
-        for picture, key in zip(marked, seen.flatten(1).argmax(1).tolist()):
-            outline(picture, key % w, key // w, 255, world.SIZE // w)
-        outline(marked[frame], x, y, 0, world.SIZE // w)
-        rows |= {motion: marked, "its attention" + " " * len(rows): as_heat(seen)}
-    return strips(rows, [f"frame {i}" for i in range(T)])
+# ---- diagrams and plots ------------------------------------------------------------------------------------
 
 
-def outline(picture: Tensor, x: int, y: int, level: int, side: int) -> None:
-    """Draws the edge of a token, `side` wide, into a picture (3, H, W), in a gray level."""
-    pixel = picture[:, y * side:(y + 1) * side, x * side:(x + 1) * side]
-    inside = pixel[:, 2:-2, 2:-2].clone()
-    pixel[:] = level
-    pixel[:, 2:-2, 2:-2] = inside
+def diagram(width: float, height: float):
+    """An empty page in inches, and functions that write and draw arrows and rectangles on it."""
+    figure = pyplot.figure(figsize=(width, height), dpi=150)
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height), autoscale_on=False)
+    axis.axis("off")
+
+    def write(x, y, text, color="black", size=11, **options):
+        axis.text(x, y, text, color=color, fontsize=size, **dict(ha="center", va="center") | options)
+
+    def arrow(start, end, color=GRAY, bend=0.0, **options):
+        axis.annotate("", end, start, arrowprops=dict(
+            arrowstyle="-|>", color=color, connectionstyle=f"arc3,rad={bend}") | dict(lw=2) | options)
+
+    def box(x, y, width, height, **options):
+        axis.add_patch(pyplot.Rectangle((x, y), width, height, **options))
+
+    return figure, axis, write, arrow, box
 
 
-def as_heat(seen: Tensor) -> list[Tensor]:
-    """Attention (T, h, w) as pictures, the largest of all frames brightest."""
-    colours = matplotlib.colormaps["magma"]((seen / seen.max()).numpy())[..., :3]      # (T, h, w, 3)
-    pixels = torch.from_numpy(colours * 255).byte().permute(0, 3, 1, 2)
-    side = world.SIZE // seen.shape[-1]
-    return list(pixels.repeat_interleave(side, 2).repeat_interleave(side, 3))
+def distillation(seed: int) -> Figure:
+    """z_t, the teacher's step to its neighbour, the student's two answers, and which one is pulled."""
+    # a step in so much noise that the answers differ
+    models, caption, clip, z0, eps = encoded(seed + 14, seed)
+    schedule, c, t = Schedule(8), models.text([caption]), torch.tensor([999])
+    s, f = schedule.previous(t), turbo.student_f(shapes.load("vcm").unet, schedule, c, STUDENT)
+    z_t = schedule.add_noise(z0, eps, t)
+    eps = turbo.guided_eps(models.unet, c, models.text([""]), TEACHER)(z_t, t)
+    z_s = ddim_step(z_t, eps, schedule.at(t), schedule.at(s))
+
+    figure, axis, write, arrow, _ = diagram(11, 4.6)
+    shown = {(9.6, 3.0): z_t, (7.2, 3.0): z_s, (4.2, 3.4): f(z_s, s), (4.2, 1.2): f(z_t, t)}
+    shown = {place: middle(models, z) for place, z in shown.items()} | {(1.1, 3.0): clip[:, 4]}
+    for place, picture in shown.items():
+        image = OffsetImage(picture.permute(1, 2, 0).numpy(), zoom=0.95, interpolation="nearest")
+        axis.add_artist(AnnotationBbox(image, place, pad=0.1))
+    write(1.1, 2.25, "training clip $z_0$")
+    write(9.6, 2.25, "$z_t$", size=13)
+    write(7.2, 2.25, "$\\hat z_s$", size=13)
+    arrow((1.1, 3.65), (9.6, 3.65), bend=-0.16, linestyle="--")
+    write(5.4, 4.42, "add noise: $z_t = \\alpha_t z_0 + \\sigma_t \\epsilon$", GRAY)
+    arrow((8.95, 3.0), (7.85, 3.0), ORANGE)
+    write(8.4, 3.28, "teacher", ORANGE)
+    write(8.4, 2.72, "one step", ORANGE)
+    arrow((6.55, 3.1), (4.85, 3.4), GRAY)
+    write(5.75, 2.85, "student $f_{\\theta^-}$", GRAY)
+    write(5.7, 3.25, "×", RED, 26, weight="bold")
+    write(5.75, 3.65, "no gradient (sg)", RED)
+    arrow((9.4, 2.0), (4.85, 1.2), BLUE, bend=-0.2)
+    write(7.3, 0.7, "student $f_\\theta$; the gradient goes back here", BLUE)
+    arrow((4.2, 1.85), (4.2, 2.75), BLUE, lw=4)
+    write(4.02, 2.3, "$L_{CD}$ pulls this answer\ntowards that one", BLUE, ha="right")
+    arrow((10.6, 0.3), (0.5, 0.3), "black", lw=1)
+    write(0.9, 0.48, "clean, t = 0", size=9)
+    write(10.3, 0.48, "noise, t = 999", size=9)
+    return figure
 
 
-def students(seed: int) -> "pyplot.Figure":
-    """Section 11: teacher and students from the same noise."""
-    rows, jumps_of_teacher = {}, replace(TEACHER, method="jumps", steps=4, grid=8)
-    for name, turbo, sampling in (("teacher, 50 steps", None, TEACHER),
-                                  ("teacher, 4 jumps", None, jumps_of_teacher),
-                                  ("VCM, 4 jumps", "vcm", STUDENT),
-                                  ("T2V-Turbo, 4 jumps", "turbo", STUDENT)):
-        models = shapes.load(turbo)
-        z = generate(models, [PROMPT], [seed], SIZE, sampling)
-        rows[name] = frames(to_clip(models.vae, z)[0])
-    return strips(rows)
+def attention(seed: int) -> Figure:
+    """A schematic: temporal attention of one position as a T x T table, the mask, and the energy G."""
+    frame = torch.arange(6.0)
+    reference = torch.softmax(-(frame[:, None] - 0.6 * frame - 1.2) ** 2, 1)
+    noisy = torch.softmax(-0.35 * (frame[:, None] - frame) ** 2, 1)
+    figure, axis, write, arrow, box = diagram(11, 3.9)
+    for i in range(6):                                      # frames, the first on top; red: one position
+        x, y = 0.35 + 0.24 * i, 1.1 + 0.17 * i
+        box(x, y, 1.1, 1.1, facecolor="#e5e7eb", edgecolor="black", zorder=9 - i)
+        box(x + 0.7, y + 0.95, 0.12, 0.12, facecolor=RED, zorder=9 - i)
+    write(1.5, 0.5, "one position (x, y)\nin all T frames")
+    arrow((2.9, 1.9), (3.5, 1.9))
+    for left, table, label in ((3.9, reference, "$A(z_t^{ref})$: the clip whose\nmotion is wanted"),
+                               (7.0, noisy, "$A(z_t)$: the clip\nthat is made")):
+        axis.imshow(table, extent=(left, left + 2.1, 0.95, 3.05), cmap="Blues", vmax=0.7, aspect="auto")
+        for row, key in enumerate(reference.argmax(1).tolist()):
+            box(left + 0.35 * key, 2.7 - 0.35 * row, 0.35, 0.35, fill=False, edgecolor=RED, lw=2)
+        write(left + 1.05, 3.2, "T keys", GRAY, 9)
+        write(left - 0.13, 2.0, "T queries", GRAY, 9, rotation=90)
+        write(left + 1.05, 0.5, label)
+    write(9.3, 2.45, "red: M, the strongest\nkey of each query\nin the reference", RED, ha="left")
+    write(9.3, 1.4, "G: squared\ndifference of the\nred entries", ha="left")
+    return figure
 
 
-def loop(out: Path, prompts: list[str], seed: int) -> None:
-    """The looping picture at the top of the README: a clip per prompt, side by side, four jumps each."""
-    models = shapes.load("turbo")
-    seeds = list(range(seed, seed + len(prompts)))
-    z = generate(models, prompts, seeds, SIZE, STUDENT)
-    clips = to_clip(models.vae, z)
-    clips = torch.nn.functional.pad(clips, (2, 2, 2, 2), value=128)
-    wide = torch.cat(list(clips), dim=3).repeat_interleave(2, 2).repeat_interleave(2, 3)
-    pause = wide[:, -1:].expand(-1, 4, -1, -1)
-    imageio.imwrite(out, torch.cat([wide, pause], 1).permute(1, 2, 3, 0).numpy(), duration=125, loop=0)
+MAP = {                                 # layer: its colour; {file: what it is}
+    "commands": ("#dbeafe", {"train.py": "Algorithm 1,\npresets", "prepare.py": "v2's cache", "sample.py":
+                             "text to video", "evaluate.py": "table, VBench,\npeople"}),
+    "the toy": ("#dcfce7", {"shapes/": "a world of moving shapes: captions, clips, judge, small networks"}),
+    "the method\nand its parts": ("#fef3c7", {"turbo.py": "the two papers", "model.py": "UNet, VAE, text",
+                                              "rewards.py": "reward models", "data.py": "clips, captions"}),
+    "below": ("#f3f4f6", {"solver.py": "noise, DDIM, guidance", "plumbing/": "options, files, video"})}
 
 
-LOOP = ["a red circle moving right", "a green triangle growing", "a blue square moving up on white",
-        "a yellow circle falling on black", "a red triangle moving left on gray"]
-FIGURES = {figure.__name__: figure for figure in
-           (latents, denoising, paths, guidance, boundaries, neighbours, lora, jumps, attention, students)}
-NAMES = (*FIGURES, "loop", "hacked")       # the last one of a student that does not come with the repository
+def map(seed: int) -> Figure:
+    """The map of files: whatever imports, imports from below."""
+    figure, _, write, arrow, box = diagram(11, 4.6)
+    for y, (layer, (color, files)) in zip((3.5, 2.4, 1.3, 0.2), MAP.items()):
+        write(0.95, y + 0.48, layer, GRAY)
+        width = 8.6 / len(files)
+        for column, (name, text) in enumerate(files.items()):
+            x = 1.9 + column * width
+            box(x, y, width - 0.15, 0.95, facecolor=color, edgecolor=GRAY)
+            write(x + width / 2 - 0.07, y + 0.73, name, weight="bold", family="monospace")
+            write(x + width / 2 - 0.07, y + 0.31, text, size=10)
+    arrow((10.6, 4.4), (10.6, 0.25))
+    write(10.8, 2.3, "imports go down", GRAY, rotation=270)
+    return figure
+
+
+def plot(panels: int = 1, width: float = 7.0, height: float = 3.0):
+    """A page with so many panels beside each other."""
+    figure, axes = pyplot.subplots(1, panels, figsize=(width, height), dpi=150, squeeze=False, layout="tight")
+    return figure, axes[0]
+
+
+def boundaries(seed: int) -> Figure:
+    """c_skip and c_out, which make f(z, 0) = z whatever the network says."""
+    t = torch.linspace(0, 2, 400)
+    figure, (axis,) = plot(height=2.2)
+    for factor, label in zip(turbo.boundary(t), ("$c_{skip}$", "$c_{out}$")):
+        axis.plot(t, factor.flatten(), label=label)
+    axis.set(xlabel="timestep t (the grid's first point is far to the right: 19 of 999)")
+    axis.legend()
+    return figure
+
+
+def variety(seed: int) -> Figure:
+    """Right clips against variety, in percent. variety.json: {SERIES: [[label, variety, right], ...]}."""
+    figure, (axis,) = plot(height=3.6)
+    for series, points in json.loads(VARIETY.read_text(encoding="utf-8")).items():
+        labels, x, y = zip(*points)
+        line, = axis.plot(x, y, "o-", label=series)
+        for label, place in zip(labels, zip(x, y)):
+            axis.annotate(label, place, xytext=(5, 5), textcoords="offset points", color=line.get_color())
+    axis.set(xlabel="variety, % of the world's own", ylabel="right clips, %")
+    axis.legend()
+    return figure
+
+
+def curves(logs: tuple[str, ...], keys: tuple[str, ...]) -> Figure:
+    """Numbers of training runs' log.jsonl over their steps, a panel each."""
+    figure, axes = plot(len(keys), 5 * len(keys))
+    for log in logs:
+        name, _, path = log.rpartition("=")
+        with reading(path, "a run's log.jsonl"):
+            records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        for key, axis in zip(keys, axes):
+            points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+            if not points:
+                raise UserError(f"{path} has no {key!r}; it has {', '.join(records[0])}")
+            axis.plot(*zip(*points), label=name or Path(path).parent.name, lw=1)
+            axis.set(xlabel="step", ylabel=key)
+    axes[0].legend()
+    return figure
+
+
+# ---- the command -------------------------------------------------------------------------------------------
+
+VARIETY = Path(__file__).with_name("variety.json")          # measured, not made here
+FIGURES = {draw.__name__: draw for draw in (
+    latents, denoising, boundaries, neighbours, distillation, jumps, hacked, refined, attention, variety,
+    map)}
+NAMES = (*FIGURES, *COMPARED, "hero", "curves")
+
+
+def save(figure: Figure, colours: int = 256) -> Image.Image:
+    """A figure as a picture of so many colours."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, facecolor="white")
+    pyplot.close(figure)
+    return Image.open(buffer).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
 
 
 @cli.main
+@torch.no_grad()
 def main(argv=None):
     """Makes the figures that are named, or all."""
     config = cli.parse(Config, argv, __doc__, positional="names")
     unknown = [name for name in config.names if name not in NAMES]
     if unknown:
-        raise ValueError(f"no figure {unknown[0]!r}; there are {', '.join(NAMES)}")
+        raise UserError(f"no figure {unknown[0]!r}; there are {', '.join(NAMES)}")
+    if ("curves" in config.names) != bool(config.logs):
+        raise UserError("curves and --logs NAME=runs/NAME/log.jsonl go together")
 
-    out = Path(config.out)
+    out, skipped = Path(config.out), {"curves"} if VARIETY.exists() else {"curves", "variety"}
     out.mkdir(parents=True, exist_ok=True)
-    for name in config.names or (*FIGURES, "loop"):
-        path = out / f"{name}.{'gif' if name == 'loop' else 'png'}"
-        if name == "loop":
-            loop(path, LOOP, config.seed)
+    for name in config.names or [name for name in NAMES if name not in skipped]:
+        path = out / (f"{name}.gif" if name == "hero" else f"{name}.png")
+        if name == "hero":
+            first, *rest = [save(figure, 64) for figure in hero(config.seed)]
+            times = [125] * len(rest) + [600]
+            first.save(path, save_all=True, append_images=rest, duration=times, loop=0)
+        elif name == "curves":
+            save(curves(config.logs, config.keys)).save(path)
         else:
-            draw = partial(hacked, student=config.student) if name == "hacked" else FIGURES[name]
-            with torch.no_grad():
-                draw(config.seed).savefig(path, facecolor="white")
+            figure = FIGURES[name](config.seed) if name in FIGURES else compared(name, config.seed)
+            save(figure).save(path, optimize=True)
         print(path)
 
 
