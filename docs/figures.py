@@ -10,7 +10,6 @@ import json
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,18 +50,14 @@ class Config:
     keys: tuple[str, ...] = ("loss_cd", "oracle")   # of the figure curves: numbers in the logs, repeatable
 
 
-# ---- clips, and strips of their frames ---------------------------------------------------------------------
-
-
 def strips(rows: dict[str, list[list[Tensor]]], titles: list[str], zoom: int = 4, below=False) -> Figure:
     """Pictures uint8 (3, 64, 64), enlarged, a labelled row for each entry, in groups that stand apart.
 
     titles: one for each group, or one for each picture of a row; above the first row or below the last.
     """
     # where everything goes, in pixels
-    side, gap, font = world.SIZE * zoom, 2 * zoom, 7 * zoom
-    longest = max(len(line) for label in rows for line in label.replace("$", "").split("\n"))
-    x = left = int(0.58 * font * longest) + 4 * gap
+    side, gap, font = world.SIZE * zoom, 2 * zoom, 6.5 * zoom
+    x = left = int(0.58 * font * max(len(line) for label in rows for line in label.split("\n"))) + 4 * gap
     head = int(1.35 * font * (1 + max(title.count("\n") for title in titles))) + gap
     top, columns = gap if below else head, []
     for group in next(iter(rows.values())):
@@ -74,8 +69,8 @@ def strips(rows: dict[str, list[list[Tensor]]], titles: list[str], zoom: int = 4
     canvas = torch.full((height, width, 3), 255, dtype=torch.uint8)
     figure = pyplot.figure(figsize=(width / 100, height / 100), dpi=100)
 
-    def write(x, y, text, side):
-        figure.text(x / width, 1 - y / height, text, fontsize=0.72 * font, ha=side, va="center")
+    def write(x, y, text, align):
+        figure.text(x / width, 1 - y / height, text, fontsize=0.72 * font, ha=align, va="center")
 
     for y, (label, groups) in zip(range(top, height, side + gap), rows.items()):
         write(left - 2 * gap, y + side / 2, label, "right")
@@ -83,7 +78,6 @@ def strips(rows: dict[str, list[list[Tensor]]], titles: list[str], zoom: int = 4
             tile = picture.permute(1, 2, 0).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
             canvas[y:y + side, x:x + side] = tile
     figure.figimage(canvas.numpy())
-
     spans = columns if len(titles) == len(columns) else [[x] for x in sum(columns, [])]
     for title, span in zip(titles, spans, strict=True):
         write((span[0] + span[-1] + side) / 2, height - head / 2 if below else head / 2, title, "center")
@@ -93,11 +87,6 @@ def strips(rows: dict[str, list[list[Tensor]]], titles: list[str], zoom: int = 4
 def frames(models, z: Tensor, every: int = 2) -> list[list[Tensor]]:
     """Latents of some clips -> their pictures, every second one of them."""
     return [list(clip[:, ::every].unbind(1)) for clip in to_clip(models.vae, z)]
-
-
-def middle(models, z: Tensor) -> Tensor:
-    """A picture from the middle of a clip in latents."""
-    return to_clip(models.vae, z)[0, :, 4]
 
 
 def encoded(index: int, seed: int):
@@ -112,17 +101,17 @@ def encoded(index: int, seed: int):
 
 LEFT_UP = ["a green square moving up and a yellow triangle moving left on black",
            "a blue square moving left and a red triangle growing on white"]
+STILL = ["a yellow triangle rising and a red triangle at rest on black",
+         "a green box moving right and a blue triangle standing still on white"]
 ONE = ["a blue square moving up on black", "a red triangle moving left on white"]
 COMPARED = {
     "paths": (ONE, {f"{n} steps": (None, replace(TEACHER, steps=n), 1.0) for n in (50, 8, 4, 2)}),
-    "guidance": (LEFT_UP, {f"$\\omega$ = {w:g}": (None, replace(TEACHER, guidance=w, steps=8), 1.0)
-                           for w in (0.0, 4.0)}),
+    "guidance": (STILL, {f"ω = {w}": (None, replace(TEACHER, guidance=w, steps=8), 1.0) for w in (0, 4)}),
     "lora": (ONE, {label: ("turbo", replace(STUDENT, steps=1), scale) for label, scale in (
         ("0: the teacher,\nno guidance", 0.0), ("0.5", 0.5), ("1: the student", 1.0))}),
-    "students": (LEFT_UP, {
+    "students": (["a green triangle falling and a blue triangle going right on black", STILL[1]], {
         "teacher,\n50 steps": (None, TEACHER, 1.0), "VCM,\n4 steps": ("vcm", STUDENT, 1.0),
-        "T2V-Turbo,\n4 steps": ("turbo", STUDENT, 1.0)}),
-}
+        "T2V-Turbo,\n4 steps": ("turbo", STUDENT, 1.0)})}
 
 
 def compared(name: str, seed: int) -> Figure:
@@ -135,21 +124,17 @@ def compared(name: str, seed: int) -> Figure:
     return strips(rows, captions)
 
 
-# ---- the other figures with frames -------------------------------------------------------------------------
-
-
 def latents(seed: int) -> Figure:
     """Clips, three channels of their latents as colours, each stretched to 0..255, and what comes back."""
     rows, titles = {"clip": [], "latents": [], "decoded": []}, []
     for index in (seed, seed + 9):
         models, caption, clip, z0, _ = encoded(index, seed)
-        z = z0[0, :3, ::2]
+        z = z0[0, :3]
         low, high = z.amin((1, 2, 3), True), z.amax((1, 2, 3), True)
         colours = ((z - low) / (high - low) * 255).byte().repeat_interleave(8, 2).repeat_interleave(8, 3)
+        for row, shown in zip(rows.values(), (clip, colours, to_clip(models.vae, z0)[0])):
+            row.append(list(shown[:, ::2].unbind(1)))
         titles.append(caption)
-        rows["clip"].append(list(clip[:, ::2].unbind(1)))
-        rows["latents"].append(list(colours.unbind(1)))
-        rows["decoded"] += frames(models, z0)
     return strips(rows, titles)
 
 
@@ -160,8 +145,9 @@ def denoising(seed: int) -> Figure:
     timesteps = (100, 200, 400, 600, 800, 900, 999)
     for t in torch.tensor(timesteps).split(1):
         z_t = schedule.add_noise(z0, eps, t)
-        noisy.append(middle(models, z_t))
-        guesses.append(middle(models, predict_z0(z_t, models.unet(z_t, t, c), *schedule.at(t))))
+        z0_hat = predict_z0(z_t, models.unet(z_t, t, c), *schedule.at(t))
+        noisy.append(frames(models, z_t)[0][2])
+        guesses.append(frames(models, z0_hat)[0][2])
     return strips({"noisy $z_t$": [noisy], "guess $\\hat z_0$": [guesses]}, [f"t = {t}" for t in timesteps])
 
 
@@ -176,11 +162,11 @@ def neighbours(seed: int) -> Figure:
     timesteps = schedule.grid.flip(0)
     for t in timesteps.split(1):
         s, eps = schedule.previous(t), eps_model(z, t)
-        guesses.append(middle(teacher, predict_z0(z, eps, *schedule.at(t))))
-        ends.append(middle(teacher, f(z, t)))
+        guesses.append(frames(teacher, predict_z0(z, eps, *schedule.at(t)))[0][2])
+        ends.append(frames(teacher, f(z, t))[0][2])
         z = ddim_step(z, eps, schedule.at(t), schedule.at(s))
-    rows = {"teacher's $\\hat z_0$": [guesses], "student's $f$": [ends]}
-    return strips(rows, [f"t = {t}" for t in timesteps.tolist()])
+    return strips({"teacher's $\\hat z_0$": [guesses], "student's $f$": [ends]},
+                  [f"t = {t}" for t in timesteps.tolist()])
 
 
 def jumps(seed: int) -> Figure:
@@ -205,8 +191,8 @@ def hacked(seed: int) -> Figure:
     term = turbo.RewardTerm(shapes.rewards()["image"], weight=1.0, frames=4)
     z, scores = z0, []
     for i in range(21):
-        generators = [torch.Generator().manual_seed(i)]
-        g, score = turbo.reward_gradient(z, ["a blue circle"], models.vae.decode, [term], generators)
+        which = torch.Generator().manual_seed(i)
+        g, score = turbo.reward_gradient(z, ["a blue circle"], models.vae.decode, [term], [which])
         scores.append(score["reward"].item())
         before, z = z, z + 2 * g / g.norm()
     rows = {f"the clip:\nscore {scores[0]:.2f}": frames(models, z0, 1),
@@ -232,35 +218,32 @@ HERO = ["a red square rising and a blue triangle falling on white", "a yellow tr
         "a green ring moving up on white"]
 
 
-def hero(seed: int) -> Iterator[Figure]:
+def hero(seed: int) -> list[Figure]:
     """The frames of a loop: the teacher's 50 steps above, T2V-Turbo's 4 below; seconds of one core."""
     rows = {}
-    for title, student, sampling, passes in (("teacher", None, TEACHER, 100),
-                                             ("T2V-Turbo", "turbo", STUDENT, 4)):
+    for student, sampling, passes in (None, TEACHER, 100), ("turbo", STUDENT, 4):
         models, start = shapes.load(student), time.process_time()
         clips = frames(models, turbo.generate(models, HERO, [seed] * len(HERO), SIZE, sampling), 1)
         seconds = (time.process_time() - start) / len(HERO)
-        rows[f"{title}\n{sampling.steps} steps\n{passes} passes\n{seconds:.1f} s a clip"] = clips
-    for t in range(world.FRAMES):
-        yield strips({label: [[clip[t]] for clip in clips] for label, clips in rows.items()},
-                     [textwrap.fill(prompt, 20) for prompt in HERO], zoom=3, below=True)
+        name = "T2V-Turbo" if student else "teacher"
+        rows[f"{name}\n{sampling.steps} steps\n{passes} passes\n{seconds:.1f} s a clip"] = clips
+    titles = [textwrap.fill(prompt, 18) for prompt in HERO]
+    return [strips({label: [[clip[t]] for clip in clips] for label, clips in rows.items()}, titles, 3, True)
+            for t in range(world.FRAMES)]
 
 
-# ---- diagrams and plots ------------------------------------------------------------------------------------
-
-
-def diagram(width: float, height: float):
+def diagram(height: float):
     """An empty page in inches, and functions that write and draw arrows and rectangles on it."""
-    figure = pyplot.figure(figsize=(width, height), dpi=150)
-    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height), autoscale_on=False)
+    figure = pyplot.figure(figsize=(11, height), dpi=150)
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(0, 11), ylim=(0, height), autoscale_on=False)
     axis.axis("off")
 
-    def write(x, y, text, color="black", size=11, **options):
-        axis.text(x, y, text, color=color, fontsize=size, **dict(ha="center", va="center") | options)
+    def write(x, y, text, color="black", size=11, ha="center", **options):
+        axis.text(x, y, text, color=color, fontsize=size, ha=ha, va="center", **options)
 
-    def arrow(start, end, color=GRAY, bend=0.0, **options):
+    def arrow(start, end, color=GRAY, bend=0.0, lw=2, linestyle="-"):
         axis.annotate("", end, start, arrowprops=dict(
-            arrowstyle="-|>", color=color, connectionstyle=f"arc3,rad={bend}") | dict(lw=2) | options)
+            arrowstyle="-|>", color=color, connectionstyle=f"arc3,rad={bend}", lw=lw, linestyle=linestyle))
 
     def box(x, y, width, height, **options):
         axis.add_patch(pyplot.Rectangle((x, y), width, height, **options))
@@ -270,7 +253,6 @@ def diagram(width: float, height: float):
 
 def distillation(seed: int) -> Figure:
     """z_t, the teacher's step to its neighbour, the student's two answers, and which one is pulled."""
-    # a step in so much noise that the answers differ
     models, caption, clip, z0, eps = encoded(seed + 14, seed)
     schedule, c, t = Schedule(8), models.text([caption]), torch.tensor([999])
     s, f = schedule.previous(t), turbo.student_f(shapes.load("vcm").unet, schedule, c, STUDENT)
@@ -278,31 +260,28 @@ def distillation(seed: int) -> Figure:
     eps = turbo.guided_eps(models.unet, c, models.text([""]), TEACHER)(z_t, t)
     z_s = ddim_step(z_t, eps, schedule.at(t), schedule.at(s))
 
-    figure, axis, write, arrow, _ = diagram(11, 4.6)
+    figure, axis, write, arrow, _ = diagram(4.6)
     shown = {(9.6, 3.0): z_t, (7.2, 3.0): z_s, (4.2, 3.4): f(z_s, s), (4.2, 1.2): f(z_t, t)}
-    shown = {place: middle(models, z) for place, z in shown.items()} | {(1.1, 3.0): clip[:, 4]}
+    shown = {place: frames(models, z)[0][2] for place, z in shown.items()} | {(1.1, 3.0): clip[:, 4]}
     for place, picture in shown.items():
         image = OffsetImage(picture.permute(1, 2, 0).numpy(), zoom=0.95, interpolation="nearest")
         axis.add_artist(AnnotationBbox(image, place, pad=0.1))
-    write(1.1, 2.25, "training clip $z_0$")
-    write(9.6, 2.25, "$z_t$", size=13)
-    write(7.2, 2.25, "$\\hat z_s$", size=13)
     arrow((1.1, 3.65), (9.6, 3.65), bend=-0.16, linestyle="--")
-    write(5.4, 4.42, "add noise: $z_t = \\alpha_t z_0 + \\sigma_t \\epsilon$", GRAY)
     arrow((8.95, 3.0), (7.85, 3.0), ORANGE)
-    write(8.4, 3.28, "teacher", ORANGE)
-    write(8.4, 2.72, "one step", ORANGE)
-    arrow((6.55, 3.1), (4.85, 3.4), GRAY)
-    write(5.75, 2.85, "student $f_{\\theta^-}$", GRAY)
-    write(5.7, 3.25, "×", RED, 26, weight="bold")
-    write(5.75, 3.65, "no gradient (sg)", RED)
+    arrow((6.55, 3.1), (4.85, 3.4))
     arrow((9.4, 2.0), (4.85, 1.2), BLUE, bend=-0.2)
-    write(7.3, 0.7, "student $f_\\theta$; the gradient goes back here", BLUE)
     arrow((4.2, 1.85), (4.2, 2.75), BLUE, lw=4)
-    write(4.02, 2.3, "$L_{CD}$ pulls this answer\ntowards that one", BLUE, ha="right")
     arrow((10.6, 0.3), (0.5, 0.3), "black", lw=1)
-    write(0.9, 0.48, "clean, t = 0", size=9)
-    write(10.3, 0.48, "noise, t = 999", size=9)
+    for x, y, color, text in (
+            (1.1, 2.25, "black", "training clip $z_0$"), (9.6, 2.25, "black", "$z_t$"),
+            (7.2, 2.25, "black", "$\\hat z_s$"), (0.9, 0.48, "black", "clean, t = 0"),
+            (10.2, 0.48, "black", "noise, t = 999"), (8.4, 3.0, ORANGE, "teacher\n\none step"),
+            (5.4, 4.42, GRAY, "add noise: $z_t = \\alpha_t z_0 + \\sigma_t \\epsilon$"),
+            (5.75, 2.85, GRAY, "student $f_{\\theta^-}$"), (5.75, 3.65, RED, "no gradient (sg)"),
+            (7.3, 0.7, BLUE, "student $f_\\theta$; the gradient goes back here"),
+            (3.05, 2.3, BLUE, "$L_{CD}$ pulls this answer\ntowards that one")):
+        write(x, y, text, color)
+    write(5.7, 3.25, "×", RED, 26, weight="bold")
     return figure
 
 
@@ -311,7 +290,7 @@ def attention(seed: int) -> Figure:
     frame = torch.arange(6.0)
     reference = torch.softmax(-(frame[:, None] - 0.6 * frame - 1.2) ** 2, 1)
     noisy = torch.softmax(-0.35 * (frame[:, None] - frame) ** 2, 1)
-    figure, axis, write, arrow, box = diagram(11, 3.9)
+    figure, axis, write, arrow, box = diagram(3.9)
     for i in range(6):                                      # frames, the first on top; red: one position
         x, y = 0.35 + 0.24 * i, 1.1 + 0.17 * i
         box(x, y, 1.1, 1.1, facecolor="#e5e7eb", edgecolor="black", zorder=9 - i)
@@ -323,26 +302,26 @@ def attention(seed: int) -> Figure:
         axis.imshow(table, extent=(left, left + 2.1, 0.95, 3.05), cmap="Blues", vmax=0.7, aspect="auto")
         for row, key in enumerate(reference.argmax(1).tolist()):
             box(left + 0.35 * key, 2.7 - 0.35 * row, 0.35, 0.35, fill=False, edgecolor=RED, lw=2)
-        write(left + 1.05, 3.2, "T keys", GRAY, 9)
-        write(left - 0.13, 2.0, "T queries", GRAY, 9, rotation=90)
-        write(left + 1.05, 0.5, label)
+        for x, y, text, turn in (1.05, 3.2, "T keys", 0), (-0.15, 2, "T queries", 90), (1.05, 0.5, label, 0):
+            write(left + x, y, text, rotation=turn)
     write(9.3, 2.45, "red: M, the strongest\nkey of each query\nin the reference", RED, ha="left")
     write(9.3, 1.4, "G: squared\ndifference of the\nred entries", ha="left")
     return figure
 
-
 MAP = {                                 # layer: its colour; {file: what it is}
-    "commands": ("#dbeafe", {"train.py": "Algorithm 1,\npresets", "prepare.py": "v2's cache", "sample.py":
-                             "text to video", "evaluate.py": "table, VBench,\npeople"}),
+    "commands": ("#dbeafe", {
+        "train.py": "Algorithm 1,\npresets", "prepare.py": "v2's cache", "sample.py": "text to video",
+        "evaluate.py": "table, VBench,\npeople", "demo.py": "a page\nto play with"}),
     "the toy": ("#dcfce7", {"shapes/": "a world of moving shapes: captions, clips, judge, small networks"}),
-    "the method\nand its parts": ("#fef3c7", {"turbo.py": "the two papers", "model.py": "UNet, VAE, text",
+    "the method\nand its parts": ("#fef3c7", {"turbo.py": "the two papers", "model.py": "UNet, its weights",
                                               "rewards.py": "reward models", "data.py": "clips, captions"}),
-    "below": ("#f3f4f6", {"solver.py": "noise, DDIM, guidance", "plumbing/": "options, files, video"})}
+    "below": ("#f3f4f6", {"solver.py": "noise, DDIM, guidance", "networks/": "VAE, text tower, BERT",
+                          "plumbing/": "options, files, video"})}
 
 
 def map(seed: int) -> Figure:
     """The map of files: whatever imports, imports from below."""
-    figure, _, write, arrow, box = diagram(11, 4.6)
+    figure, _, write, arrow, box = diagram(4.6)
     for y, (layer, (color, files)) in zip((3.5, 2.4, 1.3, 0.2), MAP.items()):
         write(0.95, y + 0.48, layer, GRAY)
         width = 8.6 / len(files)
@@ -356,16 +335,10 @@ def map(seed: int) -> Figure:
     return figure
 
 
-def plot(panels: int = 1, width: float = 7.0, height: float = 3.0):
-    """A page with so many panels beside each other."""
-    figure, axes = pyplot.subplots(1, panels, figsize=(width, height), dpi=150, squeeze=False, layout="tight")
-    return figure, axes[0]
-
-
 def boundaries(seed: int) -> Figure:
     """c_skip and c_out, which make f(z, 0) = z whatever the network says."""
     t = torch.linspace(0, 2, 400)
-    figure, (axis,) = plot(height=2.2)
+    figure, axis = pyplot.subplots(figsize=(7, 2.2), dpi=150, layout="tight")
     for factor, label in zip(turbo.boundary(t), ("$c_{skip}$", "$c_{out}$")):
         axis.plot(t, factor.flatten(), label=label)
     axis.set(xlabel="timestep t (the grid's first point is far to the right: 19 of 999)")
@@ -375,12 +348,11 @@ def boundaries(seed: int) -> Figure:
 
 def variety(seed: int) -> Figure:
     """Right clips against variety, in percent. variety.json: {SERIES: [[label, variety, right], ...]}."""
-    figure, (axis,) = plot(height=3.6)
+    figure, axis = pyplot.subplots(figsize=(7, 3.6), dpi=150, layout="tight")
     for series, points in json.loads(VARIETY.read_text(encoding="utf-8")).items():
-        labels, x, y = zip(*points)
-        line, = axis.plot(x, y, "o-", label=series)
-        for label, place in zip(labels, zip(x, y)):
-            axis.annotate(label, place, xytext=(5, 5), textcoords="offset points", color=line.get_color())
+        line, = axis.plot([x for _, x, _ in points], [y for _, _, y in points], "o-", label=series)
+        for label, x, y in points:
+            axis.annotate(label, (x, y), (5, 5), textcoords="offset points", color=line.get_color())
     axis.set(xlabel="variety, % of the world's own", ylabel="right clips, %")
     axis.legend()
     return figure
@@ -388,22 +360,20 @@ def variety(seed: int) -> Figure:
 
 def curves(logs: tuple[str, ...], keys: tuple[str, ...]) -> Figure:
     """Numbers of training runs' log.jsonl over their steps, a panel each."""
-    figure, axes = plot(len(keys), 5 * len(keys))
+    figure, axes = pyplot.subplots(1, len(keys), figsize=(5 * len(keys), 3), squeeze=False, layout="tight")
     for log in logs:
         name, _, path = log.rpartition("=")
         with reading(path, "a run's log.jsonl"):
             records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        for key, axis in zip(keys, axes):
+        for key, axis in zip(keys, axes[0]):
             points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
             if not points:
                 raise UserError(f"{path} has no {key!r}; it has {', '.join(records[0])}")
             axis.plot(*zip(*points), label=name or Path(path).parent.name, lw=1)
             axis.set(xlabel="step", ylabel=key)
-    axes[0].legend()
+    axes[0, 0].legend()
     return figure
 
-
-# ---- the command -------------------------------------------------------------------------------------------
 
 VARIETY = Path(__file__).with_name("variety.json")          # measured, not made here
 FIGURES = {draw.__name__: draw for draw in (
@@ -412,12 +382,12 @@ FIGURES = {draw.__name__: draw for draw in (
 NAMES = (*FIGURES, *COMPARED, "hero", "curves")
 
 
-def save(figure: Figure, colours: int = 256) -> Image.Image:
-    """A figure as a picture of so many colours."""
+def picture(figure: Figure, palette: Image.Image | None = None) -> Image.Image:
+    """A figure as a picture of 256 colours, those of another one or its own."""
     buffer = io.BytesIO()
     figure.savefig(buffer, facecolor="white")
     pyplot.close(figure)
-    return Image.open(buffer).convert("RGB").quantize(colours, dither=Image.Dither.NONE)
+    return Image.open(buffer).convert("RGB").quantize(256, palette=palette, dither=Image.Dither.NONE)
 
 
 @cli.main
@@ -425,25 +395,24 @@ def save(figure: Figure, colours: int = 256) -> Image.Image:
 def main(argv=None):
     """Makes the figures that are named, or all."""
     config = cli.parse(Config, argv, __doc__, positional="names")
-    unknown = [name for name in config.names if name not in NAMES]
-    if unknown:
-        raise UserError(f"no figure {unknown[0]!r}; there are {', '.join(NAMES)}")
+    for name in {*config.names} - {*NAMES}:
+        raise UserError(f"no figure {name!r}; there are {', '.join(NAMES)}")
     if ("curves" in config.names) != bool(config.logs):
         raise UserError("curves and --logs NAME=runs/NAME/log.jsonl go together")
-
-    out, skipped = Path(config.out), {"curves"} if VARIETY.exists() else {"curves", "variety"}
-    out.mkdir(parents=True, exist_ok=True)
+    skipped = {"curves"} if VARIETY.exists() else {"curves", "variety"}
+    Path(config.out).mkdir(parents=True, exist_ok=True)
     for name in config.names or [name for name in NAMES if name not in skipped]:
-        path = out / (f"{name}.gif" if name == "hero" else f"{name}.png")
+        path = Path(config.out) / f"{name}.png"
         if name == "hero":
-            first, *rest = [save(figure, 64) for figure in hero(config.seed)]
-            times = [125] * len(rest) + [600]
+            path, (first, *rest) = path.with_suffix(".gif"), hero(config.seed)
+            first = picture(first).convert("RGB").quantize(64, Image.Quantize.FASTOCTREE)
+            rest, times = [picture(figure, first) for figure in rest], [125] * len(rest) + [600]
             first.save(path, save_all=True, append_images=rest, duration=times, loop=0)
         elif name == "curves":
-            save(curves(config.logs, config.keys)).save(path)
+            picture(curves(config.logs, config.keys)).save(path)
         else:
             figure = FIGURES[name](config.seed) if name in FIGURES else compared(name, config.seed)
-            save(figure).save(path, optimize=True)
+            picture(figure).save(path, optimize=True)
         print(path)
 
 
