@@ -148,7 +148,7 @@ def denoising(seed: int) -> Figure:
         z0_hat = predict_z0(z_t, models.unet(z_t, t, c), *schedule.at(t))
         noisy.append(frames(models, z_t)[0][2])
         guesses.append(frames(models, z0_hat)[0][2])
-    return strips({"noisy $z_t$": [noisy], "guess $\\hat z_0$": [guesses]}, [f"t = {t}" for t in timesteps])
+    return strips({"noisy zₜ": [noisy], "guess ẑ₀": [guesses]}, [f"t = {t}" for t in timesteps])
 
 
 def neighbours(seed: int) -> Figure:
@@ -165,7 +165,7 @@ def neighbours(seed: int) -> Figure:
         guesses.append(frames(teacher, predict_z0(z, eps, *schedule.at(t)))[0][2])
         ends.append(frames(teacher, f(z, t))[0][2])
         z = ddim_step(z, eps, schedule.at(t), schedule.at(s))
-    return strips({"teacher's $\\hat z_0$": [guesses], "student's $f$": [ends]},
+    return strips({"teacher's ẑ₀": [guesses], "student's f": [ends]},
                   [f"t = {t}" for t in timesteps.tolist()])
 
 
@@ -342,7 +342,7 @@ def boundaries(seed: int) -> Figure:
     for factor, label in zip(turbo.boundary(t), ("$c_{skip}$", "$c_{out}$")):
         axis.plot(t, factor.flatten(), label=label)
     axis.set(xlabel="timestep t (the grid's first point is far to the right: 19 of 999)")
-    axis.legend()
+    axis.legend(loc="center right")
     return figure
 
 

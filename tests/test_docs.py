@@ -91,7 +91,7 @@ def check_sample(args):
     config = cli.parse(sample.Config, args, positional="prompt")
     config = replace(config, model=config.model or "shapes")
     sample.check(config)
-    if config.model == "shapes" and config.prompt:
+    if config.model == "shapes" and config.prompt and not config.turbo:
         grammar.understand(config.prompt)
 
 
