@@ -111,13 +111,12 @@ def check(config: Config) -> None:
         ("best_of refine", toy or config.reward, "--reward NAME, e.g. --reward hpsv2"),
         ("as_typed", toy, "--model shapes"),
         ("vae dry_run", not toy, "--model vc2 or ms"),
+        ("method", toy or config.method != "vcm" or config.turbo, "--turbo FILE: there is no public VCM"),
     ]
     for options, effective, owner in belongs:
         for option in options.split():
             if getattr(config, option) not in (None, False, ()) and not effective:
                 raise UserError(f"{cli.flag_of(option)} belongs to {owner}")
-    if not toy and config.method == "vcm" and not config.turbo:
-        raise UserError(f"there are no public VCM weights for {config.model}; give your own: --turbo FILE")
 
     # files to read
     sources = {"--teacher": config.teacher, "--motion-from": config.motion_from, "--vae": config.vae}
@@ -132,12 +131,11 @@ def check(config: Config) -> None:
             raise UserError(f"{option} {path}: no such file or folder")
 
     # names of files to write
-    out = Path(config.out or "out.mp4")
-    if config.prompts and config.out and is_file(out):
-        raise UserError(f"--prompts writes many files; --out {out} should be a folder, no suffix")
-    unknown = out.suffix[1:2].isalpha() and not is_file(out) and not config.prompts     # v2.0 is a folder
-    if unknown or out.name.lower() in SUFFIXES:
-        raise UserError(f"--out {out}: choose a name that ends in {', '.join(SUFFIXES)}, or a folder's")
+    out = Path(config.out or "")
+    unknown = out.suffix[1:2].isalpha() and not is_file(out)                    # v2.0 is a folder
+    if (is_file(out) if config.prompts else unknown) or out.name.lower() in SUFFIXES:
+        raise UserError(f"--out {out}: choose a folder's name, or for one prompt one that ends in "
+                        f"{', '.join(SUFFIXES)}")
     if config.sheet and Path(config.sheet).suffix.lower() != ".png":
         raise UserError(f"--sheet {config.sheet}: its name must end in .png")
 
@@ -235,10 +233,10 @@ def load_rewards(config: Config, models: Models) -> list[RewardTerm]:
 
 def sampling_of(models: Models, config: Config) -> Sampling:
     """The networks' own way of sampling, and over it what was typed. Raises UserError."""
-    takes = models.unet.config
-    if config.motion is not None and not takes.motion and not config.motion_from:
+    conditions = models.unet.config
+    if config.motion is not None and not conditions.motion and not config.motion_from:
         raise UserError(f"--motion belongs to T2V-Turbo-v2 with motion guidance; {config.turbo} has none")
-    names = ["steps", "guidance", "motion"] + (["fps"] if takes.fps else [])
+    names = ["steps", "guidance", "motion"] + ["fps"] * conditions.fps
     typed = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     default = {"motion": 0.05} if config.motion_from else {}                    # v2's λ'
     sampling = replace(models.sampling, **default | typed)

@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from plumbing.errors import UserError, reading
 
+MARKS = {".json": ('"scores"', '"rows"'), ".html": ('id="content"',)}      # in files that the commands write
+
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
@@ -94,8 +96,8 @@ def pairs(options: dict) -> list[tuple[str, Path]]:
 
 def replaceable(path: Path) -> bool:
     """Does an existing file hold what the commands write under its suffix? Of most the suffix is enough."""
-    if path.suffix.lower() == ".json":
-        return any(key in path.read_text(errors="replace") for key in ('"scores"', '"rows"'))
+    if path.suffix.lower() in MARKS:
+        return any(mark in path.read_text(errors="replace") for mark in MARKS[path.suffix.lower()])
     if path.suffix.lower() == ".safetensors":
         with suppress(SafetensorError), safe_open(path, "np") as file:
             return set(file.keys()) == {"clip"}

@@ -76,7 +76,8 @@ def open_folder(config) -> Path | None:
         if not ours and (about.exists() or (out / "log.jsonl").exists()):
             raise UserError(f"{out} holds a config.json or log.jsonl that is no run's; choose another --out")
         lines = whole_lines(out / "log.jsonl")
-        if (out / "turbo.safetensors").exists() or lines and lines[-1][0] >= config.save_every:
+        exported = any((out / f"{name}.safetensors").exists() for name in ("turbo", "merged"))
+        if exported or lines and lines[-1][0] >= config.save_every:
             raise UserError(f"{out} holds log or weights of a run whose checkpoints are gone; they would be "
                             "written over: choose another --out")
         (out / "log.jsonl").unlink(missing_ok=True)             # of a run that left no checkpoint

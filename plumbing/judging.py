@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from plumbing.errors import UserError, reading
-from plumbing.files import atomic
+from plumbing.files import atomic, check_outputs
 from plumbing.stats import markdown, raw_agreement, wilson
 
 QUESTIONS = ("Which video is more visually appealing?",                 # v1, Sec. 4.2
@@ -47,9 +47,8 @@ def make_pages(a: Model, b: Model, out: Path, size: int) -> list[str]:
     for number, start in enumerate(range(0, len(names), size or len(names)), 1):
         clips = names[start:start + (size or len(names))]
         path = out if number == 1 else out.with_stem(f"{out.stem}-{number}")
+        check_outputs({"--out": path}, {})
         html = page(a, b, clips)
-        if path.exists() and 'id="content"' not in path.read_text(encoding="utf-8", errors="replace"):
-            raise UserError(f"--out {path} exists, and is no page of `compare`; choose another name")
         with atomic(path) as temporary:
             temporary.write_text(html, encoding="utf-8")
         lines.insert(number - 1, f"{path}: {len(clips)} pairs, {len(html) / 2 ** 20:.1f} MiB")

@@ -32,7 +32,7 @@ TYPED = {                               # command -> what is typed behind it -> 
         f"{RED} --height 70": "height 70 is not a multiple of 16; try 64 or 80",
         f"{RED} --device tpu": "--device tpu: no such device here",
         f"{RED} --out ''": "--out: '' is neither a file's name nor a folder's",
-        f"{RED} --out .mp4": "--out .mp4: choose a name that ends in .mp4, .gif, .png, .safetensors",
+        f"{RED} --out .mp4": "--out .mp4: choose a folder's name, or for one prompt one that ends",
         f"{RED} --out x.gif --fps 60": "fps 60 for x.gif: choose from 0.1 to 50",
         f"{RED} --out red.txt/x.mp4": "red.txt: nothing can be written there: ",
         f"{RED} --out clips.mp4": "clips.mp4 is a folder",
@@ -54,7 +54,7 @@ TYPED = {                               # command -> what is typed behind it -> 
         "--prompts broken.json": "broken.json is not a list of prompts",
         "--prompts columns.csv": "entry 1: no prompt in any of prompt_en, prompt, caption, text; ",
         "--prompts commas.csv": "commas.csv, entry 2: neither a text nor a row of the header's columns",
-        "--prompts red.txt --out x.mp4": "--prompts writes many files; --out x.mp4 should be a folder",
+        "--prompts red.txt --out x.mp4": "--out x.mp4: choose a folder's name",
         "--prompts slash.txt --out new": "'a red/ring' and 'a red ring' would both be written to new/a red",
     },
     "train": {
