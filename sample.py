@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -283,9 +284,15 @@ class Take:
     scores: dict[str, float] = field(default_factory=dict)  # also "total", and "climb" of --refine
 
 
+def caption_of(prompt: str, seed: int, config: Config) -> tuple[str, list[str]]:
+    """What the networks are told, and notes on it: the toy's captions say what a prompt leaves unsaid."""
+    complete = config.model == "shapes" and not config.as_typed
+    return grammar.fill_in(prompt, seed) if complete else (prompt, [])
+
+
 def make(takes: list[Take], models: Models, terms: list[RewardTerm], sampling: Sampling, config: Config,
-         reference: Reference | None) -> None:
-    """Makes some clips at once: noise -> latents -> pixels -> scores."""
+         reference: Reference | None, watch: Callable | None = None) -> None:
+    """Makes some clips at once: noise -> latents -> pixels -> scores. watch: see `turbo.generate`."""
     import torch
     from tqdm import tqdm
 
@@ -298,7 +305,7 @@ def make(takes: list[Take], models: Models, terms: list[RewardTerm], sampling: S
     if config.refine:
         z, climb = turbo.generate_refined(*common, terms, config.refine, progress=steps)
     else:
-        z = turbo.generate(*common, steps, reference)
+        z = turbo.generate(*common, steps, reference, watch)
     clips = to_clip(models.vae, z, None if models.name == "shapes" else 4).cpu()
 
     with torch.no_grad():
@@ -316,9 +323,7 @@ def make_all(jobs: list[Job], models: Models, terms: list[RewardTerm], config: C
     batch, count = config.batch or (16 if models.name == "shapes" else 1), config.best_of or 1
     sampling, reference = sampling_of(models, config), reference_of(models, config)
 
-    # the toy's captions say what a prompt leaves unsaid
-    complete = config.model == "shapes" and not config.as_typed
-    captions = [grammar.fill_in(job.prompt, job.seed) if complete else (job.prompt, []) for job in jobs]
+    captions = [caption_of(job.prompt, job.seed, config) for job in jobs]
     for job, (_, notes) in list(zip(jobs, captions))[:8]:
         if notes:
             print(f"{job.path.name}: {'; '.join(notes)}", file=sys.stderr)

@@ -108,19 +108,21 @@ def z0_scale() -> Tensor:
 @torch.no_grad()
 def ddim_sample(schedule: Schedule, eps_model: EpsModel, z: Tensor, timesteps: list[int],
                 noise: Callable | None = None, eta: float = 0.0, scale: Tensor | None = None,
-                push: Callable | None = None, progress=iter) -> Tensor:
+                push: Callable | None = None, progress=iter, watch: Callable | None = None) -> Tensor:
     """Teacher sampling, noise z -> clean latents: a DDIM step per timestep, noisiest first, and the last to
     0.
 
     eta > 0 is stochastic DDIM (VideoCrafter2: 1) and takes `noise()`, shaped like z, in each step.
     scale: `z0_scale()` for VideoCrafter2. push(z, t): what motion guidance takes from ε, None where it is
-    off. progress wraps the list of timesteps (tqdm).
+    off. progress wraps the list of timesteps (tqdm). watch(t, ẑ0) is called in each step.
     """
     for t, s in zip(progress(timesteps), [*timesteps[1:], 0]):
         times = torch.full((len(z),), t, device=z.device)
         at_t, (alpha_s, sigma_s) = schedule.at(times), schedule.at(torch.full_like(times, s))
         eps = eps_model(z, times)
         taken = push(z, times) if push else None
+        if watch:
+            watch(t, predict_z0(z, eps, *at_t) / (1 if scale is None else scale[t].item()))
 
         # η: fresh noise takes the place of a part of the predicted noise; the variance stays sigma_s²
         alpha_t, sigma_t = at_t

@@ -347,11 +347,12 @@ class Reference:
 
 @torch.no_grad()
 def generate(models, captions: list[str], seeds: list[int], size: tuple[int, int, int], sampling: Sampling,
-             progress=iter, reference: Reference | None = None) -> Tensor:
+             progress=iter, reference: Reference | None = None, watch: Callable | None = None) -> Tensor:
     """Captions -> final latents (B, C, T, h, w), float32. Clip i depends on captions[i] and seeds[i] alone.
 
     models: has `unet`, `vae` and `text`. size: (T, H, W) of the clips, in frames and pixels. reference, with
     the method "ddim": a clip of that size whose motion guides at t >= 1000 (1 - τ) with strength λ'.
+    watch(t, ẑ0): is called in each step.
     """
     assert reference is None or sampling.method == "ddim", "motion guidance is for the teacher's ODE"
     T, H, W = size
@@ -362,7 +363,7 @@ def generate(models, captions: list[str], seeds: list[int], size: tuple[int, int
 
     # the student's f, in few jumps
     if sampling.method == "student":
-        f = student_f(models.unet, schedule, c, sampling)
+        f = watched(student_f(models.unet, schedule, c, sampling), watch)
         return sample(f, schedule, noise, sampling.jumps(schedule), progress)
 
     # the teacher's guided ẑ0 in its place
@@ -371,7 +372,7 @@ def generate(models, captions: list[str], seeds: list[int], size: tuple[int, int
     if sampling.method == "jumps":
         def z0_model(z, t):
             return predict_z0(z, eps_model(z, t), *schedule.at(t))
-        return sample(z0_model, schedule, noise, sampling.jumps(schedule), progress)
+        return sample(watched(z0_model, watch), schedule, noise, sampling.jumps(schedule), progress)
 
     # the teacher's ODE
     timesteps = schedule.few_steps(sampling.steps) if sampling.on_grid else ddim_timesteps(sampling.steps)
@@ -379,7 +380,18 @@ def generate(models, captions: list[str], seeds: list[int], size: tuple[int, int
     push = None
     if reference is not None:
         push = motion_transfer(models.unet, schedule, c, reference, timesteps, sampling)
-    return ddim_sample(schedule, eps_model, noise(), timesteps, noise, sampling.eta, scale, push, progress)
+    return ddim_sample(schedule, eps_model, noise(), timesteps, noise, sampling.eta, scale, push, progress,
+                       watch)
+
+
+def watched(f, watch: Callable | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """f(z, t) -> ẑ0, of which each answer is shown to watch(t, ẑ0)."""
+    def f_seen(z, t):
+        z0_hat = f(z, t)
+        watch(int(t[0]), z0_hat)
+        return z0_hat
+
+    return f_seen if watch else f
 
 
 def student_f(unet, schedule: Schedule, c: Tensor, sampling: Sampling) -> Callable[[Tensor, Tensor], Tensor]:

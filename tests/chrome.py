@@ -61,10 +61,10 @@ class Page:
             assert time.monotonic() < end, f"never: {condition}"
             time.sleep(0.05)
 
-    def open(self, path: Path) -> None:
-        """Opens a file, or opens it again."""
-        self.call("Page.navigate", url=path.resolve().as_uri())
-        self.wait("location.protocol === 'file:' && document.readyState === 'complete'")
+    def open(self, page: Path | str) -> None:
+        """Opens a file or an address, or opens it again."""
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
+        self.wait("location.href !== 'about:blank' && document.readyState === 'complete'")
 
     def press(self, key: str) -> None:
         """A key pressed and released, as a keyboard does it."""
