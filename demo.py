@@ -1,8 +1,7 @@
 """A page to play with, in the browser. The options are those of sample.py: what the page starts from.
 
-    pip install -e ".[demo]"
-    python demo.py                                          # the toy, nothing downloaded
-    python demo.py --model vc2 --reward hpsv2               # T2V-Turbo, and a reward that chooses among clips
+    pip install -e ".[demo]" && python demo.py      # the toy, nothing downloaded
+    python demo.py --model vc2 --reward hpsv2       # T2V-Turbo, and a reward that chooses among clips
 """
 import tempfile
 import time
@@ -50,7 +49,8 @@ def make(config: sample.Config, prompt: str, seed: int, best_of: int, method: st
                     lambda t, z0_hat, seen=answers: seen.append((t, z0_hat)))
         takes.append((take, answers))
     best, answers = max(takes, key=lambda pair: pair[0].scores["total"])
-    facts = [f"seed {best.seed}", f"{sampling.steps} steps", f"{time.perf_counter() - start:.1f} s"]
+    which = f"seed {best.seed}" + f" (the best of {len(takes)})" * (len(takes) > 1)
+    facts = [which, f"{sampling.steps} steps", f"{time.perf_counter() - start:.1f} s"]
     facts += [f"{term.name} {best.scores[term.name]:.3f}" for term in terms]
 
     # its clip, and a row of frames for each step; --refine tells no steps

@@ -56,7 +56,7 @@ def test_rewards_choose():
         image, video_reward = (float(fact.split()[1]) for fact in facts[3:])
         totals[f"seed {seed}"] = image + 2 * video_reward
     best = make(best_of=3)[2][-2].split(", ")
-    assert best[0] == max(totals, key=totals.get)
+    assert best[0] == f"{max(totals, key=totals.get)} (the best of 3)"
 
 
 def test_words_are_filled_in_or_refused():
