@@ -16,7 +16,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,18 +114,15 @@ class Config(Recipe):
         return self.preset.endswith("v2")
 
     @property
-    def has_motion(self) -> bool:
-        """Is λ' an input of the student?"""
+    def has_motion(self) -> bool:       # is λ' an input of the student?
         return self.is_v2 and self.motion > 0
 
     @property
-    def reward_batch(self) -> int:
-        """v2: clips per step that rewards see, of all processes together."""
+    def reward_batch(self) -> int:      # v2: clips per step that rewards see, of all processes together
         return math.ceil(self.batch / self.reward_every)
 
     @property
-    def model(self) -> str:
-        """Whose teacher it is."""
+    def model(self) -> str:             # whose teacher it is
         return "shapes" if self.is_toy else "ms" if self.preset.endswith("ms") else "vc2"
 
 
@@ -165,8 +162,7 @@ def configure(argv: list[str] | None = None, description: str = "") -> Config:
 
 def check_options(config: Config, typed: set[str]) -> None:
     """Refuses options that have no effect here, or do not fit each other."""
-    toy, v2 = config.is_toy, config.is_v2
-    public = "--preset turbo-vc2 and the like"
+    toy, v2, public = config.is_toy, config.is_v2, "--preset turbo-vc2 and the like"
     belongs = {                         # option -> does it take effect, what it belongs to
         "data": (v2 or not toy, f"{public}; the toy draws its own clips"),
         **dict.fromkeys(("columns", "video_root"), (not v2 and not toy, public)),
@@ -510,9 +506,7 @@ def load_world(config: Config, group: run.Group) -> tuple[model.Models, object, 
     """Networks, dataset of captioned clips, and reward terms; random ones without clips for a --dry-run."""
     device, dtype = group.device, getattr(torch, config.dtype)
     if config.is_toy:
-        toy_rewards = shapes.rewards(device, config.teacher or None)
-        terms = reward_terms(config, lambda name, path, frames: rewards.load(name, device=device)
-                             if name == "motion" else toy_rewards[rewards.RECIPES[name].kind])
+        terms = reward_terms(config, partial(shapes.reward, device=device, folder=config.teacher or None))
     elif config.dry_run is None:
         terms = reward_terms(config, partial(rewards.load, device=device, dtype=dtype))
     else:
@@ -641,19 +635,26 @@ def loop(trainer: Trainer, clips, out: Path, record: dict) -> int | None:
     config, group, parts = trainer.config, trainer.group, trainer.parts
     received, stopped = run.stop_signals(), False
     batches = batches_of(trainer, clips, out / "bad_clips.jsonl")
+
+    def is_due(every: int) -> bool:
+        return every > 0 and (trainer.done % every == 0 or trainer.done == config.train_steps)
+
+    def finish_step() -> None:                              # after the checkpoint
+        samples = show(trainer, out) if is_due(config.sample_every) else {}
+        log(trainer.done, record | samples, parts)
+
     with folder.Log(out, trainer.done, config.train_steps, group) as log:
         if record and group.any(log.last < trainer.done):   # killed after the checkpoint, before the log
-            finish_step(trainer, out, log, record)
+            finish_step()
         while trainer.done < config.train_steps and not stopped:
             parts.seconds.clear()
             with parts("data"):
                 batch = next(batches)
             record = trainer.step(batch)
             stopped = group.any(received)
-            due = trainer.done % config.save_every == 0 or trainer.done == config.train_steps or stopped
-            if due and group.rank == 0:
+            if group.rank == 0 and (is_due(config.save_every) or stopped):
                 folder.save_checkpoint(out, trainer.done, trainer.state(record))
-            finish_step(trainer, out, log, record)
+            finish_step()
     return (received or [signal.SIGTERM])[0] if stopped else None
 
 
@@ -676,14 +677,6 @@ def batches_of(trainer: Trainer, clips, bad_file: Path) -> Iterator[dict]:
             for first, second in zip(distilled, rewarded))
 
 
-def finish_step(trainer: Trainer, out: Path, log: folder.Log, record: dict) -> None:
-    """Samples, where they are due, and the step's line in the log; both come after the checkpoint."""
-    every, done = trainer.config.sample_every, trainer.done
-    if every and (done % every == 0 or done == trainer.config.train_steps):
-        record = record | show(trainer, out)
-    log(done, record, trainer.parts)
-
-
 @cli.main
 def main(argv: list[str] | None = None):
     """Trains until --train-steps or a signal; leaves log, samples, checkpoints and, at the end, weights."""
@@ -693,9 +686,6 @@ def main(argv: list[str] | None = None):
         check_files(config)
     group = run.Group(config.device)
     torch.manual_seed(config.seed)                                  # LoRA starts alike on all processes
-    real = group.rank == 0 and config.dry_run != 0
-    if real and config.dtype == "bfloat16" and not run.has_bfloat16(group.device):
-        print("--dtype bfloat16: this device only imitates it; float32 may be faster", file=sys.stderr)
     if config.dry_run is not None:
         return budget.report_step(config, group, load_world, trainer_class)
 
@@ -724,8 +714,7 @@ def main(argv: list[str] | None = None):
                 export(trainer, out)
     group.close()
     if stopped:
-        with suppress(OSError):                                     # SIGHUP: the terminal is gone
-            print(f"stopped by a signal, saved step {trainer.done}; --resume auto goes on", file=sys.stderr)
+        print(f"stopped by a signal, saved step {trainer.done}; --resume auto goes on", file=sys.stderr)
         sys.exit(128 + stopped)
 
 

@@ -241,16 +241,17 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     return model.Models("shapes", unet, vae, text, FAMILY, header)
 
 
-def reward(name: str, path: str | Path | None, device: torch.device | str) -> reward_models.Reward:
-    """A reward by its name; the toy's own from the embedded files, unless another is given."""
+def reward(name: str, path: str | Path | None, device: torch.device | str, folder: str | Path | None = None,
+           **options) -> reward_models.Reward:
+    """A reward by its name; the toy's own from its file, else from the folder, else the embedded one."""
     if not name.startswith("shapes-"):
-        return reward_models.load(name, path, device)
-    path = path or WEIGHTS / f"{name.removeprefix('shapes-')}.safetensors"
+        return reward_models.load(name, path, device, **options)
+    path = path or Path(folder or WEIGHTS) / f"{name.removeprefix('shapes-')}.safetensors"
     return reward_models.load(name, path, device, tokenizer=world.tokenize)
 
 
 def rewards(device: torch.device | str = "cpu", folder: str | Path | None = None
             ) -> dict[str, reward_models.Reward]:
     """R_img, the toy's CLIP, and R_vid, its ViCLIP."""
-    return {kind: reward(f"shapes-{name}", Path(folder or WEIGHTS) / f"{name}.safetensors", device)
-            for kind, name in (("image", "clip"), ("video", "viclip"))}
+    return {kind: reward(name, None, device, folder)
+            for kind, name in (("image", "shapes-clip"), ("video", "shapes-viclip"))}
