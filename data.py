@@ -220,16 +220,14 @@ def append_rows(path: str | Path, rows: list[dict]) -> None:
 # 0000012.rewards.safetensors where the clip carries rewards, with all of its draws of (t, ε):
 #   z_t, eps_c = ε(z_t, c, t), eps_u = ε(z_t, ∅, t), gradient = ∂G/∂z_t   (draws, C, T, H, W), float16
 #   c   (L, D), float16; t, caption, reward_caption or None, rewards   as JSON
-# gradient is left out where motion guidance is off in all draws. At 512x320 with 16 frames a clip with one
-# draw has 1,140,736 bytes, with its gradient 1,468,416.
+# gradient is left out where motion guidance is off in all draws.
 
 
 class CacheWriter:
     """Makes a cache of header["clips"] clips, or goes on with one; each process writes clips of its own.
 
     A clip's file is whole or not there, so any number of processes, killed and started again, makes the same
-    cache. Raises UserError where the folder holds a cache of another header.
-    """
+    cache. Raises UserError where the folder holds a cache of another header."""
 
     def __init__(self, folder: str | Path, header: dict, rank: int = 0, world_size: int = 1):
         self.folder, self.header = Path(folder), json.loads(json.dumps(header))
@@ -265,10 +263,8 @@ class CacheWriter:
 class Cache:
     """A complete cache as a dataset for the loader: a sample is one draw of one clip.
 
-    Raises UserError where header.json says otherwise than `expected`, or the cache is not complete. v2 trains
-    on two streams of one cache (Sec. 4: 3 clips for L_CD and 1 for rewards): of `Cache(folder)` and of
-    `Cache(folder, only_rewards=True)`.
-    """
+    v2 trains on two streams (Sec. 4: 3 clips for L_CD and 1 for rewards), the other one with only_rewards.
+    Raises UserError where header.json says otherwise than `expected`, or the cache is not complete."""
 
     def __init__(self, folder: str | Path, expected: dict | None = None, only_rewards: bool = False):
         self.folder = Path(folder)

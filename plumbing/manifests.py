@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -147,15 +148,17 @@ def rows_of(path: str, file: TextIO, named: dict[str, str]) -> Iterator[list]:
     records, separator = records_of(path, file)
     places = None
     for number, record in enumerate(records, 1):
-        values = {str(name).strip().lower(): value for name, value in record.items()}
+        lower_case = {str(name).strip().lower(): value for name, value in record.items()}
+        values = defaultdict(str, lower_case | record)
         if places is None:
             places = choose(values, named)
         if not places:
-            columns = ", ".join(map(repr, values)) + separator
+            columns = ", ".join(map(repr, record)) + separator
             raise UserError(f"{path}: path and caption are not known among its columns ({columns}); "
                             "name them: --columns path=COLUMN,caption=COLUMN")
 
-        clip, caption, reward_caption = (fill(place, values) for place in places)
+        clip, caption, reward_caption = (
+            place.format_map(values) if "{" in place else values.get(place) for place in places)
         problem = "" if clip and isinstance(clip, str) else f"row {number} of {path}: no path"
         if None in record:                            # where csv puts what is left over
             problem = f'row {number} of {path}: too many fields; quote a caption with commas: "one, two"'
@@ -184,20 +187,9 @@ def choose(values: dict, named: dict[str, str]) -> list[str]:
     places = []
     for field, known in KNOWN.items():
         options = (named[field],) if field in named else known
-        present = [option for option in options if values.keys() >= set(columns_of(option))]
+        present = [option for option in options
+                   if values.keys() >= set(re.findall(r"\{(.*?)\}", option) or [option])]
         if not present and (field in named or field != "reward_caption"):
             return []
         places.append((present or options)[0])
     return places
-
-
-def columns_of(place: str) -> list[str]:
-    """A column, or those of a template."""
-    return [name.lower() for name in re.findall(r"\{(.*?)\}", place) or [place]]
-
-
-def fill(place: str, values: dict) -> object:
-    """What a row has in a column, or a template filled with its values."""
-    if "{" not in place:
-        return values.get(place.lower())
-    return re.sub(r"\{(.*?)\}", lambda match: str(values.get(match[1].lower(), "")), place)

@@ -85,7 +85,8 @@ def open_index(paths: list[str], cache: str | None) -> np.ndarray:
 
     for place in places:
         with suppress(UserError), atomic(place) as temporary:         # of a place that cannot be written
-            np.save(temporary, index)
+            with open(temporary, "wb") as file:                       # to a name np.save would add a suffix
+                np.save(file, index)
             break
     return index
 

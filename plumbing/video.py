@@ -34,8 +34,7 @@ def read_video(source: str | Path | bytes, frames: int, fps: float, height: int,
                generator: torch.Generator | None = None) -> tuple[Tensor, float]:
     """A video file, or its bytes -> (uint8 clip (3, frames, height, width), its frames per second).
 
-    The clip starts at a random frame, or at the first without a generator. Its rate is `fps`, or more where
-    the video is too short (see `pick`). Raises ValueError for whatever cannot be read whole."""
+    The clip starts at a random frame, or at the first without a generator; see `pick`. Raises ValueError."""
     ticks, keys, seconds = timeline(source)
     if ticks[0] == ticks[-1]:
         raise ValueError(f"not a clip: {len(ticks)} frames, all of one timestamp")

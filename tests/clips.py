@@ -22,29 +22,26 @@ def read_video(*args, **options) -> torch.Tensor:
 
 def counting_clip(frames: int, height: int = 32, width: int = 48, step: int = 4) -> torch.Tensor:
     """Frame t is grey of level step * t + 8, so a frame tells its number."""
-    return (
-        (step * torch.arange(frames) + 8).view(1, -1, 1, 1).expand(3, frames, height, width).to(torch.uint8)
-    )
+    levels = (step * torch.arange(frames) + 8).view(1, -1, 1, 1)
+    return levels.expand(3, frames, height, width).to(torch.uint8)
 
 
 def numbers(clip: torch.Tensor, step: int = 4) -> list[int]:
     return ((clip.float().mean((0, 2, 3)) - 8) / step).round().int().tolist()
 
 
-def write_at(
-    path, milliseconds: list[int], options: dict | None = None, codec: str = "libx264", size=(32, 48)
-) -> None:
+def write_at(path, milliseconds: list[int], options=None, codec="libx264", size=(32, 48)) -> None:
     """A video whose frame t is shown from milliseconds[t] on."""
-    with av.open(
-        str(path), "w", options={"movflags": "+faststart"} if codec == "libx264" else {}
-    ) as container:
+    start = {"movflags": "+faststart"} if codec == "libx264" else {}
+    with av.open(str(path), "w", options=start) as container:
         stream = container.add_stream(codec, rate=30, options=options or {})
         stream.height, stream.width = size
         stream.pix_fmt = "yuv420p" if size[0] % 2 == size[1] % 2 == 0 else "yuv444p"
         stream.codec_context.time_base = Fraction(1, 1000)
-        for t, pixels in enumerate(counting_clip(len(milliseconds), *size).permute(1, 2, 3, 0).numpy()):
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            frame.pts, frame.time_base = milliseconds[t], Fraction(1, 1000)
+        pictures = counting_clip(len(milliseconds), *size).permute(1, 2, 3, 0).contiguous().numpy()
+        for pts, picture in zip(milliseconds, pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = pts, Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 

@@ -100,8 +100,8 @@ def test_every_container_gives_the_frames_of_those_instants(name, codec, options
     with av.open(str(tmp_path / name), "w", format="mpegts" if name == "a.ts" else None) as container:
         stream = container.add_stream(codec, rate=25, options=options | {"b": "4M"})
         stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
-        for pixel_rows in counting_clip(40, 48, 64).permute(1, 2, 3, 0).numpy():
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixel_rows), format="rgb24")
+        for picture in counting_clip(40, 48, 64).permute(1, 2, 3, 0).contiguous().numpy():
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             container.mux(stream.encode(frame.reformat(format=stream.pix_fmt)))
         container.mux(stream.encode())
 
@@ -318,7 +318,8 @@ def test_atomic_leaves_nothing_of_a_failure(tmp_path):
     with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "a") as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
-    with pytest.raises(UserError, match="cannot be written: (File exists|Not a dir)"), atomic(tmp_path / "a/b"):
+    refused = pytest.raises(UserError, match="cannot be written: (File exists|Not a dir)")
+    with refused, atomic(tmp_path / "a/b"):
         raise AssertionError("the block must not run")
     with pytest.raises(UserError, match="b cannot be written: Is a directory"), atomic(tmp_path / "b"):
         pass
