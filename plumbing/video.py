@@ -98,7 +98,7 @@ def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputC
         with av.open(file, options=OPEN, metadata_errors="replace") as container:  # a title need not be utf-8
             stream = container.streams.best("video")
             if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-                raise ValueError("no video stream in it (only sound?)")
+                raise ValueError("no video in it")
             if stream.codec_context is None:
                 raise ValueError("its codec is not known here; convert it to h264")
             stream.codec_context.thread_count = 1

@@ -385,9 +385,9 @@ def test_damage_between_the_key_frame_and_the_clip(mp4):
 
 def test_a_run_ends_when_too_many_clips_are_bad(tmp_path):
     take(Numbers(1000, range(0, 1000, 3)), 60, 10)                   # a third of them
-    with pytest.raises(UserError, match=r"too many bad clips: 1.. of the last 1..: .* x it is bad; the last"):
+    with pytest.raises(UserError, match=r"too many bad clips: 1.. of the last 1.., e.g. clip .*: it is"):
         take(Numbers(1000, range(300, 1000)), 60, 10)
-    with pytest.raises(UserError, match="40 of the last 40: .*; see .*bad.jsonl"):          # 20 in a row
+    with pytest.raises(UserError, match="40 of the last 40, .*; see .*bad.jsonl"):          # 20 in a row
         take(Numbers(5, range(5)), 1, 2, workers=1, bad_file=tmp_path / "bad.jsonl")
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 40
     with pytest.raises(UserError, match="the dataset is empty"):
