@@ -27,13 +27,12 @@ from networks.bert import BERT, BERTConfig, WordPiece
 from networks.clip import BlockStack, LayerNorm, TextTower, TowerBlock, attend, bpe, say_cut
 from plumbing.errors import UserError, reading
 from plumbing.files import read_header
-from plumbing.layouts import OPENCLIP_BLOCKS, PUBLIC, fetch, huggingface_text, rename
+from plumbing.layouts import OPENCLIP_BLOCKS, PUBLIC, State, fetch, huggingface_text, rename
 from plumbing.weights import fill, locate, read_named, weight_files, without_memory
 
 Generators = Sequence[torch.Generator] | None           # on the CPU, one per clip: they draw its crop window
 Tokenizer = Callable[[list[str]], Tensor]               # B captions -> token ids (B, L)
 View = Callable[[Tensor, int, Generators], Tensor]      # clips (B, T, 3, H, W) -> (B, T, 3, S, S)
-State = dict[str, Tensor]
 
 
 # ---- a reward ----------------------------------------------------------------------------------------------
@@ -194,8 +193,6 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
     recipe, device = recipe_of(name), torch.device(device)
     if not (tokenizer or recipe.tokenizer):
         raise UserError(f"{name} reads the toy's captions; it goes with the toy alone")
-    if path and not recipe.convert:
-        raise UserError(f"--reward {name}={path}: {name} has no weights; say --reward {name}")
     files = find(name, path) if recipe.convert else [None]
     path, tokenizer = files[0], tokenizer or recipe.tokenizer(files[0], recipe.text_length)
 

@@ -117,11 +117,9 @@ def bpe(path: Path | None = None, length: int = 77):
 
 def say_cut(model: str, tokenizer: Callable, captions: list[str], length: int) -> bool:
     """Says that a caption is longer than the `length` tokens which a model reads -> was there one?"""
-    encode, marks = getattr(tokenizer, "encode", None), getattr(tokenizer, "marks", 2)      # start and end
-    for caption in captions if encode else ():
-        tokens = len(encode(caption)) + marks
-        if tokens > length:
-            print(f"{model} reads {length} tokens of a caption; longer ones are cut, like this of {tokens}: "
-                  f"{caption[:60]}...", file=sys.stderr)
-            return True
-    return False
+    encode, marks = getattr(tokenizer, "encode", lambda caption: ()), getattr(tokenizer, "marks", 2)
+    longest = marks + max(len(encode(caption)) for caption in captions)             # with start and end
+    if longest > length:
+        print(f"{model} reads {length} tokens of a caption; longer ones are cut, like one of {longest}",
+              file=sys.stderr)
+    return longest > length

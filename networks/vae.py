@@ -5,6 +5,7 @@ Both work frame by frame. B clips of C channels and T frames of H x W pixels; N 
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -178,9 +179,7 @@ class VAE(nn.Module):
         def decode(z):
             return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.config.patch)
 
-        def recomputed(z):
-            return recompute(decode, z)
-
+        recomputed = partial(recompute, decode)
         z = (z / self.config.scale).to(self.dtype, memory_format=torch.channels_last_3d)
         return by_frames(recomputed if self.checkpointing and torch.is_grad_enabled() else decode, z, chunk)
 

@@ -121,19 +121,17 @@ IN_RESBLOCK = r"^(?:(?:in|out)put_blocks\.\d+\.0|middle_block\.[03])"
 IN_TRANSFORMER = r"^(?:(?:in|out)put_blocks\.\d+\.[12]|middle_block\.[12]|init_attn\.0)"
 PARTS = diffusers_parts()
 
-VIDEOCRAFTER = [
+UNET = [                                                    # any layout -> ours; our own names are kept
+    *((rf"^{re.escape(name)}\.", f"{ours}.") for name, ours in PARTS),
     (r"^input_blocks\.0\.1\.", "init_attn.0."), (r"^(input_blocks\.\d+)\.op\.", r"\1.0.op."),   # ModelScope's
-    (r"^input_blocks\.0\.0\.(?!conv)", "input_blocks.0.0.conv."), *rows(RESBLOCK), *rows(TRANSFORMER)]
+    (r"^input_blocks\.0\.0\.(?!conv)", "input_blocks.0.0.conv."),
+    *rows(RESBLOCK), *rows(DIFFUSERS_RESBLOCK), *rows(TRANSFORMER)]
 TO_VIDEOCRAFTER = [
     (r"^input_blocks\.0\.0\.conv\.", "input_blocks.0.0."), *rows(RESBLOCK, IN_RESBLOCK, inverse=True),
     *rows(TRANSFORMER, IN_TRANSFORMER, inverse=True)]
-DIFFUSERS = [
-    *((rf"^{re.escape(name)}\.", f"{ours}.") for name, ours in PARTS),
-    *rows(DIFFUSERS_RESBLOCK), *rows(TRANSFORMER)]
 TO_DIFFUSERS = [                                            # longest parts first: temp_convs before resnets
     *rows(DIFFUSERS_RESBLOCK, IN_RESBLOCK, inverse=True), *rows(TRANSFORMER, IN_TRANSFORMER, inverse=True),
     *((rf"^{re.escape(ours)}\.", f"{name}.") for name, ours in sorted(PARTS, key=lambda row: -len(row[1])))]
-UNET = DIFFUSERS + VIDEOCRAFTER                             # any layout -> ours; our own names are kept
 
 DIFFUSERS_VAE = [
     (r"down_blocks\.(\d)\.resnets", r"down.\1.block"),

@@ -32,12 +32,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from oracles import compile_layers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import turbo  # noqa: E402
-from model import CPU_LAYERS, MODELSCOPE, VAE, VC2, UNet3D, compile_layers  # noqa: E402
+from model import CPU_LAYERS, MODELSCOPE, VAE, VC2, UNet3D  # noqa: E402
 from plumbing.budget import CARDS, GIB, build, simulation  # noqa: E402
 from plumbing.fast_cpu import FORMATS, speed_up  # noqa: E402
 from solver import Sampling  # noqa: E402

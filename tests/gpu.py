@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from oracles import sizes
+from oracles import compile_layers, sizes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -197,7 +197,7 @@ def compiled(bench: Bench) -> Iterator[Row]:
     unet, eager_eps = bench.models.unet, unet_pass(bench.models.unet, z, t, c)
     with budget.Counter(bench.device.type) as counter:
         unet_pass(unet, z, t, c)
-    model.compile_layers(unet, fullgraph=True, backend="inductor" if bench.cuda else "aot_eager")
+    compile_layers(unet, fullgraph=True, backend="inductor" if bench.cuda else "aot_eager")
     yield check("compiled UNet", unet_pass(unet, z, t, c), eager_eps)
     yield bench.measure("UNet pass, compiled", lambda: unet_pass(unet, z, t, c), counter.flops)
     yield bench.measure("clip in 4 steps, compiled; floor of its passes",

@@ -21,9 +21,8 @@ from model import MODELSCOPE, VAE, VC2, TextConfig, TextEncoder, UNet3D, UNetCon
 from networks.vae import load_tiny_decoder
 from plumbing import fast_cpu, layouts
 from plumbing.fast_cpu import speed_up
-from plumbing.layouts import DIFFUSERS, DIFFUSERS_VAE, OPENCLIP_BLOCKS, VIDEOCRAFTER, huggingface_text, rename
+from plumbing.layouts import DIFFUSERS_VAE, OPENCLIP_BLOCKS, UNET, huggingface_text, rename
 from plumbing.weights import fill
-from turbo import inject, lora_off
 
 SMALL = UNetConfig(**sizes(32, (1, 2, 2, 2)), head_dim=8, context_dim=24)
 TINY = replace(SMALL, **sizes(32, (1, 2), 1, (0, 1)), groups=8)
@@ -67,7 +66,7 @@ def build(network, config, state):
 
 def original(config):
     """Our UNet with the weights that the published code was run with."""
-    return build(UNet3D, config, rename(deterministic(original_shapes(config)), VIDEOCRAFTER))
+    return build(UNet3D, config, rename(deterministic(original_shapes(config)), UNET))
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def unet_pair():
         down_block_types=("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",),
         up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3).eval()
     theirs.load_state_dict(deterministic({key: tuple(x.shape) for key, x in theirs.state_dict().items()}))
-    return theirs, build(UNet3D, SMALL, rename(theirs.state_dict(), DIFFUSERS))
+    return theirs, build(UNet3D, SMALL, rename(theirs.state_dict(), UNET))
 
 
 INPUTS = randn(1, 2, 4, 3, 16, 16), torch.tensor([3, 979]), randn(2, 2, 5, 24)        # z, t, context
@@ -111,7 +110,7 @@ def test_gradients_equal_diffusers(unet_pair):
     da, db = (torch.autograd.grad((y * probe).sum(), [z, c, *net.parameters()])
               for y, net in ((a, theirs), (b, ours)))
     assert close(db[0], da[0]) and close(db[1], da[1])
-    da = rename(dict(zip((key for key, _ in theirs.named_parameters()), da[2:], strict=True)), DIFFUSERS)
+    da = rename(dict(zip((key for key, _ in theirs.named_parameters()), da[2:], strict=True)), UNET)
     for (key, _), g in zip(ours.named_parameters(), db[2:], strict=True):
         assert (g - da[key].view_as(g)).abs().max() < 1e-5 * da[key].abs().max() + 1e-12, key  # some are zero
 
@@ -304,46 +303,6 @@ def test_layout_of_the_published_unets():
     rows = [row.split("|") for row in model.LAYOUT.splitlines() if "|" in row]
     skips = [int(re.search(r"\+(\d+)", up)[1]) for _, up in rows]
     assert skips == [block[-1][2] for block in model.read_layout(model.LAYOUT)[0]] and len(skips) == 12
-
-
-def test_layers_compile_without_a_graph_break():
-    """As sample.py --compile has them, in a training step: LoRA on and off, recomputed, under autocast."""
-    unet = original(replace(TINY, **sizes(32, res_blocks=1, attention_levels=(0,)), fps=True, guidance=True))
-    trained = inject(unet, 4)
-    for p in trained:
-        p.data = 0.1 * torch.randn_like(p)
-    unet.checkpointing, w = True, torch.tensor([7.0, 8.0])
-
-    def step():
-        """ε of the teacher and of the student, attention maps, and the student's gradient."""
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad(), lora_off(unet):
-                teacher = unet(*INPUTS, w=w, fps=8)
-            student = unet(*INPUTS, w=w, fps=8)
-        gradients = torch.autograd.grad(student.square().sum(), trained)
-        return [teacher, student.detach(), *unet.with_maps(*INPUTS, fps=8)[1], *gradients]
-
-    expected = step()
-    model.compile_layers(unet, fullgraph=True, backend="eager")      # traces only, which can fail
-    assert all(map(torch.equal, step(), expected))
-
-
-@pytest.mark.slow
-def test_a_full_size_step_compiles_without_a_graph_break():
-    """T2V-Turbo (VC2) at 512x320 with LoRA, without contents: 23 graphs for the 56 layers."""
-    from torch._dynamo.utils import counters
-    with torch.device("meta"):
-        unet = UNet3D(replace(VC2, guidance=True))
-    inject(unet, 64)
-    unet.checkpointing = True
-    unet.__dict__["last"] = unet.out                        # autocast knows no meta device
-    torch._dynamo.reset()
-    counters.clear()
-    model.compile_layers(unet, fullgraph=True, backend="eager")
-    z, c = torch.randn(1, 4, 16, 40, 64, device="meta"), torch.randn(1, 77, 1024, device="meta")
-    t, w = (torch.full((1,), value, device="meta") for value in (999, 7.5))
-    unet(z, t, c, w=w, fps=16).sum().backward()
-    assert counters["stats"]["unique_graphs"] == 23 and not counters["graph_break"]
 
 
 def digest(shapes):

@@ -649,8 +649,6 @@ def test_wrong_files_end_in_one_line(tmp_path):
                         ("nowhere.pt", "no such file"), ("empty", "no open_clip_model or ")):
         with pytest.raises(UserError, match=words):
             rewards.load("clip", tmp_path / name, tokenizer=clip_ids)
-    with pytest.raises(UserError, match="motion has no weights"):
-        rewards.load("motion", "file.pt")
 
 
 def test_lists_of_words(tmp_path, monkeypatch):
@@ -709,11 +707,11 @@ def test_cut_captions_are_said_once(load, tmp_path, capsys, name, tokens):
     room = tokens - (1 if name == "internvideo2" else 2)
     reward.text(["red " * room])
     assert not capsys.readouterr().err
-    reward.text(["red " * (room + 1), "blue " * 99])
+    reward.text(["red " * (room + 1), "blue"])
     reward.text(["green " * 99])
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and line.startswith(f"{name} reads {tokens} tokens")
-    assert f"of {tokens + 1}: red" in line
+    assert line.endswith(f"of {tokens + 1}\n")
 
 
 # ---- full size ---------------------------------------------------------------------------------------------
