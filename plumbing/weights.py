@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from plumbing import layouts
 from plumbing.errors import UserError, reading
 from plumbing.files import atomic, is_safetensors, read_header
-from plumbing.layouts import State, rename
+from plumbing.layouts import State, rename, to_public_names
 
 Pairs = dict[str, tuple[Tensor, Tensor]]        # LoRA: {layer: (up (out, r, 1, ...), down (r, in, kernel))}
 Shapes = dict[str, torch.Size]                  # {layer: shape of its weight}, in the network's order
@@ -168,7 +168,7 @@ def save_merged(path: str | Path, teacher: str | Path | None, unet: State) -> No
     content = read_named(teacher / "model.ckpt" if teacher.is_dir() else teacher)
     rest = {key: x for key, x in content.items() if not key.startswith("diffusion_model.")}
     student = {f"model.diffusion_model.{key}": x.detach().cpu().contiguous()
-               for key, x in layouts.to_public_names(unet).items()}
+               for key, x in to_public_names(unet).items()}
     with atomic(path) as temporary:
         torch.save({"state_dict": student | rest}, temporary)
 
