@@ -7,6 +7,7 @@ from dataclasses import replace
 import imageio.v3 as iio
 import pytest
 import torch
+from oracles import sizes
 from safetensors.torch import load_file
 
 import model
