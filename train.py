@@ -16,7 +16,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -255,9 +255,8 @@ class Trainer:
         # what waits in host memory
         self.offload = run.Offload(group.device, config.offload)
         self.judges = [term.reward.model for term in terms] if config.offload else []
-        self.present = ExitStack()                  # of --offload, the reward on the device
-        for term in terms if config.offload else ():
-            term.reward = partial(self.judge, term.reward)
+        for term in terms:
+            term.reward = self.offload.in_turn(term.reward, term.reward.model)
         for network in dict.fromkeys([models.text, self.student, self.teacher, *self.judges]):
             self.offload.keep(network, [p for p in network.parameters() if not p.requires_grad])
 
@@ -392,15 +391,9 @@ class Trainer:
         if not self.terms:
             return None, {}
         reward_captions = [short or full for short, full in zip(clips["reward_caption"], clips["caption"])]
-        with self.part("rewards"), self.present:
+        with self.part("rewards"), self.offload.turn:
             return turbo.reward_gradient(z0_hat, reward_captions, self.models.vae.decode, self.terms,
                                          generators, self.config.chunk)
-
-    def judge(self, reward: Callable, *args) -> Tensor:
-        """A reward's scores (--offload); its weights take the place of those of the reward before."""
-        self.present.close()
-        self.present.enter_context(self.offload(reward.model))
-        return reward(*args)
 
     def metrics(self, loss_cd: Tensor, scores: dict[str, Tensor]) -> Tensor:
         """Loss, L_CD and each reward, as the log has them."""
@@ -511,8 +504,8 @@ def load_world(config: Config, group: run.Group) -> tuple[model.Models, object, 
         terms = reward_terms(config, partial(rewards.load, device=device, dtype=dtype))
     else:
         with budget.build(device, dtype):
-            untrained = partial(rewards.untrained, device=device, dtype=dtype)
-            terms = reward_terms(config, lambda name, path, frames: untrained(name, frames=frames))
+            terms = reward_terms(
+                config, lambda name, path, frames: rewards.untrained(name, device, dtype, frames))
             models = model.untrained(config.model, guidance=True, motion=config.has_motion)
         for p in models.unet.parameters() if not config.lora else ():
             p.data = p.data.float()

@@ -3,8 +3,8 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
 import torch
@@ -205,6 +205,7 @@ class Offload:
     def __init__(self, device: torch.device, on: bool):
         self.device, self.on = device, on
         self.waiting = {}               # owner -> [(tensor, its copy in host memory)]
+        self.turn = ExitStack()         # of the owner that `in_turn` called last
 
     @staticmethod
     def to_host(x: Tensor) -> Tensor:
@@ -226,3 +227,11 @@ class Offload:
             if not isinstance(x, nn.Parameter):                                 # moments have changed
                 host.copy_(x)
             x.data = host
+
+    def in_turn(self, call: Callable, owner) -> Callable:
+        """`call`, for which the owner's tensors take the place of the last one's, until `turn` is closed."""
+        def called(*args):
+            self.turn.close()
+            self.turn.enter_context(self(owner))
+            return call(*args)
+        return called if self.on else call
