@@ -699,6 +699,8 @@ def main(argv: list[str] | None = None):
         if state:
             trainer.load_state(state)
         del state                                                   # its file may be deleted from here on
+        if group.rank == 0:
+            folder.describe(config)
 
         # the steps, and the student
         stopped = loop(trainer, clips, out, record)

@@ -57,7 +57,7 @@ def checkpoints(out: str | Path) -> list[Path]:
 
 
 def open_folder(config) -> Path | None:
-    """Checks that OUT is this run's, cleans it up, writes config.json -> the checkpoint to go on from."""
+    """Checks that OUT is this run's, cleans it up -> the checkpoint to go on from."""
     out, own = Path(config.out), checkpoints(config.out)
     path = Path(config.resume).expanduser() if config.resume not in ("", "auto") else None
     if path is None:
@@ -83,8 +83,13 @@ def open_folder(config) -> Path | None:
         (out / "log.jsonl").unlink(missing_ok=True)             # of a run that left no checkpoint
     for folder in (out, out / "samples"):
         remove_leftovers(folder)
-    write(out / "config.json", lambda file: file.write_text(json.dumps(dataclasses.asdict(config), indent=1)))
     return path
+
+
+def describe(config) -> None:
+    """Writes OUT/config.json, once nothing can refuse the run any more."""
+    text = json.dumps(dataclasses.asdict(config), indent=1)
+    write(Path(config.out) / "config.json", lambda file: file.write_text(text))
 
 
 def read_checkpoint(path: Path, group: Group) -> dict:
