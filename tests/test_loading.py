@@ -556,29 +556,3 @@ def test_public_files_are_fetched(modelscope, tmp_path, monkeypatch):
     assert same(load("ms"), load("ms", modelscope[0]))
     assert sorted(asked) == ["text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors",
                              "vae/diffusion_pytorch_model.safetensors"]
-
-
-# ---- full size ---------------------------------------------------------------------------------------------
-
-def filler(shapes):
-    """Half-precision noise of any shape, quickly: pieces of one sheet."""
-    sheet = randn(0, 40_000_000).mul_(0.02).half()
-    state = {}
-    for key, shape in shapes.items():
-        n = torch.Size(shape).numel()
-        values = sheet[:n] if n <= len(sheet) else sheet.repeat(n // len(sheet) + 1)[:n]
-        norm = key.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_final.weight"))
-        state[key] = values.view(shape) + norm
-    return state
-
-
-def write_full_size(folder):
-    """VideoCrafter2's model.ckpt of random weights, for tests/test_v2_full.py."""
-    with torch.device("meta"):
-        tower = shapes_of(open_clip.CLIP(1024, dict(image_size=224, layers=1, width=64, patch_size=14),
-                                         dict(width=1024, layers=24, heads=16)))
-        auto = shapes_of(VAE())
-    shapes = {"model.diffusion_model." + key: shape for key, shape in original_shapes(VC2).items()}
-    shapes |= {"first_stage_model." + key: shape for key, shape in auto.items()}
-    shapes |= {"cond_stage_model.model." + key: shape for key, shape in tower.items() if "visual" not in key}
-    torch.save({"state_dict": filler(shapes)}, folder / "model.ckpt")

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-import test_loading
+import test_full_size
 import test_rewards
 import torch
 from tiny import log
@@ -72,7 +72,7 @@ def aside(task, *args):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
-    aside(test_loading.write_full_size, folder)
+    aside(test_full_size.write_videocrafter, folder)
     return folder / "model.ckpt"
 
 
