@@ -180,6 +180,9 @@ def main(argv: list[str] | None = None):
         if config.preset == "shapes-v2":
             raise UserError("--dry-run counts the published networks; the toy's cache takes minutes to make")
         return dry_run(config)
+    train.check_options(config, set())
+    if config.is_toy and (config.data or config.reward_data):
+        raise UserError("--data and --reward-data belong to --preset turbo-v2; the toy draws its own clips")
     check_outputs({"--out": config.out}, {
         "--teacher": config.teacher, "--data": config.data, "--reward-data": config.reward_data})
     group = Group(config.device)

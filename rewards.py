@@ -173,9 +173,9 @@ SPEC = re.compile(rf"([^=:]+)(?:=([^:].*?))?(?::({NUMBER}))?")
 def parse_spec(spec: str) -> tuple[str, str | None, float | None]:
     """What follows --reward, NAME[=FILE][:WEIGHT] -> (name, path, weight)."""
     match = SPEC.fullmatch(spec)
-    if not match:
+    if not match or float(match[3] or 0) > 1e6:
         raise UserError(f"--reward {spec}: neither NAME nor NAME=FILE, NAME:WEIGHT or NAME=FILE:WEIGHT "
-                        "with a number for WEIGHT; e.g. hpsv2:0.5")
+                        "with a number up to 1e6 for WEIGHT; e.g. hpsv2:0.5")
     name, path, weight = match.groups()
     recipe_of(name)
     return name, path, weight and float(weight)
