@@ -111,25 +111,24 @@ def chosen(text: str, folder: Path) -> list[Row]:
     for part in texts:
         if not any(part in row.name.lower() for row in rows):
             titles = ", ".join(dict.fromkeys(row.title for row in rows))
-            raise UserError(f"--rows {part!r}: no row has this in its name; there are {titles}, each with "
-                            "its steps behind it: \"VCM 4\"")
+            raise UserError(f"--rows {part!r}: no row is named so; there are {titles}, and steps: \"VCM 4\"")
     return [row for row in rows if any(part in row.name.lower() for part in texts)]
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
 
 
-def sampler(row: Row, folder: Path, device: torch.device, scorers: dict) -> Sampler:
+def sampler(row: Row, folder: Path, device: torch.device) -> Sampler:
     """The row as a function, with its network loaded."""
     models, bfloat16 = shapes.load(row.student, folder, device), usual_dtype(device) == "bfloat16"
     models.unet.requires_grad_(False)                       # as sample.py does: the same bits
-
-    image, video = scorers["image"], scorers["video"]
+    image, video = shapes.rewards(device, folder).values()
     terms = [RewardTerm(image, 1.0, 6, name="image"), RewardTerm(video, 2.0, 4, video=True, name="video")]
     if row.motion:
         terms.append(RewardTerm(rewards.load("motion"), row.motion, 8, video=True, name="motion"))
 
-    def sample(captions: list[str], seeds: list[int]) -> Tensor:
+    @torch.no_grad()
+    def take(captions: list[str], seeds: list[int]) -> Tensor:
         how = models, captions, seeds, models.size, row.sampling(models)
         with torch.autocast(device.type, torch.bfloat16, bfloat16):
             z = generate_refined(*how, terms, row.refine, chunk=0)[0] if row.refine else generate(*how)
@@ -137,17 +136,17 @@ def sampler(row: Row, folder: Path, device: torch.device, scorers: dict) -> Samp
 
     @torch.no_grad()
     def best(captions: list[str], seeds: list[int]) -> Tensor:
-        takes = [sample(captions, [seed + TAKE * k for seed in seeds]) for k in range(row.best_of)]
+        takes = [take(captions, [seed + TAKE * k for seed in seeds]) for k in range(row.best_of)]
         scores = torch.stack([sum(term.weight * term.reward(rewards.frames_for(term.reward, clips), captions)
                                   for term in terms) for clips in takes])           # (takes, B)
         return torch.stack([takes[k][i] for i, k in enumerate(scores.argmax(0).tolist())])
 
-    return best if row.best_of > 1 else sample
+    return best if row.best_of > 1 else take
 
 
 def measure(row: Row, count: int, folder: Path, device: torch.device, scorers: dict) -> dict:
     """Samples and judges `count` clips of a row, of trained and of held-out combinations in turn."""
-    sample, clips, seconds = sampler(row, folder, device, scorers), [], 0.0
+    sample, clips, seconds = sampler(row, folder, device), [], 0.0
     splits = (shapes.Clips("train"), shapes.Clips("held-out"))
     for start in tqdm(range(0, count, BATCH), row.name, leave=False):
         indices = range(start, min(start + BATCH, count))
@@ -168,11 +167,10 @@ def judge(captions: list[str], clips: Tensor, scorers: dict) -> list[dict]:
     scores = {kind: scorer(rewards.frames_for(scorer, clips), captions).tolist()
               for kind, scorer in scorers.items()}
     records = []
-    for i, caption in enumerate(captions):
-        asked = grammar.understand(caption)
-        rewarded = {kind: values[i] for kind, values in scores.items()}
-        records.append(dict(caption=caption, things=len(asked.things), travel=travel(asked, clips[i]),
-                            **world.judge(asked, clips[i]), **rewarded))
+    for i, asked in enumerate(map(grammar.understand, captions)):
+        records.append(dict(caption=captions[i], things=len(asked.things), travel=travel(asked, clips[i]),
+                            **world.judge(asked, clips[i]),
+                            **{kind: values[i] for kind, values in scores.items()}))
     return records
 
 
@@ -181,11 +179,10 @@ def travel(asked: grammar.Scene, clip: Tensor) -> float | None:
 
     The world's own things go 14 to 24. A thing that is not there goes nowhere.
     """
-    movers = [thing for thing in asked.things if world.DIRECTION.get(thing.motion, (0, 0)) != (0, 0)]
+    movers = [thing.colour for thing in asked.things if any(world.DIRECTION.get(thing.motion, ()))]
     lengths = {colour: math.hypot(thing.dx, thing.dy) for colour, thing in world.measure(clip).items()}
-    if not movers:
-        return None
-    return clip.shape[-1] * sum(lengths.get(thing.colour, 0.0) for thing in movers) / len(movers)
+    total = clip.shape[-1] * sum(lengths.get(colour, 0.0) for colour in movers)
+    return total / len(movers) if movers else None
 
 
 # ---- variety -----------------------------------------------------------------------------------------------
@@ -194,10 +191,9 @@ def travel(asked: grammar.Scene, clip: Tensor) -> float | None:
 def variety(sample: Sampler, captions: int = 8, seeds: int = 8) -> float:
     """How far clips of one caption differ in place (x, y) and size, as a share of the world's own clips: √
     of variances over seeds, captions of one thing together. NaN where nothing is shown twice."""
-    texts = filter(lambda text: len(grammar.understand(text).things) == 1,
-                   map(shapes.Clips("train").caption, itertools.count(grammar.TABLE + 10 ** 6)))
+    drawn = map(shapes.Clips("train", pairs=0).caption, itertools.count(grammar.TABLE + 10 ** 6))
     variances = []
-    for caption in itertools.islice(texts, captions):
+    for caption in itertools.islice(drawn, captions):
         asked = grammar.understand(caption)
         worlds = layouts([world.render(asked, random.Random(f"{caption} {i}")) for i in range(64)])
         ours = layouts(sample([caption] * seeds, [grammar.TABLE + i for i in range(seeds)]))
@@ -218,22 +214,21 @@ def layouts(clips) -> Tensor:
 
 def means(clips: list[dict]) -> dict:
     """Means over a row's clips, by split and by number of things, too; Wilson's 95 % interval of `all`."""
-    groups = {key: [clip[key] for clip in clips] for key in
+    groups = {key: [clip[key] for clip in clips if clip[key] is not None] for key in
               ("colour", "shape", "motion", "background", "all", "quality", "travel", "image", "video")}
-    for name, key, value in (("one", "things", 1), ("two", "things", 2),
-                             ("train", "split", "train"), ("held-out", "split", "held-out")):
-        groups[name] = [clip["all"] for clip in clips if clip[key] == value]
-    groups = {name: [value for value in values if value is not None] for name, values in groups.items()}
+    for name, part in dict(one=1, two=2, train="train", **{"held-out": "held-out"}).items():
+        groups[name] = [clip["all"] for clip in clips if part in (clip["things"], clip["split"])]
     averages = {name: sum(values) / len(values) if values else math.nan for name, values in groups.items()}
     return averages | dict(interval=wilson(averages["all"], len(clips)))
 
 
 def cells(row: dict) -> list[str]:
     """The printed cells of a row, as in COLUMNS."""
-    low, high = row["interval"]
-    right = f"{100 * row['all']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
-    figures = [f"{100 * row['one']:.0f}", f"{100 * row['two']:.0f}", f"{row['quality']:.3f}",
-               f"{row['travel']:.1f}", f"{100 * row['variety']:.0f}", f"{row['seconds']:.2f}"]
+    all_right, low, high, one, two, variety = (
+        100 * share for share in (row["all"], *row["interval"], row["one"], row["two"], row["variety"]))
+    figures = [f"{one:.0f}", f"{two:.0f}", f"{row['quality']:.3f}", f"{row['travel']:.1f}", f"{variety:.0f}",
+               f"{row['seconds']:.2f}"]
+    right = f"{all_right:.1f} ({low:.1f}-{high:.1f})"
     return [row["name"], str(row["passes"]), right, *("-" if x == "nan" else x for x in figures)]
 
 
