@@ -171,10 +171,10 @@ def clauses(words: list[str]) -> tuple[list[list[str]], list[str]]:
 
 def only(kind: str, clause: list[str], known) -> str | None:
     """The one value of `known` that a clause names, or None. Raises UserError when it names two."""
-    values = [word for word in clause if word in known]
-    if len(set(values)) > 1:
+    values = {word for word in clause if word in known}
+    if len(values) > 1:
         raise UserError(f"{' '.join(clause)!r} names more than one {kind}")
-    return values[0] if values else None
+    return values.pop() if values else None
 
 
 def read_thing(clause: list[str]) -> Thing:

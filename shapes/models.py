@@ -175,9 +175,8 @@ class CaptionEncoder(nn.Module):
 
         # which words say something, and of what: the second thing follows "and", the background "on"
         number = {word: first + i for i, word in enumerate(grammar.VOCABULARY)}
-        describes = (ids >= first) & (ids < first + count)
-        for word in ("a", "and", "on", "background"):
-            describes = describes & (ids != number[word])
+        silent = torch.tensor([number[word] for word in ("a", "and", "on", "background")], device=ids.device)
+        describes = (ids >= first) & (ids < first + count) & ~torch.isin(ids, silent)
         whose = (ids == number["and"]).cumsum(1)
         whose = torch.where((ids == number["on"]).cumsum(1) > 0, STATES - 1, whose)
 
@@ -216,10 +215,8 @@ def load_text(folder: str | Path = WEIGHTS) -> CaptionEncoder:
 def load(turbo: str | Path | None = None, folder: str | Path | None = None,
          device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, lora_scale: float = 1.0,
          **conditions) -> model.Models:
-    """The toy's networks: the teacher's, or with `turbo` (a file, or one of STUDENTS) a student's.
-
-    folder: where pretrain.py wrote, instead of the embedded weights.
-    """
+    """The toy's networks: the teacher's, or with `turbo` (a file, or one of STUDENTS) a student's. folder: where
+    pretrain.py wrote, instead of the embedded weights."""
     # Two threads gain a third on an idle machine; on a busy one they mostly wait for each other.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

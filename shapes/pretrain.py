@@ -70,6 +70,7 @@ def fit(network: nn.Module, loss_of: Callable, out: Path, steps: int, group: run
     gradient = run.flat_gradient(params)
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     average, start = EMA(params, decay), 0
+
     if saved := folder.checkpoints(out):
         state = folder.read_checkpoint(saved[-1], group)
         network.load_state_dict(state["network"])
@@ -96,11 +97,12 @@ def fit(network: nn.Module, loss_of: Callable, out: Path, steps: int, group: run
                 average.decay = min(decay, (step + 1) / (step + 10))
                 average.update()
 
-            if group.rank == 0 and ((step + 1) % SAVE_EVERY == 0 or step + 1 == steps):
-                folder.save_checkpoint(out, step + 1, dict(
-                    step=step + 1, network=network.state_dict(), optimizer=optimizer.state_dict(),
+            done = step + 1
+            if group.rank == 0 and (done % SAVE_EVERY == 0 or done == steps):
+                folder.save_checkpoint(out, done, dict(
+                    step=done, network=network.state_dict(), optimizer=optimizer.state_dict(),
                     average=average.average))
-            log(step + 1, dict(loss=loss.item()), parts)
+            log(done, dict(loss=loss.item()), parts)
     for p, mean in zip(params, average.average):
         p.data = mean
 
@@ -119,8 +121,8 @@ def draw(rng: random.Random, count: int, T: int, vary: str = ""
          ) -> tuple[Tensor, list[str], list[grammar.Scene]]:
     """A batch of training clips in [-1, 1] (B, 3, T, H, W), captions, scenes.
 
-    With `vary`, every second scene differs from the one before it in one respect: contrastive models learn
-    from such pairs what belongs to what.
+    vary: attributes; every second scene differs from the one before it in one of them. Contrastive models
+    learn from such pairs what belongs to what.
     """
     scenes = []
     while len(scenes) < count:
@@ -134,7 +136,7 @@ def draw(rng: random.Random, count: int, T: int, vary: str = ""
 
 def variation(scene: grammar.Scene, rng: random.Random, attributes: list[str]) -> grammar.Scene:
     """The scene with an attribute exchanged between its things, or changed in one; nothing held-out."""
-    values = {"colour": grammar.COLOURS, "shape": grammar.SHAPES, "motion": grammar.MOTIONS}
+    values = dict(colour=grammar.COLOURS, shape=grammar.SHAPES, motion=grammar.MOTIONS)
     while True:
         things, name = [vars(thing).copy() for thing in scene.things], rng.choice(attributes)
         if len(things) == 2 and rng.random() < 0.5:

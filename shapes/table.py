@@ -180,7 +180,7 @@ def travel(asked: grammar.Scene, clip: Tensor) -> float | None:
     The world's own things go 14 to 24. A thing that is not there goes nowhere.
     """
     movers = [thing.colour for thing in asked.things if any(world.DIRECTION.get(thing.motion, ()))]
-    lengths = {colour: math.hypot(thing.dx, thing.dy) for colour, thing in world.measure(clip).items()}
+    lengths = {colour: math.hypot(*world.change(path)[:2]) for colour, path in world.tracks(clip).items()}
     total = clip.shape[-1] * sum(lengths.get(colour, 0.0) for colour in movers)
     return total / len(movers) if movers else None
 
@@ -204,9 +204,9 @@ def variety(sample: Sampler, captions: int = 8, seeds: int = 8) -> float:
 
 
 def layouts(clips) -> Tensor:
-    """x, y and radius of the thing in each clip that shows one, (N, 3)."""
-    things = [[*measured.values()] for measured in map(world.measure, clips)]
-    return torch.tensor([thing[:3] for thing, *others in filter(None, things) if not others])
+    """Mean x, y and radius of the thing in each clip that shows one, (N, 3)."""
+    things = [[path.mean(1) for path in world.tracks(clip).values()] for clip in clips]
+    return torch.tensor([thing.tolist() for thing, *others in filter(None, things) if not others])
 
 
 # ---- averaging and printing --------------------------------------------------------------------------------

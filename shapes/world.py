@@ -5,7 +5,6 @@ Captions (grammar.py) say what happens, never where: place, size and speed are f
 """
 import math
 import random
-from collections import namedtuple
 from itertools import permutations
 
 import torch
@@ -95,8 +94,11 @@ def render(scene: Scene, rng: random.Random, T: int = FRAMES, size: int = SIZE) 
 # ---- the oracle --------------------------------------------------------------------------------------------
 
 
-def colour_masks(clip: Tensor) -> tuple[Tensor, float | None]:
-    """The pixels that show each of COLOURS, bool (4, T, H, W), by hue; and the gray level of the rest."""
+def things_in(clip: Tensor) -> tuple[dict[str, Tensor], float | None]:
+    """The masks, bool (T, H, W), of the things in a clip by colour, told by hue; the gray level of the rest.
+
+    A colour counts as a thing when it fills at least 40 pixels (of 64 x 64) in all frames but one.
+    """
     rgb = clip.float()
     high, low = rgb.amax(0), rgb.amin(0)
     chroma = high - low
@@ -110,8 +112,11 @@ def colour_masks(clip: Tensor) -> tuple[Tensor, float | None]:
     distance = ((hue - centres + 3) % 6 - 3).abs()
     masks = (chroma > 85) & (distance == distance.amin(0)) & (distance < 0.6)
 
+    enough = 40 * (clip.shape[-1] / 64) ** 2
+    things = {colour: mask for colour, mask in zip(COLOURS, masks)
+              if (mask.sum((1, 2)) >= enough).sum() >= len(mask) - 1}
     plain = rgb.mean(0)[chroma < 60]
-    return masks, plain.median().item() if len(plain) else None
+    return things, plain.median().item() if len(plain) else None
 
 
 def read_shape(mask: Tensor) -> tuple[str, float]:
@@ -157,17 +162,6 @@ def read_motion(mask: Tensor) -> str:
     return "still"
 
 
-def things_in(clip: Tensor) -> tuple[dict[str, Tensor], float | None]:
-    """The masks, bool (T, H, W), of the things in a clip by colour, and the background's gray level.
-
-    A colour counts as a thing when it fills at least 40 pixels (of 64 x 64) in all frames but one.
-    """
-    masks, level = colour_masks(clip)
-    enough = 40 * (clip.shape[-1] / 64) ** 2
-    return {colour: mask for colour, mask in zip(COLOURS, masks)
-            if (mask.sum((1, 2)) >= enough).sum() >= len(mask) - 1}, level
-
-
 def read(clip: Tensor) -> tuple[Scene, float]:
     """What a clip uint8 (3, T, H, W) shows, and its quality: mean IoU of things with their ideal shapes."""
     masks, level = things_in(clip.cpu())
@@ -178,15 +172,10 @@ def read(clip: Tensor) -> tuple[Scene, float]:
     return Scene(things, near[0] if near else "none"), quality
 
 
-# What a caption leaves free, in shares of the width: mean centre and radius, of a disc of the same area, and
-# their changes from the first frame to the last.
-Measured = namedtuple("Measured", "x y radius dx dy growth")
-
-
-def measure(clip: Tensor) -> dict[str, Measured]:
-    """The free quantities of each thing in a clip uint8 (3, T, H, W), by colour."""
-    paths = {colour: track(mask) / clip.shape[-1] for colour, mask in things_in(clip.cpu())[0].items()}
-    return {colour: Measured(*path.mean(1).tolist(), *change(path)) for colour, path in paths.items()}
+def tracks(clip: Tensor) -> dict[str, Tensor]:
+    """What captions leave free: the `track` of each thing in a clip uint8 (3, T, H, W), by colour, in shares of
+    the width."""
+    return {colour: track(mask) / clip.shape[-1] for colour, mask in things_in(clip.cpu())[0].items()}
 
 
 def judge(asked: Scene, clip: Tensor) -> dict[str, float]:

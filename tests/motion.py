@@ -1,7 +1,6 @@
 """Does the toy's motion gradient point along the true motion? Prints a table; minutes on one core.
 
-    python tests/motion.py
-    python tests/motion.py --clips 8 --inversion-steps 200 --coarser 50 --coarser 25 --coarser 10
+    python tests/motion.py --clips 12
 
 Each clip shows one thing that goes somewhere. It has two twins that differ in motion alone: itself backwards,
 and its middle frame throughout. The energy's reference is the clip itself, inverted, as in training.
@@ -11,8 +10,6 @@ and its middle frame throughout. The energy's reference is the clip itself, inve
                             true clip; and as a control with that of another pair of clips
     guided step             energy after one DDIM step with λ' = 0 and others, and how far things go when the
                             teacher walks on from there to the end
-With --coarser the table tells instead how far a coarser inversion moves the gradient from that of
---inversion-steps, both at the noised true clip: cosine, ratio of lengths, and how far the reference is off.
 """
 import sys
 from dataclasses import dataclass
@@ -39,7 +36,6 @@ class Config:
     """The options of the command line."""
     clips: Count = 12                               # of one moving thing
     inversion_steps: Count = 50                     # of the reference
-    coarser: tuple[Count, ...] = ()                 # steps of an inversion to compare with it; repeatable
     motion: tuple[NotNegative, ...] = (0.0, 0.05, 0.5)      # λ' of the guided step; repeatable
     guidance: NotNegative = 2.0                     # ω
     grid: Annotated[int, Within(2, 1000)] = 8       # of the teacher's walk; a row for each t >= 500
@@ -80,36 +76,17 @@ class Check:
         self.eps = torch.randn(self.z0["true"].shape, generator=torch.Generator().manual_seed(0))
 
         self.grid = [torch.full((len(x),), t) for t in self.schedule.grid.tolist()]
-        self.references = self.inverted(config.inversion_steps)
-        self.coarser = [self.inverted(steps) for steps in config.coarser]
+        self.references = ddim_invert(                      # the true clips at each t of the grid
+            Schedule(config.inversion_steps), lambda z, t: self.models.unet(z, t, self.c), self.z0["true"],
+            self.schedule.grid.tolist())
 
-    def inverted(self, steps: int) -> dict[int, Tensor]:
-        """The true clips at each t of the grid, {t: latents}."""
-        return ddim_invert(Schedule(steps), lambda z, t: self.models.unet(z, t, self.c), self.z0["true"],
-                           self.schedule.grid.tolist())
-
-    def gradient(self, z: Tensor, t: Tensor, z_ref: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        z_ref = self.references[t[0].item()] if z_ref is None else z_ref
-        return motion_gradient(self.models.unet, z, z_ref, t, self.c)
+    def gradient(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return motion_gradient(self.models.unet, z, self.references[t[0].item()], t, self.c)
 
     def travel(self, z0: Tensor) -> float:
         """Mean, in pixels."""
         clips = to_clip(self.models.vae, z0)
         return sum(travel(scene, clip) for scene, clip in zip(self.scenes, clips)) / len(clips)
-
-    def coarser_row(self, t: Tensor) -> list[str]:
-        """The cells at t (B,) of the table of inversions."""
-        z_t, z_ref = self.schedule.add_noise(self.z0["true"], self.eps, t), self.references[t[0].item()]
-        gradient, _ = self.gradient(z_t, t, z_ref)
-        length = gradient.flatten(1).norm(dim=1)
-
-        cells = [str(t[0].item())]
-        for references in self.coarser:
-            rough = references[t[0].item()]
-            moved, _ = self.gradient(z_t, t, rough)
-            ratio, off = moved.flatten(1).norm(dim=1) / length, (rough - z_ref).norm() / z_ref.norm()
-            cells.append(f"{cosine(moved, gradient)}, {ratio.mean():.2f}, {off:.0%}")
-        return cells
 
     def row(self, t: Tensor) -> list[str]:
         """The cells at t (B,)."""
@@ -149,17 +126,13 @@ def main(argv=None):
     titles = ["t", "G, true", "G, backwards", "G, still", "nearer", "from backwards towards the true clip",
               "control", "from still towards the true clip", "control",
               *(f"guided step, λ' = {motion:g}" for motion in config.motion)]
-    if config.coarser:
-        titles = ["t", *(f"{steps} steps: cosine, length, reference off by" for steps in config.coarser)]
     with torch.no_grad():
         check = Check(config)
-        row = check.coarser_row if config.coarser else check.row
         print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|")
         for t in reversed(check.grid):
             if t[0] >= 500:                                         # where guidance is active
-                print("| " + " | ".join(row(t)) + " |", flush=True)
-        if not config.coarser:
-            print(f"\nThings go {check.travel(check.z0['true']):.1f} px in these clips.")
+                print("| " + " | ".join(check.row(t)) + " |", flush=True)
+        print(f"\nThings go {check.travel(check.z0['true']):.1f} px in these clips.")
 
 
 if __name__ == "__main__":

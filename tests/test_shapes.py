@@ -184,10 +184,10 @@ def test_measuring_what_is_free():
         x, y, radius = world.draw_path(scene.things[0], rng, 8, 64)
         rng.setstate(state)
         clip = world.render(scene, rng)
-        ((colour, thing),), level = world.measure(clip).items(), world.things_in(clip)[1]
+        ((colour, path),), level = world.tracks(clip).items(), world.things_in(clip)[1]
 
         drawn = [x.mean(), y.mean(), radius.mean(), x[-1] - x[0], y[-1] - y[0], radius[-1] - radius[0]]
-        read = [thing.x, thing.y, thing.radius, thing.dx, thing.dy, thing.growth]
+        read = [*path.mean(1), *world.change(path)]
         assert colour == scene.things[0].colour and level == world.GRAY[scene.background]
         assert all(abs(a.item() - 64 * b) < 0.6 for a, b in zip(drawn, read))
 
@@ -331,7 +331,7 @@ def test_pretraining_complains_in_one_line(typed, message, tmp_path, capsys):
 
 @pytest.mark.parametrize("name, content, message", [
     ("teacher", None, "teacher.safetensors does not exist; make it with shapes/pretrain.py"),
-    ("vae", lambda whole: (shapes.WEIGHTS / "clip.safetensors").read_bytes(), "vae.safetensors is not the toy"),
+    ("vae", lambda whole: (shapes.WEIGHTS / "clip.safetensors").read_bytes(), "is not the toy's VAE"),
     ("vae", lambda whole: save(load(whole)), "vae.safetensors is not the toy's VAE"),       # without a header
     ("vae", lambda whole: whole[:-100], "vae.safetensors")])
 def test_wrong_toy_weights_are_named(name, content, message, tmp_path):
