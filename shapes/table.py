@@ -111,18 +111,19 @@ def chosen(text: str, folder: Path) -> list[Row]:
     for part in texts:
         if not any(part in row.name.lower() for row in rows):
             titles = ", ".join(dict.fromkeys(row.title for row in rows))
-            raise UserError(f"--rows {part!r}: no row is named so; there are {titles}, and steps: \"VCM 4\"")
+            raise UserError(f"--rows {part!r}: no row has this in its name; there are {titles}, each with "
+                            "its steps behind it: \"VCM 4\"")
     return [row for row in rows if any(part in row.name.lower() for part in texts)]
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
 
 
-def sampler(row: Row, folder: Path, device: torch.device) -> Sampler:
+def sampler(row: Row, folder: Path, device: torch.device, scorers: dict) -> Sampler:
     """The row as a function, with its network loaded."""
     models, bfloat16 = shapes.load(row.student, folder, device), usual_dtype(device) == "bfloat16"
     models.unet.requires_grad_(False)                       # as sample.py does: the same bits
-    image, video = shapes.rewards(device, folder).values()
+    image, video = scorers["image"], scorers["video"]
     terms = [RewardTerm(image, 1.0, 6, name="image"), RewardTerm(video, 2.0, 4, video=True, name="video")]
     if row.motion:
         terms.append(RewardTerm(rewards.load("motion"), row.motion, 8, video=True, name="motion"))
@@ -146,7 +147,7 @@ def sampler(row: Row, folder: Path, device: torch.device) -> Sampler:
 
 def measure(row: Row, count: int, folder: Path, device: torch.device, scorers: dict) -> dict:
     """Samples and judges `count` clips of a row, of trained and of held-out combinations in turn."""
-    sample, clips, seconds = sampler(row, folder, device), [], 0.0
+    sample, clips, seconds = sampler(row, folder, device, scorers), [], 0.0
     splits = (shapes.Clips("train"), shapes.Clips("held-out"))
     for start in tqdm(range(0, count, BATCH), row.name, leave=False):
         indices = range(start, min(start + BATCH, count))
