@@ -266,13 +266,15 @@ def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[Rew
     """
     z0 = z0_hat.detach().transpose(1, 2)                                    # (B, T, C, h, w)
     B, T = z0.shape[:2]
-    clips = [[i] for i in range(B)]                                         # (B, 1)
-    frames_of = [[term.pick(T, generator) for generator in generators] for term in terms]      # (B, M) each
-    seen = sorted({(i, frame) for picks in frames_of for i, frames in enumerate(picks) for frame in frames})
-    size, seen = chunk or len(seen), tuple(map(list, zip(*seen)))
 
-    # 1 decode what any reward looks at, P frames of all clips
-    latents = [z.transpose(0, 1)[None].requires_grad_() for z in z0[seen].split(size)]  # (1, C, <= size, h, w)
+    # 0 which frames each reward looks at, (B, M); P pairs (clip, frame) of any, as two lists
+    clips = [[i] for i in range(B)]
+    frames_of = [[term.pick(T, generator) for generator in generators] for term in terms]
+    pairs = {(i, frame) for picks in frames_of for i, frames in enumerate(picks) for frame in frames}
+    seen, size = tuple(map(list, zip(*sorted(pairs)))), chunk or len(pairs)
+
+    # 1 decode these
+    latents = [z.transpose(0, 1)[None].requires_grad_() for z in z0[seen].split(size)]    # (1, C, size, h, w)
     with torch.set_grad_enabled(not chunk):
         decoded = [decode(z).to(z.dtype) for z in latents]
     shown = torch.cat(decoded, dim=2)[0].detach().transpose(0, 1)           # (P, 3, H, W)

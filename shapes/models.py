@@ -215,8 +215,10 @@ def load_text(folder: str | Path = WEIGHTS) -> CaptionEncoder:
 def load(turbo: str | Path | None = None, folder: str | Path | None = None,
          device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, lora_scale: float = 1.0,
          **conditions) -> model.Models:
-    """The toy's networks: the teacher's, or with `turbo` (a file, or one of STUDENTS) a student's. folder: where
-    pretrain.py wrote, instead of the embedded weights."""
+    """The toy's networks: the teacher's, or with `turbo` (a file, or one of STUDENTS) a student's.
+
+    folder: where pretrain.py wrote, instead of the embedded weights.
+    """
     # Two threads gain a third on an idle machine; on a busy one they mostly wait for each other.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

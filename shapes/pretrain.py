@@ -61,7 +61,7 @@ VICLIP = rewards.ViCLIPConfig(
 
 def fit(network: nn.Module, loss_of: Callable, out: Path, steps: int, group: run.Group, lr: float = 1e-3,
         decay: float = 0.995, cosines: tuple[tuple[float, float], ...] = ((0, 1),)) -> None:
-    """AdamW with exact resumption. Leaves log and checkpoints in OUT, an average of the weights in the network.
+    """AdamW with exact resumption. Leaves log and checkpoints in OUT, averaged weights in the network.
 
     loss_of(rng, progress) draws its batch from rng, which depends on the step alone; progress is 0..1. Each
     process of a group takes its share of the batch. decay: of the average; cosines: see learning_rate.

@@ -173,8 +173,7 @@ def read(clip: Tensor) -> tuple[Scene, float]:
 
 
 def tracks(clip: Tensor) -> dict[str, Tensor]:
-    """What captions leave free: the `track` of each thing in a clip uint8 (3, T, H, W), by colour, in shares of
-    the width."""
+    """What captions leave free: `track` of each thing in a clip (3, T, H, W), by colour, in widths."""
     return {colour: track(mask) / clip.shape[-1] for colour, mask in things_in(clip.cpu())[0].items()}
 
 
