@@ -175,7 +175,7 @@ def parse_spec(spec: str) -> tuple[str, str | None, float | None]:
     match = SPEC.fullmatch(spec)
     if not match or float(match[3] or 0) > 1e6:
         raise UserError(f"--reward {spec}: neither NAME nor NAME=FILE, NAME:WEIGHT or NAME=FILE:WEIGHT "
-                        "with a number up to 1e6 for WEIGHT; e.g. hpsv2:0.5")
+                        "with a number for WEIGHT, at most 1e6; e.g. hpsv2:0.5")
     name, path, weight = match.groups()
     recipe_of(name)
     return name, path, weight and float(weight)
