@@ -214,7 +214,7 @@ def refined(seed: int) -> Figure:
 
 
 HERO = ["a red square rising and a blue triangle falling on white", "a yellow triangle moving left on black",
-        "a green square growing on white", "a blue box and a red triangle, both going right on black",
+        "a green square growing on white", "a blue box going right and a red triangle going right on black",
         "a green ring moving up on white"]
 
 
