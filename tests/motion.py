@@ -24,11 +24,13 @@ from torch import Tensor
 import shapes
 from model import to_clip
 from plumbing import cli, stats
-from plumbing.cli import Count, NotNegative, Within
+from plumbing.cli import Count, Within
 from shapes import grammar, world
 from shapes.table import travel
 from solver import Sampling, Schedule, ddim_invert, ddim_sample
 from turbo import guided_eps, motion_gradient, motion_push, solve, teacher_eps
+
+Strength = Annotated[float, Within(0, 1000)]
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Config:
     """The options of the command line."""
     clips: Count = 12                               # of one moving thing
     inversion_steps: Count = 50                     # of the reference
-    motion: tuple[NotNegative, ...] = (0.0, 0.05, 0.5)      # λ' of the guided step; repeatable
-    guidance: NotNegative = 2.0                     # ω
+    motion: tuple[Strength, ...] = (0.0, 0.05, 0.5)     # λ' of the guided step; repeatable
+    guidance: Strength = 2.0                        # ω
     grid: Annotated[int, Within(2, 1000)] = 8       # of the teacher's walk; a row for each t >= 500
 
 
