@@ -498,26 +498,28 @@ class CachedTrainer(Trainer):
 def load_world(config: Config, group: run.Group) -> tuple[model.Models, object, list[RewardTerm]]:
     """Networks, dataset of captioned clips, and reward terms; random ones without clips for a --dry-run."""
     device, dtype = group.device, getattr(torch, config.dtype)
-    if config.is_toy:
-        terms = reward_terms(config, partial(shapes.reward, device=device, folder=config.teacher or None))
-    elif config.dry_run is None:
-        terms = reward_terms(config, partial(rewards.load, device=device, dtype=dtype))
-    else:
+    if config.dry_run is not None and not config.is_toy:
         with budget.build(device, dtype):
-            terms = reward_terms(
-                config, lambda name, path, frames: rewards.untrained(name, device, dtype, frames))
+            untrained = partial(rewards.untrained, device=device, dtype=dtype)
+            terms = reward_terms(config, lambda name, path, frames: untrained(name, frames=frames))
             models = model.untrained(config.model, guidance=True, motion=config.has_motion)
         for p in models.unet.parameters() if not config.lora else ():
             p.data = p.data.float()
         return models, None, terms
 
+    cached = config.is_v2 and config.dry_run is None
+    if cached:
+        clips = data.Cache(config.data[0], cache_header(config))
+    else:
+        clips = open_clips(config, config.data, group)
+    if config.is_toy:
+        terms = reward_terms(config, partial(shapes.reward, device=device, folder=config.teacher or None))
+    else:
+        terms = reward_terms(config, partial(rewards.load, device=device, dtype=dtype))
     models = load_models(config, device)
-    if not config.is_v2 or config.dry_run is not None:
-        return models, open_clips(config, config.data, group), terms
-    cache = data.Cache(config.data[0], cache_header(config))
-    if cache.header["teacher"] != teacher_fingerprint(models):
+    if cached and clips.header["teacher"] != teacher_fingerprint(models):
         raise UserError(f"the cache {config.data[0]} was made by another teacher; give that one")
-    return models, cache, terms
+    return models, clips, terms
 
 
 def load_models(config: Config, device: torch.device) -> model.Models:

@@ -252,6 +252,7 @@ class RewardTerm:
         return [start + i * stride for i in range(self.frames)]
 
 
+@torch.enable_grad()
 def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[RewardTerm],
                     generators: list[torch.Generator], chunk: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
     """g = ∂(β_img J_img + β_vid J_vid)/∂ẑ0 and each reward's score of each clip, (B,).
@@ -293,8 +294,7 @@ def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[Rew
     g_latents = []
     for z, x, g_x in zip(latents, decoded, g_pixels[seen].split(size), strict=True):
         if chunk:
-            with torch.enable_grad():
-                x = decode(z).to(z.dtype)
+            x = decode(z).to(z.dtype)
         g_latents.append(torch.autograd.grad(x, z, g_x.transpose(0, 1)[None])[0])
     g = torch.zeros_like(z0)
     g[seen] = torch.cat(g_latents, dim=2)[0].transpose(0, 1)

@@ -235,6 +235,7 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     with weights.without_memory():
         unet = UNet(config)
     weights.fill(unet, state, turbo or folder, device, dtype, lora).out.float()          # see UNet3D.last
+    unet.schedule = Schedule(device=device)
     vae, text = load_vae(folder).to(device, dtype), load_text(folder).to(device)    # text stays in float32
     speed_up(model.CPU_LAYERS, unet, vae)
     return model.Models("shapes", unet, vae, text, FAMILY, header)

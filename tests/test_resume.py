@@ -244,6 +244,7 @@ def test_a_checkpoint_in_another_folder(undisturbed, tmp_path):
     assert tiny.run(other, "--train-steps", 2, "--seed", 1)[0] == 0
     fresh.mkdir()
     (fresh / "log.jsonl").write_text('{"step": 1, "loss": 0}\n')       # of a run that left no checkpoint
+    (fresh / "config.json").write_text('{"save_every": 500}')
     argv = ["--train-steps", 6, "--resume", first / "checkpoint-0000004.pt"]
     assert tiny.run(fresh, *argv)[0] == 0
     assert [line["step"] for line in tiny.log(fresh)] == [4, 5, 6]

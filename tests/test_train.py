@@ -17,7 +17,7 @@ import rewards
 import train
 import turbo
 from data import BadClip
-from plumbing import budget, folder, run, video, weights
+from plumbing import budget, folder, video, weights
 from plumbing.errors import UserError
 from plumbing.folder import checkpoints
 from plumbing.run import Group, own_gpu, pick_device, usual_dtype
@@ -110,16 +110,6 @@ def test_the_toy_works_in_what_the_processor_is_fast_in(monkeypatch, native, toy
         assert train.configure(["--preset", preset, *cpu, "--dtype", "bfloat16"]).dtype == "bfloat16"
     assert train.configure(["--preset", "turbo-vc2", *cpu]).dtype == "bfloat16"
     assert usual_dtype(torch.device("cuda")) == toy
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_a_device_that_imitates_bfloat16_is_told_of(monkeypatch, capsys, native):
-    monkeypatch.setattr(run, "has_bfloat16", lambda device: native)
-    monkeypatch.setattr(train.budget, "report_step", lambda *args: None)
-    for steps, dtype in (("1", "bfloat16"), ("1", "float32"), ("0", "bfloat16")):
-        train.main(["--preset", "turbo-vc2", "--device", "cpu", "--dtype", dtype, "--dry-run", steps])
-        told = "--dtype bfloat16: this device only imitates it" in capsys.readouterr().err
-        assert told == (not native and (steps, dtype) == ("1", "bfloat16"))
 
 
 def test_the_learning_rate_falls_where_it_is_told():
