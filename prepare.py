@@ -6,8 +6,8 @@
 
 Per clip: latents z0, caption states c, and one DDIM inversion of z0 with its own caption, which serves all of
 the clip's draws of (t, ε). Per draw: z_t, ε(c), ε(∅) and, where motion guidance is active, ∂G/∂z_t. Training
-(`train.py --preset turbo-v2 --data CACHE`) then needs no teacher: guidance is linear in ε(c) and ε(∅), so that
-ω stays random in every step. Interrupted, the same command goes on.
+(`train.py --preset turbo-v2 --data CACHE`) then needs no teacher: guidance is linear in ε(c) and ε(∅), and ω
+stays random in every step. Interrupted, the same command goes on.
 """
 import dataclasses
 import sys
@@ -83,7 +83,7 @@ def prepare_clip(models: Models, recipe, clip: Tensor, caption: str,
 @torch.no_grad()
 def encode(models: Models, clip: Tensor, caption: str,
            generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents z0 (1, C, T, h, w) drawn from the VAE's posterior, the states of the caption and of no caption."""
+    """Latents z0 (1, C, T, h, w) drawn from the VAE's posterior, the states of the caption and of none."""
     vae, (_, T, H, W) = models.vae.config, clip.shape
     noise = torch.randn(1, vae.latent, T, H // vae.factor, W // vae.factor, generator=generator)
     z0 = models.vae.encode(clip[None] / 127.5 - 1, noise.to(clip.device)).float()
@@ -110,8 +110,9 @@ def dry_run(config: Config) -> budget.Budget:
 
     def drawn(models, results):
         z0, c, uncond = results["encode"]
-        return TeacherOutput.of(models.unet, Schedule(config.grid), z0, torch.randn_like(z0),
-                                torch.full((1,), 999), results["step of inversion"], c, uncond, fps=config.fps)
+        t, z_ref = torch.full((1,), 999), results["step of inversion"]
+        return TeacherOutput.of(models.unet, Schedule(config.grid), z0, torch.randn_like(z0), t, z_ref, c,
+                                uncond, fps=config.fps)
 
     T, H, W = size
     return budget.report_clip(f"a clip of {config.preset}, {W}x{H}, {T} frames, {config.dtype}", networks, {
@@ -153,7 +154,8 @@ def prepare(config: Config, models: Models, clips: Mixture, writer: data.CacheWr
             generator = torch.Generator().manual_seed(data.seed_of(config.seed, index, 1))
             tensors = prepare_clip(models, config, clip["clip"], clip["caption"], generator)
             notes = {name: clip[name] for name in ("caption", "reward_caption", "rewards")}
-            writer.write(index, tensors, notes | {"t": tensors.pop("t").tolist()})
+            notes["t"] = tensors.pop("t").tolist()
+            writer.write(index, tensors, notes)
         except data.BadClip as error:
             bad += 1
             data.append_rows(writer.folder / "bad_clips.jsonl", [dict(index=index, reason=str(error))])
@@ -163,10 +165,22 @@ def prepare(config: Config, models: Models, clips: Mixture, writer: data.CacheWr
 
 
 def header_of(config: Config, models: Models, clips: Mixture) -> dict:
-    """What the samples of a cache depend on; a part of it is what training asks for (`train.cache_header`)."""
+    """What the samples of a cache depend on; training asks for a part of it (`train.cache_header`)."""
     recipe = train.cache_header(config) | {name: getattr(config, name) for name in (
         "draws", "inversion_steps", "motion_share", "seed", "data", "reward_data")}
     return recipe | {"clips": len(clips), "teacher": train.teacher_fingerprint(models)}
+
+
+def open_mixture(config: Config, group: Group) -> Mixture:
+    """The clips of --data and --reward-data; of the toy every second clip carries rewards."""
+    if config.is_toy:
+        datasets = [train.open_clips(config, (), group)] * 2
+    else:
+        sources = [specs for specs in (config.data, config.reward_data) if specs]
+        datasets = [train.open_clips(config, specs, group) for specs in sources]
+    if not datasets:
+        raise UserError("no clips to prepare; name them with --data")
+    return Mixture(datasets, config.clips, config.seed)
 
 
 @cli.main
@@ -175,7 +189,7 @@ def main(argv: list[str] | None = None):
     preset = cli.parse(Config, argv, __doc__).preset
     toy = dict(clips=400, draws=4) if preset == "shapes-v2" else {}
     config = cli.parse(Config, argv, __doc__, defaults=train.PRESETS[preset] | toy)
-    config = dataclasses.replace(config, lora=1)            # nothing is trained here: the teacher is in --dtype
+    config = dataclasses.replace(config, lora=1)            # nothing is trained: the teacher is in its dtype
     if config.dry_run:
         if config.preset == "shapes-v2":
             raise UserError("--dry-run counts the published networks; the toy's cache takes minutes to make")
@@ -189,14 +203,7 @@ def main(argv: list[str] | None = None):
     torch.manual_seed(config.seed)
 
     # clips, teacher, cache
-    if config.is_toy:                       # every second clip carries rewards, as in v2's mixture of data
-        datasets = [train.open_clips(config, (), group)] * 2
-    else:
-        sources = [specs for specs in (config.data, config.reward_data) if specs]
-        datasets = [train.open_clips(config, specs, group) for specs in sources]
-    if not datasets:
-        raise UserError("no clips to prepare; name them with --data")
-    clips = Mixture(datasets, config.clips, config.seed)
+    clips = open_mixture(config, group)
     models = train.load_models(config, group.device)
     models.unet.requires_grad_(False)
     models.unet.checkpointing = True
@@ -214,7 +221,8 @@ def main(argv: list[str] | None = None):
             print(f"{config.out}: {made} of {len(clips)} clips")
         group.close()
     if not complete:
-        print(f"stopped by a signal; what is in {config.out} stays, the same command goes on", file=sys.stderr)
+        print(f"stopped by a signal; what is in {config.out} stays, and the same command goes on",
+              file=sys.stderr)
         sys.exit(130)
 
 

@@ -203,8 +203,9 @@ def report_step(config, group, load_world: Callable, trainer_class: type) -> Bud
     for _ in range(n):
         trainer.step(batch)
     if group.rank == 0:
-        budget.show(f"{config.preset}, {config.width}x{config.height}, {config.frames} frames, {config.dtype}, "
-                    f"{config.batch} clips a step, {config.micro_batch} at a time", n)
+        size = f"{config.width}x{config.height}, {config.frames} frames"
+        budget.show(f"{config.preset}, {size}, {config.dtype}, {config.batch} clips a step, "
+                    f"{config.micro_batch} at a time", n)
     if group.rank == 0 and n:
         seconds = sum(budget.seconds.values()) / n
         hours = seconds * config.train_steps / 3600

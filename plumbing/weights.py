@@ -317,7 +317,7 @@ def read_lora(tensors: State, layers: Shapes, source, strength: float = 1.0) -> 
         up, down, shape = ends["up"], ends["down"], layers[layer]
         r = len(down)
         if (trim(up.shape), trim(down.shape)) != (trim((shape[0], r)), trim((r, *shape[1:]))):
-            raise UserError(f"{source}: LoRA of {layer} has shapes {tuple(up.shape)} and {tuple(down.shape)}, "
+            raise UserError(f"{source}: LoRA of {layer} is {tuple(up.shape)} and {tuple(down.shape)}, "
                             f"expected {(shape[0], r)} and {(r, *shape[1:])}")
         factor = strength * (ends["alpha"].item() / r if "alpha" in ends else scale)
         lora[layer] = (up if factor == 1 else factor * up, down)
