@@ -525,7 +525,7 @@ def test_wrong_lora(tmp_path):
     with pytest.raises(UserError, match=f"{len(tensors) - 2} LoRA tensors, this UNet takes {len(tensors)}"):
         read_turbo(path, config)
     torch.save(tensors[2:] + tensors[:2], path)
-    with pytest.raises(UserError, match=r"LoRA of time_embed.0 has shapes \(128, 4\) and \(4, 128\)"):
+    with pytest.raises(UserError, match=r"LoRA of time_embed.0 is \(128, 4\) and \(4, 128\)"):
         read_turbo(path, config)
     for name, end, says in (("out.2", "alpha", "LoRA of out.2 holds alpha, up; it takes up and"),
                             ("out.7", "down", "LoRA for out.7, a layer that this UNet")):
