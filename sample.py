@@ -61,7 +61,7 @@ class Config:
     # ---- how
     steps: Number | None = None         # network passes [turbo: 4; v2: 16; teacher: 50]
     guidance: Strength | None = None    # ω, 0 = none [students: 7.5; teachers: vc2 11, ms 8; shapes: 2]
-    motion: Annotated[float, Within(0, 1000)] | None = None  # λ' of motion guidance [as trained: 0.05]
+    motion: Annotated[float, Within(0, 1000)] | None = None  # λ' of guidance [v2: 0.05; --motion-from: 1]
     motion_from: File | None = None     # teacher: a clip whose motion the new one takes, without training
     motion_prompt: str | None = None    # what the clip of --motion-from shows
     frames: Annotated[int, Within(1, 256)] | None = None  # of a clip [as trained: shapes 8, else 16]
@@ -239,7 +239,11 @@ def sampling_of(models: Models, config: Config) -> Sampling:
         raise UserError(f"--motion belongs to T2V-Turbo-v2 with motion guidance; {config.turbo} has none")
     names = ["steps", "guidance", "motion"] + ["fps"] * conditions.fps
     typed = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    default = {"motion": 0.05} if config.motion_from else {}                    # v2's λ'
+    default = {}
+    if config.motion_from:
+        default = dict(motion=1.0, motion_share=0.6)
+    if config.motion_from and config.model != "shapes":     # as the released motion_prior_sample.py
+        default |= dict(steps=200, guidance=7.5, eta=0.0)
     sampling = replace(models.sampling, **default | typed)
 
     if sampling.method == "student" and sampling.steps > sampling.grid:

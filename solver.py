@@ -122,7 +122,7 @@ def ddim_sample(schedule: Schedule, eps_model: EpsModel, z: Tensor, timesteps: l
         eps = eps_model(z, times)
         taken = push(z, times) if push else None
         if watch:
-            watch(t, predict_z0(z, eps, *at_t) / (1 if scale is None else scale[t].item()))
+            watch(t, predict_z0(z, eps, *at_t) / (1 if scale is None else scale[t]))
 
         # η: fresh noise takes the place of a part of the predicted noise; the variance stays sigma_s²
         alpha_t, sigma_t = at_t
@@ -133,8 +133,8 @@ def ddim_sample(schedule: Schedule, eps_model: EpsModel, z: Tensor, timesteps: l
         if scale is None:
             z = ddim_step(z, eps, at_t, (alpha_s, kept))
         else:
-            z0 = predict_z0(z, eps, *at_t) / scale[t].item()
-            z = alpha_s * scale[s].item() * z0 + kept * eps
+            z0 = predict_z0(z, eps, *at_t) / scale[t]
+            z = alpha_s * scale[s] * z0 + kept * eps
         if taken is not None:
             z = z - kept * taken                            # v2 Eq. 8: from the noise of s, not from ẑ0
         if noise is not None:

@@ -99,7 +99,7 @@ class Config(Recipe):
     workers: Size = 4               # threads that decode clips, per process
     dry_run: Size | None = None     # N steps with random weights, then their time and memory; 0: simulated
     # ---- output
-    out: Folder = ""                # folder of weights, checkpoints, log.jsonl, samples [runs/PRESET]
+    out: Folder = ""                # folder of weights, checkpoints, log.jsonl and samples
     resume: str = ""                # auto (the last checkpoint in OUT, if any) or a checkpoint's path
     save_every: Count = 500         # steps between checkpoints; the last two are kept
     sample_every: Size = 500        # steps between sample clips; 0: never
