@@ -117,8 +117,10 @@ def bpe(path: Path | None = None, length: int = 77):
 
 def say_cut(model: str, tokenizer: Callable, captions: list[str], length: int) -> bool:
     """Says that a caption is longer than the `length` tokens which a model reads -> was there one?"""
-    encode, marks = getattr(tokenizer, "encode", lambda caption: ()), getattr(tokenizer, "marks", 2)
-    longest = marks + max(len(encode(caption)) for caption in captions)             # with start and end
+    if not hasattr(tokenizer, "encode"):                    # the toy's words, and none for motion
+        return False
+    marks = getattr(tokenizer, "marks", 2)                  # start and end
+    longest = marks + max(len(tokenizer.encode(caption)) for caption in captions)
     if longest > length:
         print(f"{model} reads {length} tokens of a caption; longer ones are cut, like one of {longest}",
               file=sys.stderr)

@@ -299,7 +299,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert first.is_alive()
     first.kill()
     first.join()
-    assert tiny.run(run, "--resume", "auto", "--train-steps", 1)[0] == 0
+    assert tiny.run(run, *options[2:], "--train-steps", 1)[0] == 0
 
 
 STATE = dict(settings={}, teacher="", step=1, params={"w": torch.tensor([1.25, 3.5])}, optimizer={"state": {}})
