@@ -3,8 +3,6 @@
     python evaluate.py shapes                                           # the toy's table, by its oracle
     python evaluate.py score CLIP... --reward hpsv2=FILE                # rewards of clips, their diversity
     python evaluate.py vbench results/vcm results/turbo --papers        # Quality, Semantic, Total of VBench
-    python evaluate.py compare clips/vcm clips/turbo --out page.html    # a page that asks people, blindly
-    python evaluate.py tally votes-*.json                               # what they said
 """
 from __future__ import annotations
 
@@ -12,32 +10,20 @@ import json
 import math
 import sys
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import shapes
-from plumbing import cli, judging, stats, vbench
-from plumbing.cli import Count, File, Folder, Size
-from plumbing.errors import UserError
+from plumbing import cli, stats
+from plumbing.cli import Count, File, Folder
+from plumbing.errors import UserError, reading
 from plumbing.files import check_outputs, check_writable
 
 if TYPE_CHECKING:                       # imported where they are needed: --help and mistakes answer at once
     from torch import Tensor
 
     from rewards import Reward
-
-FRAMES = 16                             # of an image reward at once
-
-
-def named(argument: str) -> tuple[str, Path]:
-    """NAME=PATH or PATH -> name, path. Without NAME a model is called after its folder."""
-    name, separator, text = argument.partition("=")
-    if Path(argument).exists() or not separator:
-        name, text = "", argument
-    path = Path(text).expanduser()
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
-    return name or (path if path.is_dir() else path.parent).resolve().name, path
 
 
 # ---- python evaluate.py shapes -----------------------------------------------------------------------------
@@ -66,6 +52,8 @@ def shapes_table(config: ShapesConfig) -> list[dict]:
 
 # ---- python evaluate.py score ------------------------------------------------------------------------------
 
+FRAMES = 16                             # of an image reward at once
+
 
 @dataclass(frozen=True)
 class ScoreConfig:
@@ -83,24 +71,40 @@ def score(config: ScoreConfig) -> dict:
     if not config.clips or not config.reward:
         raise UserError("score takes clips and at least one --reward NAME=FILE, "
                         "e.g. score out.mp4 --prompt \"a dog\" --reward hpsv2=FILE")
-    files = list(dict.fromkeys(file for path in config.clips for file in clips_at(Path(path))))
-    rows = [dict(clip=str(file), prompt=config.prompt or judging.prompt_of(file)) for file in files]
-    prompts = [row["prompt"] for row in rows]
-    if config.diversity and len(set(prompts)) == len(prompts):
+    files = dict.fromkeys(file for path in config.clips for file in clips_at(Path(path)))
+    rows = [dict(clip=str(file), prompt=config.prompt or prompt_of(file)) for file in files]
+    clips_of = {row["prompt"]: [] for row in rows}                      # {prompt: numbers of its clips}
+    for number, row in enumerate(rows):
+        clips_of[row["prompt"]].append(number)
+    if config.diversity and len(clips_of) == len(rows):
         raise UserError("--diversity compares clips of one prompt, and no prompt has two")
 
-    import torch
-
+    import rewards
     from plumbing.run import pick_device
+    files_of = {name: path for name, path, _ in map(rewards.parse_spec, config.reward)}
+    if len(files_of) < len(config.reward):
+        raise UserError(f"--reward {' '.join(config.reward)}: give each reward once")
+    if config.diversity and not any(rewards.RECIPES[name].kind == "video" for name in files_of):
+        raise UserError("--diversity compares features of a video reward, e.g. --reward viclip=FILE")
+
     device, result = pick_device(config.device), dict(clips=rows, means={}, diversity={})
-    for name, path in read_rewards(config.reward, config.diversity):    # one reward in memory at a time
+    for name, path in files_of.items():                                 # one reward in memory at a time
         reward = shapes.reward(name, path, device)
         features = score_clips(reward, rows, config.diversity and reward.kind == "video")
-        result["means"][name] = mean_reward(prompts, [row[name] for row in rows])
+        scores = [row[name] for row in rows]
+        means = [sum(scores[i] for i in numbers) / len(numbers) for numbers in clips_of.values()]
+        result["means"][name] = interval(means if len(means) > 1 else scores)
         if features:
-            result["diversity"][name] = diversity(prompts, torch.cat(features))
+            result["diversity"][name] = interval([
+                distance([features[i] for i in numbers]) for numbers in clips_of.values() if len(numbers) > 1])
     print(json.dumps(result, indent=1) if config.json else score_table(result))
     return result
+
+
+def prompt_of(path: Path) -> str:
+    """The prompt that a clip's name tells: VBench writes PROMPT-NUMBER.mp4."""
+    prompt, _, number = path.stem.rpartition("-")
+    return prompt if prompt and number.isdigit() else path.stem
 
 
 def clips_at(path: Path) -> list[Path]:
@@ -117,17 +121,6 @@ def clips_at(path: Path) -> list[Path]:
     return files
 
 
-def read_rewards(specs: tuple[str, ...], diversity: bool) -> list[tuple[str, str | None]]:
-    """(name, file) of each --reward."""
-    import rewards
-    parsed = [rewards.parse_spec(spec)[:2] for spec in specs]
-    if len(dict(parsed)) < len(parsed):
-        raise UserError(f"--reward {' '.join(specs)}: give each reward once")
-    if diversity and not any(rewards.RECIPES[name].kind == "video" for name in dict(parsed)):
-        raise UserError("--diversity compares features of a video reward, e.g. --reward viclip=FILE")
-    return parsed
-
-
 def frames_of(reward: Reward, path: str) -> Tensor:
     """A clip's frames as large as the reward takes them, and as many: (1, T, 3, S, S) in [0, 1]. They are
     fitted as they are decoded: minutes of video take no more memory than small pictures do."""
@@ -141,7 +134,7 @@ def frames_of(reward: Reward, path: str) -> Tensor:
 
 
 def score_clips(reward: Reward, rows: list[dict], with_features: bool) -> list[Tensor]:
-    """Writes a reward's scores into the rows -> a video reward's features (1, E) of each, where asked for."""
+    """Writes a reward's scores into the rows -> a video reward's features (E,) of each, where asked for."""
     import torch
     from tqdm import tqdm
 
@@ -151,35 +144,21 @@ def score_clips(reward: Reward, rows: list[dict], with_features: bool) -> list[T
         parts = frames.split(FRAMES, 1) if reward.kind == "image" else [frames]
         with torch.no_grad():
             sums = [reward(part, [row["prompt"]]).item() * part.shape[1] for part in parts]
-            features += [reward.features(frames).cpu()] if with_features else []
+            features += [reward.features(frames)[0].cpu()] if with_features else []
         row[reward.name] = sum(sums) / frames.shape[1]
     return features
 
 
-def mean_reward(prompts: list[str], values: list[float]) -> dict[str, float | None]:
-    """Mean of a reward with its interval: over prompts, or over the clips of a single one."""
-    groups = [[value for value, other in zip(values, prompts) if other == prompt]
-              for prompt in dict.fromkeys(prompts)]
-    return mean_of(values if len(groups) == 1 else [sum(group) / len(group) for group in groups])
+def distance(features: list[Tensor]) -> float:
+    """Mean 1 - cosine of two of a prompt's clips. features: of each clip (E,), of unit length."""
+    distances = [1 - (a @ b).item() for a, b in combinations(features, 2)]
+    return sum(distances) / len(distances)
 
 
-def mean_of(values: list[float]) -> dict[str, float | None]:
+def interval(values: list[float]) -> dict[str, float | None]:
     """Mean and half-width of its 95 % interval, None for a single value, which JSON can hold."""
     mean, half = stats.mean_interval(values)
     return dict(mean=mean, half=None if math.isnan(half) else half)
-
-
-def diversity(prompts: list[str], features: Tensor) -> dict[str, float | None]:
-    """Mean distance 1 - cosine of two clips of one prompt, over prompts, with its interval. features (N, E):
-    of unit length, one for each clip."""
-    distances = []
-    for prompt in dict.fromkeys(prompts):
-        of_prompt = features[[i for i, other in enumerate(prompts) if other == prompt]]
-        n = len(of_prompt)
-        if n > 1:
-            cosines = of_prompt @ of_prompt.T                           # (n, n), 1 on the diagonal
-            distances.append(1 - ((cosines.sum() - cosines.trace()) / (n * (n - 1))).item())
-    return mean_of(distances)
 
 
 def score_table(result: dict) -> str:
@@ -187,18 +166,70 @@ def score_table(result: dict) -> str:
     def with_interval(mean: float, half: float | None) -> str:
         return f"{mean:.4f}" if half is None else f"{mean:.4f} ± {half:.4f}"
 
-    names, rows = list(result["means"]), result["clips"]
+    rows, names = result["clips"], list(result["means"])
     table = [[row["clip"], row["prompt"], *(f"{row[name]:.4f}" for name in names)] for row in rows]
-    count = len({row["prompt"] for row in rows})
-    for title, means in ((f"mean of {len(rows)} clips (95 %)", result["means"] if len(rows) > 1 else {}),
-                         ("diversity, 1 - cosine (95 %)", result["diversity"])):
-        if means:
-            table.append([title, f"{count} prompt{'s' * (count > 1)}",
-                          *(with_interval(**means[name]) if name in means else "-" for name in names)])
+    prompts = f"prompts: {len({row['prompt'] for row in rows})}"
+    for title, key in (("mean (95 %)", "means"), ("diversity, 1 - cosine (95 %)", "diversity")):
+        cells = [with_interval(**result[key][name]) if name in result[key] else "-" for name in names]
+        table += [[title, prompts, *cells]] if result[key] else []
     return stats.markdown(["clip", "prompt", *names], table)
 
 
 # ---- python evaluate.py vbench -----------------------------------------------------------------------------
+
+# VBench's constants, from its scripts/constant.py and cal_final_score.py; v1, Appendix C.
+# {dimension: (lower and upper end of the range that becomes 0..1, weight)}
+QUALITY = {
+    "subject_consistency": (0.1462, 1, 1),
+    "background_consistency": (0.2615, 1, 1),
+    "temporal_flickering": (0.6293, 1, 1),
+    "motion_smoothness": (0.706, 0.9975, 1),
+    "aesthetic_quality": (0, 1, 1),
+    "dynamic_degree": (0, 1, 0.5),
+    "imaging_quality": (0, 1, 1),
+}
+SEMANTIC = {
+    "object_class": (0, 1, 1),
+    "multiple_objects": (0, 1, 1),
+    "human_action": (0, 1, 1),
+    "color": (0, 1, 1),
+    "spatial_relationship": (0, 1, 1),
+    "scene": (0, 0.8222, 1),
+    "appearance_style": (0.0009, 0.2855, 1),
+    "temporal_style": (0, 0.364, 1),
+    "overall_consistency": (0, 0.364, 1),
+}
+TOTALS = ("Total", "Quality", "Semantic")
+
+# Percent: TOTALS, then the dimensions in the order above. v1, Table 4; v2's tables; PISCES (arXiv 2602.01624);
+# the other papers' own tables.
+PUBLISHED = {
+    "VideoCrafter2, 50 steps": (80.44, 82.20, 73.42, 96.85, 98.22, 98.41, 97.73, 63.13, 42.50, 67.22,
+                                92.55, 40.66, 95.00, 92.92, 35.86, 55.29, 25.13, 25.84, 28.23),
+    "VCM (VC2), 4 steps": (73.97, 78.54, 55.66, 94.02, 96.05, 99.06, 98.84, 54.56, 42.50, 52.72,
+                           63.97, 10.81, 82.60, 79.12, 23.06, 18.49, 25.29, 22.31, 25.15),
+    "T2V-Turbo (VC2), 4 steps": (81.01, 82.57, 74.76, 96.28, 97.02, 97.48, 97.34, 63.04, 49.17, 72.49,
+                                 93.96, 54.65, 95.20, 89.90, 38.67, 55.58, 24.42, 25.51, 28.16),
+    "ModelScopeT2V, 50 steps": (75.75, 78.05, 66.54, 89.87, 95.29, 98.28, 95.79, 52.06, 66.39, 58.57,
+                                82.25, 38.98, 92.40, 81.72, 33.68, 39.26, 23.39, 25.37, 25.67),
+    "VCM (MS), 4 steps": (75.84, 78.80, 63.98, 93.06, 97.30, 98.51, 98.00, 48.99, 46.11, 61.98,
+                          83.18, 24.85, 87.20, 85.72, 31.57, 42.44, 23.20, 23.30, 24.18),
+    "T2V-Turbo (MS), 4 steps": (80.62, 82.15, 74.47, 94.82, 98.71, 97.99, 95.64, 60.04, 66.39, 68.09,
+                                93.34, 58.63, 95.80, 89.67, 45.74, 48.47, 23.23, 25.92, 27.51),
+    "T2V-Turbo-v2, 4 steps": (82.34, 83.93, 75.97),
+    "T2V-Turbo-v2, 8 steps": (83.05,),
+    "T2V-Turbo-v2, 16 steps": (83.52, 85.13, 77.12),
+    "T2V-Turbo-v2 without motion guidance, 4 steps": (81.87, 83.26, 76.30),
+    "T2V-Turbo-v2 without motion guidance, 16 steps": (82.93, 84.08, 78.33),
+    "PISCES, 4 steps": (82.51, 83.73, 77.63),
+    "PISCES by GRPO, 4 steps": (82.75, 84.05, 77.54),
+    "PISCES with motion guidance, 4 steps": (82.79, 84.12, 77.45),
+    "PISCES with ViCLIP, 4 steps": (82.84, 84.18, 77.49),
+    "Hummingbird 0.7 B": (81.35, 83.73),
+    "VideoReward-DPO (VC2), 50 steps": (80.75,),
+    "VideoDPO (VC2), 50 steps": (81.93,),
+    "UnifiedReward (VC2), 50 steps": (81.43,),
+}
 
 
 @dataclass(frozen=True)
@@ -212,61 +243,79 @@ def vbench_table(config: VBenchConfig) -> dict[str, dict[str, float]]:
     """Quality, Semantic and Total of VBench's result files, models side by side, in percent."""
     if not config.results and not config.papers:
         raise UserError("vbench takes VBench's result files, or folders of them, e.g. vbench results/turbo")
-    paths: dict[str, list[Path]] = {}
-    for name, path in map(named, config.results):
-        paths.setdefault(name, []).append(path)
-    rows = {name: vbench.with_totals(vbench.read_model(name, files)) for name, files in paths.items()}
-    rows = (vbench.published() if config.papers else {}) | rows
-    print(vbench.tables(rows))
+    rows = published() if config.papers else {}
+    rows |= {name: with_totals(shares) for name, shares in read_results(config.results).items()}
+
+    for columns in (TOTALS, QUALITY, SEMANTIC):
+        cells = [[name, *(f"{100 * row[column]:.2f}" if column in row else "-" for column in columns)]
+                 for name, row in rows.items() if row.keys() & {*columns}]
+        titles = ["", *(column.replace("_", " ") for column in columns)]
+        if cells:
+            print(stats.markdown(titles, cells) + "\n")
+    for name, row in rows.items():
+        missing = [dimension for dimension in QUALITY | SEMANTIC if dimension not in row]
+        if missing and not name.endswith(" (paper)"):
+            print(f"no Total of {name}, which lacks {', '.join(missing)}")
     return rows
 
 
-# ---- python evaluate.py compare and tally ------------------------------------------------------------------
+def published() -> dict[str, dict[str, float]]:
+    """The papers' rows, as `with_totals` returns one's own: {model: {column: share}}."""
+    columns = (*TOTALS, *QUALITY, *SEMANTIC)
+    return {f"{name} (paper)": {column: percent / 100 for column, percent in zip(columns, row)}
+            for name, row in PUBLISHED.items()}
 
 
-@dataclass(frozen=True)
-class CompareConfig:
-    """The options of `evaluate.py compare`."""
-    folders: tuple[str, ...] = ()       # two folders of .mp4 clips of the same names; FOLDER or NAME=FOLDER
-    out: File = "compare.html"          # the page; it needs no server and no network
-    pairs: Size = 0                     # pairs on a page; more of them make OUT-2, OUT-3, ... [all on one]
+def with_totals(shares: dict[str, float]) -> dict[str, float]:
+    """Adds Quality, Semantic and Total (four fifths of it Quality) where their dimensions are complete."""
+    totals = {}
+    for title, group in (("Quality", QUALITY), ("Semantic", SEMANTIC)):
+        if shares.keys() >= group.keys():
+            scaled = [w * (shares[name] - low) / (high - low) for name, (low, high, w) in group.items()]
+            totals[title] = sum(scaled) / sum(w for *_, w in group.values())
+    if len(totals) == 2:
+        totals["Total"] = (4 * totals["Quality"] + totals["Semantic"]) / 5
+    return totals | shares
 
 
-def compare(config: CompareConfig) -> None:
-    """A self-contained page on which people judge two models blindly, pair by pair. `tally` counts."""
-    if len(config.folders) != 2:
-        raise UserError(f"compare takes two folders of clips, not {len(config.folders)}; "
-                        "e.g. compare clips/vcm clips/turbo --out page.html")
-    if Path(config.out).suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--out {config.out}: a page ends in .html")
-    a, b = map(named, config.folders)
-    if a[0] == b[0]:
-        raise UserError(f"both folders are called {a[0]}; tell the models apart with NAME=FOLDER")
-    print("\n".join(judging.make_pages(a, b, Path(config.out), config.pairs)))
+def read_results(arguments: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """{model: {dimension: share}}. A model is called NAME, of NAME=PATH, else after its files' folder."""
+    models: dict[str, dict[str, float]] = {}
+    for argument in arguments:
+        name, separator, text = argument.partition("=")
+        if Path(argument).exists() or not separator:
+            name, text = "", argument
+        path = Path(text).expanduser()
+        files = sorted(path.glob("*_eval_results.json")) if path.is_dir() else [path]
+        if not files:
+            raise UserError(f"{path}: no result files (*_eval_results.json) in this folder")
+        name = name or (path if path.is_dir() else path.parent).resolve().name
+        if name.removesuffix(" (paper)") in PUBLISHED:
+            raise UserError(f"{name} is a paper's row; call your own model otherwise: NAME={path}")
+
+        shares = models.setdefault(name, {})
+        for file in files:
+            with reading(file, "a VBench result"):          # {dimension: [share, [single clips]]}
+                result = json.loads(file.read_text(encoding="utf-8"))
+                result = {key.replace(" ", "_").lower(): value[0] for key, value in result.items()}
+            for dimension, share in result.items():
+                if dimension not in QUALITY | SEMANTIC:
+                    raise UserError(f"{file}: unknown dimension {dimension!r:.60}; VBench has "
+                                    f"{', '.join(QUALITY | SEMANTIC)}")
+                if type(share) not in (int, float) or not abs(share) <= 1:
+                    raise UserError(f"{file}: {dimension} is {share!r:.40}; VBench writes shares, at most 1")
+                if shares.setdefault(dimension, share) != share:
+                    raise UserError(f"{file}: {dimension} is {share:g}, in another file of {name} "
+                                    f"{shares[dimension]:g}; tell two models apart with NAME=FILE")
+    return models
 
 
-@dataclass(frozen=True)
-class TallyConfig:
-    """The options of `evaluate.py tally`."""
-    votes: tuple[File, ...] = ()        # files that the pages of `compare` saved
-
-
-def tally(config: TallyConfig) -> None:
-    """Win rates per question with Wilson intervals, and how often judges agree, as Markdown."""
-    if not config.votes:
-        raise UserError("tally takes files of votes, which a page of `compare` saves: tally votes-*.json")
-    votes = judging.read_votes(config.votes)
-    print("\n\n".join(judging.table(names, by_pair) for names, by_pair in votes.items()))
-
-
-# ---- commands ----------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 COMMANDS = {                            # the word: what it calls, its options, what is typed without a flag
     "shapes": (shapes_table, ShapesConfig, None),
     "score": (score, ScoreConfig, "clips"),
     "vbench": (vbench_table, VBenchConfig, "results"),
-    "compare": (compare, CompareConfig, "folders"),
-    "tally": (tally, TallyConfig, "votes"),
 }
 
 

@@ -311,7 +311,7 @@ def attention(seed: int) -> Figure:
 MAP = {                                 # layer: its colour; {file: what it is}
     "commands": ("#dbeafe", {
         "train.py": "Algorithm 1,\npresets", "prepare.py": "v2's cache", "sample.py": "text to video",
-        "evaluate.py": "table, VBench,\npeople", "demo.py": "a page\nto play with"}),
+        "evaluate.py": "table, VBench,\nrewards", "demo.py": "a page\nto play with"}),
     "the toy": ("#dcfce7", {"shapes/": "a world of moving shapes: captions, clips, judge, small networks"}),
     "the method\nand its parts": ("#fef3c7", {"turbo.py": "the two papers", "model.py": "UNet, its weights",
                                               "rewards.py": "reward models", "data.py": "clips, captions"}),

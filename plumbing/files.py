@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from plumbing.errors import UserError, reading
 
-MARKS = {".json": ('"scores"', '"rows"'), ".html": ('id="content"',)}      # in files that the commands write
+MARKS = {".json": ('"scores"', '"rows"')}                   # in files that the commands write
 
 
 @contextmanager

@@ -1,6 +1,5 @@
-"""Intervals and agreement: what a few hundred clips, or a few judges, allow to be said."""
+"""Intervals: what a few hundred clips allow to be said; and tables."""
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 Z95 = 1.96                              # 95 % of a normal distribution lie within this many deviations
@@ -26,13 +25,6 @@ def paired_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
     mean = (gained - lost) / (n + 2)
     half = Z95 * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / (n + 2)) / (n + 2)
     return mean - half, mean + half
-
-
-def raw_agreement(ratings: Sequence[Sequence[str]]) -> float:
-    """Share of pairs of judges who say the same, mean over items. ratings[item]: of two judges or more."""
-    def of_item(row):
-        return sum(count * (count - 1) for count in Counter(row).values()) / (len(row) * (len(row) - 1))
-    return sum(map(of_item, ratings)) / len(ratings)
 
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,5 +1,4 @@
 """A headless Chromium driven through its DevTools pipe: JSON messages that end in a zero byte. No package."""
-import base64
 import json
 import os
 import select
@@ -13,16 +12,14 @@ from pathlib import Path
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 PROGRAM = next((found for found in map(shutil.which, PROGRAMS) if found), None)
 PATIENCE = 60                                               # seconds for an answer of the browser
-KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "ArrowDown": 40, "Backspace": 8}
 
 
 class Page:
     """One tab of the browser."""
 
-    def __init__(self, to_browser: int, from_browser: int, downloads: Path):
+    def __init__(self, to_browser: int, from_browser: int):
         self.to_browser, self.from_browser = to_browser, from_browser
         self.buffer, self.number, self.session = b"", 0, {}
-        self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
         self.session = dict(sessionId=attached["sessionId"])
@@ -61,23 +58,10 @@ class Page:
             assert time.monotonic() < end, f"never: {condition}"
             time.sleep(0.05)
 
-    def open(self, page: Path | str) -> None:
-        """Opens a file or an address, or opens it again."""
-        self.call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
+    def open(self, address: str) -> None:
+        """Opens an address."""
+        self.call("Page.navigate", url=address)
         self.wait("location.href !== 'about:blank' && document.readyState === 'complete'")
-
-    def press(self, key: str) -> None:
-        """A key pressed and released, as a keyboard does it."""
-        for kind in ("rawKeyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=KEYS[key])
-
-    def tap(self, selector: str) -> None:
-        """A finger on the middle of an element."""
-        self.run(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center'}})")
-        box = f"document.querySelector({selector!r}).getBoundingClientRect()"
-        x, y = self.run(f"[{box}.x + {box}.width / 2, {box}.y + {box}.height / 2]")
-        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[dict(x=x, y=y)])
-        self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def look(self, width: int, height: int, dark: bool = False, phone: bool = False) -> None:
         """Window size in pixels, colour scheme, and whether it is a phone with a touch screen."""
@@ -88,14 +72,10 @@ class Page:
         scheme = dict(name="prefers-color-scheme", value="dark" if dark else "light")
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
-    def screenshot(self, path: Path) -> None:
-        """Writes what the window shows as a png."""
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
-
 
 @contextmanager
 def browser(folder: Path) -> Iterator[Page]:
-    """A browser with one tab whose profile and downloads lie in a folder."""
+    """A browser with one tab whose profile lies in a folder."""
     read_there, write_here = os.pipe()
     read_here, write_there = os.pipe()
 
@@ -111,7 +91,7 @@ def browser(folder: Path) -> Iterator[Page]:
     os.close(read_there)
     os.close(write_there)
     try:
-        yield Page(write_here, read_here, folder)
+        yield Page(write_here, read_here)
     finally:
         process.terminate()
         process.wait(PATIENCE)
