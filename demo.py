@@ -41,12 +41,12 @@ def make(config: sample.Config, prompt: str, seed: int, best_of: int, method: st
     caption, notes = sample.caption_of(prompt, seed, config)
     folder, start = Path(tempfile.mkdtemp()), time.perf_counter()
 
-    # the best of some takes
+    # the best of some takes, and what its steps answered
     takes = []
     for number in range(seed, seed + (best_of if terms else 1)):
-        take, answers = sample.Take(sample.Job(prompt, number, folder / "clip.mp4"), caption, number), []
-        sample.make([take], models, terms, sampling, config, reference,
-                    lambda t, z0_hat, seen=answers: seen.append((t, z0_hat)))
+        answers = []
+        take, = sample.make([caption], [number], models, terms, sampling, config, reference,
+                            lambda t, z0_hat, seen=answers: seen.append((t, z0_hat)))
         takes.append((take, answers))
     best, answers = max(takes, key=lambda pair: pair[0].scores["total"])
     which = f"seed {best.seed}" + f" (the best of {len(takes)})" * (len(takes) > 1)
@@ -54,13 +54,13 @@ def make(config: sample.Config, prompt: str, seed: int, best_of: int, method: st
     facts += [f"{term.name} {best.scores[term.name]:.3f}" for term in terms]
 
     # its clip, and a row of frames for each step; --refine tells no steps
-    video.write_video(best.job.path, best.clip, config.fps or models.fps)
+    video.write_video(folder / "clip.mp4", best.clip, config.fps or models.fps)
     shown = answers[::-(len(answers) // ROWS or 1)][::-1]               # with the last, which is the clip
     stride = best.clip.shape[1] // COLUMNS or 1
     rows = [to_clip(models.vae, z0_hat[:, :, ::stride], 4)[0].cpu() for _, z0_hat in shown]
     sample.write_sheet(folder / "strip.png", rows or [best.clip[:, ::stride]])
     text = [caption, *notes, ", ".join(facts), f"rows below: from t = {[t for t, _ in shown]}"]
-    return str(best.job.path), str(folder / "strip.png"), "\n".join(text)
+    return str(folder / "clip.mp4"), str(folder / "strip.png"), "\n".join(text)
 
 
 def page(config: sample.Config):

@@ -92,32 +92,22 @@ def encode(models: Models, clip: Tensor, caption: str,
 
 def dry_run(config: Config) -> budget.Budget:
     """--dry-run: what a clip takes with fake tensors, one of those whose motion guides."""
-    dtype, size = getattr(torch, config.dtype), (config.frames, config.height, config.width)
-
-    def networks() -> Models:
-        with budget.build("cpu", dtype):
+    T, H, W = config.frames, config.height, config.width
+    t = torch.full((1,), 999)
+    with budget.simulated() as part:
+        with part("construction", times=0), budget.build("cpu", getattr(torch, config.dtype)):
             models = model.untrained("vc2")
-        models.unet.requires_grad_(False).checkpointing = True
-        return models
-
-    def encoded(models, results):
-        clip = torch.zeros(3, *size, dtype=torch.uint8)
-        return encode(models, clip, "a red circle moving right", torch.Generator())
-
-    def inverted(models, results):
-        z0, c, _ = results["encode"]
-        return models.unet(z0, torch.full((1,), 999), c, fps=config.fps).float()
-
-    def drawn(models, results):
-        z0, c, uncond = results["encode"]
-        t, z_ref = torch.full((1,), 999), results["step of inversion"]
-        return TeacherOutput.of(models.unet, Schedule(config.grid), z0, torch.randn_like(z0), t, z_ref, c,
-                                uncond, fps=config.fps)
-
-    T, H, W = size
-    return budget.report_clip(f"a clip of {config.preset}, {W}x{H}, {T} frames, {config.dtype}", networks, {
-        "encode": (1, encoded), "step of inversion": (config.inversion_steps, inverted),
-        "draw of t and ε": (config.draws, drawn)})
+            models.unet.requires_grad_(False).checkpointing = True
+        with part("encode"):
+            clip = torch.zeros(3, T, H, W, dtype=torch.uint8)
+            z0, c, uncond = encode(models, clip, "a red circle moving right", torch.Generator())
+        with part("step of inversion", config.inversion_steps):
+            z_ref = models.unet(z0, t, c, fps=config.fps).float()
+        with part("draw of t and ε", config.draws):
+            eps, schedule = torch.randn_like(z0), Schedule(config.grid)
+            TeacherOutput.of(models.unet, schedule, z0, eps, t, z_ref, c, uncond, fps=config.fps)
+    part.show(f"a clip of {config.preset}, {W}x{H}, {T} frames, {config.dtype}")
+    return part
 
 
 # ---- all clips ---------------------------------------------------------------------------------------------

@@ -9,21 +9,25 @@
 """
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import shapes
 from plumbing import cli
 from plumbing.cli import Count, File, Seed, Within
 from plumbing.errors import UserError, reading
 from plumbing.files import atomic, check_outputs, check_writable, read_header
-from plumbing.prompts import SUFFIXES, Job, Prompt, file_name, is_file, plan, read_prompts
 from shapes import grammar
 
 if TYPE_CHECKING:                       # imported where they are needed: --help and mistakes answer at once
@@ -34,6 +38,11 @@ if TYPE_CHECKING:                       # imported where they are needed: --help
     from solver import Sampling
     from turbo import Reference, RewardTerm
 
+SUFFIXES = (".mp4", ".gif", ".png", ".safetensors")        # of clips
+COLUMNS = ("prompt_en", "prompt", "caption", "text")        # of lists of prompts; the first that is there
+VBENCH_CLIPS = {"temporal_flickering": 25, "Diversity": 20}  # of a prompt of VBench, of VBench-2.0; else 5, 3
+FORBIDDEN = r"[/\r\n\t]" if os.name != "nt" else r'[<>:"/\\|?*\x00-\x1f]'      # in files' names
+NAME_BYTES = 240                        # of a name; file systems take 255, and -24.mp4 comes behind it
 
 Number = Annotated[int, Within(1, 1000)]
 Pixels = Annotated[int, Within(1, 4096)]
@@ -83,7 +92,7 @@ class Config:
     dry_run: bool = False               # vc2, ms: print what a clip would take; nothing is downloaded
 
 
-# ---- what is asked for, before torch is imported -----------------------------------------------------------
+# ---- mistakes, found before torch is imported --------------------------------------------------------------
 
 
 def model_of(config: Config) -> str:
@@ -98,16 +107,16 @@ def model_of(config: Config) -> str:
 
 
 def check(config: Config) -> None:
-    """Raises UserError for options that do not belong together, and for names that say nothing."""
+    """Raises UserError for options that do not belong together, for files that are not there, and for names
+    that say nothing."""
     if bool(config.prompt.strip()) == bool(config.prompts):
         raise UserError("give one prompt, or --prompts FILE; e.g. sample.py \"a red circle moving right\"")
     teacher, toy = config.method == "teacher", config.model == "shapes"
     belongs = [                         # options, do they take effect, what they belong to
         ("turbo lora_scale refine", not teacher, "students, not to --method teacher"),
-        ("motion_from motion_prompt", teacher, "--method teacher"),
+        ("motion_from motion_prompt", teacher and config.motion_from and config.motion_prompt,
+         "--method teacher, and each to the other"),
         ("motion", config.turbo or config.motion_from, "a T2V-Turbo-v2 (--turbo FILE), or to --motion-from"),
-        ("motion_from", config.motion_prompt, "--motion-prompt \"what that clip shows\""),
-        ("motion_prompt", config.motion_from, "--motion-from CLIP"),
         ("reward", config.best_of or config.refine, "--best-of or --refine"),
         ("best_of refine", toy or config.reward, "--reward NAME, e.g. --reward hpsv2"),
         ("as_typed", toy, "--model shapes"),
@@ -119,26 +128,117 @@ def check(config: Config) -> None:
             if getattr(config, option) not in (None, False, ()) and not effective:
                 raise UserError(f"{cli.flag_of(option)} belongs to {owner}")
 
-    # files to read
-    sources = {"--teacher": config.teacher, "--motion-from": config.motion_from, "--vae": config.vae}
+    reward_files = {}
     if config.reward:
         import rewards
-        specs = [rewards.parse_spec(spec) for spec in config.reward]
-        sources |= {f"--reward {name}": path for name, path, _ in specs}
-        if len({name for name, _, _ in specs}) < len(specs):
+        reward_files = {name: path for name, path, _ in map(rewards.parse_spec, config.reward)}
+        if len(reward_files) < len(config.reward):
             raise UserError(f"--reward {' '.join(config.reward)}: give each reward once")
-    for option, path in sources.items():
+    for path in (config.teacher, config.motion_from, config.vae, *reward_files.values()):
         if path and not Path(path).expanduser().exists():
-            raise UserError(f"{option} {path}: no such file or folder")
+            raise UserError(f"{path}: no such file or folder")
 
-    # names of files to write
     out = Path(config.out or "")
-    unknown = out.suffix[1:2].isalpha() and not is_file(out)                    # v2.0 is a folder
-    if (is_file(out) if config.prompts else unknown) or out.name.lower() in SUFFIXES:
+    clip, other = out.suffix.lower() in SUFFIXES, out.suffix[1:2].isalpha()     # v2.0 is a folder
+    if (clip if config.prompts else other and not clip) or out.name.lower() in SUFFIXES:
         raise UserError(f"--out {out}: choose a folder's name, or for one prompt one that ends in "
                         f"{', '.join(SUFFIXES)}")
     if config.sheet and Path(config.sheet).suffix.lower() != ".png":
         raise UserError(f"--sheet {config.sheet}: its name must end in .png")
+    if config.sheet and cli.place()[1] > 1:
+        raise UserError("--sheet shows the clips of one process; run without torchrun")
+
+
+# ---- the plan: prompts, and the files of their clips -------------------------------------------------------
+
+
+class Prompt(NamedTuple):
+    """A row of a list."""
+    text: str
+    name: str                           # of its files, without -NUMBER.mp4
+    count: int = 1                      # clips, unless --num says otherwise
+
+
+class Job(NamedTuple):
+    """One clip to make."""
+    prompt: str
+    seed: int
+    path: Path
+    scores: Path                        # .json beside a file; of a folder, which VBench reads, FOLDER-scores
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """Text, a prompt per line; .csv and .tsv with a header; .json and .jsonl of strings or of objects with
+    one of COLUMNS, perhaps `name`, and `dimension` of VBench's lists, which tells how many clips are made."""
+    suffix = Path(path).suffix.lower()
+    with reading(path, "a list of prompts in utf-8"):
+        text = Path(path).read_bytes().decode("utf-8-sig")
+        rows = [line for line in text.split("\n") if line.strip()]             # splitlines cuts at U+2028
+        if suffix in (".csv", ".tsv"):
+            comma = "," if suffix == ".csv" else "\t"
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=comma, strict=True))
+        elif suffix == ".json":
+            rows = json.loads(text)
+            assert isinstance(rows, list), "it holds no list"
+        elif suffix == ".jsonl":
+            rows = list(map(json.loads, rows))
+
+    prompts: dict[tuple, Prompt] = {}                       # a prompt of several dimensions of VBench is one
+    for number, row in enumerate(rows, 1):
+        place, row = f"{path}, entry {number}", {"prompt": row} if isinstance(row, str) else row
+        if not isinstance(row, dict) or None in row:        # DictReader's key of surplus fields
+            raise UserError(f"{place}: neither a text nor a row of the header's columns; quote commas")
+        row = {key.strip().lower(): value for key, value in row.items()}
+        text = next((row[column] for column in COLUMNS if row.get(column)), None)
+        if not isinstance(text, str) or not text.strip() or "\0" in text:
+            raise UserError(f"{place}: no prompt in any of {', '.join(COLUMNS)}; it has {', '.join(row):.80}")
+
+        name, dimensions, count = str(row.get("name") or text), row.get("dimension"), 1
+        if dimensions and isinstance(dimensions, list):
+            second = dimensions[0][:1].isupper()            # VBench-2.0 writes Camera_Motion, and cuts names
+            name = name[:180] if second else name
+            count = max(VBENCH_CLIPS.get(dimension, 3 if second else 5) for dimension in dimensions)
+        prompt = Prompt(text.strip(), file_name(name.strip()), count)
+        prompts[prompt[:2]] = max(prompt, prompts.get(prompt[:2], prompt))
+    if not prompts:
+        raise UserError(f"{path}: no prompts in it")
+    return list(prompts.values())
+
+
+def file_name(text: str) -> str:
+    """The text as a file's name; one that is too long is cut, and its hash keeps it apart from others."""
+    name = re.sub(FORBIDDEN, " ", text)
+    if len(os.fsencode(name)) <= NAME_BYTES:
+        return name
+    start = os.fsencode(name)[:NAME_BYTES - 9].decode(errors="ignore")
+    return f"{start} {hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+
+
+def jobs_of(prompts: list[Prompt], out: Path, config: Config) -> list[Job]:
+    """All clips, in order. Their files are OUT, or OUT-0, OUT-1, ...; in a folder VBench's PROMPT-i.mp4.
+    Raises UserError where two prompts would share a file."""
+    place = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    other_case = place.parent / place.name.swapcase()
+    ignores_case = other_case != place and other_case.exists() and other_case.samefile(place)
+    jobs, owners = [], {}
+    for prompt in prompts:
+        owner = owners.setdefault(prompt.name.casefold() if ignores_case else prompt.name, prompt)
+        if owner != prompt:
+            raise UserError(f"the prompts {owner.text!r:.80} and {prompt.text!r:.80} would both be written "
+                            f"to {out / prompt.name}-0.mp4; reword one, or give it a name of its own")
+
+        count = config.num or prompt.count
+        for i in range(count):
+            path, folder = out / f"{prompt.name}-{i}.mp4", out.with_name(f"{out.name}-scores")
+            if out.suffix.lower() in SUFFIXES:
+                path, folder = out if count == 1 else out.with_stem(f"{out.stem}-{i}"), out.parent
+            seed = config.seed + i * (config.best_of or 1)
+            jobs.append(Job(prompt.text, seed, path, folder / f"{path.stem}.json"))
+
+    names = [prompt.name for prompt in prompts if prompt.name != prompt.text.replace("/", " ")]
+    if names and jobs[0].path.parent == out:
+        print(f"{len(names)} prompts do not name their files: see e.g. {names[0]}-0.mp4", file=sys.stderr)
+    return jobs
 
 
 def plan_clips(config: Config) -> list[Job]:
@@ -146,37 +246,24 @@ def plan_clips(config: Config) -> list[Job]:
     UserError for prompts that the toy does not understand, and for places where something would be lost."""
     one = Prompt(config.prompt, file_name(config.prompt))
     prompts = read_prompts(config.prompts) if config.prompts else [one]
-    out = Path(config.out or ("clips" if config.prompts else "out.mp4"))
-    jobs = plan(prompts, out, config.num, config.seed, config.best_of or 1)
     for prompt in prompts if config.model == "shapes" else ():
         grammar.understand(prompt.text)
-    names = [prompt.name for prompt in prompts if prompt.name != prompt.text.replace("/", " ")]
-    if names and not is_file(out):
-        print(f"{len(names)} prompts do not name their files: see e.g. {names[0]}-0.mp4", file=sys.stderr)
+    out = Path(config.out or ("clips" if config.prompts else "out.mp4"))
+    jobs = jobs_of(prompts, out, config)
 
     # no file is lost, and all can be written
     places = [job.path.with_suffix("") if job.path.suffix.lower() == ".png" else job.path for job in jobs]
-    places += [scores_path(job, config) for job in jobs] if config.best_of or config.refine else []
+    places += [job.scores for job in jobs] if config.best_of or config.refine else []
     inputs = {cli.flag_of(name): getattr(config, name)
               for name in ("prompts", "teacher", "turbo", "motion_from", "vae")}
     check_outputs({"--out": [out, *places], "--sheet": config.sheet}, inputs)
     for folder in {path.parent for path in [*places, Path(config.sheet or places[0])]}:
         check_writable(folder)
 
-    # this process's own, and what is left to do
+    # this process's own, and what is left to do; a sheet is of all clips
     rank, world_size, _ = cli.place()
-    if world_size > 1 and config.sheet:
-        raise UserError("--sheet shows the clips of one process; run without torchrun")
-    again = config.sheet or not config.prompts              # a sheet is of all clips
+    again = config.sheet or not config.prompts
     return [job for job in jobs[rank::world_size] if again or not job.path.exists()]
-
-
-def scores_path(job: Job, config: Config) -> Path:
-    """Where a clip's scores go: beside it, but not into a folder for VBench, which holds clips alone."""
-    folder = job.path.parent
-    if config.prompts:
-        folder = folder.with_name(f"{folder.name}-scores")
-    return folder / f"{job.path.stem}.json"
 
 
 # ---- load --------------------------------------------------------------------------------------------------
@@ -189,23 +276,21 @@ def load_models(config: Config) -> Models:
     import model
     from networks.vae import load_tiny_decoder
     from plumbing.run import has_bfloat16, pick_device
-    device = pick_device(config.device)
+    device, dtype = pick_device(config.device), config.dtype or "float32"
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", cli.place()[2])
-    usual = "float32"
-    if device.type in ("cuda", "xpu"):
-        usual = "bfloat16" if has_bfloat16(device) else "float16"
-    dtype = getattr(torch, config.dtype or usual)
-    scale = 1.0 if config.lora_scale is None else config.lora_scale
+    if device.type in ("cuda", "xpu") and not config.dtype:
+        dtype = "bfloat16" if has_bfloat16(device) else "float16"
 
     student = None if config.method == "teacher" else config.turbo or config.method
+    where = (device, getattr(torch, dtype), 1.0 if config.lora_scale is None else config.lora_scale)
     if config.model == "shapes":
-        models = shapes.load(student, config.teacher, device, dtype, scale)
+        models = shapes.load(student, config.teacher, *where)
     else:
         student = f"{config.model}-turbo" if student == "turbo" else student            # the released one
-        models = model.load(config.model, config.teacher, student, device, dtype, scale)
+        models = model.load(config.model, config.teacher, student, *where)
     if config.vae:
-        models.vae.decode = load_tiny_decoder(config.vae, device, dtype).decode
+        models.vae.decode = load_tiny_decoder(config.vae, *where[:2]).decode
     models.unet.requires_grad_(False)
     models.unet.checkpointing = bool(config.refine or config.motion_from)       # these need a gradient
     return models
@@ -218,12 +303,11 @@ def load_rewards(config: Config, models: Models) -> list[RewardTerm]:
     import rewards
     from turbo import RewardTerm
     device, T = next(models.unet.parameters()).device, size_of(models, config)[0]
-    toy = {reward.name: reward for reward in shapes.rewards(device, config.teacher).values()} \
-        if config.model == "shapes" else {}
+    load = partial(shapes.reward, folder=config.teacher) if config.model == "shapes" else rewards.load
 
     terms = []
-    for name, path, weight in map(rewards.parse_spec, config.reward or toy):
-        reward = toy.get(name) or rewards.load(name, path, device, grad_checkpointing=bool(config.refine))
+    for name, path, weight in map(rewards.parse_spec, config.reward or ("shapes-clip", "shapes-viclip")):
+        reward = load(name, path, device, grad_checkpointing=bool(config.refine))
         if reward.frames and reward.frames > T:
             raise UserError(f"--reward {name} looks at {reward.frames} frames, the clips have {T}")
         video = reward.kind == "video"
@@ -239,9 +323,7 @@ def sampling_of(models: Models, config: Config) -> Sampling:
         raise UserError(f"--motion belongs to T2V-Turbo-v2 with motion guidance; {config.turbo} has none")
     names = ["steps", "guidance", "motion"] + ["fps"] * conditions.fps
     typed = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    default = {}
-    if config.motion_from:
-        default = dict(motion=1.0, motion_share=0.6)
+    default = dict(motion=1.0, motion_share=0.6) if config.motion_from else {}
     if config.motion_from and config.model != "shapes":     # as the released motion_prior_sample.py
         default |= dict(steps=200, guidance=7.5, eta=0.0)
     sampling = replace(models.sampling, **default | typed)
@@ -275,17 +357,14 @@ def reference_of(models: Models, config: Config) -> Reference | None:
     return Reference(z0.float(), models.text([config.motion_prompt]))
 
 
-# ---- generate, decode, write -------------------------------------------------------------------------------
+# ---- make: noise, latents, pixels, scores, files -----------------------------------------------------------
 
 
-@dataclass
-class Take:
-    """One of the clips, --best-of N for each job, of which the best is written."""
-    job: Job
-    caption: str
+class Take(NamedTuple):
+    """A clip; of the --best-of N takes of a job the best is written."""
     seed: int
-    clip: Tensor | None = None          # uint8 (3, T, H, W)
-    scores: dict[str, float] = field(default_factory=dict)  # also "total", and "climb" of --refine
+    clip: Tensor                        # uint8 (3, T, H, W)
+    scores: dict                        # of each reward; their weighted "total"; "climb" of --refine's steps
 
 
 def caption_of(prompt: str, seed: int, config: Config) -> tuple[str, list[str]]:
@@ -294,18 +373,17 @@ def caption_of(prompt: str, seed: int, config: Config) -> tuple[str, list[str]]:
     return grammar.fill_in(prompt, seed) if complete else (prompt, [])
 
 
-def make(takes: list[Take], models: Models, terms: list[RewardTerm], sampling: Sampling, config: Config,
-         reference: Reference | None, watch: Callable | None = None) -> None:
-    """Makes some clips at once: noise -> latents -> pixels -> scores. watch: see `turbo.generate`."""
+def make(captions: list[str], seeds: list[int], models: Models, terms: list[RewardTerm], sampling: Sampling,
+         config: Config, reference: Reference | None = None, watch: Callable | None = None) -> list[Take]:
+    """Makes some clips at once. watch: see `turbo.generate`."""
     import torch
     from tqdm import tqdm
 
     import turbo
     from model import to_clip
     from rewards import frames_for
-    captions, seeds = [take.caption for take in takes], [take.seed for take in takes]
-    common, steps = (models, captions, seeds, size_of(models, config), sampling), partial(tqdm, leave=False)
-    climb = []                          # the rewards (B,) before each step of --refine, and after the last
+    common = (models, captions, seeds, size_of(models, config), sampling)
+    steps, climb = partial(tqdm, leave=False), []           # climb: R (B,) in each step of --refine
     if config.refine:
         z, climb = turbo.generate_refined(*common, terms, config.refine, progress=steps)
     else:
@@ -313,55 +391,53 @@ def make(takes: list[Take], models: Models, terms: list[RewardTerm], sampling: S
     clips = to_clip(models.vae, z, None if models.name == "shapes" else 4).cpu()
 
     with torch.no_grad():
-        columns = [term.reward(frames_for(term.reward, clips), captions).tolist() for term in terms]
-    for i, take in enumerate(takes):
-        take.clip = clips[i]
-        total = sum(term.weight * column[i] for term, column in zip(terms, columns))
-        scores = {term.name: column[i] for term, column in zip(terms, columns)}
-        take.scores = dict(total=total, climb=[float(reward[i]) for reward in climb]) | scores
+        rewards = [term.reward(frames_for(term.reward, clips), captions).tolist() for term in terms]
+    takes = []
+    for i, seed in enumerate(seeds):
+        scores = {term.name: of_clips[i] for term, of_clips in zip(terms, rewards)}
+        total = sum(term.weight * scores[term.name] for term in terms)
+        takes.append(Take(seed, clips[i], scores | dict(total=total, climb=[float(R[i]) for R in climb])))
+    return takes
 
 
 def make_all(jobs: list[Job], models: Models, terms: list[RewardTerm], config: Config) -> None:
     """All clips in batches; of each job's takes the best is written, and all are shown by the sheet."""
     from tqdm import tqdm
-    batch, count = config.batch or (16 if models.name == "shapes" else 1), config.best_of or 1
-    sampling, reference = sampling_of(models, config), reference_of(models, config)
-
     captions = [caption_of(job.prompt, job.seed, config) for job in jobs]
     for job, (_, notes) in list(zip(jobs, captions))[:8]:
         if notes:
             print(f"{job.path.name}: {'; '.join(notes)}", file=sys.stderr)
 
-    at_once, rows = max(1, batch // count), []                                  # jobs
-    bar = tqdm(range(0, len(jobs), at_once), "clips", unit_scale=at_once, disable=len(jobs) <= at_once)
+    count, batch = config.best_of or 1, config.batch or (16 if models.name == "shapes" else 1)
+    to_make = [(caption, job.seed + i) for job, (caption, _) in zip(jobs, captions) for i in range(count)]
+    sampling, reference = sampling_of(models, config), reference_of(models, config)
+    takes, rows, done = [], [], 0
+    bar = tqdm(range(0, len(to_make), batch), "clips", unit_scale=batch, disable=len(to_make) <= batch)
     for start in bar:
-        some = slice(start, start + at_once)
-        takes = [Take(job, caption, job.seed + i) for job, (caption, _) in zip(jobs[some], captions[some])
-                 for i in range(count)]
-        for i in range(0, len(takes), batch):
-            make(takes[i:i + batch], models, terms, sampling, config, reference)
-        for i in range(0, len(takes), count):
-            ranked = sorted(takes[i:i + count], key=lambda take: -take.scores["total"])
-            write(ranked, config.fps or models.fps, config)
+        some_captions, seeds = map(list, zip(*to_make[start:start + batch]))
+        takes += make(some_captions, seeds, models, terms, sampling, config, reference)
+        while len(takes) >= count:                          # all of the next job's
+            ranked = sorted(takes[:count], key=lambda take: -take.scores["total"])
+            write(jobs[done], captions[done][0], ranked, config.fps or models.fps, config)
             rows += [take.clip for take in ranked] if config.sheet else []
+            takes, done = takes[count:], done + 1
     if config.sheet:
         write_sheet(Path(config.sheet), rows)
 
 
-def write(ranked: list[Take], fps: float, config: Config) -> None:
+def write(job: Job, caption: str, ranked: list[Take], fps: float, config: Config) -> None:
     """The best of a job's takes as a clip; with rewards also a line and a .json with the scores of all."""
     from tqdm import tqdm
 
     from plumbing import video
-    best = ranked[0]
-    video.write_video(best.job.path, best.clip, fps)
+    video.write_video(job.path, ranked[0].clip, fps)
     if not (config.best_of or config.refine):
         return
-    numbers = ", ".join(f"{name} {score:.4f}" for name, score in best.scores.items() if name != "climb")
-    tqdm.write(f"{best.job.path}: {numbers}, seed {best.seed}")
-    with atomic(scores_path(best.job, config)) as temporary:
-        takes = [dict(seed=take.seed) | take.scores for take in ranked]
-        content = dict(prompt=best.job.prompt, caption=best.caption, scores=takes)
+    numbers = [f"{name} {score:.4f}" for name, score in ranked[0].scores.items() if name != "climb"]
+    tqdm.write(f"{job.path}: {', '.join(numbers)}, seed {ranked[0].seed}")
+    with atomic(job.scores) as temporary:
+        scores = [dict(seed=take.seed) | take.scores for take in ranked]
+        content = dict(prompt=job.prompt, caption=caption, scores=scores)
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
@@ -391,36 +467,32 @@ def dry_run(config: Config) -> Budget:
     import rewards
     import turbo
     from plumbing import budget
-    family, dtype, B = model.FAMILIES[config.model], config.dtype or "bfloat16", config.batch or 1
-    T, H, W = config.frames or family.frames, config.height or family.height, config.width or family.width
-    sampling = family.sampling["teacher" if config.method == "teacher" else "turbo"]
-    sampling = replace(sampling, steps=config.steps or sampling.steps)
-    common, terms = ([config.prompt or "a prompt"] * B, [0] * B, (T, H, W)), []
+    dtype, B, terms = config.dtype or "bfloat16", config.batch or 1, []
+    sampling = model.FAMILIES[config.model].sampling["teacher" if config.method == "teacher" else "turbo"]
+    steps = config.steps or sampling.steps
 
-    def networks() -> Models:
-        with budget.build("cpu", getattr(torch, dtype)):
+    with budget.simulated() as part:
+        with part("construction", times=0), budget.build("cpu", getattr(torch, dtype)):
             models = model.untrained(config.model, guidance=config.method != "teacher")
-        models.unet.requires_grad_(False).checkpointing = bool(config.refine)
-        for name, _, _ in map(rewards.parse_spec, config.reward if config.refine else ()):
-            with budget.build("cpu", getattr(torch, dtype)):
+            models.unet.requires_grad_(False).checkpointing = bool(config.refine)
+            for name, _, _ in map(rewards.parse_spec, config.reward if config.refine else ()):
                 reward = rewards.untrained(name, "cpu", getattr(torch, dtype))
-            reward.checkpoint(True)
-            terms.append(turbo.RewardTerm(reward, 1.0, reward.frames or 6, reward.kind == "video", name))
+                reward.checkpoint(True)
+                terms.append(turbo.RewardTerm(reward, 1.0, reward.frames or 6, reward.kind == "video", name))
         budget.pick_worst(terms)
-        return models
 
-    def latents(models: Models, results: dict) -> Tensor:
-        if not config.refine:
-            return turbo.generate(models, *common, replace(sampling, steps=1))
-        with torch.enable_grad():
-            return turbo.generate_refined(models, *common, sampling, terms, 0)[0]
-
-    part = "step of --refine" if config.refine else "captions and one step"
-    times = config.refine + 1 if config.refine else sampling.steps
-    title = f"{config.model} {config.method}, {B} x {W}x{H}, {T} frames, {sampling.steps} steps, {dtype}"
-    return budget.report_clip(title, networks, {
-        part: (times, latents),
-        "decode": (1, lambda models, results: models.vae.decode(results[part], 4))})
+        T, H, W = size_of(models, config)
+        clips = ([config.prompt or "a prompt"] * B, [0] * B, (T, H, W))
+        if config.refine:
+            with part("step of --refine", config.refine + 1), torch.enable_grad():
+                z, _ = turbo.generate_refined(models, *clips, replace(sampling, steps=steps), terms, 0)
+        else:
+            with part("captions and one step", steps):
+                z = turbo.generate(models, *clips, replace(sampling, steps=1))
+        with part("decode"):
+            models.vae.decode(z, 4)
+    part.show(f"{config.model} {config.method}, {B} x {W}x{H}, {T} frames, {steps} steps, {dtype}")
+    return part
 
 
 # ---- the command -------------------------------------------------------------------------------------------
@@ -449,8 +521,8 @@ def main(argv=None):
     terms = load_rewards(config, models)
     start = time.perf_counter()
     make_all(jobs, models, terms, config)
-    names = ", ".join(str(job.path) for job in jobs[:3]) + (f" and {len(jobs) - 3} more" if jobs[3:] else "")
-    print(f"{names}: {len(jobs)} clip{'s' * (len(jobs) > 1)} in {time.perf_counter() - start:.2f} s")
+    more = f" and {len(jobs) - 1} more" if jobs[1:] else ""
+    print(f"{jobs[0].path}{more}: {time.perf_counter() - start:.2f} s")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Will it fit, and how long will it take? What a training step or a clip holds, computes and moves.
+"""Will it fit, and how long will it take? What a training step or a clip holds and computes.
 
 `--dry-run 0` of train.py and `--dry-run` of sample.py and prepare.py run the program's own code on fake
 tensors, which have shapes but no contents: full-size models then need neither memory, nor a GPU, nor a file.
@@ -36,26 +36,21 @@ class Counter(TorchDispatchMode):
     """Counts what is done within the block, to real or to fake tensors.
 
     `live`: bytes of the tensors made on the device and not yet freed; `peak`: the most of them since `reset`.
-    `flops`: by torch's formulas, a multiplication and an addition are two. `moved`: bytes that operations
-    read and write, each by itself; fused ones move fewer.
+    `flops`: by torch's formulas, a multiplication and an addition are two.
     """
 
     def __init__(self, device: str = "cpu"):
         super().__init__()
         self.device, self.storages, self.paused = device, set(), False
-        self.live = self.peak = self.flops = self.moved = 0
+        self.live = self.peak = self.flops = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = op(*args, **kwargs)
         if op.overloadpacket in FORMULAS:
             self.flops += FORMULAS[op.overloadpacket](*args, **kwargs, out_val=out)
-        written = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        if not op.is_view:
-            read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            self.moved += sum(x.nbytes for x in read + written)
-        for x in written:
-            if x.device.type == self.device:
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.device.type == self.device:
                 self.add(x.untyped_storage())
         return out
 
@@ -118,17 +113,17 @@ def build(device, dtype: torch.dtype) -> Iterator[None]:
 
 
 class Budget:
-    """What each named part holds, computes and moves; in a trainer it takes the place of `run.Parts`."""
+    """What each named part holds and computes; in a trainer it takes the place of `run.Parts`."""
 
     def __init__(self, counter: Counter):
         self.counter, self.counting, self.held, self.times = counter, True, 0, {}
-        self.peak, self.kept, self.flops, self.moved, self.seconds = (defaultdict(float) for _ in range(5))
+        self.peak, self.kept, self.flops, self.seconds = (defaultdict(float) for _ in range(4))
 
     @contextmanager
     def __call__(self, name: str, times: int = 1):
-        """times: how often the part is done; it is simulated once."""
+        """times: how often the part is done; it is simulated once. 0: what it makes is held all the time."""
         counter, start = self.counter, time.perf_counter()
-        flops, moved, live = counter.flops, counter.moved, counter.reset()
+        flops, live = counter.flops, counter.reset()
         yield
         if counter.device == "cuda":
             torch.cuda.synchronize()
@@ -137,40 +132,30 @@ class Budget:
             self.times[name] = times
             self.peak[name], self.kept[name] = max(self.peak[name], counter.peak), counter.live - live
             self.flops[name] += times * (counter.flops - flops)
-            self.moved[name] += times * (counter.moved - moved)
+        if not times:
+            self.held = counter.live
 
     def show(self, title: str, steps: int = 0) -> None:
-        """Prints the parts. steps: in how many `seconds` were taken; 0: simulated."""
-        print(f"{title}, {steps or 'simulated'}{' steps' * bool(steps)}\n\n"
-              f"{'part':24}times  peak GiB leaves GiB    TFLOP GB moved" + "       s" * bool(steps))
+        """Prints the parts. steps: in how many `seconds` were taken; 0: simulated, which tells none."""
+        print(f"{title}\n\n{'part':24}times  peak GiB leaves GiB    TFLOP       s")
         for name, times in self.times.items():
+            seconds = f"{self.seconds[name] / steps:8.2f}" if steps else "       -"
             print(f"{name:24}{times:5}{self.peak[name] / GIB:10.2f}{self.kept[name] / GIB:11.2f}"
-                  f"{self.flops[name] / 1e12:9.2f}{self.moved[name] / 1e9:9.0f}"
-                  + (f"{self.seconds[name] / steps:8.2f}" if steps else ""))
+                  f"{self.flops[name] / 1e12:9.2f}{seconds}")
 
         worst, flops = max(self.peak, key=self.peak.get), sum(self.flops.values())
+        cards = ", ".join(f"{card} {flops / rate:.2f} s" for card, rate in CARDS.items())
         print(f"\nheld all the time: {self.held / GIB:.2f} GiB; most: {self.peak[worst] / GIB:.2f} GiB, in "
-              f"{worst}; on a GPU add about 1 GiB for CUDA and its libraries")
-        print(f"in all {flops / 1e12:.1f} TFLOP; in bf16 at the peak rates of "
-              + ", ".join(f"{card} {flops / rate:.2f} s" for card, rate in CARDS.items())
-              + f"; {sum(self.moved.values()) / 1e9:.0f} GB moved if no operations are fused")
+              f"{worst}; on a GPU add about 1 GiB for CUDA and its libraries\n"
+              f"in all {flops / 1e12:.1f} TFLOP; in bf16 at the peak rates of {cards}")
 
 
-def report_clip(title: str, networks: Callable, work: dict[str, tuple]) -> Budget:
-    """Prints what a clip takes that is sampled or prepared, all of it with fake tensors.
-
-    networks() -> Models. work: of each part, how often it is done, and do(models, results before it).
-    """
+@contextmanager
+def simulated() -> Iterator[Budget]:
+    """Within the block a clip is sampled or prepared with fake tensors, each part within a `with part(NAME)`,
+    of which the first makes the networks."""
     with simulation() as counter, torch.no_grad():
-        budget, results = Budget(counter), {}
-        with budget("construction", times=0):
-            models = networks()
-        budget.held = counter.live
-        for name, (times, do) in work.items():
-            with budget(name, times):
-                results[name] = do(models, results)
-    budget.show(title)
-    return budget
+        yield Budget(counter)
 
 
 def report_step(config, group, load_world: Callable, trainer_class: type) -> Budget:
@@ -203,9 +188,9 @@ def report_step(config, group, load_world: Callable, trainer_class: type) -> Bud
     for _ in range(n):
         trainer.step(batch)
     if group.rank == 0:
-        size = f"{config.width}x{config.height}, {config.frames} frames"
-        budget.show(f"{config.preset}, {size}, {config.dtype}, {config.batch} clips a step, "
-                    f"{config.micro_batch} at a time", n)
+        budget.show(f"{config.preset}, {config.width}x{config.height}, {config.frames} frames, "
+                    f"{config.dtype}, {config.batch} clips a step, {config.micro_batch} at a time, "
+                    f"{n or 'simulated'} steps", n)
     if group.rank == 0 and n:
         seconds = sum(budget.seconds.values()) / n
         hours = seconds * config.train_steps / 3600

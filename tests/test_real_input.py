@@ -36,10 +36,10 @@ TYPED = {                               # command -> what is typed behind it -> 
         f"{RED} --out clips.mp4": "clips.mp4 is a folder",
         f"{RED} --sheet x.jpg": "--sheet x.jpg: its name must end in .png",
         f"{RED} --motion 0.1": "--motion belongs to a T2V-Turbo-v2",
-        f"{RED} --method teacher --motion-from m.mp4": "--motion-from belongs to --motion-prompt",
+        f"{RED} --method teacher --motion-from m.mp4": "--motion-from belongs to --method teacher, and ",
         f"{RED} --best-of 2 --reward hpsv3": "no reward 'hpsv3'; did you mean hpsv2?",
         f"{RED} --model vc2 --best-of 2": "--best-of belongs to --reward NAME, e.g. --reward hpsv2",
-        f"{RED} --best-of 2 --reward hpsv2=none.pt": "--reward hpsv2 none.pt: no such file or folder",
+        f"{RED} --best-of 2 --reward hpsv2=none.pt": "none.pt: no such file or folder",
         f"{RED} --turbo unet_lora.pt": "unet_lora.pt does not say whose student it is; add --model vc2, ms",
         f"{RED} --turbo vc2.safetensors --model shapes": "vc2.safetensors is a student of vc2, not of shapes",
         f"{RED} --turbo pipe": "--turbo: 'pipe' is neither a file's name nor a folder's",
@@ -150,7 +150,7 @@ def test_sampling_loses_no_file(typed, tmp_path, monkeypatch, capsys):
 # ---- terminals ---------------------------------------------------------------------------------------------
 
 SHELL = {                               # a line of a shell, in which RUN makes a clip -> what it prints
-    "RUN 2>&-": "1 clip in", "RUN 2>/dev/full": "1 clip in", "RUN >&- 2>&-": "", "RUN | true": "",
+    "RUN 2>&-": "a.mp4: ", "RUN 2>/dev/full": "a.mp4: ", "RUN >&- 2>&-": "", "RUN | true": "",
     "RUN >/dev/full": "",
     "PYTHONIOENCODING=ascii python sample.py --help": "\\u03c9, 0 = none",
     "python sample.py --help | head -1": "usage: sample.py",

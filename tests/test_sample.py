@@ -15,7 +15,7 @@ import plumbing.run
 import sample
 import turbo
 from model import to_clip
-from plumbing import cli, prompts, video
+from plumbing import cli, video
 from plumbing.errors import UserError
 from plumbing.weights import save_checkpoint
 from shapes import grammar, world
@@ -195,7 +195,7 @@ LISTS = {                               # name and content of a list -> (prompt,
 @pytest.mark.parametrize("name, text", LISTS)
 def test_lists_of_prompts(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode())
-    read = prompts.read_prompts(str(tmp_path / name))
+    read = sample.read_prompts(str(tmp_path / name))
     assert [(prompt.text, prompt.name, prompt.count) for prompt in read] == LISTS[name, text]
 
 
@@ -230,13 +230,13 @@ def test_a_list_goes_on_where_it_ended(tmp_path, capsys):
 
 
 def test_a_file_system_that_ignores_case_is_noticed(tmp_path):
-    """VBench has two prompts that differ in one capital letter. Played by a folder under both names."""
-    two = [prompts.Prompt("A box", "A box"), prompts.Prompt("a box", "a box")]
-    assert len(prompts.plan(two, tmp_path / "clips", None, 0)) == 2
-    for name in ("clips", "CLIPS"):
-        (tmp_path / name).mkdir()
+    """VBench has two prompts that differ in one capital letter. Played by a folder with two names."""
+    two = [sample.Prompt("A box", "A box"), sample.Prompt("a box", "a box")]
+    (tmp_path / "clips").mkdir()
+    assert len(sample.jobs_of(two, tmp_path / "clips/new", sample.Config())) == 2
+    (tmp_path / "CLIPS").symlink_to("clips")
     with pytest.raises(UserError, match="'A box' and 'a box' would both be written"):
-        prompts.plan(two, tmp_path / "clips", None, 0)
+        sample.jobs_of(two, tmp_path / "clips/new", sample.Config())
 
 
 def test_processes_share_the_clips(tmp_path, monkeypatch):
