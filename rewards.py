@@ -14,7 +14,6 @@ of a frame, L tokens, D width, E features.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -159,9 +158,7 @@ def recipes() -> dict[str, Recipe]:
 
 def recipe_of(name: str) -> Recipe:
     if name not in RECIPES:
-        near = get_close_matches(name, RECIPES, 1)
-        remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(RECIPES)}"
-        raise UserError(f"no reward {name!r}; {remedy}")
+        raise UserError(f"no reward {name!r}; there are {', '.join(RECIPES)}")
     return RECIPES[name]
 
 
@@ -174,8 +171,8 @@ def parse_spec(spec: str) -> tuple[str, str | None, float | None]:
     """What follows --reward, NAME[=FILE][:WEIGHT] -> (name, path, weight)."""
     match = SPEC.fullmatch(spec)
     if not match or float(match[3] or 0) > 1e6:
-        raise UserError(f"--reward {spec}: neither NAME nor NAME=FILE, NAME:WEIGHT or NAME=FILE:WEIGHT "
-                        "with a number for WEIGHT, at most 1e6; e.g. hpsv2:0.5")
+        raise UserError(f"--reward {spec} is not NAME[=FILE][:WEIGHT] with a number for WEIGHT, at most 1e6; "
+                        "e.g. hpsv2:0.5")
     name, path, weight = match.groups()
     recipe_of(name)
     return name, path, weight and float(weight)
@@ -189,14 +186,12 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
     path: a file, a folder, None = the public file. dtype: None = bfloat16 on CUDA, else float32. tokenizer:
     which the toy's rewards need. frames: 4 or 8 for internvideo2.
     """
-    # what can be wrong without reading the weights
     recipe, device = recipe_of(name), torch.device(device)
     if not (tokenizer or recipe.tokenizer):
         raise UserError(f"{name} reads the toy's captions; it goes with the toy alone")
     files = find(name, path) if recipe.convert else [None]
     path, tokenizer = files[0], tokenizer or recipe.tokenizer(files[0], recipe.text_length)
 
-    # no time or memory is spent on initial values
     with reading(path, f"a file of {name}"), without_memory():
         model = recipe.network(read_header(path) if path else {}, frames)
     if recipe.convert:
@@ -239,9 +234,8 @@ def freeze(model: nn.Module, device: str | torch.device, dtype: torch.dtype) -> 
     return model.eval()
 
 
-# ---- a tokenizer beside CLIP's `bpe` -----------------------------------------------------------------------
 def wordpiece(path: Path, length: int, public: str, sep: bool = True) -> Tokenizer:
-    """BERT's, from the `vocab.txt` beside the weights, else from the public one."""
+    """BERT's tokenizer, from the `vocab.txt` beside the weights, else from the public one."""
     beside = path.parent / "vocab.txt"
     vocabulary = beside if beside.exists() else fetch(public)
     tokenizer, words = WordPiece(vocabulary, length, sep), 30522                    # of the uncased models
@@ -424,14 +418,12 @@ class ViCLIP(CLIP):
 class Motion(nn.Module):
     """How fast parts of the picture move, beyond what all of it does: 0 (a still) to 1.
 
-    Brightness and contrast of a whole frame, so flicker and fades, pay nothing: gain and offset per channel,
-    fitted by least squares, are taken off first. Change over gradient is then the speed in each cell of the
-    picture, and only what exceeds twice that of the calmer half counts, so that a pan pays little. Each pair
-    of frames saturates: violent changes pay no more than brisk motion.
+    Flicker and fades pay nothing: gain and offset of a whole frame, fitted by least squares, are taken off
+    first. Change over gradient is then the speed in each cell of the picture, and only what exceeds twice
+    that of the calmer half counts, so that a pan pays little. Violent changes pay no more than brisk motion.
 
-    What fools it: whatever changes in one part of the picture. A thing that blinks, trembles or boils, noise
-    in a corner, a cut every few frames, a pan below an empty sky; large things count for more than small
-    ones. It reads no caption: take it beside rewards that do, with a small weight.
+    What fools it: whatever changes in one part of the picture, so blinking, trembling, noise in a corner, a
+    cut every few frames. It reads no caption: take it beside rewards that do, with a small weight.
     """
     image_size, frames = 64, None
     cell, usual = 16, 0.25          # side of a cell in pixels; a speed in pixels per frame that scores 1/2

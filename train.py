@@ -253,9 +253,9 @@ class Trainer:
             self.uncond = models.text([""])                         # ∅
 
         # what waits in host memory
-        self.offload = run.Offload(group.device, config.offload)
-        self.judges = [term.reward.model for term in terms] if config.offload else []
-        for term in terms:
+        self.offload, self.judges = run.Offload(group.device, config.offload), []
+        for term in terms if config.offload else ():
+            self.judges.append(term.reward.model)
             term.reward = self.offload.in_turn(term.reward, term.reward.model)
         for network in dict.fromkeys([models.text, self.student, self.teacher, *self.judges]):
             self.offload.keep(network, [p for p in network.parameters() if not p.requires_grad])
@@ -296,8 +296,9 @@ class Trainer:
         """--init: the student starts as another student, whose LoRA or weights are copied into its own."""
         unet, rank = self.models.unet, self.config.lora
         _, state, lora, _ = model.read_turbo(path, unet.config, self.config.model)
-        for name, (up, down) in (lora or {}).items():
-            state = (state or {}) | {f"{name}.up": up, f"{name}.down": down}
+        if lora:
+            state = {f"{name}.up": up for name, (up, _) in lora.items()}
+            state |= {f"{name}.down": down for name, (_, down) in lora.items()}
         if bool(lora) != bool(rank):
             raise UserError(f"--init {path} holds {'LoRA' if lora else 'all weights'}, not for --lora {rank}")
         own = turbo.lora_state(unet) if rank else unet.state_dict()
@@ -397,7 +398,7 @@ class Trainer:
 
     def metrics(self, loss_cd: Tensor, scores: dict[str, Tensor]) -> Tensor:
         """Loss, L_CD and each reward, as the log has them."""
-        means = [scores[term.name].mean() for term in self.terms]
+        means = [scores[term.name].mean() if scores else loss_cd.new_zeros(()) for term in self.terms]
         loss = loss_cd - sum(term.weight * mean for term, mean in zip(self.terms, means))
         return torch.stack([loss, loss_cd, *means]).detach().double()
 
@@ -419,8 +420,8 @@ class Trainer:
 
     def keep_moments(self) -> None:
         """The optimizer's moments wait in host memory between the steps (--offload)."""
-        pairs = [(state["exp_avg"], state["exp_avg_sq"]) for state in self.optimizer.state.values()]
-        self.offload.keep(self.optimizer, [x for pair in pairs for x in pair])
+        states, moments = self.optimizer.state.values(), ("exp_avg", "exp_avg_sq")
+        self.offload.keep(self.optimizer, [state[name] for state in states for name in moments])
 
     def state(self, record: dict) -> dict:
         """All that the next step depends on; draws depend on the seed and the position alone."""
@@ -465,8 +466,7 @@ class CachedTrainer(Trainer):
         with self.part("backward", self.student):
             share = len(positions) / self.config.batch
             (share * loss_cd).backward()
-        none = dict.fromkeys((term.name for term in self.terms), torch.zeros_like(loss_cd))
-        return share * self.metrics(loss_cd, none)
+        return share * self.metrics(loss_cd, {})
 
     def reward(self, samples: dict, positions: range) -> Tensor:
         """- β_img J_img - β_vid J_vid of the one-step generations ẑ0 of some samples."""
@@ -478,7 +478,7 @@ class CachedTrainer(Trainer):
         with self.part("backward", self.student):
             share = len(positions) / self.config.reward_batch
             (share * turbo.total_loss(0.0, z0_hat, g)).backward()
-        return share * self.metrics(torch.zeros_like(g[0, 0, 0, 0, 0]), scores)
+        return share * self.metrics(g.new_zeros(()), scores)
 
     def read(self, samples: dict, positions: range, seed: int) -> tuple[TeacherOutput, dict]:
         """What the cache says, on the device in float32; and what the student is told, ω drawn anew."""
@@ -508,15 +508,13 @@ def load_world(config: Config, group: run.Group) -> tuple[model.Models, object, 
         return models, None, terms
 
     cached = config.is_v2 and config.dry_run is None
-    if cached:
-        clips = data.Cache(config.data[0], cache_header(config))
-    else:
-        clips = open_clips(config, config.data, group)
+    clips = data.Cache(config.data[0], cache_header(config)) if cached else open_clips(
+        config, config.data, group)
     if config.is_toy:
-        terms = reward_terms(config, partial(shapes.reward, device=device, folder=config.teacher or None))
+        load = partial(shapes.reward, device=device, folder=config.teacher or None)
     else:
-        terms = reward_terms(config, partial(rewards.load, device=device, dtype=dtype))
-    models = load_models(config, device)
+        load = partial(rewards.load, device=device, dtype=dtype)
+    terms, models = reward_terms(config, load), load_models(config, device)
     if cached and clips.header["teacher"] != teacher_fingerprint(models):
         raise UserError(f"the cache {config.data[0]} was made by another teacher; give that one")
     return models, clips, terms
@@ -524,11 +522,10 @@ def load_world(config: Config, group: run.Group) -> tuple[model.Models, object, 
 
 def load_models(config: Config, device: torch.device) -> model.Models:
     """The teacher; in float32 where all of its weights are to be trained."""
+    teacher, dtype = config.teacher or None, getattr(torch, config.dtype)
     if config.is_toy:
-        return shapes.load(folder=config.teacher or None, device=device)
-    dtype = getattr(torch, config.dtype)
-    models = model.load(config.model, config.teacher or None, device=device,
-                        dtype=dtype if config.lora else torch.float32)
+        return shapes.load(folder=teacher, device=device)
+    models = model.load(config.model, teacher, device=device, dtype=dtype if config.lora else torch.float32)
     models.vae.to(dtype)
     models.text.to(dtype)
     return models
@@ -537,8 +534,8 @@ def load_models(config: Config, device: torch.device) -> model.Models:
 def teacher_fingerprint(models: model.Models) -> str:
     """A teacher's fingerprint, whatever dtype it is in; without the layers that a student adds."""
     added = ("time_cond_proj", "motion_cond_proj", "combine_proj")
-    state = models.unet.state_dict()
-    return weights.fingerprint({name: x for name, x in state.items() if not name.startswith(added)})
+    return weights.fingerprint({name: x for name, x in models.unet.state_dict().items()
+                                if not name.startswith(added)})
 
 
 def open_clips(config: Config, specs: tuple[str, ...], group: run.Group) -> data.ClipDataset:

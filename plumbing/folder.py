@@ -99,10 +99,10 @@ def read_checkpoint(path: Path, group: Group) -> dict:
             with zipfile.ZipFile(path) as file:
                 assert not file.testzip(), "its checksums are wrong"
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        steps = group.gather(state["step"])
-    if len(set(steps)) > 1:
-        raise UserError(f"the processes go on from different steps ({', '.join(map(str, steps))}); "
-                        f"all nodes must share the folder of {path}")
+        step = state["step"]
+    if group.any(step != group.broadcast(step)):
+        raise UserError("the processes go on from different steps; all nodes must share the folder of "
+                        f"{path}")
     return state
 
 

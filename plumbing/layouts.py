@@ -9,8 +9,8 @@
 """
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,55 +23,49 @@ Table = list[tuple[str, str | Callable]]        # rows of (regular expression, r
 # ---- public files ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Public:
-    """Files of a repository of huggingface.co. None: not known here."""
+class Public(NamedTuple):
+    """Files of a repository of huggingface.co; their sizes and licences: docs/training.md."""
     repository: str
     files: tuple[str, ...]
-    gigabytes: float                            # 10^9 bytes, of all files
-    licence: str | None                         # that the repository's page names
-    gated: bool | None = False                  # does a download take an account that accepted terms?
 
 
 PUBLIC = {
     # teachers
-    "vc2": Public("VideoCrafter/VideoCrafter2", ("model.ckpt",), 7.4, "apache-2.0"),
-    "ms": Public("ali-vilab/text-to-video-ms-1.7b",
-                 ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-                  "text_encoder/model.safetensors"), 7.3, "cc-by-nc-4.0"),
-    # students
-    "vc2-turbo": Public("jiachenli-ucsb/T2V-Turbo-VC2-Merged", ("t2v_turbo_vc2.pt",), 7.4, None, None),
-    "vc2-turbo-lora": Public("jiachenli-ucsb/T2V-Turbo-VC2", ("unet_lora.pt",), 0.47, "cc-by-4.0"),
-    "ms-turbo": Public("jiachenli-ucsb/T2V-Turbo-MS", ("unet_lora.pt",), 0.23, None, None),
-    "vc2-turbo-v2": Public("jiachenli-ucsb/T2V-Turbo-v2", ("unet_mg.pt",), 5.7, "apache-2.0"),
-    "vc2-turbo-v2-no-mg": Public("jiachenli-ucsb/T2V-Turbo-v2-no-MG", ("unet_no_mg.pt",), 5.7, "apache-2.0"),
-    "taesd": Public("madebyollin/taesd", ("taesd_decoder.safetensors",), 0.005, "mit"),
+    "vc2": Public("VideoCrafter/VideoCrafter2", ("model.ckpt",)),
+    "ms": Public("ali-vilab/text-to-video-ms-1.7b", (
+        "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors")),
+    # students, and a small decoder
+    "vc2-turbo": Public("jiachenli-ucsb/T2V-Turbo-VC2-Merged", ("t2v_turbo_vc2.pt",)),
+    "vc2-turbo-lora": Public("jiachenli-ucsb/T2V-Turbo-VC2", ("unet_lora.pt",)),
+    "ms-turbo": Public("jiachenli-ucsb/T2V-Turbo-MS", ("unet_lora.pt",)),
+    "vc2-turbo-v2": Public("jiachenli-ucsb/T2V-Turbo-v2", ("unet_mg.pt",)),
+    "vc2-turbo-v2-no-mg": Public("jiachenli-ucsb/T2V-Turbo-v2-no-MG", ("unet_no_mg.pt",)),
+    "taesd": Public("madebyollin/taesd", ("taesd_decoder.safetensors",)),
     # rewards, and the word lists that two of them take
-    "hpsv2": Public("xswu/HPSv2", ("HPS_v2.1_compressed.pt",), 2.0, None, None),
-    "pickscore": Public("yuvalkirstain/PickScore_v1", ("model.safetensors",), 3.9, None),
-    "clip": Public("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ("open_clip_pytorch_model.bin",), 3.9, "mit"),
-    "imagereward": Public("THUDM/ImageReward", ("ImageReward.pt",), 1.8, "apache-2.0"),
-    "viclip": Public("OpenGVLab/ViCLIP", ("ViClip-InternVid-10M-FLT.pth",), 1.7, "mit", None),
-    "internvideo2": Public("OpenGVLab/InternVideo2-Stage2_1B-224p-f4",       # others of its series are gated
-                           ("InternVideo2-stage2_1b-224p-f4.pt",), 2.8, None, None),
-    "bert-base": Public("google-bert/bert-base-uncased", ("vocab.txt",), 0.0002, "apache-2.0"),
-    "bert-large": Public("google-bert/bert-large-uncased", ("vocab.txt",), 0.0002, "apache-2.0"),
+    "hpsv2": Public("xswu/HPSv2", ("HPS_v2.1_compressed.pt",)),
+    "pickscore": Public("yuvalkirstain/PickScore_v1", ("model.safetensors",)),
+    "clip": Public("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ("open_clip_pytorch_model.bin",)),
+    "imagereward": Public("THUDM/ImageReward", ("ImageReward.pt",)),
+    "viclip": Public("OpenGVLab/ViCLIP", ("ViClip-InternVid-10M-FLT.pth",)),
+    "internvideo2": Public(
+        "OpenGVLab/InternVideo2-Stage2_1B-224p-f4", ("InternVideo2-stage2_1b-224p-f4.pt",)),
+    "bert-base": Public("google-bert/bert-base-uncased", ("vocab.txt",)),
+    "bert-large": Public("google-bert/bert-large-uncased", ("vocab.txt",)),
 }
 
 
 def fetch(name: str) -> Path:
     """A public file, downloaded on its first use; where there are several, the folder that holds them."""
     import huggingface_hub
-    repository, files = PUBLIC[name].repository, PUBLIC[name].files
+    repository, files = PUBLIC[name]
     for file in files:
         try:
             path = Path(huggingface_hub.hf_hub_download(repository, file))
         except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-            gated = isinstance(error, huggingface_hub.errors.GatedRepoError)
-            by_hand = "fetch it by hand and give its path, or lay a vocab.txt beside the weights"
-            remedy = "accept its terms there and log in" if gated else by_hand
             raise UserError(f"cannot download {file} of https://huggingface.co/{repository} "
-                            f"({type(error).__name__}); {remedy}") from error
+                            f"({type(error).__name__}); fetch it by hand and give its path, or lay a "
+                            "vocab.txt beside the weights") from error
     return path if len(files) == 1 else path.parents[file.count("/")]
 
 
@@ -103,12 +97,10 @@ def diffusers_parts() -> list[tuple[str, str]]:
         parts += [(f"up_blocks.{i}.{name}.{j}", f"output_blocks.{3 * i + j}.{place}")
                   for name, place in (layers if i > 0 else layers[:2]) for j in (0, 1, 2)]
         parts += [(f"up_blocks.{i}.upsamplers.0", f"output_blocks.{3 * i + 2}.{3 if i > 0 else 1}")]
-    return parts + [
-        ("mid_block.resnets.0", "middle_block.0"), ("mid_block.resnets.1", "middle_block.3"),
-        ("mid_block.temp_convs.0", "middle_block.0.temporal"),
-        ("mid_block.temp_convs.1", "middle_block.3.temporal"),
-        ("mid_block.attentions.0", "middle_block.1"), ("mid_block.temp_attentions.0", "middle_block.2"),
-        ("conv_norm_out", "out.0"), ("conv_out", "out.2")]
+    middle = {"resnets.0": "0", "resnets.1": "3", "temp_convs.0": "0.temporal", "temp_convs.1": "3.temporal",
+              "attentions.0": "1", "temp_attentions.0": "2"}
+    parts += [(f"mid_block.{name}", f"middle_block.{place}") for name, place in middle.items()]
+    return parts + [("conv_norm_out", "out.0"), ("conv_out", "out.2")]
 
 
 def rows(pairs: list[tuple[str, str]], place: str = "", inverse: bool = False) -> Table:

@@ -25,14 +25,10 @@ def pick_device(text: str = "") -> torch.device:
     """The device of an option `--device`: "cpu", "cuda", "cuda:1", "xpu", "mps"; "": CUDA, else the CPU."""
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count(),
               "mps": int(torch.backends.mps.is_available())}
-    if not text:
-        return torch.device("cuda" if counts["cuda"] else "cpu")
-    kind, _, number = text.partition(":")
-    known = kind in counts and (number.isdecimal() or text == kind)
-    if not known or int(number or 0) >= counts[kind]:
-        present = ", ".join(f"{kind}:{i}" for kind, count in counts.items() for i in range(count))
-        raise UserError(f"--device {text}: no such device here; choose cpu, cuda, xpu or mps, perhaps with a "
-                        f"number (this machine has {present})")
+    text = text or ("cuda" if counts["cuda"] else "cpu")
+    present = [f"{kind}:{i}" for kind, count in counts.items() for i in range(count)]
+    if text not in present and f"{text}:0" not in present:
+        raise UserError(f"--device {text}: no such device here; this machine has {', '.join(present)}")
     return torch.device(text)
 
 
@@ -65,9 +61,8 @@ class Group:
     def __init__(self, device: str = ""):
         """device: as for `pick_device`; with "" or "cuda" every process of a machine gets its own GPU."""
         self.rank, self.world_size, local_rank = cli.place()
-        self.device = pick_device(device)
+        self.device = own_device(pick_device(device), local_rank, self.world_size)
         if self.device.type == "cuda":
-            self.device = own_gpu(self.device, local_rank, self.world_size)
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")                  # TF32 for float32 networks
@@ -87,12 +82,6 @@ class Group:
     def any(self, flag) -> bool:
         """Is the flag true on any process?"""
         return self.sum(torch.tensor(float(bool(flag)))).item() > 0
-
-    def gather(self, number: int) -> list[int]:
-        """A number of each process, in the order of their ranks."""
-        numbers = torch.zeros(self.world_size, dtype=torch.int64)
-        numbers[self.rank] = number
-        return self.sum(numbers).tolist()
 
     def broadcast(self, value):
         """A small picklable value of rank 0."""
@@ -117,14 +106,13 @@ class Group:
             dist.destroy_process_group()
 
 
-def own_gpu(device: torch.device, local_rank: int, world_size: int) -> torch.device:
-    """The GPU of one of several processes of a machine."""
-    if world_size > 1 and device.index is not None:
+def own_device(device: torch.device, local_rank: int, world_size: int) -> torch.device:
+    """The device of one of several processes of a machine: each has its own GPU."""
+    if device.type != "cuda" or world_size == 1 and device.index is not None:
+        return device
+    if device.index is not None:
         raise UserError(f"--device {device}: every process takes a GPU of its own; use --device cuda")
-    if local_rank >= torch.cuda.device_count():
-        raise UserError(f"there is no GPU for process {local_rank} of this machine; "
-                        f"use torchrun --nproc_per_node={torch.cuda.device_count()}")
-    return torch.device("cuda", local_rank if device.index is None else device.index)
+    return pick_device(f"cuda:{local_rank}")
 
 
 def stop_signals() -> list[int]:
@@ -219,7 +207,7 @@ class Offload:
 
     @contextmanager
     def __call__(self, *owners):
-        waiting = [pair for owner in dict.fromkeys(owners) for pair in self.waiting.get(owner, ())]
+        waiting = [pair for owner in set(owners) for pair in self.waiting.get(owner, ())]
         for x, host in waiting:
             x.data = torch.empty_like(host, device=self.device).copy_(host, non_blocking=True)
         yield
@@ -234,4 +222,4 @@ class Offload:
             self.turn.close()
             self.turn.enter_context(self(owner))
             return call(*args)
-        return called if self.on else call
+        return called

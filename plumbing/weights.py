@@ -1,10 +1,7 @@
 """Weight files: reading and writing them, strict filling of networks, LoRA. Their layouts are in layouts.py.
 
-The names of its tensors decide which layout a file has, not its own name. Filling is strict: no tensor may be
-missing, left over, misshaped or of integers. Networks are made without memory, and filled tensor by tensor
-from memory-mapped files: loading takes little more memory than the model. Files are data, never code.
-
-This module knows no network: model.py hands in a network's layers as {name: shape of the weight}, in order.
+The names of its tensors decide which layout a file has, not its own name. Networks are made without memory,
+and filled tensor by tensor from memory-mapped files. Files are data, never code.
 """
 import json
 import re
@@ -22,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from plumbing import layouts
 from plumbing.errors import UserError, reading
+from plumbing.fast_cpu import FORMATS
 from plumbing.files import atomic, is_safetensors, read_header
 from plumbing.layouts import State, rename, to_public_names
 
@@ -44,22 +42,35 @@ class Inert:
     __setstate__ = __init__
 
 
-def read_tensors(path: str | Path):
-    """Whatever a file of safetensors or torch holds, memory-mapped where possible. Else UserError."""
-    path = Path(path).expanduser()
+def read_named(*paths: str | Path) -> State:
+    """{name: tensor} of a weight file or its shards, memory-mapped where possible, without wrappers and
+    prefixes. The names in a list are its numbers, as in a list that was converted to .safetensors."""
+    state = {}
+    for path in map(Path, paths):
+        with reading(path, "a weight file"):
+            content = unwrap(read_file(path))
+            entries = content.items() if isinstance(content, dict) else enumerate(content)
+            tensors = {str(key): x for key, x in entries if isinstance(x, Tensor)}
+        if not tensors:
+            raise UserError(f"{path}: holds no named tensors; it is not a weight file")
+        state |= rename(tensors, [(PREFIXES, "")])
+    return state
+
+
+def read_file(path: Path):
+    """Whatever a file of safetensors or torch holds; of what is no tensor nothing runs."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is a folder or a device, not a weight file")
-    with reading(path, "a weight file"):
-        if is_safetensors(path):
-            return safetensors.torch.load_file(path)
-        zipped = zipfile.is_zipfile(path)                   # torch's format since 1.6
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-        try:
-            with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        except (UnpicklingError, OSError) as error:         # whose texts advise to run the code, or nothing
-            raise UserError(f"{path} is not a weight file, is truncated, or holds code, which is not run; "
-                            "take the file as it was published") from error
+    if is_safetensors(path):
+        return safetensors.torch.load_file(path)
+    zipped = zipfile.is_zipfile(path)                       # torch's format since 1.6
+    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+    try:
+        with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (UnpicklingError, OSError) as error:             # whose texts advise to run the code, or nothing
+        raise UserError(f"{path} is not a weight file, is truncated, or holds code, which is not run; "
+                        "take the file as it was published") from error
 
 
 def unwrap(content):
@@ -67,28 +78,14 @@ def unwrap(content):
     def holds_tensors(x) -> bool:
         return isinstance(x, dict) and any(isinstance(y, Tensor) or holds_tensors(y) for y in x.values())
 
-    inside = content if isinstance(content, dict) else {}
-    wrapper = next((name for name in WRAPPERS if holds_tensors(inside.get(name))), None)
-    return unwrap(content[wrapper]) if wrapper else content
-
-
-def read_named(*paths: str | Path) -> State:
-    """{name: tensor} of a weight file or its shards, memory-mapped where possible, without wrappers and
-    prefixes. The names in a list are its numbers, as in a list that was converted to .safetensors."""
-    state = {}
-    for path in paths:
-        content = unwrap(read_tensors(path))
-        content = {str(i): x for i, x in enumerate(content)} if isinstance(content, list) else content
-        entries = content.items() if isinstance(content, dict) else ()
-        tensors = {key: x for key, x in entries if isinstance(key, str) and isinstance(x, Tensor)}
-        if not tensors:
-            raise UserError(f"{path}: holds no named tensors; it is not a weight file")
-        state |= rename(tensors, [(PREFIXES, "")])
-    return state
+    for name in WRAPPERS if isinstance(content, dict) else ():
+        if holds_tensors(content.get(name)):
+            return unwrap(content[name])
+    return content
 
 
 def part(state: State, prefix: str) -> State:
-    """What lies under a prefix, without it."""
+    """What lies under a prefix."""
     return {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
 
 
@@ -190,18 +187,14 @@ def save_diffusers(folder: str | Path, unet: State, header: dict) -> None:
 def fingerprint(tensors: State) -> str:
     """A cheap identity of a network: a digest of names, shapes, and 64 values of each tensor in bfloat16."""
     digest = sha256()
-    for name, tensor in sorted(tensors.items()):
-        values = tensor.detach().flatten()
-        places = torch.linspace(0, len(values) - 1, min(64, len(values)), dtype=torch.float64).long()
-        sample = values[places.to(values.device)].bfloat16().float().cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {sample.tolist()}".encode())
+    for name, x in sorted(tensors.items()):
+        places = torch.linspace(0, x.numel() - 1, min(64, x.numel()), dtype=torch.float64).long()
+        values = x.detach().flatten()[places.to(x.device)].bfloat16().tolist()
+        digest.update(f"{name} {tuple(x.shape)} {values}".encode())
     return digest.hexdigest()[:16]
 
 
 # ---- filling a network -------------------------------------------------------------------------------------
-
-FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
-
 
 class NoInit(TorchFunctionMode):
     """Draws no normal values: on the meta device they would import torch's compiler, which takes a second."""
@@ -220,7 +213,7 @@ def without_memory() -> Iterator[None]:
 def check_numbers(tensors: State, source, finite: bool = False) -> None:
     """Raises UserError for integers, which a cast would hide, and on demand for NaN and infinity."""
     for name, x in tensors.items():
-        if x.dtype not in FLOATS:
+        if not x.is_floating_point():
             raise UserError(f"{source}: {name} holds {x.dtype} numbers; "
                             "take the file as it was published, in float32, float16 or bfloat16")
         if finite and not x.isfinite().all():
@@ -256,8 +249,8 @@ def fill(module: nn.Module, state: State, source, device="cpu", dtype: torch.dty
         if lora and layer in lora:
             up, down = lora[layer]
             tensor = tensor.float() + (up.float().flatten(1) @ down.float().flatten(1)).view(like.shape)
-        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.dim(), torch.contiguous_format)
-        filled[key] = tensor.to(device, dtype or tensor.dtype, copy=True).contiguous(memory_format=last)
+        memory_format = FORMATS.get(like.dim(), torch.contiguous_format)
+        filled[key] = tensor.to(device, dtype or tensor.dtype, copy=True, memory_format=memory_format)
     module.load_state_dict(filled, assign=True)
     return module.eval()
 
@@ -268,9 +261,7 @@ def lora_order(layers: Shapes) -> list[str]:
     """The layers of a T2V-Turbo LoRA list, one per (up, down) pair, which are those that a LoRA must have.
 
     VideoCrafter2, known by its frame rate: our order, without two layers that it has as Conv1d. ModelScope:
-    diffusers' order, by part of its UNet, and inside a transformer attn2 before ff. So of `input_blocks.1.1`,
-    diffusers' `down_blocks.0.attentions.0` and its part 9, attn1.q has rank (9, 1), attn2.q (9, 2), ff.proj
-    (9, 3); input_blocks.1.2.proj_in, of `temp_attentions.0`, comes after all of them with (11, 0).
+    diffusers' order, by part of its UNet, and inside a transformer attn2 before ff.
     """
     if "fps_embedding.0" in layers:
         return [name for name in layers if not name.startswith("init_attn.0.proj_")]
@@ -295,26 +286,28 @@ def read_lora(tensors: State, layers: Shapes, source, strength: float = 1.0) -> 
     """LoRA by any names -> {layer: (up, down)}: up (out, r, 1, ...) after down (r, in, kernel) has the shape
     of the layer's weight. The factor alpha / r, and the strength (1 as trained, 0 the teacher), go into `up`.
     """
-    # T2V-Turbo's list and our own files hold all layers that a LoRA must have
     order = lora_order(layers)
     if all(key.isdigit() for key in tensors):
         names = [f"{layer}.{end}" for layer in order for end in ("up", "down")]
         if len(tensors) != len(names):
             raise UserError(f"{source}: {len(tensors)} LoRA tensors, this UNet takes {len(names)}")
         tensors = {name: tensors[str(i)] for i, name in enumerate(names)}
-    own = all(key.endswith((".up", ".down")) for key in tensors)
+
+    # T2V-Turbo's list and our own files hold all layers, other programs' those that they were told
     matrices, scale = by_layer(tensors, layers, source), peft_scale(Path(source), tensors)
     missing = [layer for layer in order if layer not in matrices]
-    if missing and own:
+    if missing and all(key.endswith((".up", ".down")) for key in tensors):
         raise UserError(f"{source}: not a LoRA of this UNet, or not all of it: "
                         f"{len(missing)} of {len(layers)} layers missing ({missing[0]}, ...)")
 
+    # two matrices that fit the layer
     lora = {}
     for layer, ends in matrices.items():
         if ends.keys() - {"alpha"} != {"up", "down"}:
             raise UserError(f"{source}: LoRA of {layer} holds {', '.join(sorted(ends))}; it takes up and "
                             "down, and other kinds are merged into weights first")
         up, down, shape = ends["up"], ends["down"], layers[layer]
+        check_numbers({"up": up, "down": down}, f"{source}: LoRA of {layer}", finite=True)
         r = len(down)
         if (trim(up.shape), trim(down.shape)) != (trim((shape[0], r)), trim((r, *shape[1:]))):
             raise UserError(f"{source}: LoRA of {layer} is {tuple(up.shape)} and {tuple(down.shape)}, "
@@ -335,8 +328,6 @@ def by_layer(tensors: State, layers: Shapes, source) -> dict[str, State]:
         layer = underscores.get(name.removeprefix("lora_unet_"), name)
         if layer not in layers:
             raise UserError(f"{source}: LoRA for {layer}, a layer that this UNet does not have")
-        if end != "alpha":
-            check_numbers({f"LoRA of {layer}": x}, source, finite=True)
         matrices.setdefault(layer, {})[end] = x
     return matrices
 

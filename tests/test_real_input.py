@@ -37,7 +37,7 @@ TYPED = {                               # command -> what is typed behind it -> 
         f"{RED} --sheet x.jpg": "--sheet x.jpg: its name must end in .png",
         f"{RED} --motion 0.1": "--motion belongs to a T2V-Turbo-v2",
         f"{RED} --method teacher --motion-from m.mp4": "--motion-from belongs to --method teacher, and ",
-        f"{RED} --best-of 2 --reward hpsv3": "no reward 'hpsv3'; did you mean hpsv2?",
+        f"{RED} --best-of 2 --reward hpsv3": "no reward 'hpsv3'; there are hpsv2,",
         f"{RED} --model vc2 --best-of 2": "--best-of belongs to --reward NAME, e.g. --reward hpsv2",
         f"{RED} --best-of 2 --reward hpsv2=none.pt": "none.pt: no such file or folder",
         f"{RED} --turbo unet_lora.pt": "unet_lora.pt does not say whose student it is; add --model vc2, ms",

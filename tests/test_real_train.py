@@ -26,7 +26,7 @@ MISTAKES = {
     "--width 128": "--width 128: the toy's clips are square; try --width 64",
     "--preset turbo-vc2 --width 328": "width 328 is not a multiple of 64; try 320 or 384",
     "--reward shapes-clip --reward shapes-clip": "--reward shapes-clip is given twice",
-    "--reward shapes-klip": "no reward 'shapes-klip'; did you mean shapes-clip?",
+    "--reward shapes-klip": "no reward 'shapes-klip'; there are hpsv2,",
     "--lora 1 --lora 2": "--lora is given twice, as 1 and as 2",
     # what is not there, or would be written over
     "--preset turbo-vc2": "no clips to train on; name them with --data",
@@ -39,7 +39,7 @@ MISTAKES = {
     "--out FILE/run": "FILE/run: nothing can be written there",
     "--out RUN --resume nowhere.pt": "--resume nowhere.pt: no such file",
     # devices
-    "--device foo": "--device foo: no such device here; choose cpu, cuda",
+    "--device foo": "--device foo: no such device here; this machine has cpu:0",
     "--device meta": "--device meta: no such device here",
     "--device mps": "--device mps: training sums in float64, which MPS lacks",
     "--unknown 1": "unknown option --unknown",

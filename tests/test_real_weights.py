@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -157,7 +158,7 @@ REFUSED = {             # what a student's file holds -> what the message says
     "another UNet": (lambda: lora("lora_unet_mid_x.lora"), "LoRA for lora_unet_mid_x, a layer that"),
     "a text encoder": (lambda: lora("text_encoder.q.lora"), "LoRA for text_encoder.q, a layer that"),
     "no alpha": (lambda: lora("base_model.model.out.2.lora"), "adapter_config.json: no such file"),
-    "integers in LoRA": (lambda: lora("out.2.lora", dtype=torch.int32), "LoRA of out.2 holds torch.int32")}
+    "integers in LoRA": (lambda: lora("out.2.lora", dtype=torch.int32), "LoRA of out.2: up holds torch.int")}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -218,5 +219,6 @@ def test_every_public_file_has_its_facts():
     import rewards
     sources = {name for name in rewards.RECIPES if name != "motion" and not name.startswith("shapes-")}
     assert len(sources) == 6 and {*sources, "vc2", "ms"} <= layouts.PUBLIC.keys()
-    for name, row in layouts.PUBLIC.items():
-        assert row.files and row.repository.count("/") == 1 and row.gigabytes > 0, name
+    page = (Path(model.__file__).parent / "docs" / "training.md").read_text(encoding="utf-8")
+    for name, (repository, files) in layouts.PUBLIC.items():
+        assert f"| `{name}` | [{repository}](" in page and all(f"`{file}`" in page for file in files), name

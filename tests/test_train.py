@@ -20,7 +20,7 @@ from data import BadClip
 from plumbing import budget, folder, video, weights
 from plumbing.errors import UserError
 from plumbing.folder import checkpoints
-from plumbing.run import Group, own_gpu, pick_device, usual_dtype
+from plumbing.run import Group, own_device, pick_device, usual_dtype
 from solver import Schedule
 from turbo import consistency, pseudo_huber, solve, teacher_eps
 
@@ -299,17 +299,16 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     one, any_gpu = torch.device("cuda:1"), torch.device("cuda")
     assert [str(pick_device(text)) for text in ("", "cpu", "cuda:1")] == ["cuda", "cpu", "cuda:1"]
-    assert own_gpu(any_gpu, 1, 2) == own_gpu(one, 0, 1) == one
-    for told, mistake in {
-        "--device cuda:9: no such device here; .*this machine has cpu:0, cuda:0, cuda:1":
+    assert own_device(any_gpu, 1, 2) == own_device(one, 0, 1) == one
+    for message, mistake in {
+        "--device cuda:9: no such device here; this machine has cpu:0, cuda:0, cuda:1":
             lambda: pick_device("cuda:9"),
         "--device cuda:x: no such device here": lambda: pick_device("cuda:x"),
         "--device mps: no such device here": lambda: pick_device("mps"),
-        "--device cuda:1: every process takes a GPU of its own": lambda: own_gpu(one, 0, 2),
-        "no GPU for process 2 of this machine; use torchrun --nproc_per_node=2":
-            lambda: own_gpu(any_gpu, 2, 3),
+        "--device cuda:1: every process takes a GPU of its own": lambda: own_device(one, 0, 2),
+        "--device cuda:2: no such device here": lambda: own_device(any_gpu, 2, 3),
     }.items():
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(UserError, match=message):
             mistake()
 
 
