@@ -93,7 +93,6 @@ def encode(models: Models, clip: Tensor, caption: str,
 def dry_run(config: Config) -> budget.Budget:
     """--dry-run: what a clip takes with fake tensors, one of those whose motion guides."""
     T, H, W = config.frames, config.height, config.width
-    t = torch.full((1,), 999)
     with budget.simulated() as part:
         with part("construction", times=0), budget.build("cpu", getattr(torch, config.dtype)):
             models = model.untrained("vc2")
@@ -102,6 +101,7 @@ def dry_run(config: Config) -> budget.Budget:
             clip = torch.zeros(3, T, H, W, dtype=torch.uint8)
             z0, c, uncond = encode(models, clip, "a red circle moving right", torch.Generator())
         with part("step of inversion", config.inversion_steps):
+            t = torch.full((1,), 999)
             z_ref = models.unet(z0, t, c, fps=config.fps).float()
         with part("draw of t and ε", config.draws):
             eps, schedule = torch.randn_like(z0), Schedule(config.grid)
