@@ -95,8 +95,9 @@ def score(config: ScoreConfig) -> dict:
         means = [sum(scores[i] for i in numbers) / len(numbers) for numbers in clips_of.values()]
         result["means"][name] = interval(means if len(means) > 1 else scores)
         if features:
-            result["diversity"][name] = interval([
-                distance([features[i] for i in numbers]) for numbers in clips_of.values() if len(numbers) > 1])
+            several = [numbers for numbers in clips_of.values() if len(numbers) > 1]
+            distances = [distance([features[i] for i in numbers]) for numbers in several]
+            result["diversity"][name] = interval(distances)
     print(json.dumps(result, indent=1) if config.json else score_table(result))
     return result
 
@@ -201,8 +202,8 @@ SEMANTIC = {
 }
 TOTALS = ("Total", "Quality", "Semantic")
 
-# Percent: TOTALS, then the dimensions in the order above. v1, Table 4; v2's tables; PISCES (arXiv 2602.01624);
-# the other papers' own tables.
+# Percent: TOTALS, then the dimensions in the order above. v1, Table 4; v2's tables; PISCES (arXiv
+# 2602.01624); the other papers' own tables.
 PUBLISHED = {
     "VideoCrafter2, 50 steps": (80.44, 82.20, 73.42, 96.85, 98.22, 98.41, 97.73, 63.13, 42.50, 67.22,
                                 92.55, 40.66, 95.00, 92.92, 35.86, 55.29, 25.13, 25.84, 28.23),

@@ -163,20 +163,17 @@ def header_of(config: Config, models: Models, clips: Mixture) -> dict:
 
 def open_mixture(config: Config, group: Group) -> Mixture:
     """The clips of --data and --reward-data; of the toy every second clip carries rewards."""
-    if config.is_toy:
-        datasets = [train.open_clips(config, (), group)] * 2
-    else:
-        sources = [specs for specs in (config.data, config.reward_data) if specs]
-        datasets = [train.open_clips(config, specs, group) for specs in sources]
-    if not datasets:
+    sources = [(), ()] if config.is_toy else [specs for specs in (config.data, config.reward_data) if specs]
+    if not sources:
         raise UserError("no clips to prepare; name them with --data")
+    datasets = [train.open_clips(config, specs, group) for specs in sources]
     return Mixture(datasets, config.clips, config.seed)
 
 
 @cli.main
 def main(argv: list[str] | None = None):
     """Makes a cache, or goes on with one."""
-    preset = cli.parse(Config, argv, __doc__).preset
+    preset = cli.typed(Config, argv).get("preset", Config.preset)
     toy = dict(clips=400, draws=4) if preset == "shapes-v2" else {}
     config = cli.parse(Config, argv, __doc__, defaults=train.PRESETS[preset] | toy)
     config = dataclasses.replace(config, lora=1)            # nothing is trained: the teacher is in its dtype

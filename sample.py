@@ -229,11 +229,11 @@ def jobs_of(prompts: list[Prompt], out: Path, config: Config) -> list[Job]:
 
         count = config.num or prompt.count
         for i in range(count):
-            path, folder = out / f"{prompt.name}-{i}.mp4", out.with_name(f"{out.name}-scores")
+            path, scores = out / f"{prompt.name}-{i}.mp4", Path(f"{out}-scores", f"{prompt.name}-{i}.json")
             if out.suffix.lower() in SUFFIXES:
-                path, folder = out if count == 1 else out.with_stem(f"{out.stem}-{i}"), out.parent
-            seed = config.seed + i * (config.best_of or 1)
-            jobs.append(Job(prompt.text, seed, path, folder / f"{path.stem}.json"))
+                path = out if count == 1 else out.with_stem(f"{out.stem}-{i}")
+                scores = path.with_suffix(".json")
+            jobs.append(Job(prompt.text, config.seed + i * (config.best_of or 1), path, scores))
 
     names = [prompt.name for prompt in prompts if prompt.name != prompt.text.replace("/", " ")]
     if names and jobs[0].path.parent == out:

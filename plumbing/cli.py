@@ -39,9 +39,9 @@ def number(kind: type, within: Within, text: str) -> float:
         value = math.nan
     if within.low <= value <= within.high and not (within.above and value == within.low):
         return value
-    noun, start = "a whole number" if kind is int else "a number", "above" if within.above else "from"
-    bounds = f"{start} {within.low:.15g} to {within.high:.15g}"
-    raise argparse.ArgumentTypeError(f"{text!r:.60} is not {noun} {bounds}")
+    noun, start = "whole number" if kind is int else "number", "above" if within.above else "from"
+    message = f"{text!r:.60} is not a {noun} {start} {within.low:g} to {within.high:.15g}"
+    raise argparse.ArgumentTypeError(message)
 
 
 def path(text: str) -> str:
@@ -55,6 +55,15 @@ def path(text: str) -> str:
 # ---- fields as options -------------------------------------------------------------------------------------
 
 
+class Once(argparse.Action):
+    """Stores a value; an option that holds one is given once."""
+
+    def __call__(self, parser, values, value, flag=None):
+        if hasattr(values, self.dest):
+            parser.error(f"{flag} is given twice, as {getattr(values, self.dest)} and as {value}")
+        setattr(values, self.dest, value)
+
+
 def settings_of(annotation) -> dict:
     """An annotation for argparse: bool, str, tuple[...], Literal, Annotated, unions with None."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -66,8 +75,8 @@ def settings_of(annotation) -> dict:
     if origin is typing.Literal:
         return dict(type=type(arguments[0]), choices=arguments)
     if arguments:                                           # X | None, tuple[X, ...]
-        return settings_of(arguments[0])
-    return dict(action="append_const", const=True) if annotation is bool else dict(metavar="TEXT")
+        return settings_of(arguments[0]) | (dict(action="append") if origin is tuple else {})
+    return dict(action="store_true") if annotation is bool else dict(metavar="TEXT")
 
 
 def flag_of(field: str) -> str:
@@ -77,7 +86,7 @@ def flag_of(field: str) -> str:
 
 def parser_for(cls, description="", positional=None, prog=None, defaults=None) -> argparse.ArgumentParser:
     """A parser with an --option per field that cls itself declares with a comment, in groups titled
-    `# ---- title`. Each option collects a list of its values. Complaints are one line."""
+    `# ---- title`. Complaints are one line."""
     parser = argparse.ArgumentParser(prog, description=description, argument_default=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; see {parser.prog} --help\n")
@@ -89,46 +98,39 @@ def parser_for(cls, description="", positional=None, prog=None, defaults=None) -
         if title:
             group = parser.add_argument_group(title)
             continue
-        value = ", ".join(map(str, in_force[name])) if isinstance(in_force[name], tuple) else in_force[name]
+        default = in_force[name]
+        value = ", ".join(map(str, default)) if isinstance(default, tuple) else default
         text = comment + (f" [{value}]" if value not in (None, "", False) else "")
-        settings = dict(action="append", help=text.replace("%", "%%")) | settings_of(annotations[name])
+        settings = dict(action=Once, help=text.replace("%", "%%")) | settings_of(annotations[name])
         if name == positional:
             settings |= dict(metavar=None, nargs="?")
-            settings |= dict(nargs="*", action="extend") if isinstance(in_force[name], tuple) else {}
+            settings |= dict(nargs="*", action="extend") if isinstance(default, tuple) else {}
         group.add_argument(name if name == positional else flag_of(name), **settings)
     return parser
 
 
-def collect(cls, parser: argparse.ArgumentParser, words: list[str] | None) -> tuple[dict, list[str]]:
-    """({field: value} of what was typed, words that are no option's). An option that holds one value is given
-    once."""
+def values_of(parser: argparse.ArgumentParser, words: list[str] | None) -> dict:
+    """{field: value} of what was typed."""
     args, unknown = parser.parse_known_args(words)
-    repeatable = {field.name for field in dataclasses.fields(cls) if isinstance(field.default, tuple)}
-    typed = {}
-    for name, values in vars(args).items():
-        if name not in repeatable and len(values) > 1:
-            parser.error(f"{flag_of(name)} is given twice, as {values[0]} and as {values[1]}")
-        typed[name] = tuple(values) if name in repeatable else values[0]
-    return typed, unknown
-
-
-def typed(cls, argv=None) -> dict:
-    """{field: value} of what was typed, whatever the defaults; --help is passed over."""
-    words = sys.argv[1:] if argv is None else argv
-    return collect(cls, parser_for(cls), [word for word in words if word not in ("-h", "--help")])[0]
-
-
-def parse(cls, argv=None, description="", positional=None, defaults=None, prog=None):
-    """Command line -> instance of the dataclass. defaults: a preset's, also for inherited fields."""
-    parser = parser_for(cls, description, positional, prog, defaults)
-    values, unknown = collect(cls, parser, argv)
     for word in unknown:
         flag = word.split("=")[0]
         near = difflib.get_close_matches(flag, list(parser._option_string_actions), 1)
         if flag.startswith("--"):
             parser.error(f"unknown option {flag}" + (f", did you mean {near[0]}?" if near else ""))
-        parser.error(f"unexpected argument {word!r}" + (" (quote the prompt)" if positional else ""))
-    return cls(**(defaults or {}) | values)
+        parser.error(f"unexpected argument {word!r} (quote a prompt)")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
+
+
+def typed(cls, argv=None) -> dict:
+    """{field: value} of what was typed, whatever the defaults; --help is passed over."""
+    words = sys.argv[1:] if argv is None else argv
+    return values_of(parser_for(cls), [word for word in words if word not in ("-h", "--help")])
+
+
+def parse(cls, argv=None, description="", positional=None, defaults=None, prog=None):
+    """Command line -> instance of the dataclass. defaults: a preset's, also for inherited fields."""
+    parser = parser_for(cls, description, positional, prog, defaults)
+    return cls(**(defaults or {}) | values_of(parser, argv))
 
 
 def place() -> tuple[int, int, int]:

@@ -1,10 +1,7 @@
 """Ratios side by side in one run, and the tables of the pages on performance and training. Not a test.
 
     python tests/benchmark.py                   # a UNet pass and a decoded clip, 16x256x256, by diffusers'
-    python tests/benchmark.py --what unet --size 320 512 --dtype bfloat16 --compile
     python tests/benchmark.py --what unet --table   # seconds and FLOP/s of our pass, by kind of operation
-    python tests/benchmark.py --what clips --size 128 128   # ModelScope in 4 steps, diffusers' in 4 and in 25
-    python tests/benchmark.py --what toy            # where the toy's training step spends its time
     python tests/benchmark.py --what checkpointing  # what recomputing saves and costs, counted for 512x320
     python tests/benchmark.py --what budgets        # what every preset and command takes, simulated: Markdown
 
@@ -21,7 +18,6 @@ import contextlib
 import ctypes
 import io
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -29,10 +25,8 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from oracles import compile_layers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -41,11 +35,9 @@ import turbo  # noqa: E402
 from model import CPU_LAYERS, MODELSCOPE, VAE, VC2, UNet3D  # noqa: E402
 from plumbing.budget import CARDS, GIB, build, simulation  # noqa: E402
 from plumbing.fast_cpu import FORMATS, speed_up  # noqa: E402
-from solver import Sampling  # noqa: E402
 
 RATIOS = {"time": "busy", "memory": "peak", "activations": "activations", "tensors": "tensors"}
-COMPARED = {"unet": ["diffusers", "ours"], "vae": ["diffusers", "ours"],      # the first is the others' unit
-            "clips": ["diffusers 25", "diffusers 4", "ours 4"]}
+COMPARED = ("unet", "vae")
 BUDGETS = {             # command: its networks are simulated
     "train.py": ["--preset turbo-vc2", "--preset turbo-vc2 --offload", "--preset turbo-vc2 --chunk 0",
                  "--preset turbo-ms", "--preset vcm-vc2", "--preset vcm-ms", "--preset turbo-v2",
@@ -60,26 +52,24 @@ def options():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--what", nargs="+", choices=[*COMPARED, "toy", "checkpointing", "budgets"],
-                        default=["unet", "vae"])
+    parser.add_argument("--what", nargs="+", choices=[*COMPARED, "checkpointing", "budgets"],
+                        default=COMPARED)
     parser.add_argument("--size", nargs=2, type=int, default=[256, 256], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--chunk", type=int, default=1, help="frames decoded at once")
     parser.add_argument("--repeat", type=int, default=20 if cuda else 1, help="timed passes, after another")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32")
-    parser.add_argument("--compile", action="store_true", help="our UNet with compiled layers, too")
     parser.add_argument("--table", action="store_true", help="only ours, by kind of operation")
-    parser.add_argument("--batch", type=int, default=8, help="clips per step of the toy")
     parser.add_argument("--only", default="", help="of --what budgets: commands that hold this text")
     parser.add_argument("--one", help=argparse.SUPPRESS)    # measure this one, in this process
     return parser.parse_args()
 
 
 def network(which, what, device="meta"):
-    """ours or theirs"""
+    """ours or diffusers'"""
     with torch.device(device):
-        if "diffusers" not in which:
+        if which == "ours":
             return UNet3D(MODELSCOPE) if what == "unet" else VAE()
         import diffusers
         if what == "unet":
@@ -89,39 +79,17 @@ def network(which, what, device="meta"):
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4)
 
 
-def one_pass(nets, which, what, args):
-    """A function without arguments: a UNet step of one clip, its decoding, or both in some steps."""
+def one_pass(net, which, what, args):
+    """A function without arguments: a UNet step of one clip, or its decoding."""
     T, (h, w) = args.frames, (n // 8 for n in args.size)
     make = dict(device=args.device, dtype=getattr(torch, args.dtype))
     z, c = torch.randn(1, 4, T, h, w, **make), torch.randn(1, 77, 1024, **make)
-    t, unet, vae = torch.tensor([500], device=args.device), nets.get("unet"), nets.get("vae")
-    if what == "unet" and which == "diffusers":
-        return lambda: unet(z, t, encoder_hidden_states=c).sample
+    t = torch.tensor([500], device=args.device)
     if what == "unet":
-        return lambda: unet(z, t, c)
-    if what == "vae" and which == "diffusers":
-        return lambda: torch.cat([vae.decode(part).sample for part in z[0].transpose(0, 1).split(args.chunk)])
-    if what == "vae":
-        return lambda: vae.decode(z, args.chunk)
-
-    steps = int(which.split()[1])
-    if "ours" in which:
-        models = SimpleNamespace(unet=unet, vae=vae, text=lambda captions: c)
-        sampling = Sampling("student", steps=steps, guidance=7.5, grid=50)
-        call = dict(captions=["a"], seeds=[0], size=(T, *args.size), sampling=sampling)
-        return lambda: vae.decode(turbo.generate(models, **call).to(c), args.chunk)
-    from diffusers import DDIMScheduler, TextToVideoSDPipeline
-    pipeline = TextToVideoSDPipeline(vae, None, None, unet, DDIMScheduler())
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.decode_latents = lambda z: torch.stack(          # frame by frame, as ours
-        [vae.decode(part / 0.18215).sample for part in z[0].transpose(0, 1).split(args.chunk)])
-    call = dict(prompt_embeds=c, negative_prompt_embeds=c, num_inference_steps=steps, num_frames=T,
-                height=args.size[0], width=args.size[1], guidance_scale=9.0, output_type="pt")
-    return lambda: pipeline(**call)
-
-
-def parts_of(what) -> list[str]:
-    return ["unet", "vae"] if what == "clips" else [what]
+        return lambda: net(z, t, c) if which == "ours" else net(z, t, encoder_hidden_states=c).sample
+    if which == "ours":
+        return lambda: net.decode(z, args.chunk)
+    return lambda: torch.cat([net.decode(part).sample for part in z[0].transpose(0, 1).split(args.chunk)])
 
 
 @torch.no_grad()
@@ -130,10 +98,10 @@ def count(which, what, args) -> tuple[int, int]:
     simulated = argparse.Namespace(**vars(args) | dict(device="cpu"))
     with simulation() as counter:
         with build("cpu", getattr(torch, args.dtype)):
-            nets = {name: network(which, name, "cpu") for name in parts_of(what)}
-        if "diffusers" not in which and args.device == "cpu":
-            speed_up(CPU_LAYERS, *nets.values())
-        run = one_pass(nets, which, what, simulated)
+            net = network(which, what, "cpu")
+        if which == "ours" and args.device == "cpu":
+            speed_up(CPU_LAYERS, net)
+        run = one_pass(net, which, what, simulated)
         before = counter.reset()
         run()
     return counter.flops, counter.peak - before
@@ -196,19 +164,14 @@ def held(args) -> float:
 def prepare(which, what, args):
     """A pass with random weights, ready to run."""
     torch.manual_seed(0)
-    nets = {}
-    for name in parts_of(what):
-        net = network(which, name).to(getattr(torch, args.dtype)).to_empty(device=args.device).eval()
-        for p in net.parameters():
-            p.normal_(std=0.02)
-            if "diffusers" not in which and p.dim() in FORMATS:     # as weights.fill leaves them
-                p.data = p.data.contiguous(memory_format=FORMATS[p.dim()])
-        nets[name] = net.requires_grad_(False)
-    if "diffusers" not in which:
-        speed_up(CPU_LAYERS, *nets.values())
-    if which == "compiled":
-        compile_layers(nets["unet"])
-    return one_pass(nets, which, what, args)
+    net = network(which, what).to(getattr(torch, args.dtype)).to_empty(device=args.device).eval()
+    for p in net.requires_grad_(False).parameters():
+        p.normal_(std=0.02)
+        if which == "ours" and p.dim() in FORMATS:          # as weights.fill leaves them
+            p.data = p.data.contiguous(memory_format=FORMATS[p.dim()])
+    if which == "ours":
+        speed_up(CPU_LAYERS, net)
+    return one_pass(net, which, what, args)
 
 
 def give_back(size: int) -> None:
@@ -284,80 +247,6 @@ def checkpointing(args) -> None:
     print(f"together {sum(kept.values()) / 2 ** 30:.2f} GiB, {sum(flops.values()) / 1e12:.2f} TFLOP")
 
 
-# ---- the toy's training step -------------------------------------------------------------------------------
-
-
-class Clock:
-    """Seconds of named functions, each without those of the others that it calls."""
-
-    def __init__(self):
-        self.seconds, self.running, self.since = Counter(), ["rest"], time.perf_counter()
-
-    def switch(self) -> None:
-        now = time.perf_counter()
-        self.seconds[self.running[-1]] += now - self.since
-        self.since = now
-
-    def time(self, owner, function: str, name) -> None:
-        """owner.function is timed from now on. name(): of the row, or "" for that of its caller."""
-        plain = getattr(owner, function)
-
-        def timed(*args, **kwargs):
-            self.switch()
-            self.running.append(name() or self.running[-1])
-            try:
-                return plain(*args, **kwargs)
-            finally:
-                self.switch()
-                self.running.pop()
-
-        setattr(owner, function, timed)
-
-
-def toy_step(batch: int) -> dict:
-    """Seconds of a step of the toy by what it is spent on; with those of a first step, which is extra."""
-    import train
-    clock, steps = Clock(), 3
-
-    def of_consistency():
-        return "" if clock.running[-1] == "on-policy" else "student" if torch.is_grad_enabled() else "target"
-
-    clock.time(turbo, "teacher_eps", lambda: "teacher")
-    clock.time(turbo, "consistency", of_consistency)
-    clock.time(turbo, "on_policy", lambda: "on-policy")
-    clock.time(turbo, "reward_gradient", lambda: "rewards, and back through the decoder")
-    clock.time(VAE, "decode", lambda: "decode")
-    clock.time(VAE, "encode", lambda: "encode")
-    clock.time(torch.Tensor, "backward", lambda: "backward")
-    clock.time(train.Trainer, "update", lambda: "update")
-    clock.time(train.Trainer, "step", lambda: "rest of the step")
-    with contextlib.redirect_stdout(io.StringIO()):
-        train.main(["--preset", "shapes", "--dry-run", str(steps), "--batch", str(batch), "--micro-batch",
-                    str(batch), "--device", "cpu"])
-    del clock.seconds["rest"]
-    return {name: seconds / (1 + steps) for name, seconds in clock.seconds.items()}
-
-
-def toy(args) -> None:
-    """Prints the profile on one thread and on two, and a step on two processes of one thread."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    runs = {"1 thread": ([], "1"), "2 threads": ([], "2"), "2 processes": (torchrun, "1")}
-    results = {}
-    for name, (launcher, threads) in runs.items():
-        command = [sys.executable, *launcher, __file__, "--one", "toy", "--batch", str(args.batch)]
-        if launcher:
-            command[-1] = str(args.batch // 2)
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True,
-                              env=os.environ | {"OMP_NUM_THREADS": threads})
-        results[name] = json.loads(done.stdout.splitlines()[-1])
-    first = results["1 thread"]
-    print(f"| ms of a step of {args.batch} clips | " + " | ".join(results) + " |\n" + "|---" * 4 + "|")
-    for name in sorted(first, key=first.get, reverse=True):
-        print(f"| {name} | " + " | ".join(f"{1000 * each[name]:.0f}" for each in results.values()) + " |")
-    totals = [sum(each.values()) for each in results.values()]
-    print("| together | " + " | ".join(f"{1000 * x:.0f}, x{x / totals[0]:.2f}" for x in totals) + " |")
-
-
 # ---- what everything takes, simulated ----------------------------------------------------------------------
 
 
@@ -400,18 +289,14 @@ def budgets(args) -> None:
 
 def main():
     args = options()
-    if args.one == "toy":
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        result = toy_step(args.batch)
-        return print(json.dumps(result)) if os.environ.get("RANK", "0") == "0" else None
     if args.one:
         return print(json.dumps(measure(*args.one.split(":"), args)))
     if {*COMPARED} & set(args.what):
         print(f"{args.frames} frames of {args.size[0]}x{args.size[1]}, {args.dtype} on {args.device}, "
               f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for what in args.what:
-        if what in ("toy", "checkpointing", "budgets"):
-            {"toy": toy, "checkpointing": checkpointing, "budgets": budgets}[what](args)
+        if what in ("checkpointing", "budgets"):
+            {"checkpointing": checkpointing, "budgets": budgets}[what](args)
         elif args.table:
             table(what, args)
         else:
@@ -421,7 +306,7 @@ def main():
 def compare(what, args) -> None:
     """Prints a pass of diffusers' network, and of ours as a ratio to it."""
     base = None
-    for which in COMPARED[what] + ["compiled"] * (args.compile and what == "unet"):
+    for which in ("diffusers", "ours"):
         done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", f"{which}:{what}"],
                               stdout=subprocess.PIPE, text=True, check=True)
         result, (flops, tensors) = json.loads(done.stdout.splitlines()[-1]), count(which, what, args)

@@ -4,11 +4,9 @@
 
     python tests/fakecuda.py [WORD ...]         # cases whose name holds each word
 
-A line of JSON per case: what went wrong, what was copied from the host to the device and by whom, and where
-the host waited for the device. An operation on two devices fails as it does on a GPU. Not shown: kernels and
-their strides, NCCL, torch.compile. Networks have their published widths and fewer blocks (`shrink`).
+A line of JSON per case: what went wrong. An operation on two devices fails as it does on a GPU. Not shown:
+kernels and their strides, NCCL, torch.compile. Networks have their published widths and fewer blocks.
 """
-import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -17,9 +15,8 @@ import json
 import os
 import sys
 import tempfile
-import time
 import traceback
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -46,10 +43,9 @@ def install() -> None:
 
     answers = dict(is_available=True, is_bf16_supported=True, is_initialized=True, device_count=1,
                    current_device=0, get_device_capability=(9, 0), memory_allocated=0, max_memory_allocated=0)
-    silent = dict.fromkeys(("reset_peak_memory_stats", "set_device", "_lazy_init"))
+    silent = dict.fromkeys(("reset_peak_memory_stats", "set_device", "synchronize", "_lazy_init"))
     for name, answer in (answers | silent).items():
         setattr(torch.cuda, name, lambda *args, answer=answer, **kwargs: answer)
-    torch.cuda.synchronize = lambda *args: WATCH.count(WATCH.waits)
     torch.utils.checkpoint.get_device_states = lambda *args: ([], [])
     torch.utils.checkpoint.set_device_states = lambda *args, **kwargs: None
     fake_tensor.FakeTensorMode.avoid_device_init = True     # torch.tensor is made on the host, then copied
@@ -106,10 +102,7 @@ def replace_tensors(module, fn, recurse=True):
 
 
 def tolist(x):
-    """Ones in nested lists: the contents of a tensor without contents. The host waits for those of a GPU."""
-    if x.device.type == "cuda":
-        WATCH.count(WATCH.waits)
-
+    """Ones in nested lists: the contents of a tensor without contents."""
     def nested(shape):
         return [nested(shape[1:]) for _ in range(shape[0])] if shape else one(x.dtype)
 
@@ -149,66 +142,28 @@ def fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **k
     return efficient(q, k, v, attn_mask, needs_gradient, 0.0, is_causal)[0]
 
 
-class Watch(TorchDispatchMode):
-    """Answers what only contents can tell (a number: 1, a mask: true), and counts by the function that asks.
-
-    `copies`: from host to device; `in_networks`: those within a pass of a UNet, a VAE or a reward model;
-    `waits`: where the host waits until the device has computed, to read a result of it.
-    """
-
-    def __init__(self, networks: tuple[type, ...] = ()):
-        super().__init__()
-        self.networks = networks
-        self.copies, self.in_networks, self.waits = (collections.Counter() for _ in range(3))
+class Contents(TorchDispatchMode):
+    """Answers what only contents can tell: a number is 1, a mask is true. An index is on its tensor's device,
+    or on the host."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False                                        # nothing is compiled here; asking costs time
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        aten, kwargs = torch.ops.aten, kwargs or {}
         if op is torch.ops.prim.device.default:
             return device_of(args[0])
-        aten, kwargs = torch.ops.aten, kwargs or {}
         if op is aten._local_scalar_dense.default:
-            if args[0].device.type == "cuda":
-                self.count(self.waits)
             return one(args[0].dtype)
         if op in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
             indices = [i for i in args[1] if i is not None]
             wrong = [i.device for i in indices if i.device not in (args[0].device, torch.device("cpu"))]
             assert not wrong, f"an index on {wrong[0]} of a tensor on {args[0].device}"
             if op is aten.index.Tensor and indices[0].dtype == torch.bool:      # as if all of it were true
-                self.count(self.waits)
                 return args[0].reshape(-1, *args[0].shape[indices[0].ndim:])
         with visible_gpus(0):
-            out = op(*args, **kwargs)
-        if op in (aten._to_copy.default, aten.copy_.default):
-            source = args[1] if op is aten.copy_.default else args[0]
-            way = source.device.type, out.device.type
-            if way == ("cpu", "cuda"):
-                self.count(self.copies)
-            if way == ("cuda", "cpu"):
-                self.count(self.waits)
-        return out
-
-    def count(self, counter: collections.Counter) -> None:
-        """Notes the innermost function of the project, and for a copy whether a network is under way."""
-        name, inside, frame = None, False, sys._getframe(2)
-        while frame:
-            code = frame.f_code
-            path = code.co_filename                         # a virtual environment may lie in the folder, too
-            others = any(name in path for name in ("/tests/", "/site-packages/", "budget.py"))
-            if path.startswith(str(PROJECT)) and not others:
-                name = name or f"{Path(code.co_filename).name}: {getattr(code, 'co_qualname', code.co_name)}"
-                if code.co_name in ("forward", "decode", "score"):
-                    inside |= isinstance(frame.f_locals.get("self"), self.networks)
-            frame = frame.f_back
-        counter[name] += 1
-        if inside and counter is self.copies:
-            self.in_networks[name] += 1
-
-
-WATCH = Watch()
+            return op(*args, **kwargs)
 
 
 def fake_load_file(path, device="cpu"):
@@ -255,7 +210,7 @@ def shallow(make, **header):
 
 
 def training(preset: str, *options: str, gpus: int = 1, clips: int = 1, again: bool = False,
-             show: bool = False, **recipe) -> dict:
+             show: bool = False, **recipe) -> None:
     """A step. again: another one, from the state that a file held. show: the run's sample clips."""
     import train
     from plumbing import budget
@@ -272,9 +227,7 @@ def training(preset: str, *options: str, gpus: int = 1, clips: int = 1, again: b
         trainer = trainer_class(config, models, terms, group)
         budget.pick_worst(terms)                        # frames, as the dry run does
         batch = budget.random_batch(config, models, clips)
-        WATCH.waits.clear()
         trainer.step(batch)
-        waits = dict(WATCH.waits)
         if again:
             resume(trainer)
             trainer.step(batch)
@@ -284,10 +237,9 @@ def training(preset: str, *options: str, gpus: int = 1, clips: int = 1, again: b
             train.video.write_video = lambda path, clip, fps: assert_on(clip, "cpu")
             trainer.config = dataclasses.replace(config, prompts=config.prompts[:1])
             train.show(trainer, Path(out))
-    return {"waits": waits}
 
 
-def preparing(preset: str) -> dict:
+def preparing(preset: str) -> None:
     """What the teacher says about a clip, for v2: inversion, both predictions, gradient of the energy."""
     import model
     import prepare
@@ -306,7 +258,6 @@ def preparing(preset: str) -> dict:
     clip = torch.zeros(3, config.frames, config.height, config.width, dtype=torch.uint8)
     tensors = prepare.prepare_clip(models, config, clip, "a red circle moving right", torch.Generator())
     assert_on(tensors["gradient"], "cuda")
-    return {}
 
 
 def processes(count: int):
@@ -356,30 +307,21 @@ def networks(family: str, method: str, dtype):
     return dataclasses.replace(models, header=model.complete(header, models.family) if student else {})
 
 
-def sampling(family: str, method: str, dtype: str, size: tuple[int, int] | None = None) -> dict:
-    """Two clips in two steps; "copies": those from the start of the second one on."""
+def sampling(family: str, method: str, dtype: str, size: tuple[int, int] | None = None) -> None:
+    """Two clips in two steps; of a teacher also its undistilled jumps."""
     import model
     import turbo
 
     models = networks(family, method, getattr(torch, dtype))
     T, H, W = models.size[:1] + (size or models.size[1:])
-    copies = []
-
-    def watched(timesteps):
-        for t in timesteps:
-            copies.append(WATCH.copies.copy())
-            yield t
-
     two_steps = dataclasses.replace(models.sampling, steps=2)
-    z = turbo.generate(models, ["a red circle moving right"] * 2, [0, 1], (T, H, W), two_steps, watched)
-    second = WATCH.copies - copies[1]
-    if method == "teacher":                                     # and its undistilled jumps
+    z = turbo.generate(models, ["a red circle moving right"] * 2, [0, 1], (T, H, W), two_steps)
+    if method == "teacher":
         jumps = dataclasses.replace(two_steps, steps=1, method="jumps")
         assert_on(turbo.generate(models, ["a red circle moving right"], [0], models.size, jumps), "cuda")
     assert_on(z, "cuda")
     assert z.dtype == torch.float32, z.dtype
     assert_on(model.to_clip(models.vae, z[:1], T), "cuda")
-    return {"copies": dict(second)}
 
 
 def reward(name: str, dtype: str) -> None:
@@ -459,35 +401,22 @@ WRONG = {
     "wrong: sum": lambda: torch.ones(2, device="cuda") + torch.ones(2),
     "wrong: index": lambda: torch.ones(2)[torch.zeros(2, dtype=torch.long, device="cuda")],
     "wrong: attention": partial(attend, GRID_LIMIT + 1)}
-WAITS = {
-    "waits: item": lambda: torch.ones(1, device="cuda").item(),
-    "waits: copy": lambda: torch.ones(1, device="cuda").cpu(),
-    "waits: synchronize": lambda: torch.cuda.synchronize()}
 
 
 def run(name: str, case) -> dict:
-    """{"error": one line and where, or None, "seconds", "in_networks": copies there, and what it answers}"""
+    """{"error": one line and where, or None}; for BUDGETS also "peak" and "budget", in bytes."""
     from plumbing.budget import Counter
 
-    start, answer, error = time.process_time(), {}, None
-    WATCH.in_networks.clear(), WATCH.waits.clear()
     try:
-        with Fake(), WATCH, Counter("cuda") if name in BUDGETS else nullcontext() as counter:
-            answer = case()
-        if name in BUDGETS:
-            answer |= {"peak": counter.peak, "budget": dry_run(*BUDGETS[name])}
-        if name in WAITS:
-            answer = {"waits": dict(WATCH.waits)}
+        with Fake(), Contents(), Counter("cuda") if name in BUDGETS else nullcontext() as counter:
+            case()
+        peaks = {"peak": counter.peak, "budget": dry_run(*BUDGETS[name])} if name in BUDGETS else {}
+        return {"error": None} | peaks
     except Exception as problem:
         frames = traceback.extract_tb(problem.__traceback__)
         lines = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames
                  if frame.filename.startswith(str(PROJECT))]
-        answer, error = {}, f"{type(problem).__name__}: {problem} (in {' < '.join(reversed(lines[-4:]))})"
-        if os.environ.get("TRACE"):
-            traceback.print_exc()
-    answer = answer if isinstance(answer, dict) else {}
-    seconds = round(time.process_time() - start, 2)
-    return {"error": error, "seconds": seconds, "in_networks": dict(WATCH.in_networks)} | answer
+        return {"error": f"{type(problem).__name__}: {problem} (in {' < '.join(reversed(lines[-4:]))})"}
 
 
 def main() -> None:
@@ -495,19 +424,16 @@ def main() -> None:
     torch.set_num_threads(1)
     try:
         install()
-        with Fake(), Watch():
+        with Fake(), Contents():
             x = torch.ones(2, device="cuda", requires_grad=True)
             torch.autograd.grad((x * x).sum(), x)
     except (AttributeError, OSError, RuntimeError) as error:
         print(f"{type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
         sys.exit(CANNOT)
-    import model
-    import rewards
     import safetensors.torch
     safetensors.torch.load_file = fake_load_file
     shrink()
-    WATCH.networks = model.UNet3D, model.VAE, *{recipe.model for recipe in rewards.RECIPES.values()}
-    for name, case in (CASES | WRONG | WAITS).items():
+    for name, case in (CASES | WRONG).items():
         if all(word in name for word in sys.argv[1:]):
             print(json.dumps({"case": name} | run(name, case)), flush=True)
 

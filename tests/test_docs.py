@@ -160,15 +160,6 @@ def test_pictures_are_made(name, tmp_path, monkeypatch):
     assert imageio.imread(path).std() > 10, "something is on it"
 
 
-@pytest.mark.parametrize("args, message", [
-    (["latent"], "no figure 'latent'; there are latents"),
-    (["curves"], "curves and --logs NAME=runs/NAME/log.jsonl go together")])
-def test_mistakes_are_named(args, message, capsys):
-    with pytest.raises(SystemExit):
-        figures.main(args)
-    assert message in capsys.readouterr().err
-
-
 # ---- the notebook ------------------------------------------------------------------------------------------
 
 

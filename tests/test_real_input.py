@@ -22,7 +22,7 @@ RED = "'a red circle'"
 TYPED = {                               # command -> what is typed behind it -> what the message says
     "sample": {
         "": "give one prompt, or --prompts FILE",
-        "a red circle": "unexpected argument 'red' (quote the prompt)",
+        "a red circle": "unexpected argument 'red' (quote a prompt)",
         "'a dog'": "unknown word 'dog'",
         f"{RED} --gidance 3": "unknown option --gidance, did you mean --guidance?",
         f"{RED} --guidance 1e30": "--guidance: '1e30' is not a number from 0 to 100",
