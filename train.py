@@ -162,16 +162,13 @@ def configure(argv: list[str] | None = None, description: str = "") -> Config:
 
 def check_options(config: Config, typed: set[str]) -> None:
     """Refuses options that have no effect here, or do not fit each other."""
-    toy, v2, public = config.is_toy, config.is_v2, "--preset turbo-vc2 and the like"
-    belongs = {                         # option -> does it take effect, what it belongs to
-        "data": (v2 or not toy, f"{public}; the toy draws its own clips"),
-        **dict.fromkeys(("columns", "video_root"), (not v2 and not toy, public)),
-        "ema": (not v2, f"{public}; v2's target is the student itself"),
-        "motion": (v2, "--preset turbo-v2 or shapes-v2"),
-        "merge": (config.lora, "--lora; without it turbo.safetensors is the whole UNet")}
-    for name, (effective, owner) in belongs.items():
-        if name in typed and not effective:
-            raise UserError(f"{cli.flag_of(name)} has no effect here: it belongs to {owner}")
+    toy, v2 = config.is_toy, config.is_v2
+    useless = {"data": toy and not v2, "columns": toy or v2, "video_root": toy or v2, "ema": v2,
+               "motion": not v2, "merge": not config.lora}
+    for name in typed:
+        if useless.get(name):
+            raise UserError(f"{cli.flag_of(name)} has no effect with --preset {config.preset} "
+                            f"--lora {config.lora}")
 
     family = shapes.FAMILY if toy else model.FAMILIES[config.model]
     model.check_size(family, height=config.height, width=config.width)

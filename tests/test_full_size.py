@@ -33,7 +33,7 @@ def filler(shapes):
 
 
 def write_videocrafter(folder, name="model.ckpt", guidance=False):
-    """VideoCrafter2's model.ckpt, or with guidance the merged student's file; names as in the public files."""
+    """VideoCrafter2's model.ckpt, or with guidance the merged student's file."""
     with torch.device("meta"):
         tower = shapes_of(open_clip.CLIP(1024, dict(image_size=224, layers=1, width=64, patch_size=14),
                                          dict(width=1024, layers=24, heads=16)))

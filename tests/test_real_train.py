@@ -5,13 +5,13 @@ import train
 
 MISTAKES = {
     # options that cannot take effect
-    "--data clips": "--data has no effect here: it belongs to --preset turbo-vc2",
-    "--preset turbo-v2 --columns path=a": "--columns has no effect here",
-    "--preset turbo-v2 --ema 0.9": "v2's target is the student itself",
+    "--data clips": "--data has no effect with --preset shapes",
+    "--preset turbo-v2 --columns path=a": "--columns has no effect with --preset turbo-v2",
+    "--preset turbo-v2 --ema 0.9": "--ema has no effect",
     "--reward hpsv2=HPS.pt": "--reward hpsv2=HPS.pt is not for --preset shapes",
     "--reward shapes-clip=x.pt": "--reward shapes-clip=x.pt is not for --preset shapes",
     "--preset turbo-vc2 --reward shapes-clip": "--reward shapes-clip is not for --preset turbo-vc2",
-    "--lora 0 --merge": "--merge has no effect here: it belongs to --lora",
+    "--lora 0 --merge": "--merge has no effect with --preset shapes --lora 0",
     # numbers
     "--lr inf": "--lr: 'inf' is not a number above 0 to 1",
     "--lr 1e30": "--lr: '1e30' is not a number above 0 to 1",
@@ -33,7 +33,7 @@ MISTAKES = {
     "--preset shapes-v2": "v2 trains from a cache: make one with prepare.py",
     "--teacher nowhere": "--teacher nowhere: no such file or folder",
     "--init nowhere": "--init nowhere: no such file or folder",
-    "--preset turbo-ms --data . --out RUN --reward hpsv2=a.pt": "--reward hpsv2: a.pt: no such file or folder",
+    "--preset turbo-ms --data . --out RUN --reward hpsv2=a.pt": "--reward hpsv2: a.pt: no such file",
     "--teacher . --out .": "--out . is also --teacher; an output never replaces an input",
     "--preset vcm-vc2 --dtype float32 --data nowhere --out RUN": "no data at nowhere",
     "--out FILE/run": "FILE/run: nothing can be written there",

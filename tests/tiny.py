@@ -35,7 +35,7 @@ OPTIONS = dict(
 RECIPE = dict(out="none", image_frames=2, video_frames=2, grid=50, w_min=5.0, w_max=15.0)
 UNET = model.UNetConfig(**sizes(32, (1,), 1, attention_levels=()), head_dim=16, context_dim=16,
                         init_heads=2, groups=8)
-MOTION = dataclasses.replace(UNET, **sizes(32, (1,), 1, attention_levels=(0,)))       # has what v2's energy reads
+MOTION = dataclasses.replace(UNET, **sizes(32, (1,), 1, attention_levels=(0,)))     # v2's energy reads it
 
 
 class Text(nn.Module):
