@@ -4,12 +4,11 @@
     scores = reward(clips, captions)
 
 with clips (B, T, 3, H, W) in [0, 1] and B captions gives scores (B,), higher is better. The pixels carry
-gradient, so that a generator can climb it; the reward's parameters and captions never do.
+gradient, so that a generator can climb it; the reward's parameters and captions never do. A new reward is an
+entry of the table RECIPES and a network with `text(ids)`, which sees captions alone, and `score(frames, text)`.
 
-From top to bottom: `Reward`; the table of rewards, in which a new one is one entry; `load`; how clips are
-fitted to a model's input; the networks, with `text(ids)`, which sees the captions alone, and `score(frames,
-text)`; names in the public files. B clips, T frames, H W pixels, S side of a model's square input, N patches
-of a frame, L tokens, D width, E features.
+B clips, T frames, H W pixels, S side of a model's square input, N patches of a frame, L tokens, D width, E
+features.
 """
 import re
 from collections.abc import Callable, Sequence
@@ -56,8 +55,7 @@ class Reward:
 
     def __call__(self, clips: Tensor, captions: list[str], generators: Generators = None) -> Tensor:
         """generators: one per clip, on the CPU, draws the crop window of a video reward; None: the centre."""
-        assert not isinstance(captions, str) and len(captions) == len(clips), \
-            f"{self.name} takes one caption per clip: {len(clips)} clips, captions {captions!r:.60}"
+        assert not isinstance(captions, str) and len(captions) == len(clips), "one caption for each clip"
         with torch.autocast(self.device.type, enabled=False):       # not in the caller's bf16
             return self.model.score(self.normalised(clips, generators), self.text(captions))
 
@@ -75,7 +73,7 @@ class Reward:
 
     @torch.no_grad()
     def text(self, captions: list[str]) -> Tensor:
-        """What the model makes of the captions alone, each computed once."""
+        """What the model makes of the captions alone, computed once for each."""
         if len(self.cache) > 10_000:
             self.cache.clear()
         new = [caption for caption in dict.fromkeys(captions) if caption not in self.cache]
@@ -85,7 +83,7 @@ class Reward:
         return torch.stack([self.cache[caption] for caption in captions])
 
     def checkpoint(self, on: bool = True) -> None:
-        """Gradient checkpointing: about a third more time, and the memory of one block instead of all."""
+        """Gradient checkpointing: a third more time, and the memory of one block instead of all."""
         for module in self.model.modules():
             if isinstance(module, BlockStack):
                 module.grad_checkpointing = on
@@ -263,7 +261,7 @@ def pad(clips: Tensor, S: int, generators: Generators = None) -> Tensor:
 def window(clips: Tensor, S: int, generators: Generators = None, to_int: Callable = round) -> Tensor:
     """The middle square, or one that a clip's generator draws: video rewards were trained on random crops.
 
-    to_int: how the longer side is rounded differs between models.
+    to_int: how models round the longer side.
     """
     H, W = clips.shape[-2:]
     shorter = min(H, W)

@@ -292,14 +292,11 @@ class Trainer:
     def start_from(self, path: str) -> None:
         """--init: the student starts as another student, whose LoRA or weights are copied into its own."""
         unet, rank = self.models.unet, self.config.lora
-        _, state, lora, _ = model.read_turbo(path, unet.config, self.config.model)
-        if lora:
-            state = {f"{name}.up": up for name, (up, _) in lora.items()}
-            state |= {f"{name}.down": down for name, (_, down) in lora.items()}
+        _, whole, lora, _ = model.read_turbo(path, unet.config, self.config.model)
         if bool(lora) != bool(rank):
             raise UserError(f"--init {path} holds {'LoRA' if lora else 'all weights'}, not for --lora {rank}")
         own = turbo.lora_state(unet) if rank else unet.state_dict()
-        for name, x in state.items():
+        for name, x in (lora or whole).items():
             if name not in own or x.shape != own[name].shape:
                 raise UserError(f"--init {path}: {name} is of another UNet, or its rank is not --lora")
             own[name].copy_(x)

@@ -23,7 +23,6 @@ from plumbing.fast_cpu import FORMATS
 from plumbing.files import atomic, is_safetensors, read_header
 from plumbing.layouts import State, rename, to_public_names
 
-Pairs = dict[str, tuple[Tensor, Tensor]]        # LoRA: {layer: (up (out, r, 1, ...), down (r, in, kernel))}
 Shapes = dict[str, torch.Size]                  # {layer: shape of its weight}, in the network's order
 
 # ---- reading and writing -----------------------------------------------------------------------------------
@@ -227,7 +226,7 @@ def trim(shape) -> tuple[int, ...]:
 
 @torch.no_grad()
 def fill(module: nn.Module, state: State, source, device="cpu", dtype: torch.dtype | None = None,
-         lora: Pairs | None = None, allow_unused: bool = False) -> nn.Module:
+         lora: State | None = None, allow_unused: bool = False) -> nn.Module:
     """Strictly fills a module made `without_memory`, tensor by tensor, merging LoRA on the way. In eval mode.
 
     state: {our name: tensor}; a 1x1 convolution may come as a linear layer and vice versa.
@@ -246,9 +245,9 @@ def fill(module: nn.Module, state: State, source, device="cpu", dtype: torch.dty
         if trim(tensor.shape) != trim(like.shape):
             raise UserError(f"{source}: {key} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
         tensor = tensor.reshape(like.shape)
-        if lora and layer in lora:
-            up, down = lora[layer]
-            tensor = tensor.float() + (up.float().flatten(1) @ down.float().flatten(1)).view(like.shape)
+        if lora and f"{layer}.up" in lora:
+            up, down = (lora[f"{layer}.{end}"].float().flatten(1) for end in ("up", "down"))
+            tensor = tensor.float() + (up @ down).view(like.shape)
         memory_format = FORMATS.get(like.dim(), torch.contiguous_format)
         filled[key] = tensor.to(device, dtype or tensor.dtype, copy=True, memory_format=memory_format)
     module.load_state_dict(filled, assign=True)
@@ -282,9 +281,10 @@ def is_lora(state: State) -> bool:
     return any(re.search(r"^\d+$|\.up$|lora|\.hada_|\.lokr_", key) for key in state)
 
 
-def read_lora(tensors: State, layers: Shapes, source, strength: float = 1.0) -> Pairs:
-    """LoRA by any names -> {layer: (up, down)}: up (out, r, 1, ...) after down (r, in, kernel) has the shape
-    of the layer's weight. The factor alpha / r, and the strength (1 as trained, 0 the teacher), go into `up`.
+def read_lora(tensors: State, layers: Shapes, source, strength: float = 1.0) -> State:
+    """LoRA by any names -> {LAYER.up: (out, r, 1, ...), LAYER.down: (r, in, kernel)}.
+
+    The factor alpha / r, and the strength (1 as trained, 0 the teacher), go into `up`.
     """
     order = lora_order(layers)
     if all(key.isdigit() for key in tensors):
@@ -313,7 +313,7 @@ def read_lora(tensors: State, layers: Shapes, source, strength: float = 1.0) -> 
             raise UserError(f"{source}: LoRA of {layer} is {tuple(up.shape)} and {tuple(down.shape)}, "
                             f"expected {(shape[0], r)} and {(r, *shape[1:])}")
         factor = strength * (ends["alpha"].item() / r if "alpha" in ends else scale)
-        lora[layer] = (up if factor == 1 else factor * up, down)
+        lora |= {f"{layer}.up": up if factor == 1 else factor * up, f"{layer}.down": down}
     return lora
 
 

@@ -217,6 +217,12 @@ def public_list(config, rank=4):
     return lora_list([shapes[name] for name in lora_order(shapes)], rank)
 
 
+def own_lora(shapes):
+    """{layer: shape of its weight} -> matrices as our files hold them."""
+    names = [f"{layer}.{end}" for layer in shapes for end in ("up", "down")]
+    return dict(zip(names, lora_list(shapes.values()), strict=True))
+
+
 def test_videocrafter_lora_as_published(tmp_path, deep):
     """The published code's output with 2 x 574 nameless matrices: a wrong order would not give it."""
     config = replace(DEEP, guidance=True)
@@ -275,7 +281,8 @@ def test_merge_equals_peft():
     for name in "abc":
         layer = theirs.base_model.model.get_submodule(name)
         nn.init.normal_(layer.lora_B["default"].weight)
-        lora[name] = layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach()
+        lora |= {f"{name}.up": layer.lora_B["default"].weight.detach(),
+                 f"{name}.down": layer.lora_A["default"].weight.detach()}
     expected = theirs.merge_and_unload().state_dict()
     with torch.device("meta"):
         ours = Net()
@@ -324,17 +331,12 @@ def test_merged_first_version(tmp_path):
     assert (models.sampling.grid, models.fps) == (50, 16)
 
 
-def flat(lora):
-    """{layer: (up, down)} as our files hold it."""
-    return {f"{name}.{end}": x for name, pair in lora.items() for end, x in zip(("up", "down"), pair)}
-
-
 def test_own_checkpoints(tmp_path):
     write_teacher(tmp_path)
     config = replace(FPS, guidance=True)
     shapes = lora_shapes(config)
-    lora = dict(zip(shapes, zip(*[iter(lora_list(shapes.values()))] * 2, strict=True), strict=True))
-    save_checkpoint(tmp_path / "lora.safetensors", flat(lora), HEADER)
+    lora = own_lora(shapes)
+    save_checkpoint(tmp_path / "lora.safetensors", lora, HEADER)
     assert read_header(tmp_path / "lora.safetensors") == HEADER
     assert read_turbo(tmp_path / "lora.safetensors", config)[2].keys() == lora.keys()
 
@@ -344,9 +346,9 @@ def test_own_checkpoints(tmp_path):
     merged = load("vc2", tmp_path, tmp_path / "merged.safetensors")
     assert same(student, merged) and merged.sampling.grid == 200
     teacher = load("vc2", tmp_path, guidance=True).unet.state_dict()
-    up, down = lora["out.2"]
     change = student.unet.state_dict()["out.2.weight"] - teacher["out.2.weight"]
-    assert torch.allclose(change, torch.einsum("or,rikl->oikl", up[:, :, 0, 0], down), atol=1e-6)
+    expected = torch.einsum("or,rikl->oikl", lora["out.2.up"][:, :, 0, 0], lora["out.2.down"])
+    assert torch.allclose(change, expected, atol=1e-6)
 
 
 # ---- what students are told --------------------------------------------------------------------------------
@@ -418,21 +420,18 @@ def test_merged_weights_are_written_as_released(tmp_path, teacher_file):
 
 def test_a_lora_of_another_model_is_refused(tmp_path, deep, teacher_file, modelscope):
     """All 575 layers of a ModelScope LoRA are layers of VideoCrafter2, too; so are any ten of its own."""
-    def write(config, layers, header):
-        shapes = lora_shapes(config)
-        matrices = lora_list([shapes[name] for name in layers])
-        pairs = zip(matrices[::2], matrices[1::2], strict=True)
-        save_checkpoint(tmp_path / "x.safetensors", flat(dict(zip(layers, pairs, strict=True))), header)
+    def write(shapes, header=HEADER):
+        save_checkpoint(tmp_path / "x.safetensors", own_lora(shapes), header)
 
-    vc2, ms = replace(DEEP, guidance=True), replace(SMALL, guidance=True)
-    for config, layers in ((ms, list(lora_shapes(ms))), (vc2, list(lora_shapes(vc2))[:10])):
-        write(config, layers, HEADER)
+    vc2, ms = (lora_shapes(replace(config, guidance=True)) for config in (DEEP, SMALL))
+    for shapes in (ms, dict([*vc2.items()][:10])):
+        write(shapes)
         with pytest.raises(UserError, match="not a LoRA of this UNet, or not all of it: .* of 576"):
             load("vc2", teacher_file, tmp_path / "x.safetensors")
-    write(vc2, list(lora_shapes(vc2)), HEADER)
+    write(vc2)
     with pytest.raises(UserError, match="LoRA for fps_embedding.0, a layer that this UNet does not have"):
         load("ms", modelscope[0], tmp_path / "x.safetensors")
-    write(vc2, list(lora_shapes(vc2)), HEADER | {"model": "ms"})
+    write(vc2, HEADER | {"model": "ms"})
     with pytest.raises(UserError, match="x.safetensors is a student of ms, not of vc2; use --model ms"):
         load("vc2", teacher_file, tmp_path / "x.safetensors")
 

@@ -567,33 +567,15 @@ def test_frames_of_internvideo2_are_interpolated_in_time():
     assert longer[0, 0, 0] == 9 and longer[0, 1:, 0].view(8, 4)[:, 0].tolist() == expected
 
 
-WRONG = {                               # what a file of hpsv2 holds -> what is said of it
-    "tensors missing": lambda w: {key: p for key, p in w.items() if "proj" not in key},
-    "has shape": lambda w: {key: p[:, :1] if p.ndim == 2 else p for key, p in w.items()},
-    "torch.int64 numbers": lambda w: {key: p.long() for key, p in w.items()},
-    "holds no named tensors": lambda w: {key: p.tolist() for key, p in w.items()}}
-
-
-@pytest.mark.parametrize("words", WRONG)
-def test_wrong_contents_end_in_one_line(tmp_path, words):
-    torch.save(WRONG[words](weights(clip_shapes(CLIP))), tmp_path / "file.pt")
-    with pytest.raises(UserError, match=words) as error:
-        rewards.load("hpsv2", tmp_path / "file.pt", tokenizer=clip_ids)
-    assert str(error.value).startswith(f"{tmp_path}/file.pt: ") and "\n" not in str(error.value)
-
-
 def test_wrong_files_end_in_one_line(tmp_path):
     for name, (config, shapes, _, tokenizer) in CONTAINERS.items():             # another reward's file
         torch.save(weights(shapes(config)), tmp_path / f"{name}.pt")
         with pytest.raises(UserError, match=f"{name}.pt"):
             other = "clip" if name == "viclip" else "viclip"
             rewards.load(other, tmp_path / f"{name}.pt", tokenizer=tokenizer)
-    (tmp_path / "cut.pt").write_bytes((tmp_path / "clip.pt").read_bytes()[:-100])
-    (tmp_path / "page.safetensors").write_text("<html>not found</html>")
     (tmp_path / "empty").mkdir()
-    for name, words in (("cut.pt", "cut.pt is not a weight file"), ("page.safetensors", "not a weight file"),
-                        ("nowhere.pt", "no such file"), ("empty", "no open_clip_model or ")):
-        with pytest.raises(UserError, match=words):
+    for name, message in (("nowhere.pt", "no such file"), ("empty", "no open_clip_model or ")):
+        with pytest.raises(UserError, match=message):
             rewards.load("clip", tmp_path / name, tokenizer=clip_ids)
 
 
