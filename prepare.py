@@ -93,7 +93,8 @@ def encode(models: Models, clip: Tensor, caption: str,
 def dry_run(config: Config) -> budget.Budget:
     """--dry-run: what a clip takes with fake tensors, one of those whose motion guides."""
     T, H, W = config.frames, config.height, config.width
-    with budget.simulated() as part:
+    with budget.simulation() as counter, torch.no_grad():
+        part = budget.Budget(counter)
         with part("construction", times=0), budget.build("cpu", getattr(torch, config.dtype)):
             models = model.untrained("vc2")
             models.unet.requires_grad_(False).checkpointing = True

@@ -471,7 +471,8 @@ def dry_run(config: Config) -> Budget:
     sampling = model.FAMILIES[config.model].sampling["teacher" if config.method == "teacher" else "turbo"]
     steps = config.steps or sampling.steps
 
-    with budget.simulated() as part:
+    with budget.simulation() as counter, torch.no_grad():
+        part = budget.Budget(counter)
         with part("construction", times=0), budget.build("cpu", getattr(torch, dtype)):
             models = model.untrained(config.model, guidance=config.method != "teacher")
             models.unet.requires_grad_(False).checkpointing = bool(config.refine)

@@ -89,7 +89,7 @@ class Config(Recipe):
     train_steps: Count = 10000      # steps of the optimizer; paper, Sec. 4: 10K
     batch: Count = 8                # clips per step, of all processes together; paper, Sec. 4: 1 per GPU
     micro_batch: Count = 1          # clips per forward pass of a process: memory against speed
-    lr: Annotated[float, Within(0, 1, above=True)] = 1e-5   # learning rate of AdamW; paper, Sec. 4
+    lr: Annotated[float, Within(1e-12, 1)] = 1e-5    # learning rate of AdamW; paper, Sec. 4
     seed: Seed = 0                  # of LoRA's start, the order of clips, and all that Algorithm 1 draws
     # ---- machine
     device: str = ""                # cpu, cuda [cuda if there, a GPU per process]

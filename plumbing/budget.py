@@ -150,14 +150,6 @@ class Budget:
               f"in all {flops / 1e12:.1f} TFLOP; in bf16 at the peak rates of {cards}")
 
 
-@contextmanager
-def simulated() -> Iterator[Budget]:
-    """Within the block a clip is sampled or prepared with fake tensors, each part within a `with part(NAME)`,
-    of which the first makes the networks."""
-    with simulation() as counter, torch.no_grad():
-        yield Budget(counter)
-
-
 def report_step(config, group, load_world: Callable, trainer_class: type) -> Budget:
     """--dry-run N: prints what a training step takes. load_world(config, group) -> models, clips, rewards.
 

@@ -20,7 +20,6 @@ class Within:
     """The range of a number, as a type annotation: `steps: Annotated[int, Within(1, 1000)]`."""
     low: float
     high: float = 1e9
-    above: bool = False                                     # the lower bound itself is excluded
 
 
 Count = typing.Annotated[int, Within(1)]                    # 1, 2, 3, ...
@@ -37,11 +36,10 @@ def number(kind: type, within: Within, text: str) -> float:
         value = kind(text)
     except ValueError:
         value = math.nan
-    if within.low <= value <= within.high and not (within.above and value == within.low):
+    if within.low <= value <= within.high:
         return value
-    noun, start = "whole number" if kind is int else "number", "above" if within.above else "from"
-    message = f"{text!r:.60} is not a {noun} {start} {within.low:g} to {within.high:.15g}"
-    raise argparse.ArgumentTypeError(message)
+    bounds = f"{'whole ' * (kind is int)}number from {within.low:g} to {within.high:.15g}"
+    raise argparse.ArgumentTypeError(f"{text!r:.60} is not a {bounds}")
 
 
 def path(text: str) -> str:

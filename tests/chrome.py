@@ -59,18 +59,11 @@ class Page:
             time.sleep(0.05)
 
     def open(self, address: str) -> None:
-        """Opens an address."""
+        """Shows a page as a phone of 390x844 pixels does."""
+        phone = dict(width=390, height=844, deviceScaleFactor=2, mobile=True)
+        self.call("Emulation.setDeviceMetricsOverride", **phone)
         self.call("Page.navigate", url=address)
         self.wait("location.href !== 'about:blank' && document.readyState === 'complete'")
-
-    def look(self, width: int, height: int, dark: bool = False, phone: bool = False) -> None:
-        """Window size in pixels, colour scheme, and whether it is a phone with a touch screen."""
-        scale = 2 if phone else 1
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale,
-                  mobile=phone)
-        self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
-        scheme = dict(name="prefers-color-scheme", value="dark" if dark else "light")
-        self.call("Emulation.setEmulatedMedia", features=[scheme])
 
 
 @contextmanager

@@ -72,7 +72,6 @@ def test_the_page_in_a_browser(tmp_path):
     _, address, _ = page.launch(prevent_thread_lock=True, quiet=True)
     try:
         with chrome.browser(tmp_path) as browser:
-            browser.look(390, 844, dark=True, phone=True)
             browser.open(address)
             browser.wait("!!document.querySelector('button.primary')")
             browser.run("document.querySelector('button.primary').click()")

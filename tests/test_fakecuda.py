@@ -41,7 +41,7 @@ def results(tmp_path_factory):
 
 @pytest.mark.parametrize("case", fakecuda.CASES)
 def test_runs_on_a_gpu(results, case):
-    """No operation on two devices, no attention beyond a CUDA grid."""
+    """No operation on two devices."""
     assert results[case]["error"] is None
 
 

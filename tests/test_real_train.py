@@ -13,8 +13,8 @@ MISTAKES = {
     "--preset turbo-vc2 --reward shapes-clip": "--reward shapes-clip is not for --preset turbo-vc2",
     "--lora 0 --merge": "--merge has no effect with --preset shapes --lora 0",
     # numbers
-    "--lr inf": "--lr: 'inf' is not a number above 0 to 1",
-    "--lr 1e30": "--lr: '1e30' is not a number above 0 to 1",
+    "--lr inf": "--lr: 'inf' is not a number from 1e-12 to 1",
+    "--lr 1e30": "--lr: '1e30' is not a number from 1e-12 to 1",
     "--ema nan": "--ema: 'nan' is not a number from 0 to 1",
     "--frames 0": "--frames: '0' is not a whole number from 1 to 1024",
     "--batch -1": "--batch: '-1' is not a whole number from 1",
