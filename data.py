@@ -10,14 +10,11 @@ open_dataset(spec) takes any of these, or several (a list, or commas between the
                   optionally KEY.json: {"reward_caption": "a dog"} (plumbing/shards.py)
 
 Order   Position p is clip p % N of epoch p // N, and an epoch is a permutation drawn from (seed, epoch).
-        Step n on rank r reads `batch` positions from (n * world_size + r) * batch on: no repeats, no gaps,
-        and one global batch for every split of it over ranks.
+        Step n on rank r reads `batch` positions from (n * world_size + r) * batch on.
 Bad     A clip that cannot be used is logged (step, index, clip, reason); in its place comes one drawn by the
         position alone. A run ends after 20 bad clips in a row, or more than 100 among the last 200.
 Short   A clip that is too short is stretched over the frames asked for; its item's fps is the true one. The
         networks are told --fps all the same, as in the released code: always 16 (v2: 8).
-
-T2V-Turbo-v2 trains from a cache of what the teacher says about each clip: CacheWriter and Cache, at the end.
 """
 import json
 import os
@@ -47,13 +44,10 @@ class BadClip(ValueError):
     """This clip cannot be used. get() of a dataset raises it; the loader logs it and draws another clip."""
 
     def __init__(self, name: str, reason: str):
-        self.name, self.reason = one_line(name), one_line(reason)
+        """What would break the line or a terminal is replaced: the file may be damaged."""
+        self.name, self.reason = ("".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+                                  for text in (name, reason))
         super().__init__(f"{self.name}: {self.reason}")
-
-
-def one_line(text: str) -> str:
-    """Text from a file, which may be damaged, without what would break the line or a terminal."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 # ---- the dataset -------------------------------------------------------------------------------------------
@@ -65,8 +59,7 @@ def open_dataset(spec: str | Sequence[str | Path], frames: int = 16, fps: float 
     """All clips of `spec` (see the head of this file) as one dataset. Raises UserError.
 
     cache: folder for the index of shards where it cannot be written beside them; of several processes one
-    should come first and make it. columns and video_root are for manifests:
-    "path={page_dir}/{videoid}.mp4,caption=name", and the folder that their paths begin in."""
+    should come first and make it. columns, video_root: of manifests, see plumbing/manifests.py."""
     sources = open_sources(spec, cache, columns, video_root)
     if not sum(map(len, sources)):
         raise UserError(f"no clips in {spec}: expected *.mp4 with .txt beside them, e.g. 0001.mp4, 0001.txt; "
@@ -113,7 +106,7 @@ def clean(text: object) -> str | None:
     if text is None:
         return None
     if not isinstance(text, str):
-        raise ValueError(f"a caption is no text: {str(text)[:40]}")
+        raise ValueError(f"a caption is no text, or has commas and no quotation marks: {str(text)[:40]}")
     text.encode()                                     # raises where its file is not utf-8
     return text.replace("\ufeff", "").strip()
 
@@ -298,12 +291,11 @@ def clip_files(folder: Path, pattern: str = "*.safetensors") -> list[Path]:
 
 def check_header(folder: Path, expected: dict) -> dict:
     """The header of a cache. Raises UserError where there is none, or one that says otherwise."""
-    path = folder / "header.json"
+    path, expected = folder / "header.json", json.loads(json.dumps(expected))
     with reading(path, "the header of a cache, which prepare.py makes"):
         header = json.loads(path.read_text())
-        made = {name: header[name] for name in ("complete", "draws", "clips", *expected)}
-    for name, value in json.loads(json.dumps(expected)).items():
-        if made[name] != value:
-            raise UserError(f"the cache in {folder} was made with {name} = {made[name]}, not {value}: "
-                            "choose another folder or those options")
+        different = [name for name, value in expected.items() if header[name] != value]
+    for name in different:
+        raise UserError(f"the cache in {folder} was made with {name} = {header[name]}, not {expected[name]}: "
+                        "choose another folder or those options")
     return header

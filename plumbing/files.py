@@ -12,8 +12,6 @@ from safetensors import SafetensorError, safe_open
 
 from plumbing.errors import UserError, reading
 
-MARKS = {".json": ('"scores"', '"rows"')}                   # in files that the commands write
-
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
@@ -95,10 +93,8 @@ def pairs(options: dict) -> list[tuple[str, Path]]:
 
 
 def replaceable(path: Path) -> bool:
-    """Does an existing file hold what the commands write under its suffix? Of most the suffix is enough."""
-    if path.suffix.lower() in MARKS:
-        return any(mark in path.read_text(errors="replace") for mark in MARKS[path.suffix.lower()])
-    if path.suffix.lower() == ".safetensors":
-        with suppress(SafetensorError), safe_open(path, "np") as file:
-            return set(file.keys()) == {"clip"}
-    return path.suffix.lower() not in ("", ".safetensors")
+    """Does an existing file hold what the commands write? Of clips and pictures the suffix tells it."""
+    if path.suffix.lower() == ".json":
+        text = path.read_text(errors="replace")
+        return '"scores"' in text or '"rows"' in text
+    return path.suffix.lower() in (".mp4", ".gif", ".png")

@@ -5,9 +5,8 @@ import importlib.util
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -59,28 +58,26 @@ def checkpoints(out: str | Path) -> list[Path]:
 def open_folder(config) -> Path | None:
     """Checks that OUT is this run's, cleans it up -> the checkpoint to go on from."""
     out, own = Path(config.out), checkpoints(config.out)
-    path = Path(config.resume).expanduser() if config.resume not in ("", "auto") else None
-    if path is None:
-        path = own[-1] if own else None
-        if path and not config.resume:
-            raise UserError(f"{out} already holds {path.name}; go on with --resume auto, or choose another "
-                            "--out")
-    elif not path.is_file():
-        raise UserError(f"--resume {path}: no such file" + (f"; the last one is {own[-1]}" if own else ""))
-    elif own and path.resolve().parent != out.resolve():
-        raise UserError(f"--resume {path}: {out} holds {own[-1].name} of another run; choose another --out")
+    path = own[-1] if own else None
+    if own and not config.resume:
+        raise UserError(f"{out} already holds {path.name}; go on with --resume auto, or choose another --out")
+    if config.resume not in ("", "auto"):
+        path = Path(config.resume).expanduser()
+        if not path.is_file():
+            raise UserError(f"--resume {path}: no such file")
 
-    if path is None or path.resolve().parent != out.resolve():
-        about = out / "config.json"
+    if path is None or path.resolve().parent != out.resolve():  # nothing of another run is written over
+        if own:
+            raise UserError(f"--resume {path}: {out} has {own[-1].name} of another run; choose another --out")
+        about, log = out / "config.json", out / "log.jsonl"
         ours = about.exists() and '"save_every"' in about.read_text(errors="replace")
-        if not ours and (about.exists() or (out / "log.jsonl").exists()):
+        if not ours and (about.exists() or log.exists()):
             raise UserError(f"{out} holds a config.json or log.jsonl that is no run's; choose another --out")
-        lines = whole_lines(out / "log.jsonl")
-        exported = any((out / f"{name}.safetensors").exists() for name in ("turbo", "merged"))
-        if exported or lines and lines[-1][0] >= config.save_every:
+        saved = any((out / f"{name}.safetensors").exists() for name in ("turbo", "merged"))
+        if saved or any(step >= config.save_every for step, _ in whole_lines(log)):
             raise UserError(f"{out} holds log or weights of a run whose checkpoints are gone; they would be "
                             "written over: choose another --out")
-        (out / "log.jsonl").unlink(missing_ok=True)             # of a run that left no checkpoint
+        log.unlink(missing_ok=True)
     for folder in (out, out / "samples"):
         remove_leftovers(folder)
     return path
@@ -88,8 +85,8 @@ def open_folder(config) -> Path | None:
 
 def describe(config) -> None:
     """Writes OUT/config.json, once nothing can refuse the run any more."""
-    text = json.dumps(dataclasses.asdict(config), indent=1)
-    write(Path(config.out) / "config.json", lambda file: file.write_text(text))
+    with atomic(Path(config.out) / "config.json") as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=1))
 
 
 def read_checkpoint(path: Path, group: Group) -> dict:
@@ -109,22 +106,16 @@ def read_checkpoint(path: Path, group: Group) -> dict:
 def save_checkpoint(out: Path, step: int, state: dict) -> None:
     """OUT/checkpoint-STEP.pt. Once it is there, those of an abandoned future and all but the last two go."""
     path = out / f"checkpoint-{step:07d}.pt"
-    write(path, partial(torch.save, state))
+    try:
+        with atomic(path) as temporary:
+            torch.save(state, temporary)
+    except RuntimeError as error:                               # of torch.save, where a disk is full
+        raise UserError(f"{path} cannot be written: is the disk full? Make room, then go on with "
+                        "--resume auto") from error
     saved = checkpoints(out)
     past = saved[:saved.index(path) + 1]
     for old in set(saved) - set(past[-KEPT:]):
         old.unlink()
-
-
-def write(path: Path, writer: Callable[[Path], None]) -> None:
-    """writer(temporary path), atomically; a full disk ends in one line."""
-    try:
-        with atomic(path) as temporary:
-            writer(temporary)
-    except (RuntimeError, ValueError) as error:                 # torch.save raises RuntimeError
-        reason = str(error).splitlines()[0].removeprefix(f"{path} cannot be written: ")
-        raise UserError(f"{path} cannot be written ({reason}); what was saved before is whole: make room, "
-                        "then go on with --resume auto") from error
 
 
 # ---- the log -----------------------------------------------------------------------------------------------
@@ -179,11 +170,9 @@ class Log:
 
 
 def whole_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a log: (step, line)."""
+    """(step, line) of a log, without the half line that a kill may leave."""
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
+        with suppress(json.JSONDecodeError):
             lines.append((json.loads(line)["step"], line + "\n"))
-        except (json.JSONDecodeError, TypeError, KeyError):     # half a line
-            continue
     return lines

@@ -34,26 +34,28 @@ KNOWN = {"path": ("path", "video", "video_path", "video_name", "file_name", "fil
 def open_sources(spec: str | Sequence[str | Path], cache: str | None = None, columns: str = "",
                  root: str = "") -> list:
     """All sources that a spec names (see data.py); the shards of one pattern are one. Raises UserError."""
-    sources = []
-    for part in [part for each in ([spec] if isinstance(spec, str) else spec) for part in split(str(each))]:
-        paths = expand(part)
-        present = [path for path in paths if os.path.exists(path)]
-        if not present:
-            raise UserError(f"no data at {part}: expected {EXPECTED}")
-        if len(present) < len(paths):
-            missing = min(set(paths) - set(present))
-            warnings.warn(f"{part}: {len(paths) - len(present)} of {len(paths)} are missing, e.g. {missing}",
+    sources, specs = [], [spec] if isinstance(spec, str) else map(str, spec)
+    for pattern in [pattern for each in specs for pattern in split(each)]:
+        paths, shards = expand(pattern), []
+        missing = [path for path in paths if not os.path.exists(path)]
+        if len(missing) == len(paths):
+            raise UserError(f"no data at {pattern}: expected {EXPECTED}")
+        if missing:
+            warnings.warn(f"{pattern}: {len(missing)} of {len(paths)} are missing, e.g. {missing[0]}",
                           stacklevel=3)
 
-        shards = [path for path in present if path.endswith(".tar") and os.path.isfile(path)]
-        sources += [Shards(shards, cache)] if shards else []
-        for path in (path for path in present if path not in shards):
+        for path in paths:
             if os.path.isdir(path):
-                sources += open_folder(path, cache)
+                clips, tars = walk(path)
+                sources.append(Files(path, ([clip, None, None] for clip in clips)))
+                shards += tars
+            elif os.path.isfile(path) and path.endswith(".tar"):
+                shards.append(path)
             elif os.path.isfile(path) and path.endswith(MANIFESTS):
                 sources.append(open_manifest(path, columns, os.path.expanduser(root)))
-            else:
+            elif os.path.exists(path):
                 raise UserError(f"{path} is no data, or a pipe or device: expected {EXPECTED}")
+        sources += [Shards(shards, cache)] if shards else []
     return sources
 
 
@@ -66,26 +68,37 @@ def split(spec: str) -> list[str]:
 def expand(pattern: str) -> list[str]:
     """'{00..02}{x,y}/*.tar' -> the paths that a shell makes of it, or the pattern where nothing fits it."""
     brace = re.search(r"\{([^{}]*)\}", pattern)
-    if os.path.exists(pattern) or not brace:
-        matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-        return matches or [pattern]
+    if os.path.exists(pattern):
+        return [pattern]
+    if not brace:
+        return sorted(glob.glob(pattern, recursive=True)) or [pattern]
 
     names = []
     for name in brace[1].split(","):
-        span = re.fullmatch(r"(\d{1,7})\.\.(\d{1,7})", name)
+        span = re.fullmatch(r"(\d+)\.\.(\d+)", name)
         numbers = range(int(span[1]), int(span[2]) + 1) if span else ()
         names += [str(i).zfill(len(span[1])) for i in numbers] if span else [name]
     return [path for name in names for path in expand(pattern[:brace.start()] + name + pattern[brace.end():])]
 
 
-class Files:
-    """len(), name(i), and read(i) -> (path, caption, reward caption or None).
+def walk(folder: str) -> tuple[list[str], list[str]]:
+    """All videos below a folder, relative to it, and all shards; in linked folders too. Raises UserError."""
+    def refuse(error: OSError) -> None:
+        raise error
 
-    A row is [path, caption (None: in the .txt beside the clip), reward caption, why it cannot be used]. It is
-    held as bytes: ten million rows are no Python objects."""
+    with reading(folder, "a folder"):
+        folders = os.walk(folder, onerror=refuse, followlinks=True)
+        paths = sorted(os.path.join(base, name) for base, _, names in folders
+                       for name in names if not name.startswith("."))
+    clips = [os.path.relpath(path, folder) for path in paths if path.lower().endswith(READABLE)]
+    return clips, [path for path in paths if path.endswith(".tar") and os.path.isfile(path)]
+
+
+class Files:
+    """Clips in files of their own, from rows [path in `folder`, caption (None: in the .txt beside the clip),
+    reward caption], which are held as bytes: ten million are no Python objects."""
 
     def __init__(self, folder: str, rows: Iterable[list]):
-        """folder: what the paths are relative to."""
         self.folder, self.buffer, self.ends = folder, bytearray(), array("q", [0])
         for row in rows:
             self.buffer += json.dumps(row).encode()
@@ -95,43 +108,22 @@ class Files:
         return len(self.ends) - 1
 
     def row(self, i: int) -> list:
-        return json.loads(self.buffer[self.ends[i]:self.ends[i + 1]])
+        path, *captions = json.loads(self.buffer[self.ends[i]:self.ends[i + 1]])
+        return [os.path.join(self.folder, path), *captions]
 
     def name(self, i: int) -> str:
-        return os.path.join(self.folder, self.row(i)[0])
+        return self.row(i)[0]
 
     def read(self, i: int) -> tuple[str, object, object]:
-        """Raises ValueError for a row that cannot be used."""
-        _, caption, reward_caption, problem = self.row(i)
-        if problem:
-            raise ValueError(problem)
-        path = self.name(i)
+        path, caption, reward_caption = self.row(i)
         beside = Path(path).with_suffix(".txt")
         if caption is None and beside.is_file():
             caption = beside.read_text(encoding="utf-8")
         return path, caption, reward_caption
 
 
-def open_folder(folder: str, cache: str | None) -> list:
-    """All videos below a folder and all shards, in linked folders too. Raises UserError."""
-    def refuse(error: OSError) -> None:
-        raise error
-
-    with reading(folder, "a folder"):
-        walk = os.walk(folder, onerror=refuse, followlinks=True)
-        paths = sorted(os.path.join(base, name) for base, _, names in walk
-                       for name in names if not name.startswith("."))
-    clips = [os.path.relpath(path, folder) for path in paths if path.lower().endswith(READABLE)]
-    shards = [path for path in paths if path.endswith(".tar") and os.path.isfile(path)]
-    sources = [Files(folder, ([clip, None, None, ""] for clip in clips))]
-    return sources + ([Shards(shards, cache)] if shards else [])
-
-
 def open_manifest(path: str, columns: str = "", root: str = "") -> Files:
-    """The rows of a manifest. Raises UserError, with the columns that are there.
-
-    columns: "path=COLUMN,caption=COLUMN" for what KNOWN lacks; root: what its paths are relative to.
-    """
+    """columns: "path=COLUMN,caption=COLUMN" for what KNOWN lacks; root: what its paths are relative to."""
     named = dict(pair.partition("=")[::2] for pair in re.split(OUTSIDE_BRACES, columns) if pair)
     if named.keys() - KNOWN.keys() or not all(named.values()):
         raise UserError(f"--columns {columns}: expected path=COLUMN,caption=COLUMN,reward_caption=COLUMN")
@@ -146,12 +138,11 @@ def open_manifest(path: str, columns: str = "", root: str = "") -> Files:
 def rows_of(path: str, file: TextIO, named: dict[str, str]) -> Iterator[list]:
     """The rows of a manifest, for Files. named: {field: column or template} by --columns."""
     records, separator = records_of(path, file)
-    places = None
-    for number, record in enumerate(records, 1):
+    places = []
+    for record in records:
         lower_case = {str(name).strip().lower(): value for name, value in record.items()}
         values = defaultdict(str, lower_case | record)
-        if places is None:
-            places = choose(values, named)
+        places = places or choose(values, named)
         if not places:
             columns = ", ".join(map(repr, record)) + separator
             raise UserError(f"{path}: path and caption are not known among its columns ({columns}); "
@@ -159,10 +150,9 @@ def rows_of(path: str, file: TextIO, named: dict[str, str]) -> Iterator[list]:
 
         clip, caption, reward_caption = (
             place.format_map(values) if "{" in place else values.get(place) for place in places)
-        problem = "" if clip and isinstance(clip, str) else f"row {number} of {path}: no path"
-        if None in record:                            # where csv puts what is left over
-            problem = f'row {number} of {path}: too many fields; quote a caption with commas: "one, two"'
-        yield ["" if problem else clip, "" if caption is None else caption, reward_caption, problem]
+        if None in record:                            # where csv puts the rest of a caption with commas
+            caption = [caption, *record[None]]
+        yield [str(clip or ""), caption, reward_caption]
 
 
 def records_of(path: str, file: TextIO) -> tuple[Iterable[dict], str]:

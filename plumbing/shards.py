@@ -92,34 +92,36 @@ def open_index(paths: list[str], cache: str | None) -> np.ndarray:
 
 
 def scan(path: str) -> np.ndarray:
-    """The clips of one tar, int64 (clips, 3). Joined tars are read through, damaged blocks passed over."""
-    clips, offsets, position, size = {}, {}, 0, os.path.getsize(path)
+    """The clips of one tar, int64 (clips, 3)."""
+    offsets, clips = {}, {}                           # {name: offset}, {key: [{suffix: offset}, ...]}
+    for member in members(path):
+        folder, name = os.path.split(member.name)
+        key, _, suffix = name.partition(".")
+        offset = offsets.get(member.linkname) if member.islnk() else member.offset
+        if key and offset is not None and (member.isreg() or member.islnk()):
+            offsets[member.name] = offset
+            group = clips.setdefault((folder, key), [{}])
+            if suffix.lower() in group[-1]:
+                group.append({})
+            group[-1][suffix.lower()] = offset
+    rows = [row for group in clips.values() for clip in group for row in pair(clip)]
+    return np.array(rows, np.int64).reshape(-1, 3)
+
+
+def members(path: str) -> Iterator[tarfile.TarInfo]:
+    """All that a tar holds. Joined tars are read through, damaged blocks passed over."""
+    position, size = 0, os.path.getsize(path)
     with open(path, "rb") as file:
         while position < size:
             file.seek(position)
             try:
                 with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
                     for member in tar:
-                        enter(member, offsets, clips)
+                        yield member
                         position = tar.offset
-                break
+                return
             except (tarfile.TarError, ValueError, OverflowError):     # the headers of one member
                 position += tarfile.BLOCKSIZE
-    rows = [row for group in clips.values() for clip in group for row in pair(clip)]
-    return np.array(rows, np.int64).reshape(-1, 3)
-
-
-def enter(member: tarfile.TarInfo, offsets: dict, clips: dict) -> None:
-    """Enters a file, or a hard link to one, into {name: offset} and into {key: [{suffix: offset}, ...]}."""
-    folder, name = os.path.split(member.name)
-    key, _, suffix = name.partition(".")
-    offset = offsets.get(member.linkname) if member.islnk() else member.offset
-    if key and offset is not None and (member.isreg() or member.islnk()):
-        offsets[member.name] = offset
-        group = clips.setdefault((folder, key), [{}])
-        if suffix.lower() in group[-1]:
-            group.append({})
-        group[-1][suffix.lower()] = offset
 
 
 def pair(clip: dict[str, int]) -> Iterator[list[int]]:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from plumbing.errors import UserError, reading
@@ -26,7 +25,6 @@ OPEN = dict(        # neither addresses in a network nor scripts that name furth
 INDEXED = ("mov", "matroska")           # containers that say when each frame is shown, and find key frames
 HDR = {16: "PQ", 18: "HLG"}             # transfer functions by their numbers in ITU-T H.273
 SLACK = 2e-3                            # containers round timestamps, some to a millisecond
-FILES = (".mp4", ".gif", ".safetensors")        # that are written; other names are folders of png
 ENLARGED = "enlarged x4"                # the comment of a small clip that was enlarged for players
 
 
@@ -45,29 +43,26 @@ def read_video(source: str | Path | bytes, frames: int, fps: float, height: int,
 
 def read_clip(path: str | Path, frames: int | None = None,
               fit: Callable[[Tensor], Tensor] = lambda frame: frame) -> Tensor:
-    """What write_video wrote, or any other video -> clip (3, T, H, W), uint8 unless `fit` changes that.
+    """A video, or a folder of png -> clip (3, T, H, W), uint8 unless `fit` changes that. Raises UserError.
 
     frames: how many, in the middles of equal parts of the clip; None: all. fit: applied to each frame
-    (3, H, W) as it is decoded, so that memory holds the fitted ones only. Raises UserError."""
-    def chosen(T: int) -> list[int]:
+    (3, H, W) as it is decoded, so that memory holds the fitted ones only."""
+    def middles(T: int) -> list[int]:
         if T < (frames or 1):
             raise ValueError(f"{T} frames in it, {frames or 1} are needed")
         return [int((i + 0.5) * T / (frames or T)) for i in range(frames or T)]
 
-    path = Path(path)
+    def read_png(file: Path) -> Tensor:
+        return torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)
+
+    folder = png_folder(path)
     with reading(path, "a clip"):
-        if path.is_dir() or path.suffix.lower() == ".png":
-            files = sorted(png_folder(path).glob("*.png"), key=lambda file: (len(file.name), file.name))
-            pictures = [fit(torch.from_numpy(np.array(Image.open(files[i]).convert("RGB"))).permute(2, 0, 1))
-                        for i in chosen(len(files))]
-        elif path.suffix.lower() == ".safetensors":
-            clip = load_file(check_file(path))["clip"]
-            if clip.dtype != torch.uint8 or clip.dim() != 4 or clip.shape[0] != 3:
-                raise ValueError(f"expected uint8 (3, T, H, W); this one is {clip.dtype} {tuple(clip.shape)}")
-            pictures = [fit(clip[:, i]) for i in chosen(clip.shape[1])]
+        if folder.is_dir():
+            files = sorted(folder.glob("*.png"), key=lambda file: (len(file.name), file.name))
+            pictures = [fit(read_png(files[i])) for i in middles(len(files))]
         else:
             ticks, keys, _ = timeline(path)
-            pictures = decode_at(path, ticks, keys, chosen(len(ticks)), fit)
+            pictures = decode_at(path, ticks, keys, middles(len(ticks)), fit)
         return torch.stack(pictures, dim=1)
 
 
@@ -93,7 +88,12 @@ def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputC
     """Yields (container, its best video stream). Raises ValueError, without the file's name.
 
     Decoding has one thread: workers are the parallelism, and ffmpeg marks damaged frames reliably only so."""
-    file = io.BytesIO(source) if isinstance(source, bytes) else f"file:{check_file(source).absolute()}"
+    if isinstance(source, bytes):
+        file = io.BytesIO(source)
+    elif not Path(source).is_file():
+        raise ValueError("no file, but a pipe or device" if Path(source).exists() else "No such file")
+    else:
+        file = f"file:{Path(source).absolute()}"
     try:
         with av.open(file, options=OPEN, metadata_errors="replace") as container:  # a title need not be utf-8
             stream = container.streams.best("video")
@@ -186,71 +186,58 @@ def resize_crop(x: Tensor, height: int, width: int) -> Tensor:
     return x[:, top:top + height, left:left + width]
 
 
-def check_file(path: str | Path) -> Path:
-    if not Path(path).is_file():
-        raise ValueError("no file, but a pipe, device or folder" if Path(path).exists() else "No such file")
-    return Path(path)
-
-
 # ---- writing -----------------------------------------------------------------------------------------------
+
+
+def png_folder(path: str | Path) -> Path:
+    """a.png is the folder a of pictures; other names are their own."""
+    return Path(path).with_suffix("") if Path(path).suffix.lower() == ".png" else Path(path)
 
 
 def check_output(path: str | Path, fps: float) -> None:
     """Raises UserError where `write_video` would: before there is a clip to lose."""
-    path = Path(path)
-    suffix, highest = path.suffix.lower(), 50 if path.suffix.lower() == ".gif" else 240
-    if suffix not in ("", ".png", *FILES) and not suffix[1:].isdigit():
-        raise UserError(f"{path}: choose .mp4, .gif, .png, .safetensors, or a folder's name without suffix")
-    if not 0.1 <= fps <= highest:
-        raise UserError(f"fps {fps:g} for {path}: choose from 0.1 to {highest}")
-    if suffix in FILES and path.is_dir():
-        raise UserError(f"{path} is a folder: choose another name")
-    if suffix not in FILES and any(png_folder(path).glob("*.png")):
-        raise UserError(f"{path}: the folder {png_folder(path)} has pictures already; choose another name")
-
-
-def png_folder(path: Path) -> Path:
-    """a.png and a are the folder a. Digits are no suffix: v2.0 is the folder v2.0."""
-    return path.with_suffix("") if path.suffix.lower() == ".png" else path
+    folder = png_folder(path)
+    if folder.is_dir() and (folder == Path(path) or any(folder.glob("*.png"))):
+        raise UserError(f"{path}: the folder {folder} is there already; choose another name")
+    if Path(path).suffix.lower() == ".gif" and fps > 50:
+        raise UserError(f"fps {fps:g} for {path}: a .gif has at most 50")
 
 
 def write_video(path: str | Path, clip: Tensor, fps: float) -> None:
-    """Write uint8 (3, T, H, W) as .mp4, .gif, .safetensors (lossless) or FOLDER/0000.png and so on.
+    """Write uint8 (3, T, H, W) as .mp4, .gif, or as NAME.png: NAME/0000.png and so on. Raises UserError.
 
     A clip of less than 128 pixels is enlarged in mp4 and gif, which read_clip takes back: players show its
-    pixels, and yuv420p, which halves the planes of colour, keeps the edges. In gif frames that look alike
-    become one that lasts longer. Raises UserError."""
+    pixels, and yuv420p, which halves the planes of colour, keeps the edges."""
     assert clip.dtype == torch.uint8 and clip.dim() == 4, (clip.dtype, clip.shape)
     check_output(path, fps)
-    path, clip, comment = Path(path), clip.cpu(), ""
-    suffix = path.suffix.lower()
-    if suffix in (".mp4", ".gif") and max(clip.shape[2:]) < 128:
-        clip, comment = clip.repeat_interleave(4, 2).repeat_interleave(4, 3), ENLARGED
-    pictures = clip.permute(1, 2, 3, 0).contiguous().numpy()        # (T, H, W, 3)
-
-    if suffix not in FILES:
+    suffix, pictures, comment = Path(path).suffix.lower(), clip.cpu().permute(1, 2, 3, 0).numpy(), ""
+    if suffix == ".png":
         for t, picture in enumerate(pictures):
             with atomic(png_folder(path) / f"{t:04d}.png") as temporary:
                 Image.fromarray(picture).save(temporary, format="png")
         return
+
+    if max(clip.shape[2:]) < 128:
+        pictures, comment = pictures.repeat(4, 1).repeat(4, 2), ENLARGED
+    write = {".mp4": write_mp4, ".gif": write_gif}[suffix]
     with atomic(path) as temporary:
-        if suffix == ".safetensors":
-            save_file({"clip": clip.contiguous()}, temporary, metadata={"fps": str(float(fps))})
-        elif suffix == ".mp4":
-            write_mp4(temporary, pictures, Fraction(fps).limit_denominator(1001), comment)
-        else:
-            first, *others = map(Image.fromarray, pictures)
-            ends = np.round(100 * np.arange(len(pictures) + 1) / fps)             # a gif counts 1/100 s
-            first.save(temporary, format="gif", save_all=True, append_images=others, loop=0, comment=comment,
-                       duration=(10 * np.diff(ends)).tolist())
+        write(temporary, np.ascontiguousarray(pictures), fps, comment)
 
 
-def write_mp4(path: Path, pictures: np.ndarray, fps: Fraction, comment: str) -> None:
+def write_gif(path: Path, pictures: np.ndarray, fps: float, comment: str) -> None:
+    """Frames that look alike become one that lasts longer."""
+    first, *others = map(Image.fromarray, pictures)
+    ends = np.round(100 * np.arange(len(pictures) + 1) / fps)       # a gif counts 1/100 s
+    first.save(path, format="gif", save_all=True, append_images=others, loop=0, comment=comment,
+               duration=(10 * np.diff(ends)).tolist())
+
+
+def write_mp4(path: Path, pictures: np.ndarray, fps: float, comment: str) -> None:
     """h264 in yuv420p, which every player takes, BT.709. The options make equal files of equal clips."""
     options = {"crf": "17", "x264-params": "mbtree=0:threads=1"}
     with av.open(f"file:{path.absolute()}", "w", format="mp4") as container:
         container.metadata["comment"] = comment
-        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
         tags = stream.codec_context
         tags.colorspace = tags.color_primaries = tags.color_trc = tags.color_range = 1   # BT.709, limited
