@@ -58,7 +58,7 @@ FRAMES = 16                             # of an image reward at once
 @dataclass(frozen=True)
 class ScoreConfig:
     """The options of `evaluate.py score`."""
-    clips: tuple[File, ...] = ()        # videos, .safetensors, folders of png frames, or folders of clips
+    clips: tuple[File, ...] = ()        # videos, folders of png frames, or folders of videos
     prompt: str | None = None           # caption of all clips [each clip's file name without its -NUMBER]
     reward: tuple[str, ...] = ()        # reward to score with, NAME or NAME=FILE; repeatable
     diversity: bool = False             # distance of a prompt's clips in a video reward's features, too
@@ -115,10 +115,10 @@ def clips_at(path: Path) -> list[Path]:
     if path.is_file() or any(path.glob("*.png")):
         return [path]
     from plumbing.video import READABLE
-    suffixes = {*READABLE, ".gif", ".safetensors"}
+    suffixes = {*READABLE, ".gif"}
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
     if not files:
-        raise UserError(f"{path}: no clips (.mp4, .gif, .safetensors, ...) and no png frames in this folder")
+        raise UserError(f"{path}: no clips (.mp4, .gif, ...) and no png frames in this folder")
     return files
 
 

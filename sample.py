@@ -38,7 +38,7 @@ if TYPE_CHECKING:                       # imported where they are needed: --help
     from solver import Sampling
     from turbo import Reference, RewardTerm
 
-SUFFIXES = (".mp4", ".gif", ".png", ".safetensors")        # of clips
+SUFFIXES = (".mp4", ".gif", ".png")     # of clips
 COLUMNS = ("prompt_en", "prompt", "caption", "text")        # of lists of prompts; the first that is there
 VBENCH_CLIPS = {"temporal_flickering": 25, "Diversity": 20}  # of a prompt of VBench, of VBench-2.0; else 5, 3
 FORBIDDEN = r"[/\r\n\t]" if os.name != "nt" else r'[<>:"/\\|?*\x00-\x1f]'      # in files' names
@@ -84,7 +84,7 @@ class Config:
     reward: tuple[str, ...] = ()        # NAME[=FILE][:WEIGHT], repeatable [shapes: its two; image 1, video 2]
 
     # ---- output and machine
-    out: File | None = None             # .mp4, .gif, .png, .safetensors, or folder of PROMPT-i.mp4 [out.mp4]
+    out: File | None = None             # .mp4, .gif, .png (lossless), or folder of PROMPT-i.mp4 [out.mp4]
     sheet: File | None = None           # .png of all frames, a row per clip; of --best-of in order of rewards
     batch: Count | None = None          # clips at once [shapes: 16, else 1]
     device: str = ""                    # cuda, cuda:1, xpu, mps, cpu [cuda if there]

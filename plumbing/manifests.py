@@ -116,9 +116,9 @@ class Files:
 
     def read(self, i: int) -> tuple[str, object, object]:
         path, caption, reward_caption = self.row(i)
-        beside = Path(path).with_suffix(".txt")
-        if caption is None and beside.is_file():
-            caption = beside.read_text(encoding="utf-8")
+        beside = os.path.splitext(path)[0] + ".txt"
+        if caption is None and os.path.isfile(beside):
+            caption = Path(beside).read_text(encoding="utf-8")
         return path, caption, reward_caption
 
 

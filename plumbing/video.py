@@ -91,7 +91,7 @@ def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputC
     if isinstance(source, bytes):
         file = io.BytesIO(source)
     elif not Path(source).is_file():
-        raise ValueError("no file, but a pipe or device" if Path(source).exists() else "No such file")
+        raise ValueError("no file, but a folder, pipe or device" if Path(source).exists() else "No such file")
     else:
         file = f"file:{Path(source).absolute()}"
     try:

@@ -30,10 +30,11 @@ def numbers(clip: torch.Tensor, step: int = 4) -> list[int]:
     return ((clip.float().mean((0, 2, 3)) - 8) / step).round().int().tolist()
 
 
-def write_at(path, milliseconds: list[int], options=None, codec="libx264", size=(32, 48)) -> None:
+def write_at(path, milliseconds: list[int], options=None, codec="libx264", size=(32, 48), title="") -> None:
     """A video whose frame t is shown from milliseconds[t] on."""
     start = {"movflags": "+faststart"} if codec == "libx264" else {}
     with av.open(str(path), "w", options=start) as container:
+        container.metadata["title"] = title
         stream = container.add_stream(codec, rate=30, options=options or {})
         stream.height, stream.width = size
         stream.pix_fmt = "yuv420p" if size[0] % 2 == size[1] % 2 == 0 else "yuv444p"

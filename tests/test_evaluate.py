@@ -120,7 +120,7 @@ def clips(tmp_path_factory):
     """Three clips of each caption, two of what it says and one of the other's; some are png frames."""
     folder = tmp_path_factory.mktemp("score")
     for caption, other in (CAPTIONS, CAPTIONS[::-1]):
-        for i, (shown, suffix) in enumerate([(caption, ".safetensors"), (other, ".mp4"), (caption, "")]):
+        for i, (shown, suffix) in enumerate([(caption, ".mp4"), (other, ".mp4"), (caption, ".png")]):
             video.write_video(folder / f"{caption}-{i}{suffix}", drawn(shown, i), fps=8)
     return folder
 
@@ -150,9 +150,9 @@ def test_score(clips, capsys):
 def test_frames_are_fitted_as_the_reward_fits_them(tmp_path, capsys):
     """A wide clip of 20 frames, at twice the size: more frames than go through an image reward at once."""
     clip = world.render(grammar.understand(CAPTIONS[0]), random.Random(0), 20, 128)[..., 16:112, :]
-    video.write_video(tmp_path / "a.safetensors", clip, fps=8)
+    video.write_video(tmp_path / "a.png", clip, fps=8)
     names = ("--reward", "shapes-clip", "--reward", "shapes-viclip")
-    found = score(capsys, tmp_path, "--prompt", CAPTIONS[0], *names)
+    found = score(capsys, tmp_path / "a", "--prompt", CAPTIONS[0], *names)
     for kind, name in (("image", "shapes-clip"), ("video", "shapes-viclip")):
         scorer = shapes.rewards()[kind]
         direct = scorer(rewards.frames_for(scorer, clip[None]), [CAPTIONS[0]]).item()
@@ -160,7 +160,7 @@ def test_frames_are_fitted_as_the_reward_fits_them(tmp_path, capsys):
 
 
 def test_score_reads_folders_and_a_given_prompt(clips, capsys):
-    one = clips / f"{CAPTIONS[0]}-0.safetensors"
+    one = clips / f"{CAPTIONS[0]}-0.mp4"
     found = score(capsys, one, "--prompt", CAPTIONS[1], "--reward", "shapes-clip")
     assert found["means"]["shapes-clip"] == dict(mean=found["clips"][0]["shapes-clip"], half=None)
     right = score(capsys, clips, "--reward", f"shapes-clip={shapes.WEIGHTS / 'clip.safetensors'}")
@@ -180,7 +180,7 @@ def test_diversity(capsys, tmp_path):
     found = {}
     for name, shown in sets.items():
         for i, clip in enumerate(shown):
-            video.write_video(tmp_path / name / f"{CAPTIONS[0]}-{i}.safetensors", clip, fps=8)
+            video.write_video(tmp_path / name / f"{CAPTIONS[0]}-{i}.mp4", clip, fps=8)
         scored = score(capsys, tmp_path / name, "--reward", "shapes-viclip", "--diversity")
         found[name] = scored["diversity"]["shapes-viclip"]["mean"]
     assert abs(found["same"]) < 1e-5 < 1e-3 < found["seeds"] < found["mixed"]
@@ -242,8 +242,8 @@ def test_the_table_samples_what_the_commands_sample(tmp_path, monkeypatch, row, 
     monkeypatch.setattr(table, "usual_dtype", lambda device: "float32")
     caption = shapes.Clips("train").caption(grammar.TABLE)
     clips = table.sampler(row, shapes.WEIGHTS, torch.device("cpu"), shapes.rewards())([caption], [7])
-    sample.main([caption, "--as-typed", "--seed", "7", "--out", str(tmp_path / "a.safetensors"), *options])
-    assert torch.equal(clips[0], video.read_clip(tmp_path / "a.safetensors"))
+    sample.main([caption, "--as-typed", "--seed", "7", "--out", str(tmp_path / "a.png"), *options])
+    assert torch.equal(clips[0], video.read_clip(tmp_path / "a.png"))
 
 
 def test_rows_at_the_toys_own_timesteps():
@@ -275,7 +275,7 @@ MISTAKES = [                            # what is typed behind evaluate.py -> wh
     ("shapes --out table.csv", "--out table.csv: the table is stored as .json"),
     ("shapes --out {color1}", "--out {color1} exists, and no such command wrote it"),
     ("score", "score takes clips and at least one --reward"),
-    ("score {empty} --reward shapes-clip", "{empty}: no clips (.mp4, .gif, .safetensors, ...) and no png"),
+    ("score {empty} --reward shapes-clip", "{empty}: no clips (.mp4, .gif, ...) and no png"),
     ("score {clips} --reward shapes-clip --reward shapes-clip", "give each reward once"),
     ("score {clips} --reward shapes-clip --diversity", "--diversity compares clips of one prompt"),
     ("score {clips} --prompt x --reward shapes-clip --diversity", "--diversity compares features"),
@@ -298,7 +298,7 @@ def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluate")
     for name in ("a-0", "b-0"):
         video.write_video(root / f"clips/{name}.mp4", torch.zeros(3, 8, 64, 64, dtype=torch.uint8), fps=8)
-    video.write_video(root / "short.safetensors", torch.zeros(3, 3, 64, 64, dtype=torch.uint8), fps=8)
+    video.write_video(root / "short.mp4", torch.zeros(3, 3, 64, 64, dtype=torch.uint8), fps=8)
     (root / "empty").mkdir()
     contents = {"list": [], "i2v": {"i2v_subject": [0.5, []]}, "percent": {"color": [93.5, []]},
                 "true": {"color": [True, []]}, "color1": {"color": [0.5, []]}, "color2": {"color": [0.6, []]}}

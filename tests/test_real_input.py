@@ -12,7 +12,7 @@ import torch
 
 import sample
 import shapes.models
-from plumbing import cli, video, weights
+from plumbing import cli, weights
 from plumbing.errors import UserError
 from plumbing.files import check_outputs
 
@@ -99,7 +99,6 @@ def test_a_wrong_environment_is_named(monkeypatch):
 OUTPUTS = {                             # outputs, inputs -> what the message says, "" where all is well
     "a.mp4 | s.png |": "",
     "old.mp4 | s.png | w.safetensors": "",                  # what the same command wrote
-    "clip.safetensors | |": "",
     "scores.json | |": "",
     "w.safetensors | | w.safetensors": "--out w.safetensors is also --turbo; an output never replaces an in",
     "link.safetensors | | w.safetensors": "--out link.safetensors is also --turbo",
@@ -115,7 +114,6 @@ OUTPUTS = {                             # outputs, inputs -> what the message sa
 def test_an_output_replaces_nothing_but_its_own_kind(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     weights.save_checkpoint("w.safetensors", {"x": torch.ones(1)}, {"model": "vc2"})
-    video.write_video("clip.safetensors", torch.zeros(3, 2, 16, 16, dtype=torch.uint8), fps=8)
     os.link("w.safetensors", "link.safetensors")
     os.mkdir("w")
     texts = {"list.json": '["a dog"]', "scores.json": '{"scores": []}', "old.mp4": "", "notes": ""}

@@ -2,7 +2,6 @@
 import functools
 import multiprocessing
 import os
-import pty
 import random
 import resource
 import shutil
@@ -22,7 +21,6 @@ from safetensors.torch import load_file
 import train
 from plumbing import folder
 from plumbing.errors import UserError
-from plumbing.files import atomic
 from plumbing.folder import checkpoints
 from plumbing.run import Group
 
@@ -39,14 +37,6 @@ def wait_for_a_step(out, processes):
     while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
         time.sleep(0.05)
         assert all(process.is_alive() for process in processes)
-
-
-def half_a_file(path):
-    """Dies while it writes."""
-    path.parent.mkdir(exist_ok=True)
-    with atomic(path) as temporary:
-        temporary.write_text("hal")
-        tiny.die()
 
 
 def killed_at(position, out):
@@ -150,15 +140,12 @@ def test_a_full_disk_ends_the_run_and_spares_the_last_checkpoint(two_steps, tmp_
 
 
 def test_what_can_be_said_before_training_is_said_before(two_steps, tmp_path):
+    run = two_steps("run")
     (tmp_path / "file").write_text("")
-    code, text = tiny.run(tmp_path / "a", "--out", tmp_path / "file" / "run")
-    assert code == 2 and "nothing can be written there" in text and "Traceback" not in text
-
-    two_steps("c")
-    for options, told in (((), "--resume auto"), (("--resume", tmp_path / "c" / "x.pt"), "the last one is"),
-                          (("--resume", "auto", "--batch", 4), "this run began with --batch 6")):
-        code, text = tiny.run(tmp_path / "c", "--train-steps", 3, *options)
-        assert code == 2 and told in text.splitlines()[-1] and "Traceback" not in text
+    for options, message in ((("--out", tmp_path / "file" / "run"), "nothing can be written there"),
+                             ((), "--resume auto"), (("--resume", run / "x.pt"), "x.pt: no such file")):
+        code, text = tiny.run(run, "--train-steps", 3, *options)
+        assert code == 2 and message in text.splitlines()[-1] and "Traceback" not in text
 
 
 def test_an_older_checkpoint_begins_another_future(tmp_path):
@@ -194,22 +181,20 @@ def test_options_of_the_whole_run_do_not_change(undisturbed, tmp_path):
     """On resume; steps, learning rate and the like may, see the tests above. Nor does the teacher."""
     run = shutil.copytree(undisturbed(), tmp_path / "run")
     weights = (run / "turbo.safetensors").stat()
-    for options, message in {
-        ("--ema", 0.5): "this run began with --ema 0.95, not 0.5",
-        ("--batch", 12): "this run began with --batch 6, not 12",
-        ("--dtype", "bfloat16"): "this run began with --dtype float32, not bfloat16",
-        ("--reward", "shapes-clip:3", "--reward", "shapes-viclip"):
-            "--reward shapes-clip:1 shapes-viclip:2, not shapes-clip:3 shapes-viclip:2",
-    }.items():
-        code, text = tiny.run(run, "--train-steps", 5, *options, "--resume", "auto")
-        assert code == 2 and message in text.splitlines()[-1] and "Traceback" not in text
 
     def another_teacher(rank):
         made = tiny.networks
         tiny.networks = lambda seed=0, unet=tiny.UNET: made(1, unet)
 
-    code, text = tiny.run(run, "--train-steps", 5, "--resume", "auto", before=another_teacher)
-    assert code == 2 and "this run began with another --teacher" in text.splitlines()[-1]
+    for options, before, message in (
+        (("--batch", 12), None, "this run began with --batch 6, not 12"),
+        (("--dtype", "bfloat16"), None, "this run began with --dtype float32, not bfloat16"),
+        (("--reward", "shapes-clip:3", "--reward", "shapes-viclip"), None,
+         "--reward shapes-clip:1 shapes-viclip:2, not shapes-clip:3 shapes-viclip:2"),
+        ((), another_teacher, "this run began with another --teacher"),
+    ):
+        code, text = tiny.run(run, "--train-steps", 5, *options, "--resume", "auto", before=before)
+        assert code == 2 and message in text.splitlines()[-1] and "Traceback" not in text
     assert (run / "turbo.safetensors").stat() == weights
 
 
@@ -250,7 +235,7 @@ def test_a_checkpoint_in_another_folder(undisturbed, tmp_path):
     assert [line["step"] for line in tiny.log(fresh)] == [4, 5, 6]
     assert tiny.log(fresh)[0] == tiny.log(first)[-1]
     code, text = tiny.run(other, *argv)
-    assert code == 2 and "holds checkpoint-0000002.pt of another run" in text.splitlines()[-1]
+    assert code == 2 and "has checkpoint-0000002.pt of another run" in text.splitlines()[-1]
     assert [path.name for path in checkpoints(other)] == ["checkpoint-0000002.pt"]
 
 
@@ -259,13 +244,12 @@ def test_what_a_kill_leaves_is_cleaned_up(undisturbed, two_steps):
     one, two = undisturbed(), two_steps("two")
     with open(two / "log.jsonl", "a") as file:
         file.write('{"step": 2, "lo')
-    for name in ("turbo.safetensors", "samples/step-000002-0.gif"):
-        process = multiprocessing.get_context("fork").Process(target=half_a_file, args=(two / name,))
-        process.start()
-        process.join()
-    assert len(list(two.rglob(".*.part"))) == 2
+    (two / "samples").mkdir(exist_ok=True)
+    leftovers = [two / ".turbo.safetensors.0123abcd.part", two / "samples" / ".step-000002-0.gif.0123abcd.part"]
+    for path in leftovers:
+        path.touch()
     assert tiny.run(two, "--resume", "auto")[0] == 0
-    assert tiny.log(one) == tiny.log(two) and not list(two.rglob(".*.part"))
+    assert tiny.log(one) == tiny.log(two) and not any(path.exists() for path in leftovers)
 
 
 def test_samples_come_after_the_checkpoint(tmp_path):
@@ -303,9 +287,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 
 
 STATE = dict(settings={}, teacher="", step=1, params={"w": torch.tensor([1.25, 3.5])}, optimizer={"state": {}})
-BROKEN = {
-    "empty": b"", "text": b"hello", "cut": STATE, "list": [1, 2], "tensor": torch.zeros(2),
-    "foreign": {"state_dict": {}}, "flipped": STATE}
+BROKEN = {"empty": b"", "cut": STATE, "list": [1, 2], "foreign": {"state_dict": {}}, "flipped": STATE}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -346,23 +328,6 @@ def test_all_processes_go_on_from_the_same_step(tmp_path):
 
     code, text = tiny.run(tmp_path / "run", "--resume", "auto", world=2, before=before)
     assert code == 2 and "the processes go on from different steps; all nodes must share" in text
-
-
-def test_a_closed_terminal_saves_and_ends(tmp_path):
-    """SIGHUP, after which the terminal cannot be written to."""
-    run, options = tmp_path / "run", [f"--out={tmp_path / 'run'}", "--train-steps=1000000", "--save-every=1000000"]
-    child, terminal = pty.fork()
-    if child == 0:
-        os.environ |= {"PYTHONPATH": str(ROOT), "RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0"}
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)            # also where pytest itself ignores it (nohup)
-        os.execv(sys.executable, [sys.executable, str(ROOT / "tests" / "tiny.py"), *options])
-    os.set_blocking(terminal, False)
-    while not (run / "log.jsonl").exists() or not (run / "log.jsonl").read_text():
-        time.sleep(0.1)
-        assert os.waitpid(child, os.WNOHANG) == (0, 0)
-    os.close(terminal)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGHUP
-    assert tiny.last(run)["step"] == len(tiny.log(run)) >= 1
 
 
 def test_torchrun_restarts_from_the_last_checkpoint_by_itself(undisturbed, tmp_path):

@@ -3,9 +3,7 @@ import itertools
 import os
 import resource
 import signal
-import subprocess
-import sys
-from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import av
@@ -19,10 +17,8 @@ from safetensors.torch import save_file
 
 from plumbing import video
 from plumbing.errors import UserError
-from plumbing.files import atomic, remove_leftovers
+from plumbing.files import atomic
 from plumbing.video import read_clip, resize_crop, write_video
-
-CHILD = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +40,6 @@ def test_pick_consecutive_frames_at_the_native_rate():
             seen.add(int(got[0]))
         assert seen >= {0, 24} or len(seen) > 18 and max(seen) <= 24
     assert pick(times, 16, 30)[0] == 0
-
-
-def test_pick_shows_what_a_viewer_sees():
-    """Variable frame rate: at each instant the frame that is on screen then, found by a walk through them."""
-    times = np.array([0, 0.1, 0.15, 0.9, 1.0, 1.75, 1.8, 2.4])
-    for seed in range(20):
-        got = pick(times, 6, 4, generator=torch.Generator().manual_seed(seed))
-        start = times[got[0]]
-        for k, index in enumerate(got):
-            on_screen = [i for i, t in enumerate(times) if t <= start + k / 4 + 0.002][-1]
-            assert index == on_screen
-        assert start + 5 / 4 < 2.5
-    assert pick(times, 6, 4).tolist() == [0, 2, 2, 2, 4, 4]
 
 
 def test_pick_short_clips():
@@ -131,38 +114,23 @@ def test_timestamps_that_run_backwards_are_refused(tmp_path):
         read_video(tmp_path / "b.ts", 8, 8, 32, 48)
 
 
-def test_read_video_bytes_decode_only_what_is_needed(mp4, monkeypatch):
-    decoded, open_video = [], video.open_video
-
-    class Counting:
-        def __init__(self, container):
-            self.container = container
-
-        def __getattr__(self, name):
-            return getattr(self.container, name)
-
-        def decode(self, stream):
-            return (decoded.append(frame.pts) or frame for frame in self.container.decode(stream))
-
-    @contextmanager
-    def counting(source):
-        with open_video(source) as (container, stream):
-            yield Counting(container), stream
-
-    monkeypatch.setattr(video, "open_video", counting)
-    ticks, keys, _ = video.timeline(mp4)
-    keys = np.searchsorted(ticks, keys)
-    assert len(keys) > 5 and not decoded
+def test_only_what_is_needed_is_decoded(mp4):
+    """From the key frame before the clip to the next but one behind it: the rest may be damaged."""
+    with av.open(BytesIO(mp4)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    keys = [packet.pts for packet in packets if packet.is_keyframe] + 2 * [packets[-1].pts + 1]
+    ticks = sorted(packet.pts for packet in packets)
     for seed in range(5):
-        decoded.clear()
-        got = numbers(read_video(mp4, 3, 15, 32, 48, generator=torch.Generator().manual_seed(seed)))
-        assert got == [got[0], got[0] + 2, got[0] + 4]
-        assert decoded == ticks[max(keys[keys <= got[0]]):got[2] + 1].tolist()
-
-
-def test_same_generator_same_clip(mp4):
-    a, b, c = (read_video(mp4, 4, 8, 16, 24, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
-    assert torch.equal(a, b) and not torch.equal(a, c)
+        clip = read_video(mp4, 3, 15, 32, 48, generator=torch.Generator().manual_seed(seed))
+        first, _, last = numbers(clip)
+        start = max(key for key in keys if key <= ticks[first])
+        end = [key for key in keys if key > ticks[last]][1]
+        content = bytearray(mp4)
+        for packet in packets:
+            if not start <= packet.pts < end:
+                content[packet.pos:packet.pos + packet.size] = bytes(packet.size)
+        again = read_video(bytes(content), 3, 15, 32, 48, generator=torch.Generator().manual_seed(seed))
+        assert bytes(content) != mp4 and torch.equal(again, clip)
 
 
 @pytest.mark.parametrize("H, W", [(36, 64), (64, 36), (45, 51), (9, 13)])
@@ -180,13 +148,6 @@ def test_resize_crop_against_pillow(H, W, height=16, width=24):
     assert (got.int() - want.int()).abs().max() <= 1
 
 
-def test_resize_crop_keeps_what_already_fits_and_averages_stripes():
-    x = torch.randint(0, 256, (3, 16, 30)).to(torch.uint8)
-    assert torch.equal(resize_crop(x, 16, 24), x[:, :, 3:27])
-    stripes = (torch.arange(64) % 2 * 200).to(torch.uint8).expand(3, 64, 64)  # without antialiasing: 0 or 200
-    assert (resize_crop(stripes, 16, 16)[:, :, 2:-2].int() - 100).abs().max() < 12
-
-
 # ---- whole clips -------------------------------------------------------------------------------------------
 
 
@@ -197,15 +158,14 @@ def smooth_clip() -> torch.Tensor:
     return (clip * 255).to(torch.uint8)
 
 
-@pytest.mark.parametrize("name, tolerance", [
-    ("a.mp4", 4), ("a.gif", 8), ("a.png", 0), ("a", 0), ("a.safetensors", 0)])
+@pytest.mark.parametrize("name, tolerance", [("a.mp4", 4), ("a.gif", 8), ("a.PNG", 0), ("A.Mp4", 4)])
 def test_write_and_read_again(name, tolerance, smooth_clip, tmp_path):
     path = tmp_path / "new folder" / name
     write_video(path, smooth_clip, 8)
     got = read_clip(path)
     assert got.shape == smooth_clip.shape and got.dtype == torch.uint8
     assert (got.int() - smooth_clip.int()).abs().float().mean() <= tolerance
-    assert not [file for file in path.parent.iterdir() if file.name.startswith(".")]
+    assert len(list(path.parent.iterdir())) == 1
 
 
 @pytest.mark.parametrize("name, fps", [("a.mp4", 0.1), ("a.mp4", 29.97), ("a.mp4", 240), ("a.gif", 8),
@@ -214,9 +174,6 @@ def test_every_fps_that_may_be_written_is_read(name, fps, smooth_clip, tmp_path)
     write_video(tmp_path / name, smooth_clip, fps)
     ticks, _, seconds = video.timeline(tmp_path / name)
     assert ticks[-1] * seconds == pytest.approx(8 / fps, abs=0.006 if name == "a.gif" else 1e-3 / fps)
-    if name == "a.mp4":
-        clip, rate = video.read_video(tmp_path / name, 9, fps, 32, 48)
-        assert rate == fps and torch.equal(clip, read_clip(tmp_path / name))
 
 
 def test_pngs_in_the_order_of_their_numbers(tmp_path):
@@ -225,45 +182,27 @@ def test_pngs_in_the_order_of_their_numbers(tmp_path):
     assert read_clip(tmp_path)[0, :, 0, 0].tolist() == [2, 9, 10]
 
 
-def test_the_same_clip_is_the_same_file_on_one_core_and_on_all(tmp_path):
-    """x264's macroblock tree made other pixels in every third run, its threads for every number of cores."""
-    t, y, x = torch.meshgrid(torch.arange(40), torch.arange(64), torch.arange(64), indexing="ij")
-    noise = torch.randint(0, 40, (3, 40, 64, 64), generator=torch.Generator().manual_seed(0))
-    clip, cores = (((3 * x + 5 * y + 7 * t) % 200)[None] + noise).to(torch.uint8), os.sched_getaffinity(0)
-    for k in range(4):
-        os.sched_setaffinity(0, list(cores)[:1 if k % 2 else None])
-        write_video(tmp_path / f"{k}.mp4", clip, 8)
-    os.sched_setaffinity(0, cores)
-    assert len({path.read_bytes() for path in tmp_path.glob("*.mp4")}) == 1
-
-
 def test_output_is_checked_before_there_is_a_clip(smooth_clip, tmp_path):
     (tmp_path / "folder.mp4").mkdir()
-    for name, fps, message in (
-            ("a.webm", 8, "a.webm: choose .mp4, .gif, .png"), ("a.jpg", 8, "a.jpg: choose"),
-            ("a.mp4", 10000, "fps 10000 for .*a.mp4: choose from 0.1 to 240"), ("a.mp4", 0, "fps 0 for"),
-            ("a.mp4", float("nan"), "fps nan for"), ("a.gif", 60, "a.gif: choose from 0.1 to 50"),
-            ("folder.mp4", 8, "is a folder")):
+    write_video(tmp_path / "v2.0.png", smooth_clip, 8)
+    for name, message in (("a.gif", "fps 60 for .*a.gif: a .gif has at most 50"),
+                          ("folder.mp4", "folder.mp4: the folder .* is there already"),
+                          ("v2.0.png", "v2.0.png: the folder .*v2.0 is there already; choose another name")):
         with pytest.raises(UserError, match=message):
-            video.check_output(tmp_path / name, fps)
+            video.check_output(tmp_path / name, 60)
         with pytest.raises(UserError, match=message):
-            write_video(tmp_path / name, smooth_clip, fps)
-    for name in ("a.MP4", "a.Gif", "a.SafeTensors", "a.PNG"):
-        write_video(tmp_path / name, smooth_clip, 8)
-        assert read_clip(tmp_path / name).shape == smooth_clip.shape
+            write_video(tmp_path / name, smooth_clip[:, :1], 60)
+    assert torch.equal(read_clip(tmp_path / "v2.0"), smooth_clip)
 
 
 def test_unreadable_clips_are_named_with_the_reason(smooth_clip, tmp_path):
-    write_video(tmp_path / "a", smooth_clip, 8)
+    write_video(tmp_path / "a.png", smooth_clip, 8)
     Image.new("RGB", (5, 5)).save(tmp_path / "a" / "0003.png")
     (tmp_path / "empty").mkdir()
     write_video(tmp_path / "cut.mp4", smooth_clip, 8)
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "cut.mp4").read_bytes()[:600])
-    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
-    save_file({"clip": torch.zeros(3, 2, 4, 4)}, tmp_path / "float.safetensors")
     for name, reason in (("missing.mp4", "No such file"), ("empty", "0 frames"), ("a", "equal size"),
-                         ("bad.safetensors", "header"), ("cut.mp4", "not a readable video"),
-                         ("float.safetensors", "this one is torch.float32")):
+                         ("cut.mp4", "not a readable video")):
         with pytest.raises(UserError, match=f"{name} is not a clip, or is damaged .*{reason}"):
             read_clip(tmp_path / name)
     (tmp_path / "a" / "0003.png").write_bytes(b"no picture")
@@ -286,7 +225,7 @@ def test_atomic_follows_the_umask_and_takes_long_names(tmp_path):
     assert len(list((tmp_path / "new").iterdir())) == 2
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".safetensors", ""])
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png"])
 def test_a_full_disk_is_said_with_the_file_and_leaves_nothing(suffix, tmp_path):
     clip = torch.randint(0, 256, (3, 8, 256, 256)).to(torch.uint8)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -299,17 +238,6 @@ def test_a_full_disk_is_said_with_the_file_and_leaves_nothing(suffix, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, handler)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def test_leftovers_of_killed_processes_are_removed_and_no_other_files(tmp_path):
-    code = ("import os, signal, sys; from plumbing.files import atomic\n"
-            "with atomic(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)")
-    subprocess.run([sys.executable, "-c", code, tmp_path / "a.bin"], env=CHILD)
-    assert len(list(tmp_path.glob(".a.bin.*.part"))) == 1
-    for path in (tmp_path / ".hidden.part", tmp_path / "data.part"):
-        path.write_text("x")
-    remove_leftovers(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {".hidden.part", "data.part"}
 
 
 def test_atomic_leaves_nothing_of_a_failure(tmp_path):
