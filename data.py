@@ -90,7 +90,7 @@ class ClipDataset:
             video, *captions = source.read(i)
             caption, reward_caption = map(clean, captions)
             if not caption:
-                raise ValueError("no caption" if caption is None else "empty caption")
+                raise ValueError("no caption")
             clip, fps = read_video(video, self.frames, self.fps, self.height, self.width, generator)
         except (OSError, ValueError, RecursionError) as error:
             raise BadClip(source.name(i), getattr(error, "strerror", None) or str(error)) from error
@@ -101,14 +101,13 @@ class ClipDataset:
         return dict(clip=clip, fps=fps, caption=caption, reward_caption=reward_caption or None, index=index)
 
 
-def clean(text: object) -> str | None:
+def clean(text: object) -> str:
     """A caption without the spaces and byte order marks around it. Raises ValueError for what is no text."""
-    if text is None:
-        return None
-    if not isinstance(text, str):
+    if not isinstance(text, str | None):
         raise ValueError(f"a caption is no text, or has commas and no quotation marks: {str(text)[:40]}")
+    text = (text or "").replace("\ufeff", "").strip()
     text.encode()                                     # raises where its file is not utf-8
-    return text.replace("\ufeff", "").strip()
+    return text
 
 
 # ---- the loader --------------------------------------------------------------------------------------------
@@ -120,8 +119,6 @@ def loader(dataset, batch: int, rank: int = 0, world_size: int = 1, workers: int
 
     A batch holds what the dataset's get() returns, stacked, and: position; bad, how many bad clips this rank
     has met. A JSON row for each of them is appended to bad_file. Raises UserError when they are too many."""
-    if not len(dataset):
-        raise UserError("the dataset is empty")
     places = order(len(dataset), batch, rank, world_size, seed, start_step)
     threads = min(workers, os.cpu_count() or 1)
     clips = in_threads(lambda place: draw(dataset, seed, *place), places, threads, 2 * max(batch, threads))
