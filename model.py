@@ -356,7 +356,7 @@ class UNet3D(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, c: Tensor, w: Tensor | None = None, fps=None,
                 motion: Tensor | None = None) -> Tensor:
-        """z (B, C, T, H, W), t (B,), c (B, L, D), w and motion (B,), fps (B,) or a number -> ε like z"""
+        """z (B, C, T, H, W), t (B,), c (B, L, D), w and motion (B,), fps a number -> ε like z"""
         c = c.to(self.dtype)
         emb = F.silu(self.embed(z, t, c, w, fps, motion))
         h = self.first(z.to(self.dtype, memory_format=torch.channels_last_3d), emb, c)
@@ -385,10 +385,8 @@ class UNet3D(nn.Module):
         h = self.time_embed(h)
 
         if config.fps:
-            fps = 16 if fps is None else fps
-            if not isinstance(fps, Tensor):
-                fps = torch.full((B,), fps, device=z.device)
-            h = h + self.fps_embedding(timestep_embedding(fps, config.channels).to(self.dtype))
+            rate = torch.full((B,), 16 if fps is None else fps, device=z.device)
+            h = h + self.fps_embedding(timestep_embedding(rate, config.channels).to(self.dtype))
         return h[:, None]
 
     def first(self, z, emb, c):
@@ -506,6 +504,8 @@ FAMILIES = {
         "teacher": Sampling("ddim", steps=50, guidance=8.0),                                   # authors' 9
     }),
 }
+
+
 def check_size(family: Family, **sides: int | None) -> None:
     """Raises UserError for heights and widths in pixels that VAE and UNet cannot halve evenly."""
     multiple = family.vae.factor * 2 ** family.unet.layout.count("downsample")      # 64, the toy's 16
@@ -552,17 +552,13 @@ class Models:
 
 
 def complete(header: dict, family: Family) -> dict:
-    """A student's header with what older files say elsewhere, and released files nowhere.
-
-    method, grid (N), w_min, w_max (range of ω), fps, frames, height, width, motion (λ'), motion_share (τ).
-    """
+    """A student's header with what released files do not say: method, grid (N, once called `steps`), w_min
+    and w_max (range of ω), fps, frames, height, width, motion (λ'), motion_share (τ)."""
     default = family.student_sampling(header.get("method", "turbo"))
     defaults = dict(method="turbo", grid=header.get("steps", default.grid), w_min=5.0, w_max=15.0,
                     fps=default.fps or family.fps, frames=family.frames, height=family.height,
                     width=family.width, motion=default.motion, motion_share=default.motion_share)
-    train = header.get("train", {})
-    options = {name: train[name] for name in ("fps", "frames", "height", "width") if name in train}
-    return defaults | options | header
+    return defaults | header
 
 
 @cache

@@ -5,7 +5,7 @@
 
 with clips (B, T, 3, H, W) in [0, 1] and B captions gives scores (B,), higher is better. The pixels carry
 gradient, so that a generator can climb it; the reward's parameters and captions never do. A new reward is an
-entry of the table RECIPES and a network with `text(ids)`, which sees captions alone, and `score(frames, text)`.
+entry of the table RECIPES and a network: `text(ids)` sees captions alone, `score(frames, text)` both.
 
 B clips, T frames, H W pixels, S side of a model's square input, N patches of a frame, L tokens, D width, E
 features.

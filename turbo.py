@@ -175,15 +175,13 @@ def motion_gradient(teacher, z_t: Tensor, z_ref: Tensor, t: Tensor, c: Tensor, c
     return gradient, energy.detach()
 
 
-def motion_push(schedule: Schedule, t: Tensor, gradient: Tensor, motion: Tensor,
-                released: bool = False) -> Tensor:
+def motion_push(schedule: Schedule, t: Tensor, gradient: Tensor, motion: Tensor) -> Tensor:
     """λ' √(1 - ᾱ_t) ∂G/∂z_t, what motion guidance takes from ε. motion: λ' of each clip, (B,).
 
-    released: √(1 - √ᾱ_t), as T2V-Turbo-v2's code has it; at t = 499 it is 1.24 times weaker.
+    The released code has √(1 - √ᾱ_t) in place of σ_t; at t = 499 it is 1.24 times weaker.
     """
-    alpha, sigma = schedule.at(t)
-    factor = (1 - alpha).sqrt() if released else sigma
-    return motion.view(-1, 1, 1, 1, 1) * factor * gradient
+    _, sigma = schedule.at(t)
+    return motion.view(-1, 1, 1, 1, 1) * sigma * gradient
 
 
 @dataclass
@@ -209,8 +207,7 @@ class TeacherOutput:
 
 
 def distill_cached(student, schedule: Schedule, cached: TeacherOutput, w: Tensor, c: Tensor,
-                   motion: Tensor | None = None, released: bool = False,
-                   **conditions) -> tuple[Tensor, Tensor]:
+                   motion: Tensor | None = None, **conditions) -> tuple[Tensor, Tensor]:
     """`distill` without a teacher in memory (v2 Algorithm 2): L_CD and ẑ0. As guidance is linear in ε(c) and
     ε(∅), ω is drawn anew in each step.
 
@@ -218,7 +215,7 @@ def distill_cached(student, schedule: Schedule, cached: TeacherOutput, w: Tensor
     """
     t, z_t, s, push = cached.t, cached.z_t, schedule.previous(cached.t), None
     if motion is not None:
-        push = motion_push(schedule, t, cached.gradient, motion, released)
+        push = motion_push(schedule, t, cached.gradient, motion)
         conditions["motion"] = motion
     z_s = solve(schedule, z_t, t, s, w, cached.eps_c, cached.eps_u, push)
     return consistency_loss(student, None, schedule, z_t, t, z_s, s, w=w, c=c, **conditions)

@@ -374,11 +374,6 @@ def test_a_students_header_says_how_it_is_sampled(tmp_path, teacher_file):
     assert models.size == (24, 128, 64) and models.fps == 8
     assert (models.sampling.grid, models.sampling.fps, models.sampling.guidance) == (100, 8, 4.0)
 
-    old = dict(method="turbo", steps=100, w_min=5.0, w_max=15.0, train=dict(steps=10000, fps=8, frames=8))
-    student_file(tmp_path / "old.safetensors", old)
-    models = load("vc2", teacher_file, tmp_path / "old.safetensors")
-    assert models.size == (8, 64, 64) and models.fps == 8 and models.sampling.grid == 100
-
     v2 = header | dict(method="turbo-v2", grid=200, w_max=15.0, motion=0.1, motion_share=0.3)
     student_file(tmp_path / "v2.safetensors", v2, motion=True)
     sampling = load("vc2", teacher_file, tmp_path / "v2.safetensors").sampling
