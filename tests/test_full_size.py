@@ -82,9 +82,9 @@ def test_a_clip_from_full_size_files(tmp_path, layout):
     teacher = ["--teacher", next(tmp_path.glob("model.*"), tmp_path)] if layout != "vc2-merged" else []
     options = "--steps 4 --height 64 --width 128 --frames 4 --dtype bfloat16".split()
     start = time.time()
-    done = subprocess.run([sys.executable, "sample.py", "a horse on the moon", "--model", layout[:3].strip("-"),
-                           *student, *teacher, *options, "--out", tmp_path / "out.mp4"],
-                          capture_output=True, text=True, cwd=Path(sample.__file__).parent)
+    command = [sys.executable, "sample.py", "a horse on the moon", "--model", layout[:3].strip("-"), *student,
+               *teacher, *options, "--out", tmp_path / "out.mp4"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(sample.__file__).parent)
     assert done.returncode == 0, done.stderr[-2000:]
     print(f"\n{layout}: loaded and sampled in {time.time() - start:.0f} s")
     assert video.read_clip(tmp_path / "out.mp4").shape == (3, 4, 64, 128)
