@@ -248,8 +248,8 @@ def fill(module: nn.Module, state: State, source, device="cpu", dtype: torch.dty
         if lora and f"{layer}.up" in lora:
             up, down = (lora[f"{layer}.{end}"].float().flatten(1) for end in ("up", "down"))
             tensor = tensor.float() + (up @ down).view(like.shape)
-        memory_format = FORMATS.get(like.dim(), torch.contiguous_format)
-        filled[key] = tensor.to(device, dtype or tensor.dtype, copy=True, memory_format=memory_format)
+        order = FORMATS.get(like.dim(), torch.contiguous_format)
+        filled[key] = tensor.to(device, dtype or tensor.dtype, copy=True).contiguous(memory_format=order)
     module.load_state_dict(filled, assign=True)
     return module.eval()
 
