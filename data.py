@@ -218,7 +218,7 @@ class CacheWriter:
     cache. Raises UserError where the folder holds a cache of another header."""
 
     def __init__(self, folder: str | Path, header: dict, rank: int = 0, world_size: int = 1):
-        self.folder, self.header = Path(folder), json.loads(json.dumps(header))
+        self.folder, self.header = Path(folder), header
         self.clips = range(rank, header["clips"], world_size)
         if (self.folder / "header.json").exists():
             check_header(self.folder, self.header)

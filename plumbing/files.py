@@ -15,7 +15,8 @@ from plumbing.errors import UserError, reading
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yields a hidden file beside `path`; the block writes it, and then it becomes `path`."""
+    """Yields a hidden file beside `path`; the block writes it, and then it becomes `path`. A process that is
+    killed leaves .NAME.XXXXXXXX.part."""
     path = Path(path)
     temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
     try:
@@ -32,12 +33,6 @@ def atomic(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink()
-
-
-def remove_leftovers(folder: str | Path) -> None:
-    """Deletes what `atomic` left when a process was killed; nobody else may be writing into the folder."""
-    for leftover in Path(folder).glob(".*.*.part"):
-        leftover.unlink()
 
 
 def check_writable(folder: str | Path) -> None:

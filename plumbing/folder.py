@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from plumbing import cli
 from plumbing.errors import UserError, reading
-from plumbing.files import atomic, check_writable, remove_leftovers
+from plumbing.files import atomic, check_writable
 from plumbing.run import Group, Parts, memory
 
 KEPT = 2                # checkpoints
@@ -78,8 +78,9 @@ def open_folder(config) -> Path | None:
             raise UserError(f"{out} holds log or weights of a run whose checkpoints are gone; they would be "
                             "written over: choose another --out")
         log.unlink(missing_ok=True)
-    for folder in (out, out / "samples"):
-        remove_leftovers(folder)
+    for pattern in (".*.*.part", "samples/.*.*.part"):          # what `atomic` leaves when it is killed
+        for leftover in out.glob(pattern):
+            leftover.unlink()
     return path
 
 
