@@ -34,10 +34,9 @@ class Shards:
     def name(self, i: int) -> str:
         """SHARD:MEMBER of the video."""
         shard, video, _, _ = self.index[i].tolist()
-        try:
+        member = f"byte {video}"
+        with suppress(OSError, ValueError):
             member, _ = read_member(self.paths[shard], video)
-        except (OSError, ValueError):
-            member = f"byte {video}"
         return f"{self.paths[shard]}:{member}"
 
     def read(self, i: int) -> tuple[bytes, object, object]:
