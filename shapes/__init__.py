@@ -12,7 +12,7 @@ STUDENTS = ("vcm", "vcm-1", "vcm-2", "vcm-longer", "vcm-longer-1", "vcm-longer-2
             "vcm-both", "turbo", "turbo-1", "turbo-2",
             "v2", "v2-no-mg", "v2-vcm", "v2-img", "v2-vid", "v2-all", "v2-disjoint")
 NEEDS_TORCH = {"Clips": "world", "accuracy": "world"} | dict.fromkeys(
-    ("FAMILY", "SAMPLING", "load", "load_text", "load_vae", "read", "reward", "rewards"), "models")
+    ("FAMILIES", "FAMILY", "SAMPLING", "load", "load_text", "load_vae", "read", "reward", "rewards"), "models")
 
 
 def __getattr__(name: str):

@@ -31,16 +31,29 @@ LAYOUT = """
 
 @dataclass(frozen=True)
 class Config(model.UNetConfig):
-    """Sizes of the toy's UNet."""
+    """Sizes of the toy's UNets."""
     layout: str = LAYOUT
-    spacetime: int = 128                    # width of SpaceTime
+    spacetime: int = 128                    # width of SpaceTime; 0: a UNet of the published form
 
     @property
     def network(self) -> type:
-        return UNet
+        return UNet if self.spacetime else VelocityUNet
 
 
 TOY = Config(in_channels=8, channels=32, head_dim=32, context_dim=128, init_heads=1, groups=8)
+
+
+# The teacher of motion guidance is of the published form, and not told places. It shows things as asked, and
+# hardly moves them: what VideoCrafter2 lacks, too (v2, Sec. 3.3).
+MOTION_LAYOUT = """
+    conv 8 48                     | res 48+48 48, space 48, time 48
+    res 48, space 48, time 48     | res 96+48 48, space 48, time 48
+    downsample 48                 | res 96+48 96, space 96, time 96, upsample 96
+    res 48 96, space 96, time 96  | res 96+96 96, space 96, time 96
+                  res 96, space 96, time 96, res 96
+"""
+MOTION = Config(MOTION_LAYOUT, in_channels=8, channels=48, head_dim=24, context_dim=128, init_heads=2,
+                groups=8, spacetime=0)
 TOY_VAE = model.VAEConfig(channels=48, mult=(1, 1), res_blocks=1, latent=8, groups=8, patch=4)
 TIMESTEPS = (999, 624, 499, 374)        # where most is decided; evenly spaced: 999, 749, 499, 249
 SAMPLING = {                            # how clips are made, unless the command line says otherwise
@@ -48,6 +61,8 @@ SAMPLING = {                            # how clips are made, unless the command
     "teacher": Sampling("ddim", steps=50, guidance=2.0, grid=50, on_grid=True),
 }
 FAMILY = model.Family(TOY, world.SIZE, world.SIZE, fps=8, sampling=SAMPLING, frames=world.FRAMES, vae=TOY_VAE)
+FAMILIES = {"shapes": FAMILY, "shapes-motion": replace(FAMILY, unet=MOTION)}
+FILES = {"shapes": "teacher", "shapes-motion": "motion"}            # of the teachers' weights
 
 
 STATES = 3                              # the last tokens of c: first thing, second thing, background
@@ -114,13 +129,25 @@ class ClipTransformer(model.Transformer):
         return tokens + self.place(c, *x.shape[2:], tokens=tokens)
 
 
-class UNet(model.UNet3D):
-    """The toy's denoiser: told place and time, with attention over the whole clip, and ε as seen from
-    outside, while the network inside predicts v = α ε - σ z0 (Salimans and Ho, 2022).
+class VelocityUNet(model.UNet3D):
+    """A UNet3D that gives ε as seen from outside, while the network inside predicts v = α ε - σ z0 (Salimans
+    and Ho, 2022).
 
     At t = 999, ε is z but for 0.5 %, and what the caption says is in that remainder. A billion weights copy z
     to the output precisely enough not to bury it; ε = σ z + α v leaves a small network only what matters.
     """
+
+    schedule: Schedule | None = None            # made in the first pass, where the latents are
+
+    def forward(self, z: Tensor, t: Tensor, c: Tensor, **conditions) -> Tensor:
+        if self.schedule is None or self.schedule.alpha.device.type != z.device.type:
+            self.schedule = Schedule(device=z.device)
+        alpha, sigma = self.schedule.at(t)
+        return sigma * z + alpha * super().forward(z, t, c, **conditions).float()
+
+
+class UNet(VelocityUNet):
+    """The toy's denoiser: told place and time, with attention over the whole clip."""
 
     def conditions(self) -> dict[str, nn.Module]:
         config, layers = self.config, super().conditions()
@@ -143,14 +170,6 @@ class UNet(model.UNet3D):
         """The first attention over the clip of every block on the way up that has one: where in all frames a
         pixel finds what it shows."""
         return [m.attn1 for m in self.output_blocks.modules() if isinstance(m, ClipTransformer)]
-
-    schedule: Schedule | None = None            # made in the first pass, where the latents are
-
-    def forward(self, z: Tensor, t: Tensor, c: Tensor, **conditions) -> Tensor:
-        if self.schedule is None or self.schedule.alpha.device.type != z.device.type:
-            self.schedule = Schedule(device=z.device)
-        alpha, sigma = self.schedule.at(t)
-        return sigma * z + alpha * super().forward(z, t, c, **conditions).float()
 
 
 class CaptionEncoder(nn.Module):
@@ -214,31 +233,31 @@ def load_text(folder: str | Path = WEIGHTS) -> CaptionEncoder:
 
 def load(turbo: str | Path | None = None, folder: str | Path | None = None,
          device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, lora_scale: float = 1.0,
-         **conditions) -> model.Models:
+         name: str = "shapes", **conditions) -> model.Models:
     """The toy's networks: the teacher's, or with `turbo` (a file, or one of STUDENTS) a student's.
 
-    folder: where pretrain.py wrote, instead of the embedded weights.
+    name: whose teacher, one of FAMILIES. folder: where pretrain.py wrote, instead of the embedded weights.
     """
     # Two threads gain a third on an idle machine; on a busy one they mostly wait for each other.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     folder = Path(folder or WEIGHTS)
-    state, _ = read(folder / "teacher.safetensors")
-    config, whole, lora, header = replace(TOY, **conditions), None, None, {}
+    family, (state, _) = FAMILIES[name], read(folder / f"{FILES[name]}.safetensors")
+    config, whole, lora, header = replace(family.unet, **conditions), None, None, {}
     if turbo is not None:
         turbo = student(turbo, folder) if str(turbo) in STUDENTS else turbo
-        config, whole, lora, header = model.read_turbo(turbo, config, "shapes", lora_scale)
-        header = model.complete(header, FAMILY)
+        config, whole, lora, header = model.read_turbo(turbo, config, name, lora_scale)
+        header = model.complete(header, family)
     new = {f"{name}.weight": layer.weight.data for name, layer in model.condition_layers(config).items()}
     state = whole or new | state                                                # `new`: what LoRA adds to
 
     with weights.without_memory():
-        unet = UNet(config)
+        unet = config.network(config)
     weights.fill(unet, state, turbo or folder, device, dtype, lora).out.float()          # see UNet3D.last
     unet.schedule = Schedule(device=device)
     vae, text = load_vae(folder).to(device, dtype), load_text(folder).to(device)    # text stays in float32
     speed_up(model.CPU_LAYERS, unet, vae)
-    return model.Models("shapes", unet, vae, text, FAMILY, header)
+    return model.Models(name, unet, vae, text, family, header)
 
 
 def reward(name: str, path: str | Path | None, device: torch.device | str, folder: str | Path | None = None,

@@ -29,7 +29,7 @@ from plumbing import cli, folder, run, weights
 from plumbing.errors import UserError
 from plumbing.fast_cpu import speed_up
 from shapes import grammar, world
-from shapes.models import TOY, TOY_VAE, UNet
+from shapes.models import MOTION, TOY, TOY_VAE
 from solver import Schedule
 from turbo import EMA
 
@@ -37,7 +37,7 @@ from turbo import EMA
 @dataclass(frozen=True)
 class Config:
     """The options of the command line."""
-    stage: Literal["vae", "clip", "viclip", "teacher"] = "vae"   # model to train; it needs those before it
+    stage: Literal["vae", "clip", "viclip", "teacher", "motion"] = "vae"   # model to train; it needs those before it
     out: cli.Folder = "runs/shapes"     # folder of weights; a folder in it for each stage's log, checkpoints
 
 
@@ -45,7 +45,8 @@ SAVE_EVERY = 100                        # steps between checkpoints
 STEPS = {"vae": 1500,                   # batches of 64 frames
          "clip": 1200,                  # of 64 frames and captions
          "viclip": 2000,                # of 32 clips and captions
-         "teacher": 7500}               # of 96 frames in the first 2/15, then of 16 clips
+         "teacher": 7500,               # of 96 frames in the first 2/15, then of 16 clips
+         "motion": 3000}                # of 96 frames in the first 1/5, then of 16 clips
 CLIP = dict(embed_dim=128, image_size=world.SIZE,
             vision_cfg=dict(image_size=world.SIZE, patch_size=8, width=128, layers=3, head_width=32),
             text_cfg=dict(width=128, layers=4, heads=4, context_length=grammar.CONTEXT_LENGTH,
@@ -117,16 +118,16 @@ def learning_rate(progress: float, cosines: tuple[tuple[float, float], ...]) -> 
 # ---- batches -----------------------------------------------------------------------------------------------
 
 
-def draw(rng: random.Random, count: int, T: int, vary: str = ""
+def draw(rng: random.Random, count: int, T: int, vary: str = "", pairs: float = 0.7
          ) -> tuple[Tensor, list[str], list[grammar.Scene]]:
     """A batch of training clips in [-1, 1] (B, 3, T, H, W), captions, scenes.
 
     vary: attributes; every second scene differs from the one before it in one of them. Contrastive models
-    learn from such pairs what belongs to what.
+    learn from such pairs what belongs to what. pairs: share of scenes of two things.
     """
     scenes = []
     while len(scenes) < count:
-        scenes.append(grammar.draw_scene(rng, pairs=0.7))   # two things, which teach what is whose
+        scenes.append(grammar.draw_scene(rng, pairs=pairs))
         if vary:
             scenes.append(variation(scenes[-1], rng, vary.split()))
     captions = [grammar.describe(scene, rng) for scene in scenes]
@@ -265,14 +266,29 @@ def viclip(out: Path, group: run.Group) -> tuple[nn.Module, dict]:
     return network, asdict(VICLIP)
 
 
-# Until which share of the steps; batch, frames; timesteps of the lesson, and one in how many is any other.
-PHASES = ((2 / 15, 96, 1, (200, 800), 2),           # colours and shapes
-          (0.21, 16, 8, (700, 1000), 2),            # coherent clips
-          (1, 16, 8, (600, 1000), 4))               # what moves how
-COSINES = ((0, 0.6), (0.21, 0.39), (0.6, 0.4))      # of the learning rate: it starts over twice
+@dataclass(frozen=True)
+class Course:
+    """How a teacher learns."""
+    unet: model.UNetConfig
+    pairs: float                        # share of clips with two things
+    # until which share of the steps; batch, frames; timesteps of the lesson, and one in how many is any other
+    phases: tuple[tuple, ...]
+    cosines: tuple[tuple[float, float], ...]        # of the learning rate
 
 
-def teacher(out: Path, group: run.Group) -> tuple[nn.Module, dict]:
+TEACHER = Course(TOY, pairs=0.7, phases=(
+    (2 / 15, 96, 1, (200, 800), 2),                 # colours and shapes
+    (0.21, 16, 8, (700, 1000), 2),                  # coherent clips
+    (1, 16, 8, (600, 1000), 4),                     # what moves how
+), cosines=((0, 0.6), (0.21, 0.39), (0.6, 0.4)))    # the rate starts over twice
+MOTION_TEACHER = Course(MOTION, pairs=0.0, phases=(
+    (0.2, 96, 1, (200, 800), 2),                    # colours and shapes
+    (1, 16, 8, (500, 1000), 3),                     # clips
+), cosines=((0, 1),))
+
+
+def teacher(out: Path, group: run.Group, name: str = "teacher", course: Course = TEACHER
+            ) -> tuple[nn.Module, dict]:
     """ε-prediction with the papers' schedule; one caption in ten is empty, for guidance.
 
     What moves where is decided at high noise, where ‖ε - ε_θ‖² hardly shows it: there z_t is almost ε itself.
@@ -282,7 +298,7 @@ def teacher(out: Path, group: run.Group) -> tuple[nn.Module, dict]:
     pixels, text = shapes.load_vae(out).to(group.device), shapes.load_text(out).to(group.device)
     schedule = Schedule(device=group.device)
     torch.manual_seed(0)                                    # whatever loading the others drew
-    network = UNet(TOY).to(group.device)
+    network = course.unet.network(course.unet).to(group.device)
     speed_up(model.CPU_LAYERS, network)
     denoiser = run.Autocast(network, run.usual_dtype(group.device))
     for layer in network.modules():
@@ -290,8 +306,8 @@ def teacher(out: Path, group: run.Group) -> tuple[nn.Module, dict]:
             layer.weight.data[:, :, ::2] = 0            # what a frame takes from its neighbours
 
     def loss_of(rng, progress):
-        B, T, lesson, uniform = next(phase[1:] for phase in PHASES if progress < phase[0])
-        clips, captions, _ = draw(rng, B, max(T, 2))
+        B, T, lesson, uniform = next(phase[1:] for phase in course.phases if progress < phase[0])
+        clips, captions, _ = draw(rng, B, max(T, 2), pairs=course.pairs)
         if T == 1:
             clips = clips.unbind(2)[rng.randrange(2)][:, :, None]
 
@@ -308,11 +324,16 @@ def teacher(out: Path, group: run.Group) -> tuple[nn.Module, dict]:
         eps_hat = denoiser(schedule.add_noise(z0, eps, t), t, c)
         return ((eps_hat - eps) / schedule.alpha[t].view(-1, 1, 1, 1, 1)).pow(2).mean()
 
-    fit(network, loss_of, out / "teacher", STEPS["teacher"], group, decay=0.997, cosines=COSINES)
+    fit(network, loss_of, out / name, STEPS[name], group, decay=0.997, cosines=course.cosines)
     return network, asdict(network.config)
 
 
-STAGES = {"vae": vae, "clip": clip, "viclip": viclip, "teacher": teacher}
+def motion(out: Path, group: run.Group) -> tuple[nn.Module, dict]:
+    """The teacher of motion guidance."""
+    return teacher(out, group, "motion", MOTION_TEACHER)
+
+
+STAGES = {"vae": vae, "clip": clip, "viclip": viclip, "teacher": teacher, "motion": motion}
 
 
 @cli.main
