@@ -10,9 +10,10 @@ from pathlib import Path
 WEIGHTS = Path(__file__).parent / "weights"
 STUDENTS = ("vcm", "vcm-1", "vcm-2", "vcm-longer", "vcm-longer-1", "vcm-longer-2", "vcm-img", "vcm-vid",
             "vcm-both", "turbo", "turbo-1", "turbo-2",
-            "v2", "v2-no-mg", "v2-vcm", "v2-img", "v2-vid", "v2-all", "v2-disjoint")
+            "v2", "v2-no-mg")
+MOTION_STUDENTS = ("motion-plain", "motion-mg", "motion-img", "motion-vid", "motion-v2")
 NEEDS_TORCH = {"Clips": "world", "accuracy": "world"} | dict.fromkeys(
-    ("FAMILIES", "FAMILY", "SAMPLING", "load", "load_text", "load_vae", "read", "reward", "rewards"), "models")
+    ("FAMILIES", "FAMILY", "FILES", "SAMPLING", "load", "load_text", "load_vae", "read", "reward", "rewards"), "models")
 
 
 def __getattr__(name: str):

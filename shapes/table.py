@@ -39,6 +39,7 @@ class Row:
     title: str
     steps: int
     student: str | None = None          # one of shapes.STUDENTS; None: the teacher
+    model: str = "shapes"               # one of shapes.FAMILIES
     method: str = "student"             # as in solver.Sampling
     guidance: float = 2.0               # ω
     best_of: int = 1                    # takes of a clip, of which rewards choose one
@@ -48,6 +49,11 @@ class Row:
     @property
     def name(self) -> str:
         return f"{self.title} {self.steps}"
+
+    @property
+    def pairs(self) -> float:
+        """Share of captions of two things, which the teacher of motion guidance never saw."""
+        return grammar.PAIRS if self.model == "shapes" else 0.0
 
     @property
     def passes(self) -> int:
@@ -70,6 +76,8 @@ ROWS = [Row("DDIM", steps, method="ddim") for steps in (50, 8, 4, 2)]
 ROWS += [Row("DDIM without ω", 4, method="ddim", guidance=0.0)]
 ROWS += [Row("teacher jumps", steps, method="jumps") for steps in (1, 2, 4, 8)]
 ROWS += [Row(TITLES.get(name, name), steps, name) for name in shapes.STUDENTS for steps in (1, 2, 4, 8)]
+ROWS += [Row("motion DDIM", steps, method="ddim", model="shapes-motion") for steps in (50, 8, 4)]
+ROWS += [Row(name, steps, name, "shapes-motion") for name in shapes.MOTION_STUDENTS for steps in (4, 8)]
 ROWS += [Row(f"{TITLES[name]} best-of-16", 4, name, best_of=16) for name in ("vcm", "turbo")]
 ROWS += [Row(f"{TITLES[name]} refine-15", 4, name, refine=15) for name in ("vcm", "turbo")]
 ROWS += [Row("T2V-Turbo motion-15", 4, "turbo", refine=15, motion=1.0)]
@@ -79,13 +87,14 @@ DIFFERENCES = [                         # compared clip by clip
     ("T2V-Turbo motion-15 4", "T2V-Turbo 4"), ("T2V-Turbo motion-15 4", "T2V-Turbo refine-15 4"),
     ("VCM 4", "DDIM 2"), ("VCM 4", "DDIM 4"), ("T2V-Turbo 4", "VCM 4"), ("T2V-Turbo 4", "DDIM 4"),
     ("T2V-Turbo 4", "DDIM 50"), ("T2V-Turbo-v2 4", "T2V-Turbo 4"), ("T2V-Turbo-v2 4", "v2-no-mg 4"),
-    ("T2V-Turbo-v2 4", "v2-vcm 4")]
+    ("motion-mg 4", "motion-plain 4"),
+    *((f"motion-{name} 4", "motion-mg 4") for name in ("img", "vid", "v2"))]
 
-COLUMNS = {"row": 22, "passes": 6, "right % (95 %)": 18, "one": 3, "two": 3, "qual.": 5, "px": 4, "var.": 4,
-           "s": 4}
+COLUMNS = {"row": 22, "NFE": 4, "right % (95 %)": 18, "one": 3, "two": 3, "mot.": 4, "qual.": 5, "px": 4,
+           "var.": 4, "s": 4}
 LEGEND = """
-right: clips whose colours, shapes, motions and background are all as asked, by the oracle; one, two: of
-clips of one thing, of two; qual.: overlap with ideal shapes; px: how far things move; var.: what a caption
+NFE: evaluations of the network; right: clips whose colours, shapes, motions and background are all as
+asked, by the oracle; one, two: of clips of one thing, of two; mot.: motions as asked, in %; qual.: overlap with ideal shapes; px: how far things move; var.: what a caption
 leaves open differs between seeds by this share of the world's own, in %; s: seconds a clip"""
 
 
@@ -105,8 +114,9 @@ def make(config) -> list[dict]:
 
 
 def chosen(text: str, folder: Path) -> list[Row]:
-    """The rows whose name contains one of the texts between commas; of students only those that there are."""
-    rows = [row for row in ROWS if not row.student or shapes.student(row.student, folder).exists()]
+    """The rows whose name contains one of the texts between commas; of those whose weights are there."""
+    files = [shapes.student(row.student or shapes.FILES[row.model], folder) for row in ROWS]
+    rows = [row for row, file in zip(ROWS, files) if file.exists()]
     texts = [part.strip().lower() for part in text.split(",")]
     for part in texts:
         if not any(part in row.name.lower() for row in rows):
@@ -121,7 +131,8 @@ def chosen(text: str, folder: Path) -> list[Row]:
 
 def sampler(row: Row, folder: Path, device: torch.device, scorers: dict) -> Sampler:
     """The row as a function, with its network loaded."""
-    models, bfloat16 = shapes.load(row.student, folder, device), usual_dtype(device) == "bfloat16"
+    models = shapes.load(row.student, folder, device, name=row.model)
+    bfloat16 = usual_dtype(device) == "bfloat16"
     models.unet.requires_grad_(False)                       # as sample.py does: the same bits
     image, video = scorers["image"], scorers["video"]
     terms = [RewardTerm(image, 1.0, 6, name="image"), RewardTerm(video, 2.0, 4, video=True, name="video")]
@@ -148,7 +159,7 @@ def sampler(row: Row, folder: Path, device: torch.device, scorers: dict) -> Samp
 def measure(row: Row, count: int, folder: Path, device: torch.device, scorers: dict) -> dict:
     """Samples and judges `count` clips of a row, of trained and of held-out combinations in turn."""
     sample, clips, seconds = sampler(row, folder, device, scorers), [], 0.0
-    splits = (shapes.Clips("train"), shapes.Clips("held-out"))
+    splits = [shapes.Clips(split, pairs=row.pairs) for split in ("train", "held-out")]
     for start in tqdm(range(0, count, BATCH), row.name, leave=False):
         indices = range(start, min(start + BATCH, count))
         seeds = [grammar.TABLE + i // 2 for i in indices]
@@ -225,9 +236,9 @@ def means(clips: list[dict]) -> dict:
 
 def cells(row: dict) -> list[str]:
     """The printed cells of a row, as in COLUMNS."""
-    all_right, low, high, one, two, variety = (
-        100 * share for share in (row["all"], *row["interval"], row["one"], row["two"], row["variety"]))
-    figures = [f"{one:.0f}", f"{two:.0f}", f"{row['quality']:.3f}", f"{row['travel']:.1f}", f"{variety:.0f}",
+    all_right, low, high, one, two, motion, variety = (100 * share for share in (
+        row["all"], *row["interval"], row["one"], row["two"], row["motion"], row["variety"]))
+    figures = [f"{one:.0f}", f"{two:.0f}", f"{motion:.0f}", f"{row['quality']:.3f}", f"{row['travel']:.1f}", f"{variety:.0f}",
                f"{row['seconds']:.2f}"]
     right = f"{all_right:.1f} ({low:.1f}-{high:.1f})"
     return [row["name"], str(row["passes"]), right, *("-" if x == "nan" else x for x in figures)]
@@ -240,8 +251,8 @@ def line(texts) -> str:
 
 
 def differences(clips: dict[str, list[dict]]) -> list[str]:
-    """How rows differ clip by clip in what is right and in travel, with 95 % intervals: a line for each of
-    DIFFERENCES that can be told."""
+    """How rows differ clip by clip in what is right, in motions and in travel, with 95 % intervals: a line
+    for each of DIFFERENCES that can be told."""
     lines = []
     for new, old in (names for names in DIFFERENCES if clips.keys() >= {*names}):
         pairs = list(zip(clips[new], clips[old], strict=True))
@@ -249,6 +260,8 @@ def differences(clips: dict[str, list[dict]]) -> list[str]:
         low, high = paired_interval(gained, lost, len(pairs))
         lines.append(f"{new} - {old}: {100 * (gained - lost) / len(pairs):+.1f} points right "
                      f"({100 * low:+.1f} to {100 * high:+.1f})")
+        motions = [100 * (a["motion"] - b["motion"]) for a, b in pairs]
+        lines[-1] += ", {:+.1f} ± {:.1f} points of motions".format(*mean_interval(motions))
         moved = [a["travel"] - b["travel"] for a, b in pairs if a["travel"] is not None]
         if len(moved) > 1:
             lines[-1] += ", {:+.1f} ± {:.1f} px".format(*mean_interval(moved))

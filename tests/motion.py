@@ -1,6 +1,8 @@
-"""Does the toy's motion gradient point along the true motion? Prints a table; minutes on one core.
+"""Does the toy's motion gradient point along the true motion, and does motion transfer follow a clip? Prints
+two tables; minutes on one core.
 
     python tests/motion.py --clips 12
+    python tests/motion.py --clips 12 --model shapes            # the large toy, whose attention is told places
 
 Each clip shows one thing that goes somewhere. It has two twins that differ in motion alone: itself backwards,
 and its middle frame throughout. The energy's reference is the clip itself, inverted, as in training.
@@ -10,11 +12,15 @@ and its middle frame throughout. The energy's reference is the clip itself, inve
                             true clip; and as a control with that of another pair of clips
     guided step             energy after one DDIM step with λ' = 0 and others, and how far things go when the
                             teacher walks on from there to the end
+
+Motion transfer: "a blue square on black", of which no motion is said, from `transfers` seeds for each clip that
+goes right, left, up or down; how many follow it, by the oracle, with each λ'.
 """
+import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,7 +34,7 @@ from plumbing.cli import Count, Within
 from shapes import grammar, world
 from shapes.table import travel
 from solver import Sampling, Schedule, ddim_invert, ddim_sample
-from turbo import guided_eps, motion_gradient, motion_push, solve, teacher_eps
+from turbo import Reference, generate, guided_eps, motion_gradient, motion_push, solve, teacher_eps
 
 Strength = Annotated[float, Within(0, 1000)]
 
@@ -41,6 +47,10 @@ class Config:
     motion: tuple[Strength, ...] = (0.0, 0.05, 0.5)     # λ' of the guided step; repeatable
     guidance: Strength = 2.0                        # ω
     grid: Annotated[int, Within(2, 1000)] = 8       # of the teacher's walk; a row for each t >= 500
+    transfers: Annotated[int, Within(0, 1000)] = 12     # clips that are to follow each of four directions
+    steps: Count = 50                               # of motion transfer
+    model: Literal["shapes", "shapes-motion"] = "shapes-motion"     # whose teacher
+    folder: str = ""                                # of its weights [the embedded ones]
 
 
 def moving_clips(count: int) -> tuple[list[grammar.Scene], list[str], Tensor]:
@@ -66,7 +76,8 @@ class Check:
     """Clips, their latents, references and networks; `row` measures at one timestep."""
 
     def __init__(self, config: Config):
-        self.config, self.models, self.schedule = config, shapes.load(), Schedule(config.grid)
+        self.config, self.schedule = config, Schedule(config.grid)
+        self.models = shapes.load(folder=config.folder or None, name=config.model)
         self.models.unet.requires_grad_(False)
         self.scenes, captions, clips = moving_clips(config.clips)
         self.c, self.uncond = self.models.text(captions), self.models.text([""] * len(captions))
@@ -121,6 +132,25 @@ class Check:
         return cells
 
 
+def follow(config: Config, models, motion: float) -> str:
+    """Of all clips that motion transfer makes with strength λ', how many go where their reference goes, and
+    how many show the thing that was asked for."""
+    sampling = Sampling("ddim", config.steps, config.guidance, grid=config.steps, motion=motion,
+                        motion_share=0.6, on_grid=True)
+    asked = grammar.Thing("blue", "square")
+    prompts, seeds, following, shown = ["a blue square on black"] * config.transfers, range(config.transfers), 0, 0
+    for direction in ("right", "left", "up", "down"):
+        scene = grammar.Scene((replace(asked, motion=direction),), "black")
+        clip = world.render(scene, random.Random(f"reference {direction}"))
+        reference = Reference(models.vae.encode(clip[None] / 127.5 - 1), models.text(
+            [f"a blue square {grammar.MOTIONS[direction][0]} on black"]))
+        z = generate(models, prompts, list(seeds), models.size, sampling, reference=reference)
+        for made in to_clip(models.vae, z):
+            following += int(world.judge(scene, made)["motion"])
+            shown += int(world.judge(grammar.Scene((asked,), "black"), made)["all"])
+    return f"| {motion:g} | {following} | {shown} | {4 * config.transfers} |"
+
+
 @cli.main
 def main(argv=None):
     """Prints the table."""
@@ -135,6 +165,10 @@ def main(argv=None):
             if t[0] >= 500:                                         # where guidance is active
                 print("| " + " | ".join(check.row(t)) + " |", flush=True)
         print(f"\nThings go {check.travel(check.z0['true']):.1f} px in these clips.")
+        if config.transfers:
+            print("\n| λ' of motion transfer | follow | show a blue square on black | of |\n|---|---|---|---|")
+            for motion in config.motion:
+                print(follow(config, check.models, motion), flush=True)
 
 
 if __name__ == "__main__":
