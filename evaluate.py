@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import shapes
 from plumbing import cli, stats
-from plumbing.cli import Count, File, Folder
+from plumbing.cli import Count, File, Folder, Share
 from plumbing.errors import UserError, reading
 from plumbing.files import check_outputs, check_writable
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:                       # imported where they are needed: --help
 class ShapesConfig:
     """The options of `evaluate.py shapes`."""
     clips: Count = 500                  # clips of a row; half ask for combinations that were never trained on
+    pairs: Share = 0.3                  # share of the captions that ask for two things
     folder: Folder | None = None        # folder of pretrain.py's weights and of students [the embedded ones]
     rows: str = ""                      # rows to measure, by parts of their names, e.g. "vcm 4,turbo 4" [all]
     out: File | None = None             # .json with every figure and every clip's verdict

@@ -45,15 +45,11 @@ class Row:
     best_of: int = 1                    # takes of a clip, of which rewards choose one
     refine: int = 0                     # steps in which rewards optimise its noises
     motion: float = 0.0                 # weight of the motion reward beside the other two, for `refine`
+    lora_scale: float = 1.0
 
     @property
     def name(self) -> str:
         return f"{self.title} {self.steps}"
-
-    @property
-    def pairs(self) -> float:
-        """Share of captions of two things, which the teacher of motion guidance never saw."""
-        return grammar.PAIRS if self.model == "shapes" else 0.0
 
     @property
     def passes(self) -> int:
@@ -80,6 +76,7 @@ ROWS += [Row("motion DDIM", steps, method="ddim", model="shapes-motion") for ste
 ROWS += [Row(name, steps, name, "shapes-motion") for name in shapes.MOTION_STUDENTS for steps in (4, 8)]
 ROWS += [Row(f"{TITLES[name]} best-of-16", 4, name, best_of=16) for name in ("vcm", "turbo")]
 ROWS += [Row(f"{TITLES[name]} refine-15", 4, name, refine=15) for name in ("vcm", "turbo")]
+ROWS += [Row(f"T2V-Turbo LoRA {x:g}", 4, "turbo", lora_scale=x) for x in (0, 0.25, 0.5, 0.75, 1.25)]
 ROWS += [Row("T2V-Turbo motion-15", 4, "turbo", refine=15, motion=1.0)]
 
 DIFFERENCES = [                         # compared clip by clip
@@ -104,12 +101,15 @@ def make(config) -> list[dict]:
     rows, scorers, measured = chosen(config.rows, folder), shapes.rewards(device, folder), []
     print(line(COLUMNS))
     for row in rows:
-        measured.append(measure(row, config.clips, folder, device, scorers))
+        pairs = config.pairs if row.model == "shapes" else 0.0          # the other teacher saw single things
+        measured.append(measure(row, config.clips, pairs, folder, device, scorers))
         print(line(cells(measured[-1])), flush=True)
         if config.out:
             with atomic(config.out) as temporary:
                 temporary.write_text(json.dumps(dict(rows=measured), indent=1))
-    print(LEGEND, *differences({row["name"]: row["clips"] for row in measured}), sep="\n")
+    climbs = ["{}: reward {} after 0, 5, ... steps".format(row["name"], " ".join(map("{:.2f}".format, row["climb"])))
+              for row in measured if row["climb"]]
+    print(LEGEND, *climbs, *differences({row["name"]: row["clips"] for row in measured}), sep="\n")
     return measured
 
 
@@ -129,9 +129,10 @@ def chosen(text: str, folder: Path) -> list[Row]:
 # ---- measuring ---------------------------------------------------------------------------------------------
 
 
-def sampler(row: Row, folder: Path, device: torch.device, scorers: dict) -> Sampler:
-    """The row as a function, with its network loaded."""
-    models = shapes.load(row.student, folder, device, name=row.model)
+def sampler(row: Row, folder: Path, device: torch.device, scorers: dict, climbs: list[Tensor]) -> Sampler:
+    """The row as a function, with its network loaded. climbs: gets the rewards (steps + 1, B) that `refine`
+    met on its way."""
+    models = shapes.load(row.student, folder, device, lora_scale=row.lora_scale, name=row.model)
     bfloat16 = usual_dtype(device) == "bfloat16"
     models.unet.requires_grad_(False)                       # as sample.py does: the same bits
     image, video = scorers["image"], scorers["video"]
@@ -143,7 +144,11 @@ def sampler(row: Row, folder: Path, device: torch.device, scorers: dict) -> Samp
     def take(captions: list[str], seeds: list[int]) -> Tensor:
         how = models, captions, seeds, models.size, row.sampling(models)
         with torch.autocast(device.type, torch.bfloat16, bfloat16):
-            z = generate_refined(*how, terms, row.refine, chunk=0)[0] if row.refine else generate(*how)
+            if row.refine:
+                z, climb = generate_refined(*how, terms, row.refine, chunk=0)
+                climbs.append(torch.stack(climb).cpu())
+            else:
+                z = generate(*how)
         return to_clip(models.vae, z).cpu()
 
     @torch.no_grad()
@@ -156,10 +161,11 @@ def sampler(row: Row, folder: Path, device: torch.device, scorers: dict) -> Samp
     return best if row.best_of > 1 else take
 
 
-def measure(row: Row, count: int, folder: Path, device: torch.device, scorers: dict) -> dict:
+def measure(row: Row, count: int, pairs: float, folder: Path, device: torch.device, scorers: dict) -> dict:
     """Samples and judges `count` clips of a row, of trained and of held-out combinations in turn."""
-    sample, clips, seconds = sampler(row, folder, device, scorers), [], 0.0
-    splits = [shapes.Clips(split, pairs=row.pairs) for split in ("train", "held-out")]
+    clips, climbs, seconds = [], [], 0.0
+    sample = sampler(row, folder, device, scorers, climbs)
+    splits = [shapes.Clips(split, pairs=pairs) for split in ("train", "held-out")]
     for start in tqdm(range(0, count, BATCH), row.name, leave=False):
         indices = range(start, min(start + BATCH, count))
         seeds = [grammar.TABLE + i // 2 for i in indices]
@@ -169,8 +175,9 @@ def measure(row: Row, count: int, folder: Path, device: torch.device, scorers: d
         seconds += time.perf_counter() - began
         clips += [dict(split=splits[i % 2].split, seed=seed, **verdict)
                   for i, seed, verdict in zip(indices, seeds, judge(captions, shown, scorers), strict=True)]
+    climb = torch.cat(climbs, dim=1).mean(1)[::5].tolist() if climbs else []
     return dict(name=row.name, steps=row.steps, passes=row.passes, **means(clips), variety=variety(sample),
-                seconds=seconds / count, clips=clips)
+                seconds=seconds / count, climb=climb, clips=clips)
 
 
 @torch.no_grad()
