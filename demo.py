@@ -23,7 +23,7 @@ ROWS, COLUMNS = 5, 8                    # of the strip: it shows about so many s
 @lru_cache(maxsize=2)
 def load(config: sample.Config, method: str, lora_scale: float | None) -> tuple:
     """A method's options, its networks and its rewards, where there are any; the last two stay in memory."""
-    best_of = 1 if config.model == "shapes" or config.reward else None
+    best_of = 1 if config.is_toy or config.reward else None
     own = dict(turbo=None, lora_scale=None) if method == "teacher" else dict(lora_scale=lora_scale)
     config = replace(config, prompt="any", method=method, best_of=best_of, **own)
     sample.check(config)
@@ -66,7 +66,7 @@ def make(config: sample.Config, prompt: str, seed: int, best_of: int, method: st
 def page(config: sample.Config):
     """The page, as gradio's Blocks; the networks are loaded first, so that mistakes are said at once."""
     import gradio as gr
-    examples = TOY if config.model == "shapes" else ["An astronaut riding a horse.", "Waves at sunset."]
+    examples = TOY if config.is_toy else ["An astronaut riding a horse.", "Waves at sunset."]
     scored = bool(load(config, config.method, config.lora_scale)[2])
 
     def sliders(method, lora):                              # with a method's own steps and guidance

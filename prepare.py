@@ -37,7 +37,7 @@ from turbo import TeacherOutput, motion_strength
 @dataclass(frozen=True)
 class Config(train.Config):
     """The options of prepare.py; all else is that of the preset that will train from the cache."""
-    preset: Literal["turbo-v2", "shapes-v2"] = "turbo-v2"  # the recipe that will train from the cache
+    preset: Literal["turbo-v2", "shapes-v2", "shapes-motion-v2"] = "turbo-v2"  # recipe that will train from it
     teacher: File = ""                  # model.ckpt of VideoCrafter2; toy: its folder [downloaded; embedded]
     data: tuple[str, ...] = ()          # captioned clips: folder, manifest or .tar pattern; repeatable
     reward_data: tuple[str, ...] = ()   # further clips; then only these carry rewards (v2: WebVid)
@@ -175,11 +175,11 @@ def open_mixture(config: Config, group: Group) -> Mixture:
 def main(argv: list[str] | None = None):
     """Makes a cache, or goes on with one."""
     preset = cli.typed(Config, argv).get("preset", Config.preset)
-    toy = dict(clips=400, draws=4) if preset == "shapes-v2" else {}
+    toy = dict(clips=400, draws=4) if preset.startswith("shapes") else {}
     config = cli.parse(Config, argv, __doc__, defaults=train.PRESETS[preset] | toy)
     config = dataclasses.replace(config, lora=1)            # nothing is trained: the teacher is in its dtype
     if config.dry_run:
-        if config.preset == "shapes-v2":
+        if config.is_toy:
             raise UserError("--dry-run counts the published networks; the toy's cache takes minutes to make")
         return dry_run(config)
     train.check_options(config, set())

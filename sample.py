@@ -60,7 +60,7 @@ class Config:
     as_typed: bool = False              # shapes: the prompt as it is; else what it leaves unsaid is drawn
 
     # ---- which model
-    model: Literal["shapes", "vc2", "ms"] | None = None  # toy, VideoCrafter2, ModelScope [--turbo's; shapes]
+    model: Literal["shapes", "shapes-motion", "vc2", "ms"] | None = None  # two toys, VC2, MS [--turbo's; shapes]
     method: Literal["turbo", "vcm", "teacher"] = "turbo"  # a student, one without rewards, the teacher's DDIM
     teacher: File | None = None         # weights: model.ckpt or a folder [downloaded; shapes: embedded]
     turbo: File | None = None           # a student's weights: turbo.safetensors, unet_lora.pt [as --teacher]
@@ -91,6 +91,10 @@ class Config:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of networks [GPU: half, else float32]
     dry_run: bool = False               # vc2, ms: print what a clip would take; nothing is downloaded
 
+    @property
+    def is_toy(self) -> bool:
+        return (self.model or "").startswith("shapes")
+
 
 # ---- mistakes, found before torch is imported --------------------------------------------------------------
 
@@ -98,10 +102,12 @@ class Config:
 def model_of(config: Config) -> str:
     """The family: as typed, else what the student's own file says, else the toy."""
     turbo = config.turbo if config.method != "teacher" else None
-    stated = read_header(turbo).get("model") if (turbo or "").endswith(".safetensors") else None
+    stated = shapes.STUDENTS.get(turbo)
+    if (turbo or "").endswith(".safetensors"):
+        stated = read_header(turbo).get("model")
     if stated and config.model and stated != config.model:
         raise UserError(f"{turbo} is a student of {stated}, not of {config.model}; use --model {stated}")
-    if turbo and not stated and not config.model and turbo not in shapes.STUDENTS:
+    if turbo and not stated and not config.model:
         raise UserError(f"{turbo} does not say whose student it is; add --model vc2, ms or shapes")
     return config.model or stated or "shapes"
 
@@ -111,7 +117,7 @@ def check(config: Config) -> None:
     that say nothing."""
     if bool(config.prompt.strip()) == bool(config.prompts):
         raise UserError("give one prompt, or --prompts FILE; e.g. sample.py \"a red circle moving right\"")
-    teacher, toy = config.method == "teacher", config.model == "shapes"
+    teacher, toy = config.method == "teacher", config.is_toy
     belongs = [                         # options, do they take effect, what they belong to
         ("turbo lora_scale refine", not teacher, "students, not to --method teacher"),
         ("motion_from motion_prompt", teacher and config.motion_from and config.motion_prompt,
@@ -246,7 +252,7 @@ def plan_clips(config: Config) -> list[Job]:
     UserError for prompts that the toy does not understand, and for places where something would be lost."""
     one = Prompt(config.prompt, file_name(config.prompt))
     prompts = read_prompts(config.prompts) if config.prompts else [one]
-    for prompt in prompts if config.model == "shapes" else ():
+    for prompt in prompts if config.is_toy else ():
         grammar.understand(prompt.text)
     out = Path(config.out or ("clips" if config.prompts else "out.mp4"))
     jobs = jobs_of(prompts, out, config)
@@ -284,8 +290,9 @@ def load_models(config: Config) -> Models:
 
     student = None if config.method == "teacher" else config.turbo or config.method
     where = (device, getattr(torch, dtype), 1.0 if config.lora_scale is None else config.lora_scale)
-    if config.model == "shapes":
-        models = shapes.load(student, config.teacher, *where)
+    if config.is_toy:
+        student = "motion-v2" if config.model == "shapes-motion" and student == "turbo" else student
+        models = shapes.load(student, config.teacher, *where, config.model)
     else:
         student = f"{config.model}-turbo" if student == "turbo" else student            # the released one
         models = model.load(config.model, config.teacher, student, *where)
@@ -303,7 +310,7 @@ def load_rewards(config: Config, models: Models) -> list[RewardTerm]:
     import rewards
     from turbo import RewardTerm
     device, T = next(models.unet.parameters()).device, size_of(models, config)[0]
-    load = partial(shapes.reward, folder=config.teacher) if config.model == "shapes" else rewards.load
+    load = partial(shapes.reward, folder=config.teacher) if config.is_toy else rewards.load
 
     terms = []
     for name, path, weight in map(rewards.parse_spec, config.reward or ("shapes-clip", "shapes-viclip")):
@@ -324,7 +331,7 @@ def sampling_of(models: Models, config: Config) -> Sampling:
     names = ["steps", "guidance", "motion"] + ["fps"] * conditions.fps
     typed = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     default = dict(motion=1.0, motion_share=0.6) if config.motion_from else {}
-    if config.motion_from and config.model != "shapes":     # as the released motion_prior_sample.py
+    if config.motion_from and not config.is_toy:     # as the released motion_prior_sample.py
         default |= dict(steps=200, guidance=7.5, eta=0.0)
     sampling = replace(models.sampling, **default | typed)
 
@@ -369,7 +376,7 @@ class Take(NamedTuple):
 
 def caption_of(prompt: str, seed: int, config: Config) -> tuple[str, list[str]]:
     """What the networks are told, and notes on it: the toy's captions say what a prompt leaves unsaid."""
-    complete = config.model == "shapes" and not config.as_typed
+    complete = config.is_toy and not config.as_typed
     return grammar.fill_in(prompt, seed) if complete else (prompt, [])
 
 
@@ -388,7 +395,7 @@ def make(captions: list[str], seeds: list[int], models: Models, terms: list[Rewa
         z, climb = turbo.generate_refined(*common, terms, config.refine, progress=steps)
     else:
         z = turbo.generate(*common, steps, reference, watch)
-    clips = to_clip(models.vae, z, None if models.name == "shapes" else 4).cpu()
+    clips = to_clip(models.vae, z, None if config.is_toy else 4).cpu()
 
     with torch.no_grad():
         rewards = [term.reward(frames_for(term.reward, clips), captions).tolist() for term in terms]
@@ -408,7 +415,7 @@ def make_all(jobs: list[Job], models: Models, terms: list[RewardTerm], config: C
         if notes:
             print(f"{job.path.name}: {'; '.join(notes)}", file=sys.stderr)
 
-    count, batch = config.best_of or 1, config.batch or (16 if models.name == "shapes" else 1)
+    count, batch = config.best_of or 1, config.batch or (16 if config.is_toy else 1)
     to_make = [(caption, job.seed + i) for job, (caption, _) in zip(jobs, captions) for i in range(count)]
     sampling, reference = sampling_of(models, config), reference_of(models, config)
     takes, rows, done = [], [], 0
@@ -513,7 +520,7 @@ def main(argv=None):
 
     from model import FAMILIES, check_size
     from plumbing import video
-    family = FAMILIES.get(config.model) or shapes.FAMILY
+    family = (shapes.FAMILIES if config.is_toy else FAMILIES)[config.model]
     check_size(family, height=config.height, width=config.width)
     for job in jobs:
         video.check_output(job.path, config.fps or family.fps)

@@ -17,7 +17,7 @@ from plumbing import weights
 from plumbing.errors import UserError, reading
 from plumbing.fast_cpu import speed_up
 from plumbing.files import read_header
-from shapes import MOTION_STUDENTS, STUDENTS, WEIGHTS, grammar, student, world
+from shapes import STUDENTS, WEIGHTS, grammar, student, world
 from solver import Sampling, Schedule
 
 LAYOUT = """
@@ -245,7 +245,7 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     family, (state, _) = FAMILIES[name], read(folder / f"{FILES[name]}.safetensors")
     config, whole, lora, header = replace(family.unet, **conditions), None, None, {}
     if turbo is not None:
-        turbo = student(turbo, folder) if str(turbo) in (*STUDENTS, *MOTION_STUDENTS) else turbo
+        turbo = student(turbo, folder) if str(turbo) in STUDENTS else turbo
         config, whole, lora, header = model.read_turbo(turbo, config, name, lora_scale)
         header = model.complete(header, family)
     new = {f"{name}.weight": layer.weight.data for name, layer in model.condition_layers(config).items()}

@@ -231,12 +231,12 @@ class Clips:
         return dict(clip=clip, caption=caption, reward_caption=None, index=index)
 
 
-def accuracy(generate, count: int = 32) -> float:
+def accuracy(generate, count: int = 32, pairs: float = PAIRS) -> float:
     """Share of clips that are all right, for the same captions and seeds each time, half of them held-out.
 
     generate(captions, seeds) -> clips uint8 (B, 3, T, H, W) on any device.
     """
-    splits = [Clips("train"), Clips("held-out")]
+    splits = [Clips("train", pairs=pairs), Clips("held-out", pairs=pairs)]
     captions = [split.caption(2 * 10 ** 9 + i) for i in range(count // 2) for split in splits]
     clips = generate(captions, list(range(len(captions))))
     verdicts = [judge(grammar.understand(caption), clip) for caption, clip in zip(captions, clips)]
