@@ -37,7 +37,7 @@ from turbo import TeacherOutput, motion_strength
 @dataclass(frozen=True)
 class Config(train.Config):
     """The options of prepare.py; all else is that of the preset that will train from the cache."""
-    preset: Literal["turbo-v2", "shapes-v2", "shapes-motion-v2"] = "turbo-v2"  # recipe that will train from it
+    preset: Literal["turbo-v2", "shapes-v2", "shapes-motion-v2"] = "turbo-v2"  # the recipe it is for
     teacher: File = ""                  # model.ckpt of VideoCrafter2; toy: its folder [downloaded; embedded]
     data: tuple[str, ...] = ()          # captioned clips: folder, manifest or .tar pattern; repeatable
     reward_data: tuple[str, ...] = ()   # further clips; then only these carry rewards (v2: WebVid)

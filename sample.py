@@ -60,7 +60,7 @@ class Config:
     as_typed: bool = False              # shapes: the prompt as it is; else what it leaves unsaid is drawn
 
     # ---- which model
-    model: Literal["shapes", "shapes-motion", "vc2", "ms"] | None = None  # two toys, VC2, MS [--turbo's; shapes]
+    model: Literal["shapes", "shapes-motion", "vc2", "ms"] | None = None  # whose networks [--turbo's; shapes]
     method: Literal["turbo", "vcm", "teacher"] = "turbo"  # a student, one without rewards, the teacher's DDIM
     teacher: File | None = None         # weights: model.ckpt or a folder [downloaded; shapes: embedded]
     turbo: File | None = None           # a student's weights: turbo.safetensors, unet_lora.pt [as --teacher]

@@ -64,7 +64,8 @@ class Recipe:
 
 
 Preset = Literal[
-    "shapes", "shapes-vcm", "shapes-v2", "shapes-motion-v2", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms", "turbo-v2"]
+    "shapes", "shapes-vcm", "shapes-v2", "shapes-motion-v2", "vcm-vc2", "turbo-vc2", "vcm-ms", "turbo-ms",
+    "turbo-v2"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,8 @@ STUDENTS = {                            # whose students they are, by their name
         "turbo-beta-2", "turbo-motion-0.5", "turbo-motion-10", "v2", "v2-no-mg"), "shapes"),
     **dict.fromkeys(("motion-plain", "motion-mg", "motion-img", "motion-vid", "motion-v2"), "shapes-motion")}
 NEEDS_TORCH = {"Clips": "world", "accuracy": "world"} | dict.fromkeys(
-    ("FAMILIES", "FAMILY", "FILES", "SAMPLING", "load", "load_text", "load_vae", "read", "reward", "rewards"), "models")
+    ("FAMILIES", "FAMILY", "FILES", "SAMPLING", "load", "load_text", "load_vae", "read", "reward",
+     "rewards"), "models")
 
 
 def __getattr__(name: str):

@@ -91,8 +91,9 @@ COLUMNS = {"row": 22, "NFE": 4, "right % (95 %)": 18, "one": 3, "two": 3, "mot."
            "var.": 4, "s": 4}
 LEGEND = """
 NFE: evaluations of the network; right: clips whose colours, shapes, motions and background are all as
-asked, by the oracle; one, two: of clips of one thing, of two; mot.: motions as asked, in %; qual.: overlap with ideal shapes; px: how far things move; var.: what a caption
-leaves open differs between seeds by this share of the world's own, in %; s: seconds a clip"""
+asked, by the oracle; one, two: of clips of one thing, of two; mot.: motions as asked, in %; qual.:
+overlap with ideal shapes; px: how far things move; var.: what a caption leaves open differs between seeds by
+this share of the world's own, in %; s: seconds a clip"""
 
 
 def make(config) -> list[dict]:
@@ -107,7 +108,7 @@ def make(config) -> list[dict]:
         if config.out:
             with atomic(config.out) as temporary:
                 temporary.write_text(json.dumps(dict(rows=measured), indent=1))
-    climbs = ["{}: reward {} after 0, 5, ... steps".format(row["name"], " ".join(map("{:.2f}".format, row["climb"])))
+    climbs = [f"{row['name']}: reward after 0, 5, ... steps " + ", ".join(map("{:.2f}".format, row["climb"]))
               for row in measured if row["climb"]]
     print(LEGEND, *climbs, *differences({row["name"]: row["clips"] for row in measured}), sep="\n")
     return measured
@@ -245,8 +246,8 @@ def cells(row: dict) -> list[str]:
     """The printed cells of a row, as in COLUMNS."""
     all_right, low, high, one, two, motion, variety = (100 * share for share in (
         row["all"], *row["interval"], row["one"], row["two"], row["motion"], row["variety"]))
-    figures = [f"{one:.0f}", f"{two:.0f}", f"{motion:.0f}", f"{row['quality']:.3f}", f"{row['travel']:.1f}", f"{variety:.0f}",
-               f"{row['seconds']:.2f}"]
+    figures = [f"{one:.0f}", f"{two:.0f}", f"{motion:.0f}", f"{row['quality']:.3f}", f"{row['travel']:.1f}",
+               f"{variety:.0f}", f"{row['seconds']:.2f}"]
     right = f"{all_right:.1f} ({low:.1f}-{high:.1f})"
     return [row["name"], str(row["passes"]), right, *("-" if x == "nan" else x for x in figures)]
 

@@ -1,8 +1,8 @@
-"""Does the toy's motion gradient point along the true motion, and does motion transfer follow a clip? Prints
-two tables; minutes on one core.
+"""Does the toy's motion gradient point along the true motion, and does motion transfer follow a clip? Two
+tables; minutes on one core.
 
     python tests/motion.py --clips 12
-    python tests/motion.py --clips 12 --model shapes            # the large toy, whose attention is told places
+    python tests/motion.py --clips 12 --model shapes    # the large toy, which is told places
 
 Each clip shows one thing that goes somewhere. It has two twins that differ in motion alone: itself backwards,
 and its middle frame throughout. The energy's reference is the clip itself, inverted, as in training.
@@ -13,8 +13,8 @@ and its middle frame throughout. The energy's reference is the clip itself, inve
     guided step             energy after one DDIM step with λ' = 0 and others, and how far things go when the
                             teacher walks on from there to the end
 
-Motion transfer: "a blue square on black", of which no motion is said, from `transfers` seeds for each clip that
-goes right, left, up or down; how many follow it, by the oracle, with each λ'.
+Motion transfer: "a blue square on black", of which no motion is said, from `transfers` seeds for each clip
+that goes right, left, up or down; how many follow it, by the oracle, with each λ'.
 """
 import random
 import sys
@@ -138,13 +138,14 @@ def follow(config: Config, models, motion: float) -> str:
     sampling = Sampling("ddim", config.steps, config.guidance, grid=config.steps, motion=motion,
                         motion_share=0.6, on_grid=True)
     asked = grammar.Thing("blue", "square")
-    prompts, seeds, following, shown = ["a blue square on black"] * config.transfers, range(config.transfers), 0, 0
+    prompts, seeds = ["a blue square on black"] * config.transfers, list(range(config.transfers))
+    following, shown = 0, 0
     for direction in ("right", "left", "up", "down"):
         scene = grammar.Scene((replace(asked, motion=direction),), "black")
         clip = world.render(scene, random.Random(f"reference {direction}"))
         reference = Reference(models.vae.encode(clip[None] / 127.5 - 1), models.text(
             [f"a blue square {grammar.MOTIONS[direction][0]} on black"]))
-        z = generate(models, prompts, list(seeds), models.size, sampling, reference=reference)
+        z = generate(models, prompts, seeds, models.size, sampling, reference=reference)
         for made in to_clip(models.vae, z):
             following += int(world.judge(scene, made)["motion"])
             shown += int(world.judge(grammar.Scene((asked,), "black"), made)["all"])
@@ -166,7 +167,7 @@ def main(argv=None):
                 print("| " + " | ".join(check.row(t)) + " |", flush=True)
         print(f"\nThings go {check.travel(check.z0['true']):.1f} px in these clips.")
         if config.transfers:
-            print("\n| λ' of motion transfer | follow | show a blue square on black | of |\n|---|---|---|---|")
+            print("\n| λ' of motion transfer | follow | blue squares | of |\n|---|---|---|---|")
             for motion in config.motion:
                 print(follow(config, check.models, motion), flush=True)
 
