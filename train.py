@@ -522,9 +522,10 @@ def load_world(config: Config, group: run.Group) -> tuple[model.Models, object, 
 
 def load_models(config: Config, device: torch.device) -> model.Models:
     """The teacher; in float32 where all of its weights are to be trained."""
-    teacher, dtype = config.teacher or None, getattr(torch, config.dtype)
+    teacher = config.teacher or None
     if config.is_toy:
         return shapes.load(folder=teacher, device=device, name=config.model)
+    dtype = getattr(torch, config.dtype)
     models = model.load(config.model, teacher, device=device, dtype=dtype if config.lora else torch.float32)
     models.vae.to(dtype)
     models.text.to(dtype)
