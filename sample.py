@@ -335,8 +335,9 @@ def sampling_of(models: Models, config: Config) -> Sampling:
         default |= dict(steps=200, guidance=7.5, eta=0.0)
     sampling = replace(models.sampling, **default | typed)
 
-    if sampling.method == "student" and sampling.steps > sampling.grid:
-        raise UserError(f"--steps {sampling.steps}: this student jumps on a grid of {sampling.grid}, at most")
+    on_grid = sampling.on_grid or sampling.method == "student"
+    if on_grid and sampling.steps > sampling.grid:
+        raise UserError(f"--steps {sampling.steps}: this model walks on a grid of {sampling.grid}, at most")
     w_min, w_max = models.header.get("w_min", 0), models.header.get("w_max", float("inf"))
     if not w_min <= sampling.guidance <= w_max:
         print(f"--guidance {sampling.guidance:g}: this student was trained with {w_min:g} to {w_max:g}",
