@@ -85,7 +85,7 @@ def test_an_option_with_its_default_changes_nothing():
     schedule = turbo.Schedule(default.grid)
     assert tuple(default.jumps(schedule)) == TIMESTEPS
     assert sample.sampling_of(models, replace(config, steps=2)).jumps(schedule) == [999, 499]
-    with pytest.raises(UserError, match="--steps 51: this student jumps on a grid of 8"):
+    with pytest.raises(UserError, match="--steps 51: this model walks on a grid of 8"):
         sample.sampling_of(models, replace(config, steps=51))
 
 
