@@ -118,6 +118,8 @@ def chosen(text: str, folder: Path) -> list[Row]:
     """The rows whose name contains one of the texts between commas; of those whose weights are there."""
     files = [shapes.student(row.student or shapes.FILES[row.model], folder) for row in ROWS]
     rows = [row for row, file in zip(ROWS, files) if file.exists()]
+    if not rows:
+        raise UserError(f"{folder} holds no weights of a teacher; make them with shapes/pretrain.py")
     texts = [part.strip().lower() for part in text.split(",")]
     for part in texts:
         if not any(part in row.name.lower() for row in rows):

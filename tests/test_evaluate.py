@@ -199,7 +199,7 @@ def world_for_samples(monkeypatch):
     """The world's own clips in place of samples, no network loaded: {caption: clip} may spoil VCM's."""
     shown = {}
 
-    def sampler(row, folder, device, scorers):
+    def sampler(row, folder, device, scorers, climbs):
         def sample(captions, seeds):
             spoiled = shown if row.name == "VCM 4" else {}
             return torch.stack([spoiled.get(caption, drawn(caption, f"other {seed}"))
@@ -241,7 +241,7 @@ def test_the_table_samples_what_the_commands_sample(tmp_path, monkeypatch, row, 
     """The real networks: a student's row and a teacher's give the clip that sample.py gives."""
     monkeypatch.setattr(table, "usual_dtype", lambda device: "float32")
     caption = shapes.Clips("train").caption(grammar.TABLE)
-    clips = table.sampler(row, shapes.WEIGHTS, torch.device("cpu"), shapes.rewards())([caption], [7])
+    clips = table.sampler(row, shapes.WEIGHTS, torch.device("cpu"), shapes.rewards(), [])([caption], [7])
     sample.main([caption, "--as-typed", "--seed", "7", "--out", str(tmp_path / "a.png"), *options])
     assert torch.equal(clips[0], video.read_clip(tmp_path / "a.png"))
 
@@ -271,7 +271,7 @@ def test_variety_of_the_world_and_of_one_clip():
 MISTAKES = [                            # what is typed behind evaluate.py -> what the message says
     ("shape", "no command 'shape'; there are shapes, score, vbench"),
     ("shapes --rows nobody", "--rows 'nobody': no row has this in its name; there are DDIM, "),
-    ("shapes --folder {empty}", "{empty}/clip.safetensors: no such file"),
+    ("shapes --folder {empty}", "{empty} holds no weights of a teacher"),
     ("shapes --out table.csv", "--out table.csv: the table is stored as .json"),
     ("shapes --out {color1}", "--out {color1} exists, and no such command wrote it"),
     ("score", "score takes clips and at least one --reward"),

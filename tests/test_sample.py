@@ -273,7 +273,7 @@ def test_answers_come_at_once(tmp_path):
 
 @pytest.mark.parametrize("native, usual", [(True, "bfloat16"), (False, "float16")])
 def test_networks_work_in_what_the_gpu_multiplies_in(monkeypatch, native, usual):
-    def load(student, folder, device, dtype, scale):
+    def load(student, folder, device, dtype, scale, name):
         return model.Models("shapes", torch.nn.Linear(1, 1).to(dtype), None, None, None)
 
     monkeypatch.setattr(plumbing.run, "pick_device", lambda text: torch.device("cuda", 0))

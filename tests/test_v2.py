@@ -251,7 +251,8 @@ def test_a_cache_of_other_options_or_another_teacher_is_refused(cache, monkeypat
 
 def test_the_motion_gradient_by_its_program(capsys):
     """tests/motion.py in little: all cells are there."""
-    motion.main(["--clips", "2", "--grid", "2", "--inversion-steps", "1", "--motion", "0.5"])
-    titles, _, row, *_, travel = capsys.readouterr().out.splitlines()
+    motion.main(["--clips", "2", "--grid", "2", "--inversion-steps", "1", "--motion", "0.5",
+                 "--transfers", "1", "--steps", "2"])
+    titles, _, row, _, travel, *_, transfer = capsys.readouterr().out.splitlines()
     assert row.startswith("| 999 | ") and row.count("|") == titles.count("|") == 11
-    assert travel.startswith("Things go ")
+    assert travel.startswith("Things go ") and transfer.startswith("| 0.5 | ")
