@@ -118,6 +118,7 @@ def check(config: Config) -> None:
     if bool(config.prompt.strip()) == bool(config.prompts):
         raise UserError("give one prompt, or --prompts FILE; e.g. sample.py \"a red circle moving right\"")
     teacher, toy = config.method == "teacher", config.is_toy
+    embedded = {"shapes": ("turbo", "vcm"), "shapes-motion": ()}.get(config.model, ("turbo",))
     belongs = [                         # options, do they take effect, what they belong to
         ("turbo lora_scale refine", not teacher, "students, not to --method teacher"),
         ("motion_from motion_prompt", teacher and config.motion_from and config.motion_prompt,
@@ -127,7 +128,8 @@ def check(config: Config) -> None:
         ("best_of refine", toy or config.reward, "--reward NAME, e.g. --reward hpsv2"),
         ("as_typed", toy, "--model shapes"),
         ("vae dry_run", not toy, "--model vc2 or ms"),
-        ("method", toy or config.method != "vcm" or config.turbo, "--turbo FILE: there is no public VCM"),
+        ("method", teacher or config.turbo or config.method in embedded,
+         f"--turbo FILE, as {config.model} comes without such a student; or try --method teacher"),
     ]
     for options, effective, owner in belongs:
         for option in options.split():
@@ -291,7 +293,6 @@ def load_models(config: Config) -> Models:
     student = None if config.method == "teacher" else config.turbo or config.method
     where = (device, getattr(torch, dtype), 1.0 if config.lora_scale is None else config.lora_scale)
     if config.is_toy:
-        student = "motion-v2" if config.model == "shapes-motion" and student == "turbo" else student
         models = shapes.load(student, config.teacher, *where, config.model)
     else:
         student = f"{config.model}-turbo" if student == "turbo" else student            # the released one

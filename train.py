@@ -143,7 +143,8 @@ SHAPES = dict(
     save_every=50, sample_every=50, guidance=2.0,
     prompts=("a red circle moving right", "a blue square rising on white"))
 LONGER = dict(train_steps=800, lr_fall=1.0, on_policy=0.5, pairs=0.7)      # without rewards it gets worse
-MOTION_V2 = dict(ema=0.0, batch=6, pairs=0.0, inversion_steps=200)
+MOTION_V2 = dict(
+    ema=0.0, batch=8, pairs=0.0, lora=16, lr=2e-4, train_steps=300, motion=2.0)     # of single things
 PRESETS = {
     "shapes": SHAPES | LONGER, "shapes-vcm": SHAPES | VCM, "shapes-v2": SHAPES | dict(ema=0.0, batch=6),
     "shapes-motion-v2": SHAPES | MOTION_V2,

@@ -60,7 +60,7 @@ def test_words_are_filled_in_or_refused():
     assert {"left out: very, fast", "background not given: gray"} < {*make("a very fast ball")[2]}
     with pytest.raises(UserError, match="(?s)did you mean circle.*(\n.*){3}"):
         make("a red circel")
-    with pytest.raises(UserError, match="no public VCM"):
+    with pytest.raises(UserError, match="comes without such a student"):
         demo.load(replace(CONFIG, model="vc2"), "vcm", 1.0)
 
 
