@@ -7,7 +7,7 @@ Axes: B batch, C channels, T frames, H W space, L tokens, D width. Latents and c
 memory (B, T, H, W, C), so that the folds below are views (on a CPU: measured there; CUDA's group norms copy).
 Symbols: z noisy latents, t timesteps, c caption states (B, L, D), w guidance scale ω; result ε.
 
-Layers are written as their formulas. On a CPU plumbing/fast_cpu.py has equal ones that are faster.
+Layers are written as their formulas. On a CPU networks/fast_cpu.py has equal ones that are faster.
 """
 import math
 from contextlib import nullcontext
@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks import fast_cpu
 from networks.clip import TextTower, bpe, recompute, say_cut
 from networks.vae import KL_F8, VAE, Upsample, VAEConfig, VAEResBlock
-from plumbing import fast_cpu, layouts, weights
+from plumbing import layouts, weights
 from plumbing.errors import UserError
 from plumbing.layouts import fetch
 from solver import Sampling

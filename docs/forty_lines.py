@@ -4,6 +4,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
+
 import shapes
 from model import to_clip
 from plumbing.video import write_video

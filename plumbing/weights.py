@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 
 from plumbing import layouts
 from plumbing.errors import UserError, reading
-from plumbing.fast_cpu import FORMATS
 from plumbing.files import atomic, is_safetensors, read_header
 from plumbing.layouts import State, rename, to_public_names
 

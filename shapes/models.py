@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 import model
 import rewards as reward_models
+from networks.fast_cpu import speed_up
 from plumbing import weights
 from plumbing.errors import UserError, reading
-from plumbing.fast_cpu import speed_up
 from plumbing.files import read_header
 from shapes import STUDENTS, WEIGHTS, grammar, student, world
 from solver import Sampling, Schedule

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
 import rewards
 import shapes
+from networks.fast_cpu import speed_up
 from plumbing import cli, folder, run, weights
 from plumbing.errors import UserError
-from plumbing.fast_cpu import speed_up
 from shapes import grammar, world
 from shapes.models import MOTION, TOY, TOY_VAE
 from solver import Schedule

@@ -33,8 +33,8 @@ from torch.utils.flop_counter import flop_registry
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import turbo  # noqa: E402
 from model import CPU_LAYERS, MODELSCOPE, VAE, VC2, UNet3D  # noqa: E402
+from networks.fast_cpu import FORMATS, speed_up  # noqa: E402
 from plumbing.budget import CARDS, GIB, build, simulation  # noqa: E402
-from plumbing.fast_cpu import FORMATS, speed_up  # noqa: E402
 
 RATIOS = {"time": "busy", "memory": "peak", "activations": "activations", "tensors": "tensors"}
 COMPARED = ("unet", "vae")

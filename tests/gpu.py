@@ -36,7 +36,8 @@ import model  # noqa: E402
 import rewards  # noqa: E402
 import train  # noqa: E402
 import turbo  # noqa: E402
-from plumbing import budget, fast_cpu  # noqa: E402
+from networks import fast_cpu  # noqa: E402
+from plumbing import budget  # noqa: E402
 from solver import Sampling  # noqa: E402
 
 BOUNDS = {"float32": 1e-4, "bf16": 0.03, "compiled": 0.03}      # relative error, root mean square

@@ -18,9 +18,10 @@ from oracles import diffusers, sizes, transformers
 import model
 import solver
 from model import MODELSCOPE, VAE, VC2, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
+from networks import fast_cpu
+from networks.fast_cpu import speed_up
 from networks.vae import load_tiny_decoder
-from plumbing import fast_cpu, layouts
-from plumbing.fast_cpu import speed_up
+from plumbing import layouts
 from plumbing.layouts import DIFFUSERS_VAE, OPENCLIP_BLOCKS, UNET, huggingface_text, rename
 from plumbing.weights import fill
 
