@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plumbing.weights import FORMATS
+
 TOKENS = 4096                               # that go through a feed-forward layer at a time
 LARGE = 2 ** 24                             # numbers of an image whose copies would be the most that is held
 ROWS = 16                                   # of such an image that are normalised at a time
-FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def speed_up(layers: dict[type, type], *networks: nn.Module) -> None:

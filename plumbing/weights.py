@@ -194,6 +194,8 @@ def fingerprint(tensors: State) -> str:
 
 # ---- filling a network -------------------------------------------------------------------------------------
 
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}       # of weights, by their dimensions
+
 class NoInit(TorchFunctionMode):
     """Draws no normal values: on the meta device they would import torch's compiler, which takes a second."""
 
