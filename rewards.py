@@ -26,7 +26,7 @@ from networks.clip import BlockStack, LayerNorm, TextTower, TowerBlock, attend, 
 from plumbing.errors import UserError, reading
 from plumbing.files import read_header
 from plumbing.layouts import OPENCLIP_BLOCKS, PUBLIC, State, fetch, huggingface_text, rename
-from plumbing.weights import fill, locate, read_named, weight_files, without_memory
+from plumbing.weights import fill, locate, read_tensors, weight_files, without_memory
 
 Generators = Sequence[torch.Generator] | None           # on the CPU, one per clip: they draw its crop window
 Tokenizer = Callable[[list[str]], Tensor]               # B captions -> token ids (B, L)
@@ -193,7 +193,7 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
     with reading(path, f"a file of {name}"), without_memory():
         model = recipe.network(read_header(path) if path else {}, frames)
     if recipe.convert:
-        state = needed(read_named(*files))
+        state = needed(read_tensors(*files))
         with reading(path, f"a file of {name}"):
             state = recipe.convert(state, model)
         fill(model, state, path, device, allow_unused=not recipe.whole)

@@ -224,7 +224,7 @@ class TinyDecoder(nn.Sequential):
 
 def load_tiny_decoder(path: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> TinyDecoder:
     """path: taesd_decoder.safetensors or .pth, or its folder."""
-    state = weights.read_named(*weights.weight_files(path, "taesd_decoder"))
+    state = weights.read_tensors(*weights.weight_files(path, "taesd_decoder"))
     with weights.without_memory():
         decoder = TinyDecoder()
     return weights.fill(decoder, state, path, device, dtype).requires_grad_(False)

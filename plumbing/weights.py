@@ -40,11 +40,11 @@ class Inert:
     __setstate__ = __init__
 
 
-def read_named(*paths: str | Path) -> State:
+def read_tensors(*paths: str | Path) -> State:
     """{name: tensor} of a weight file or its shards, memory-mapped where possible, without wrappers and
     prefixes. The names in a list are its numbers, as in a list that was converted to .safetensors."""
     state = {}
-    for path in map(Path, paths):
+    for path in (Path(path).expanduser() for path in paths):
         with reading(path, "a weight file"):
             content = unwrap(read_file(path))
             entries = content.items() if isinstance(content, dict) else enumerate(content)
@@ -117,16 +117,16 @@ def read_teacher(path: str | Path, text_layers: int) -> tuple[State, State, Stat
     path = path / "model.ckpt" if (path / "model.ckpt").is_file() else path
 
     if not path.is_dir():
-        content = read_named(path)
+        content = read_tensors(path)
         prefixes = "diffusion_model.", "first_stage_model.", "cond_stage_model.model."
         unet, vae, text = (part(content, prefix) for prefix in prefixes)
     elif (path / MODELSCOPE[0]).is_file():
-        unet, vae, text = (read_named(path / name) for name in MODELSCOPE)
+        unet, vae, text = (read_tensors(path / name) for name in MODELSCOPE)
         vae = part(vae, "first_stage_model.") or vae
     elif (path / "unet").is_dir():
-        unet, vae = (read_named(*weight_files(path / folder, "diffusion_pytorch_model"))
+        unet, vae = (read_tensors(*weight_files(path / folder, "diffusion_pytorch_model"))
                      for folder in ("unet", "vae"))
-        text = read_named(*weight_files(path / "text_encoder", "model", "pytorch_model"))
+        text = read_tensors(*weight_files(path / "text_encoder", "model", "pytorch_model"))
     else:
         raise UserError(f"{path}: no teacher: neither model.ckpt nor unet/, vae/, text_encoder/")
     return (rename(unet, layouts.UNET), rename(vae, layouts.DIFFUSERS_VAE),
@@ -139,7 +139,7 @@ def read_student(path: str | Path, model: str | None) -> tuple[State, dict, Path
     path = locate(path)
     files = weight_files(path / "unet" if (path / "unet").is_dir() else path,
                          "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights", "turbo")
-    tensors = read_named(*files)
+    tensors = read_tensors(*files)
     header = read_header(files[0])
     if model and header.get("model", model) != model:
         raise UserError(f"{path} is a student of {header['model']}, not of {model}; "
@@ -160,7 +160,7 @@ def save_merged(path: str | Path, teacher: str | Path | None, unet: State) -> No
     teacher: that file, or its folder; None: the public one.
     """
     teacher = locate(teacher or layouts.fetch("vc2"))
-    content = read_named(teacher / "model.ckpt" if teacher.is_dir() else teacher)
+    content = read_tensors(teacher / "model.ckpt" if teacher.is_dir() else teacher)
     rest = {key: x for key, x in content.items() if not key.startswith("diffusion_model.")}
     student = {f"model.diffusion_model.{key}": x.detach().cpu().contiguous()
                for key, x in to_public_names(unet).items()}
@@ -195,6 +195,7 @@ def fingerprint(tensors: State) -> str:
 # ---- filling a network -------------------------------------------------------------------------------------
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}       # of weights, by their dimensions
+
 
 class NoInit(TorchFunctionMode):
     """Draws no normal values: on the meta device they would import torch's compiler, which takes a second."""

@@ -209,7 +209,7 @@ def test_pickles_run_nothing(call, new, tmp_path):
     except (pickle.PicklingError, AttributeError):
         pytest.skip("not picklable")
     try:
-        assert weights.read_named(tmp_path / "x.pt").keys() == {"x"}
+        assert weights.read_tensors(tmp_path / "x.pt").keys() == {"x"}
     except UserError as error:
         assert "x.pt" in str(error)
     assert not os.path.exists(tmp_path / "harm")
