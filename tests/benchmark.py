@@ -2,6 +2,8 @@
 
     python tests/benchmark.py                   # a UNet pass and a decoded clip, 16x256x256, by diffusers'
     python tests/benchmark.py --what unet --table   # seconds and FLOP/s of our pass, by kind of operation
+    python tests/benchmark.py --what clips --size 128 128   # ModelScope in 4 steps, diffusers' in 4 and 25
+    python tests/benchmark.py --what toy            # a training step of the toy on threads and on processes
     python tests/benchmark.py --what checkpointing  # what recomputing saves and costs, counted for 512x320
     python tests/benchmark.py --what budgets        # what every preset and command takes, simulated: Markdown
 
@@ -18,6 +20,8 @@ import contextlib
 import ctypes
 import io
 import json
+import os
+import re
 import resource
 import subprocess
 import sys
@@ -25,19 +29,24 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 import turbo  # noqa: E402
 from model import CPU_LAYERS, MODELSCOPE, VAE, VC2, UNet3D  # noqa: E402
 from networks.fast_cpu import FORMATS, speed_up  # noqa: E402
 from plumbing.budget import CARDS, GIB, build, simulation  # noqa: E402
+from solver import Sampling  # noqa: E402
 
 RATIOS = {"time": "busy", "memory": "peak", "activations": "activations", "tensors": "tensors"}
-COMPARED = ("unet", "vae")
+COMPARED = {"unet": ["diffusers", "ours"], "vae": ["diffusers", "ours"],    # the first is the unit
+            "clips": ["diffusers, 25 steps", "diffusers, 4 steps", "ours, 4 steps"]}
 BUDGETS = {             # command: its networks are simulated
     "train.py": ["--preset turbo-vc2", "--preset turbo-vc2 --offload", "--preset turbo-vc2 --chunk 0",
                  "--preset turbo-ms", "--preset vcm-vc2", "--preset vcm-ms", "--preset turbo-v2",
@@ -52,8 +61,8 @@ def options():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--what", nargs="+", choices=[*COMPARED, "checkpointing", "budgets"],
-                        default=COMPARED)
+    parser.add_argument("--what", nargs="+", choices=[*COMPARED, "toy", "checkpointing", "budgets"],
+                        default=["unet", "vae"])
     parser.add_argument("--size", nargs=2, type=int, default=[256, 256], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--chunk", type=int, default=1, help="frames decoded at once")
@@ -66,11 +75,17 @@ def options():
     return parser.parse_args()
 
 
-def network(which, what, device="meta"):
-    """ours or diffusers'"""
+def is_ours(which) -> bool:
+    return which.startswith("ours")
+
+
+def network(which, what, device="meta", guidance=False):
+    """ours or diffusers'; of `clips` both, our UNet a student's"""
+    if what == "clips":
+        return nn.ModuleDict({name: network(which, name, device, guidance=True) for name in ("unet", "vae")})
     with torch.device(device):
-        if which == "ours":
-            return UNet3D(MODELSCOPE) if what == "unet" else VAE()
+        if is_ours(which):
+            return UNet3D(replace(MODELSCOPE, guidance=guidance)) if what == "unet" else VAE()
         import diffusers
         if what == "unet":
             return diffusers.UNet3DConditionModel(attention_head_dim=64)
@@ -80,16 +95,34 @@ def network(which, what, device="meta"):
 
 
 def one_pass(net, which, what, args):
-    """A function without arguments: a UNet step of one clip, or its decoding."""
+    """A function without arguments: a UNet step of one clip, its decoding, or both in some steps."""
     T, (h, w) = args.frames, (n // 8 for n in args.size)
     make = dict(device=args.device, dtype=getattr(torch, args.dtype))
     z, c = torch.randn(1, 4, T, h, w, **make), torch.randn(1, 77, 1024, **make)
     t = torch.tensor([500], device=args.device)
+    if what == "clips":
+        return whole_clip(net["unet"], net["vae"], c, which, args)
     if what == "unet":
-        return lambda: net(z, t, c) if which == "ours" else net(z, t, encoder_hidden_states=c).sample
-    if which == "ours":
+        return lambda: net(z, t, c) if is_ours(which) else net(z, t, encoder_hidden_states=c).sample
+    if is_ours(which):
         return lambda: net.decode(z, args.chunk)
     return lambda: torch.cat([net.decode(part).sample for part in z[0].transpose(0, 1).split(args.chunk)])
+
+
+def whole_clip(unet, vae, c, which, args):
+    """A function without arguments: a clip by ModelScope's student, or by diffusers' guided pipeline."""
+    steps, T, (H, W) = int(which.split()[1]), args.frames, args.size
+    if is_ours(which):
+        models = SimpleNamespace(unet=unet, vae=vae, text=lambda captions: c)
+        sampling = Sampling(steps=steps)
+        return lambda: vae.decode(turbo.generate(models, ["a"], [0], (T, H, W), sampling).to(c), args.chunk)
+
+    from diffusers import DDIMScheduler, TextToVideoSDPipeline
+    vae.enable_slicing()                                    # decodes frame by frame, as ours
+    pipeline = TextToVideoSDPipeline(vae, None, None, unet, DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return lambda: pipeline(prompt_embeds=c, negative_prompt_embeds=c, num_inference_steps=steps,
+                            num_frames=T, height=H, width=W, output_type="pt")
 
 
 @torch.no_grad()
@@ -99,7 +132,7 @@ def count(which, what, args) -> tuple[int, int]:
     with simulation() as counter:
         with build("cpu", getattr(torch, args.dtype)):
             net = network(which, what, "cpu")
-        if which == "ours" and args.device == "cpu":
+        if is_ours(which) and args.device == "cpu":
             speed_up(CPU_LAYERS, net)
         run = one_pass(net, which, what, simulated)
         before = counter.reset()
@@ -167,9 +200,9 @@ def prepare(which, what, args):
     net = network(which, what).to(getattr(torch, args.dtype)).to_empty(device=args.device).eval()
     for p in net.requires_grad_(False).parameters():
         p.normal_(std=0.02)
-        if which == "ours" and p.dim() in FORMATS:          # as weights.fill leaves them
+        if is_ours(which) and p.dim() in FORMATS:           # as weights.fill leaves them
             p.data = p.data.contiguous(memory_format=FORMATS[p.dim()])
-    if which == "ours":
+    if is_ours(which):
         speed_up(CPU_LAYERS, net)
     return one_pass(net, which, what, args)
 
@@ -247,6 +280,24 @@ def checkpointing(args) -> None:
     print(f"together {sum(kept.values()) / 2 ** 30:.2f} GiB, {sum(flops.values()) / 1e12:.2f} TFLOP")
 
 
+# ---- the toy's training step -------------------------------------------------------------------------------
+
+
+def toy(args) -> None:
+    """Prints seconds of a step of `train.py --preset shapes` on threads and on processes of one thread each,
+    with ratios to one thread."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    runs = {"1 thread": ([], "1"), "2 threads": ([], "2"), "2 processes": (torchrun, "1")}
+    base = None
+    for name, (launcher, threads) in runs.items():
+        command = [sys.executable, *launcher, "train.py", "--preset", "shapes", "--dry-run", "10"]
+        done = subprocess.run([*command, "--device", "cpu"], stdout=subprocess.PIPE, text=True, check=True,
+                              cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": threads})
+        seconds = float(re.search(r"a step takes (\S+) s", done.stdout)[1])
+        base = base or seconds
+        print(f"{'toy':6}{name:21}{seconds:8.2f} s a step   time x{seconds / base:.2f}", flush=True)
+
+
 # ---- what everything takes, simulated ----------------------------------------------------------------------
 
 
@@ -295,8 +346,8 @@ def main():
         print(f"{args.frames} frames of {args.size[0]}x{args.size[1]}, {args.dtype} on {args.device}, "
               f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     for what in args.what:
-        if what in ("checkpointing", "budgets"):
-            {"checkpointing": checkpointing, "budgets": budgets}[what](args)
+        if what in ("toy", "checkpointing", "budgets"):
+            {"toy": toy, "checkpointing": checkpointing, "budgets": budgets}[what](args)
         elif args.table:
             table(what, args)
         else:
@@ -306,17 +357,19 @@ def main():
 def compare(what, args) -> None:
     """Prints a pass of diffusers' network, and of ours as a ratio to it."""
     base = None
-    for which in ("diffusers", "ours"):
+    for which in COMPARED[what]:
         done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", f"{which}:{what}"],
                               stdout=subprocess.PIPE, text=True, check=True)
-        result, (flops, tensors) = json.loads(done.stdout.splitlines()[-1]), count(which, what, args)
-        result["tensors"] = tensors
+        result, counted = json.loads(done.stdout.splitlines()[-1]), ""
+        if what != "clips":                                 # whose scheduler needs numbers: no fake tensors
+            flops, result["tensors"] = count(which, what, args)
+            floor = result["busy"] * result["rate"] / flops
+            counted = f"   {flops / 1e12:.2f} TFLOP, floor x{floor:.2f} of {result['rate'] / 1e9:.0f} GFLOP/s"
+
         base = base or result
-        print(f"{what:6}{which:14}{1000 * result['seconds']:10.0f} ms{result['peak']:8.2f} GiB"
-              f"{flops / 1e12:8.2f} TFLOP"
-              + "".join(f"   {name} x{result[key] / base[key]:.2f}" for name, key in RATIOS.items())
-              + f"   floor x{result['busy'] * result['rate'] / flops:.2f}"
-              f" of {result['rate'] / 1e9:.0f} GFLOP/s", flush=True)
+        ratios = {name: result[key] / base[key] for name, key in RATIOS.items() if key in result}
+        print(f"{what:6}{which:21}{1000 * result['seconds']:10.0f} ms{result['peak']:8.2f} GiB"
+              + "".join(f"   {name} x{ratio:.2f}" for name, ratio in ratios.items()) + counted, flush=True)
 
 
 if __name__ == "__main__":
