@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 PROJECT = Path(__file__).resolve().parent.parent
 REWARDS = ("hpsv2", "pickscore", "clip", "imagereward", "viclip", "internvideo2")
 DTYPES = ("float32", "bfloat16", "float16")
+STUB = ctypes.CDLL(os.environ.get("FAKECUDA"))      # pytest, which reads the names of the cases, has none
 CANNOT = 3                      # exit code where this PyTorch is not like the one that this was written for
 
 
@@ -63,29 +64,17 @@ def install() -> None:
     torch.autograd.graph._engine_run_backward = torch.autograd._engine_run_backward = run_backward
 
 
-class visible_gpus:
+@contextlib.contextmanager
+def visible_gpus(count: int):
     """Within the block fakecuda.c says that there are so many GPUs.
 
     The autograd engine asks for one, and a fake operation must not find one.
     """
-    now, stub = 0, None
-
-    def __init__(self, count: int):
-        self.count = count
-
-    def __enter__(self):
-        self.before = visible_gpus.now
-        self.set(self.count)
-
-    def __exit__(self, *error):
-        self.set(self.before)
-
-    @classmethod
-    def set(cls, count: int) -> None:
-        cls.stub = cls.stub or ctypes.CDLL(os.environ["FAKECUDA"])
-        if count != cls.now:
-            cls.stub.fake_devices(count)
-            cls.now = count
+    before = STUB.fake_devices(count)
+    try:
+        yield
+    finally:
+        STUB.fake_devices(before)
 
 
 def replace_tensors(module, fn, recurse=True):

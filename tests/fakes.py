@@ -62,7 +62,8 @@ class Fake(FakeTensorMode):
                 return "input", i
             if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata == storage._cdata:
                 return "view", (i, out.dtype, place - x.storage_offset(), out.shape, out.stride())
-        if any(x.untyped_storage()._cdata == storage._cdata for x in tensors_of(inputs)):
+        tensors = [x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor)]
+        if any(x.untyped_storage()._cdata == storage._cdata for x in tensors):
             return None
 
         # a new one, that fills its storage
@@ -92,7 +93,3 @@ class Fake(FakeTensorMode):
 def device_of(x: FakeTensor) -> torch.device:
     """What Fake answers to `x.device`, which is half of all that modes are asked."""
     return torch.device("meta") if x.fake_mode.in_kernel_invocation else x.fake_device
-
-
-def tensors_of(tree) -> list[torch.Tensor]:
-    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]

@@ -477,12 +477,6 @@ def test_wrong_lora(tmp_path):
     torch.save(tensors[2:] + tensors[:2], path)
     with pytest.raises(UserError, match=r"LoRA of time_embed.0 is \(128, 4\) and \(4, 128\)"):
         read_turbo(path, config)
-    for name, end, says in (("out.2", "alpha", "LoRA of out.2 holds alpha, up; it takes up and"),
-                            ("out.7", "down", "LoRA for out.7, a layer that this UNet")):
-        content = dict(zip((f"{name}.up", f"{name}.{end}"), tensors[-2:]))
-        save_checkpoint(tmp_path / "x.safetensors", content, {})
-        with pytest.raises(UserError, match=says):
-            read_turbo(tmp_path / "x.safetensors", config)
 
 
 def test_public_files_are_fetched(modelscope, tmp_path, monkeypatch):

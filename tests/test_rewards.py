@@ -232,7 +232,8 @@ def test_the_original_code(load, name, frames):
 
 
 # ---- transformers ------------------------------------------------------------------------------------------
-def small_hf_clip():
+def test_clip_is_transformers_clip(tmp_path):
+    """The folder of a CLIPModel, as PickScore's: names, projections, pairs of frame and caption, gradient."""
     common = dict(num_hidden_layers=2, hidden_act="gelu", projection_dim=24)
     config = transformers.CLIPConfig(
         text_config=dict(common, hidden_size=32, intermediate_size=128, num_attention_heads=2, vocab_size=50,
@@ -242,13 +243,8 @@ def small_hf_clip():
     hf = transformers.CLIPModel(config).eval()
     shapes = {key: tuple(p.shape) for key, p in hf.state_dict().items()}
     hf.load_state_dict({**hf.state_dict(), **weights(shapes)})
-    return hf
-
-
-def test_clip_is_transformers_clip(tmp_path):
-    """The folder of a CLIPModel, as PickScore's: names, projections, pairs of frame and caption, gradient."""
-    hf = small_hf_clip()
     hf.save_pretrained(tmp_path)
+
     reward = rewards.load("pickscore", tmp_path, tokenizer=clip_ids)
     x = clips(T=3)
     score, gradient = score_and_gradient(reward, x)
@@ -395,25 +391,21 @@ def test_clip_tokens_of_viclip_are_cut_to_32():
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------
-def torchvision_views(x, S):
-    """What the original code does to frames (N, 3, H, W), with torchvision."""
-    bicubic = tv.InterpolationMode.BICUBIC
-    H, W = x.shape[-2:]
+@pytest.mark.parametrize("H, W", [(320, 512), (256, 256), (65, 31), (28, 28), (40, 28), (5, 97)])
+def test_views_are_torchvisions(H, W):
+    """What the original code does to frames."""
+    clip, S, bicubic = clips(T=2, H=H, W=W), 28, tv.InterpolationMode.BICUBIC
+    x = clip.flatten(0, 1)
     side = [max(1, round(n * S / max(H, W))) for n in (H, W)]
     h, w = S - side[0], S - side[1]
     bars = tv.pad(tv.resize(x, side, bicubic), [w // 2, h // 2, w - w // 2, h - h // 2])
     shorter = tv.resize(x, [round(n * S / min(H, W)) for n in (H, W)], bicubic)
-    return {rewards.pad: bars, rewards.squash: tv.resize(x, [S, S], bicubic),
-            rewards.window: tv.center_crop(shorter, [S, S]),
-            rewards.centre: tv.center_crop(tv.resize(x, S, bicubic), [S, S])}
-
-
-@pytest.mark.parametrize("H, W", [(320, 512), (256, 256), (65, 31), (28, 28), (40, 28), (5, 97)])
-def test_views_are_torchvisions(H, W):
-    x = clips(T=2, H=H, W=W)
-    for view, expected in torchvision_views(x.flatten(0, 1), 28).items():
-        assert view(x, 28).shape == (2, 2, 3, 28, 28)
-        torch.testing.assert_close(view(x, 28).flatten(0, 1), expected, rtol=1e-5, atol=1e-6)
+    views = {rewards.pad: bars, rewards.squash: tv.resize(x, [S, S], bicubic),
+             rewards.window: tv.center_crop(shorter, [S, S]),
+             rewards.centre: tv.center_crop(tv.resize(x, S, bicubic), [S, S])}
+    for view, expected in views.items():
+        assert view(clip, S).shape == (2, 2, 3, S, S)
+        torch.testing.assert_close(view(clip, S).flatten(0, 1), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_one_window_per_clip():

@@ -1,10 +1,8 @@
 """Schedule and ODE solver against closed forms and diffusers."""
-import math
-
 import pytest
 import torch
 
-from solver import Schedule, cfg, ddim_invert, ddim_sample, ddim_step, ddim_timesteps, predict_z0, z0_scale
+from solver import Schedule, cfg, ddim_invert, ddim_sample, ddim_step, ddim_timesteps, z0_scale
 
 
 def test_schedule_has_the_published_values():
@@ -30,17 +28,9 @@ def test_grid(steps, first, k):
     assert schedule.previous(torch.tensor([999, first, first + k])).tolist() == [999 - k, 0, first]
 
 
-@pytest.mark.parametrize(
-    "grid, n, expected",
-    [
-        (50, 1, [999]),
-        (50, 4, [999, 759, 519, 279]),
-        (50, 8, [999, 879, 759, 639, 519, 399, 279, 159]),
-        (50, 16, list(range(999, 98, -60))),
-        (200, 4, [999, 749, 499, 249]),
-        (200, 8, list(range(999, 123, -125))),
-    ],
-)
+@pytest.mark.parametrize("grid, n, expected", [
+    (50, 1, [999]), (50, 4, [999, 759, 519, 279]), (50, 8, [999, 879, 759, 639, 519, 399, 279, 159]),
+    (50, 16, [*range(999, 98, -60)]), (200, 4, [999, 749, 499, 249]), (200, 8, [*range(999, 123, -125)])])
 def test_few_steps_are_the_released_samplers(grid, n, expected):
     assert Schedule(grid).few_steps(n) == expected
 
@@ -59,10 +49,8 @@ def test_step_counts_that_do_not_fit_are_refused():
 def gaussian_eps(schedule, mean, std):
     """The exact noise prediction for data ~ N(mean, std²): E[ε | z_t]."""
     def eps_model(z, t):
-        alpha, sigma = (
-            x.double() for x in (schedule.alpha_bar[t].sqrt(), (1 - schedule.alpha_bar[t]).sqrt())
-        )
-        alpha, sigma = alpha.view(-1, 1, 1, 1, 1), sigma.view(-1, 1, 1, 1, 1)
+        alpha_bar = schedule.alpha_bar[t].view(-1, 1, 1, 1, 1)
+        alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         return sigma * (z - alpha * mean) / (alpha ** 2 * std ** 2 + sigma ** 2)
     return eps_model
 
@@ -80,23 +68,6 @@ def test_ddim_is_the_ode_of_a_gaussian():
         z_0 = ddim_sample(schedule, eps_model, z, list(range(999, 0, -step)))
         errors.append((z_0 - exact).abs().max().item())
     assert errors[3] < 5e-3 and errors[0] / errors[1] > 1.7 and errors[1] / errors[2] > 1.7  # first order
-
-
-def test_ddim_is_exact_for_a_point():
-    """All data at one point m: ε(z, t) = (z - α m)/σ and a single DDIM step from t = 999 lands on α_0 m + σ_0
-    ε."""
-    schedule, m = Schedule(50), 1.3
-    z = torch.randn(3, 4, 2, 3, 3, generator=torch.Generator().manual_seed(0))
-    t, s = torch.full((3,), 999), torch.zeros(3, dtype=torch.long)
-    (alpha, sigma), (alpha_s, sigma_s) = schedule.at(t), schedule.at(s)
-    eps = (z - alpha * m) / sigma
-    torch.testing.assert_close(
-        ddim_step(z, eps, (alpha, sigma), (alpha_s, sigma_s)),
-        alpha_s * m + sigma_s * eps,
-        rtol=1e-4,
-        atol=1e-4,
-    )
-    torch.testing.assert_close(predict_z0(z, eps, alpha, sigma), torch.full_like(z, m), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -130,16 +101,6 @@ def test_z0_scale_is_videocrafters():
     assert scale[200].item() == pytest.approx(1 - 0.3 * 200 / 399, abs=1e-6)
 
 
-def test_scaled_ddim_divides_at_t_and_multiplies_at_s():
-    schedule, z, scale = Schedule(50), torch.ones(1, 1, 1, 1, 1), z0_scale()
-    at_t, at_s, at_0 = (schedule.at(torch.tensor([t])) for t in (501, 101, 0))
-    z0 = (1 - at_t[1] * 0.2) / at_t[0] / 0.7
-    z_s = at_s[0] * scale[101] * z0 + at_s[1] * 0.2
-    expected = at_0[0] * (z_s - at_s[1] * 0.2) / at_s[0] / scale[101] + at_0[1] * 0.2
-    sampled = ddim_sample(schedule, lambda z, t: torch.full_like(z, 0.2), z, [501, 101], scale=scale)
-    torch.testing.assert_close(sampled, expected)
-
-
 def test_inversion_serves_every_timestep_alike():
     """Each timestep as if it were the only one; on the grid as a plain walk."""
     schedule = Schedule(50)
@@ -157,31 +118,9 @@ def test_inversion_serves_every_timestep_alike():
     assert torch.equal(inverted[99], z)
 
 
-def test_inversion_and_sampling_return():
-    """Inverting along the grid and stepping back must return to the start, ever closer on finer grids."""
-    draw = torch.Generator().manual_seed(0)
-    z0 = 0.3 * torch.randn(2, 4, 2, 3, 3, dtype=torch.float64, generator=draw) + 0.7
-    errors = []
-    for steps in (50, 200):
-        schedule = Schedule(steps)
-        eps_model = gaussian_eps(schedule, 0.7, 0.3)
-        z = ddim_invert(schedule, eps_model, z0, [999])[999]
-        assert z.std() == pytest.approx(1, abs=0.2)                             # noised to the prior's scale
-        back = ddim_sample(schedule, eps_model, z, schedule.grid.flip(0).tolist())
-        errors.append((back - z0).abs().max().item())
-    assert errors[1] < errors[0] / 2.5 and errors[1] < 0.03
-
-
 def test_cfg_conventions():
     c, u = torch.tensor(3.0).view(1, 1, 1, 1, 1), torch.tensor(1.0).view(1, 1, 1, 1, 1)
     assert cfg(c, u, 0.0) == 3                                                  # ω = 0: no guidance
     assert cfg(c, u, 6.5) == 1 + 7.5 * (3 - 1)                                  # the usual scale s = ω + 1
     pair = cfg(c.expand(2, 1, 1, 1, 1), u.expand(2, 1, 1, 1, 1), torch.tensor([0.0, 2.0]))
     assert pair.flatten().tolist() == [3, 7]                                    # one ω per clip
-
-
-def test_noising_interpolates_between_data_and_noise():
-    schedule, z0, eps = Schedule(50), torch.full((2, 1, 1, 1, 1), 2.0), torch.full((2, 1, 1, 1, 1), -1.0)
-    z = schedule.add_noise(z0, eps, torch.tensor([0, 999])).flatten()
-    assert z[0].item() == pytest.approx(2 * math.sqrt(0.99914998) - math.sqrt(1 - 0.99914998), rel=1e-5)
-    assert z[1].item() == pytest.approx(2 * math.sqrt(0.00466010) - math.sqrt(1 - 0.00466010), rel=1e-5)

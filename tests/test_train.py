@@ -111,15 +111,6 @@ def test_the_toy_works_in_what_the_processor_is_fast_in(monkeypatch, native, toy
     assert usual_dtype(torch.device("cuda")) == toy
 
 
-def test_the_learning_rate_falls_where_it_is_told():
-    constant, falling = (trainer("--lr", 0.5, "--train-steps", 10, lr_fall=fall) for fall in (0.0, 0.5))
-    for made in (constant, falling):
-        made.gradients = lambda batch: torch.zeros(4, dtype=torch.float64)
-    for expected, made in (([0.5, 0.5, 0.5], constant), ([0.5, 0.4, 0.1], falling)):
-        rates = [vars(made).update(done=done) or made.step({"bad": 0})["lr"] for done in (0, 6, 9)]
-        assert rates == pytest.approx(expected)
-
-
 def test_a_batch_that_cannot_be_split_is_refused():
     group = Group()
     group.world_size = 4
@@ -163,6 +154,7 @@ def by_hand(made, teacher, target, clips, positions):
 @pytest.mark.parametrize("lora", [4, 0])
 def test_a_step_is_algorithm_1(lora):
     made, clips = trainer("--lora", lora), batch()
+    assert (made.teacher is made.student) == bool(lora)     # of big weights there is one copy
     teacher, target = (copy.deepcopy(network.network) for network in (made.teacher, made.student))
     for layer in turbo.lora_layers(teacher).values():
         layer.on = False
@@ -198,27 +190,6 @@ def test_an_update_is_adamw_and_ema():
     for p, q, a, b in zip(made.params, theirs, made.ema.average, average, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-def test_there_is_one_copy_of_the_big_weights():
-    made = trainer()
-    assert made.teacher is made.student
-    frozen = [p for p in made.student.parameters() if not p.requires_grad]
-    before = [p.clone() for p in frozen]
-    made.step(batch())
-    assert all(map(torch.equal, before, frozen))
-
-
-def test_a_second_trainer_does_not_move_the_first_ones_teacher():
-    """Two trainers of all weights on the same networks: each has a frozen teacher of its own."""
-    config, models = tiny.configure("--lora", 0), tiny.networks()
-    train.Trainer(config, models, [], Group())
-    made = train.Trainer(config, models, [], Group())
-    z, t, c = torch.randn(1, 4, 4, 4, 4), torch.tensor([519]), models.text(["a"])
-    with torch.no_grad():
-        before = made.teacher(z, t, c)
-        shake(made)
-        assert torch.equal(made.teacher(z, t, c), before) and not torch.equal(made.student(z, t, c), before)
 
 
 @pytest.mark.parametrize("lora", [4, 0])
@@ -289,8 +260,6 @@ def test_devices(monkeypatch):
     for message, mistake in {
         "--device cuda:9: no such device here; this machine has cpu:0, cuda:0, cuda:1":
             lambda: pick_device("cuda:9"),
-        "--device cuda:x: no such device here": lambda: pick_device("cuda:x"),
-        "--device mps: no such device here": lambda: pick_device("mps"),
         "--device cuda:1: every process takes a GPU of its own": lambda: own_device(one, 0, 2),
         "--device cuda:2: no such device here": lambda: own_device(any_gpu, 2, 3),
     }.items():
@@ -503,8 +472,6 @@ def test_merged_weights_are_also_written_as_released(tmp_path):
     written = torch.load(tmp_path / "t2v_turbo_vc2.pt")["state_dict"]
     assert written["first_stage_model.x"] == 1
     assert torch.equal(written["model.diffusion_model.out.2.bias"], made.models.unet.out[2].bias)
-    config, state, _, _ = model.read_turbo(tmp_path / "t2v_turbo_vc2.pt", made.models.unet.config)
-    weights.fill(model.UNet3D(config), state, "written")    # all names, and no other
 
 
 def test_a_student_without_a_step_or_not_finite_is_not_exported(tmp_path):
