@@ -231,6 +231,10 @@ PUBLISHED = {
     "VideoReward-DPO (VC2), 50 steps": (80.75,),
     "VideoDPO (VC2), 50 steps": (81.93,),
     "UnifiedReward (VC2), 50 steps": (81.43,),
+    "NoisEasier (VC2), 4 steps": (*[None] * 8, 59.17, None, None, 79.18, None, 93.63, 52.61, None, None, None,
+                                  31.95),
+    "NoisEasier (MS), 4 steps": (*[None] * 11, 76.6),
+    "best of n (MS), 4 steps": (*[None] * 11, 80.06),
 }
 
 
@@ -264,7 +268,7 @@ def vbench_table(config: VBenchConfig) -> dict[str, dict[str, float]]:
 def published() -> dict[str, dict[str, float]]:
     """The papers' rows, as `with_totals` returns one's own: {model: {column: share}}."""
     columns = (*TOTALS, *QUALITY, *SEMANTIC)
-    return {f"{name} (paper)": {column: percent / 100 for column, percent in zip(columns, row)}
+    return {f"{name} (paper)": {column: percent / 100 for column, percent in zip(columns, row) if percent}
             for name, row in PUBLISHED.items()}
 
 
