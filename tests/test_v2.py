@@ -256,3 +256,10 @@ def test_the_motion_gradient_by_its_program(capsys):
     titles, _, row, _, travel, *_, transfer = capsys.readouterr().out.splitlines()
     assert row.startswith("| 999 | ") and row.count("|") == titles.count("|") == 11
     assert travel.startswith("Things go ") and transfer.startswith("| 0.5 | ")
+
+
+def test_the_command_prepares_the_toys_cache_as_a_user_types_it(tmp_path):
+    """With the embedded teacher and the preset's own options, but for the number of clips."""
+    prepare.main([*V2, "--clips", "2", "--draws", "1", "--out", str(tmp_path / "cache")])
+    samples = data.Cache(tmp_path / "cache", train.cache_header(train.configure([*V2])))
+    assert len(samples) == 2 and samples.get(0)["z_t"].shape == (8, 8, 8, 8)
