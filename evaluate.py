@@ -28,7 +28,6 @@ if TYPE_CHECKING:                       # imported where they are needed: --help
 
 # ---- python evaluate.py shapes -----------------------------------------------------------------------------
 
-
 @dataclass(frozen=True)
 class ShapesConfig:
     """The options of `evaluate.py shapes`."""

@@ -21,10 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-import model
 import train
 from model import Models
-from plumbing import budget, cli
+from plumbing import cli
 from plumbing.cli import Count, File, Folder
 from plumbing.errors import UserError
 from plumbing.files import check_outputs
@@ -49,11 +48,9 @@ class Config(train.Config):
     out: Folder = "runs/cache"          # folder of the cache
     clips: Count | None = None          # how many clips of all data together [all]
     draws: Count = 1                    # timesteps and noises per clip, which share its inversion
-    dry_run: bool = False               # prints what a clip would take, simulated; reads no file
 
 
 # ---- one clip ----------------------------------------------------------------------------------------------
-
 
 def prepare_clip(models: Models, recipe, clip: Tensor, caption: str,
                  generator: torch.Generator) -> dict[str, Tensor]:
@@ -90,29 +87,7 @@ def encode(models: Models, clip: Tensor, caption: str,
     return z0, models.text([caption]), models.text([""])
 
 
-def dry_run(config: Config) -> budget.Budget:
-    """--dry-run: what a clip takes with fake tensors, one of those whose motion guides."""
-    T, H, W = config.frames, config.height, config.width
-    with budget.simulation() as counter, torch.no_grad():
-        part = budget.Budget(counter)
-        with part("construction", times=0), budget.build("cpu", getattr(torch, config.dtype)):
-            models = model.untrained("vc2")
-            models.unet.requires_grad_(False).checkpointing = True
-        with part("encode"):
-            clip = torch.zeros(3, T, H, W, dtype=torch.uint8)
-            z0, c, uncond = encode(models, clip, "a red circle moving right", torch.Generator())
-        with part("step of inversion", config.inversion_steps):
-            t = torch.full((1,), 999)
-            z_ref = models.unet(z0, t, c, fps=config.fps).float()
-        with part("draw of t and ε", config.draws):
-            eps, schedule = torch.randn_like(z0), Schedule(config.grid)
-            TeacherOutput.of(models.unet, schedule, z0, eps, t, z_ref, c, uncond, fps=config.fps)
-    part.show(f"a clip of {config.preset}, {W}x{H}, {T} frames, {config.dtype}")
-    return part
-
-
 # ---- all clips ---------------------------------------------------------------------------------------------
-
 
 class Mixture:
     """`count` clips, as many of each dataset (None: all of all), drawn from `seed`; the last one's carry
@@ -178,10 +153,6 @@ def main(argv: list[str] | None = None):
     toy = dict(clips=400, draws=4) if preset.startswith("shapes") else {}
     config = cli.parse(Config, argv, __doc__, defaults=train.PRESETS[preset] | toy)
     config = dataclasses.replace(config, lora=1)            # nothing is trained: the teacher is in its dtype
-    if config.dry_run:
-        if config.is_toy:
-            raise UserError("--dry-run counts the published networks; the toy's cache takes minutes to make")
-        return dry_run(config)
     train.check_options(config, set())
     if config.is_toy and (config.data or config.reward_data):
         raise UserError("--data and --reward-data belong to --preset turbo-v2; the toy draws its own clips")

@@ -34,6 +34,7 @@ View = Callable[[Tensor, int, Generators], Tensor]      # clips (B, T, 3, H, W) 
 
 
 # ---- a reward ----------------------------------------------------------------------------------------------
+
 class Reward:
     """reward(clips, captions): clips (B, T, 3, H, W) in [0, 1], any H and W, B captions -> (B,) float32.
 
@@ -98,6 +99,7 @@ def frames_for(reward: Reward, clips: Tensor) -> Tensor:
 
 
 # ---- the table of rewards ----------------------------------------------------------------------------------
+
 @dataclass(frozen=True)
 class Recipe:
     """All that makes a reward but its public file, which stands in PUBLIC under the same name."""
@@ -161,6 +163,7 @@ def recipe_of(name: str) -> Recipe:
 
 
 # ---- loading -----------------------------------------------------------------------------------------------
+
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 SPEC = re.compile(rf"([^=:]+)(?:=([^:].*?))?(?::({NUMBER}))?")
 
@@ -243,6 +246,7 @@ def wordpiece(path: Path, length: int, public: str, sep: bool = True) -> Tokeniz
 
 
 # ---- views: clips (B, T, 3, H, W) -> (B, T, 3, S, S), float32 ----------------------------------------------
+
 def squash(clips: Tensor, S: int, generators: Generators = None) -> Tensor:
     """The whole frame, its aspect ratio lost: PickScore, CLIPScore."""
     return resize(clips, S, S)
@@ -287,6 +291,7 @@ def resize(clips: Tensor, height: int, width: int) -> Tensor:
 
 
 # ---- parts that the networks share -------------------------------------------------------------------------
+
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float()).to(x.dtype)
@@ -327,6 +332,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 # ---- CLIP (HPSv2.1, PickScore, CLIPScore, toy) and ViCLIP --------------------------------------------------
+
 @dataclass(frozen=True)
 class CLIPConfig:
     """The defaults are ViT-H/14, which HPSv2.1, PickScore and CLIPScore share."""
@@ -413,6 +419,7 @@ class ViCLIP(CLIP):
 
 
 # ---- motion, without weights -------------------------------------------------------------------------------
+
 class Motion(nn.Module):
     """How fast parts of the picture move, beyond what all of it does: 0 (a still) to 1.
 
@@ -454,6 +461,7 @@ class Motion(nn.Module):
 
 
 # ---- BLIP's ViT and ImageReward ----------------------------------------------------------------------------
+
 @dataclass(frozen=True)
 class ViTConfig:
     image_size: int
@@ -516,6 +524,7 @@ class ImageReward(nn.Module):
 
 
 # ---- InternVideo2, stage 2 ---------------------------------------------------------------------------------
+
 class AttentionPool(nn.Module):
     """All tokens into one: the mean of the tokens attends to all of them."""
 
@@ -585,6 +594,7 @@ def toy_clip(embed_dim: int, vision_cfg: dict, text_cfg: dict, image_size: int |
 
 
 # ---- names in the public files -> ours ---------------------------------------------------------------------
+
 OPENCLIP = [
     (r"^visual\.", "vision_encoder."),
     (r"^(transformer|token_embedding|positional_embedding|ln_final|text_projection)\b", r"text_encoder.\1"),

@@ -34,7 +34,6 @@ if TYPE_CHECKING:                       # imported where they are needed: --help
     from torch import Tensor
 
     from model import Models
-    from plumbing.budget import Budget
     from solver import Sampling
     from turbo import Reference, RewardTerm
 
@@ -89,7 +88,6 @@ class Config:
     batch: Count | None = None          # clips at once [shapes: 16, else 1]
     device: str = ""                    # cuda, cuda:1, xpu, mps, cpu [cuda if there]
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of networks [GPU: half, else float32]
-    dry_run: bool = False               # vc2, ms: print what a clip would take; nothing is downloaded
 
     @property
     def is_toy(self) -> bool:
@@ -97,7 +95,6 @@ class Config:
 
 
 # ---- mistakes, found before torch is imported --------------------------------------------------------------
-
 
 def model_of(config: Config) -> str:
     """The family: as typed, else what the student's own file says, else the toy."""
@@ -127,7 +124,7 @@ def check(config: Config) -> None:
         ("reward", config.best_of or config.refine, "--best-of or --refine"),
         ("best_of refine", toy or config.reward, "--reward NAME, e.g. --reward hpsv2"),
         ("as_typed", toy, "--model shapes"),
-        ("vae dry_run", not toy, "--model vc2 or ms"),
+        ("vae", not toy, "--model vc2 or ms"),
         ("method", teacher or config.turbo or config.method in embedded,
          f"--turbo FILE, as {config.model} comes without such a student; or try --method teacher"),
     ]
@@ -158,7 +155,6 @@ def check(config: Config) -> None:
 
 
 # ---- the plan: prompts, and the files of their clips -------------------------------------------------------
-
 
 class Prompt(NamedTuple):
     """A row of a list."""
@@ -276,7 +272,6 @@ def plan_clips(config: Config) -> list[Job]:
 
 # ---- load --------------------------------------------------------------------------------------------------
 
-
 def load_models(config: Config) -> Models:
     """The networks that a command line asks for, on its device, frozen."""
     import torch
@@ -367,7 +362,6 @@ def reference_of(models: Models, config: Config) -> Reference | None:
 
 
 # ---- make: noise, latents, pixels, scores, files -----------------------------------------------------------
-
 
 class Take(NamedTuple):
     """A clip; of the --best-of N takes of a job the best is written."""
@@ -465,48 +459,7 @@ def write_sheet(path: Path, clips: list[Tensor]) -> None:
         picture.save(temporary, format="png")
 
 
-# ---- what a clip costs -------------------------------------------------------------------------------------
-
-
-def dry_run(config: Config) -> Budget:
-    """--dry-run: FLOP, bytes moved and memory of a clip, without the networks' files."""
-    import torch
-
-    import model
-    import rewards
-    import turbo
-    from plumbing import budget
-    dtype, B, terms = config.dtype or "bfloat16", config.batch or 1, []
-    sampling = model.FAMILIES[config.model].sampling["teacher" if config.method == "teacher" else "turbo"]
-    steps = config.steps or sampling.steps
-
-    with budget.simulation() as counter, torch.no_grad():
-        part = budget.Budget(counter)
-        with part("construction", times=0), budget.build("cpu", getattr(torch, dtype)):
-            models = model.untrained(config.model, guidance=config.method != "teacher")
-            models.unet.requires_grad_(False).checkpointing = bool(config.refine)
-            for name, _, _ in map(rewards.parse_spec, config.reward if config.refine else ()):
-                reward = rewards.untrained(name, "cpu", getattr(torch, dtype))
-                reward.checkpoint(True)
-                terms.append(turbo.RewardTerm(reward, 1.0, reward.frames or 6, reward.kind == "video", name))
-        budget.pick_worst(terms)
-
-        T, H, W = size_of(models, config)
-        clips = ([config.prompt or "a prompt"] * B, [0] * B, (T, H, W))
-        if config.refine:
-            with part("step of --refine", config.refine + 1), torch.enable_grad():
-                z, _ = turbo.generate_refined(models, *clips, replace(sampling, steps=steps), terms, 0)
-        else:
-            with part("captions and one step", steps):
-                z = turbo.generate(models, *clips, replace(sampling, steps=1))
-        with part("decode"):
-            models.vae.decode(z, 4)
-    part.show(f"{config.model} {config.method}, {B} x {W}x{H}, {T} frames, {steps} steps, {dtype}")
-    return part
-
-
 # ---- the command -------------------------------------------------------------------------------------------
-
 
 @cli.main
 def main(argv=None):
@@ -514,8 +467,6 @@ def main(argv=None):
     config = cli.parse(Config, argv, __doc__, positional="prompt")
     config = replace(config, model=model_of(config))
     check(config)
-    if config.dry_run:
-        return dry_run(config)
     jobs = plan_clips(config)
     if not jobs:
         return print("nothing to do: all clips are there")

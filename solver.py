@@ -20,7 +20,6 @@ from torch import Tensor
 
 # ---- schedule ----------------------------------------------------------------------------------------------
 
-
 class Schedule:
     """Variance-preserving noise schedule on timesteps 0..999 and the N-step grid that distillation walks on.
 
@@ -62,7 +61,6 @@ class Schedule:
 
 
 # ---- equations ---------------------------------------------------------------------------------------------
-
 
 def predict_z0(z: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     """The clean latents that z and the noise predicted in it imply."""
@@ -169,7 +167,6 @@ def ddim_invert(schedule: Schedule, eps_model: EpsModel, z0: Tensor,
 
 
 # ---- how to sample -----------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Sampling:

@@ -39,7 +39,6 @@ from turbo import EMA, RewardTerm, Step, TeacherOutput
 
 # ---- options and presets -----------------------------------------------------------------------------------
 
-
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """What only a preset fixes. Defaults: T2V-Turbo (VC2), Sec. 4 of its paper where nothing else is said."""
@@ -226,7 +225,6 @@ def settings(config: Config) -> dict:
 
 
 # ---- the trainer -------------------------------------------------------------------------------------------
-
 
 def generator(seed: int, position: int) -> torch.Generator:
     """The random stream of the clip at a position of the run; the odd factor sets those of seeds apart."""
@@ -495,7 +493,6 @@ class CachedTrainer(Trainer):
 
 # ---- what a run needs --------------------------------------------------------------------------------------
 
-
 def load_world(config: Config, group: run.Group) -> tuple[model.Models, object, list[RewardTerm]]:
     """Networks, dataset of captioned clips, and reward terms; random ones without clips for a --dry-run."""
     device, dtype = group.device, getattr(torch, config.dtype)
@@ -567,7 +564,6 @@ def reward_terms(config: Config, load: Callable) -> list[RewardTerm]:
 
 # ---- what a run leaves -------------------------------------------------------------------------------------
 
-
 def show(trainer: Trainer, out: Path) -> dict[str, float]:
     """OUT/samples: this process's share of the prompts, from the same noise. The toy is judged, too."""
     config, models, group = trainer.config, trainer.models, trainer.group
@@ -623,7 +619,6 @@ def export(trainer: Trainer, out: Path) -> None:
 
 
 # ---- the run -----------------------------------------------------------------------------------------------
-
 
 def loop(trainer: Trainer, clips, out: Path, record: dict) -> int | None:
     """Steps until --train-steps or a signal -> the signal's number. record: that of the step resumed from."""

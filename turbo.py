@@ -30,7 +30,6 @@ from solver import (
 
 # ---- the consistency function ------------------------------------------------------------------------------
 
-
 def boundary(t: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
     """c_skip and c_out of timesteps t (B,), shaped (B, 1, 1, 1, 1).
 
@@ -58,7 +57,6 @@ def pseudo_huber(a: Tensor, b: Tensor, bend: float = 0.001) -> Tensor:
 
 # ---- the teacher's step ------------------------------------------------------------------------------------
 
-
 def teacher_eps(teacher, z: Tensor, t: Tensor, c: Tensor, uncond: Tensor,
                 **conditions) -> tuple[Tensor, Tensor]:
     """ε(c) and ε(∅) of the teacher, both passes in one batch of 2 B."""
@@ -82,7 +80,6 @@ def solve(schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, w: Tensor, eps_c:
 
 
 # ---- one training step (v1 Algorithm 1, lines 3 to 10) -----------------------------------------------------
-
 
 @dataclass
 class Step:
@@ -131,7 +128,6 @@ def consistency_loss(student, ema, schedule: Schedule, z_t: Tensor, t: Tensor, z
 
 
 # ---- motion guidance (v2, Sec. 3.3) ------------------------------------------------------------------------
-
 
 def motion_strength(t: Tensor, motion: float, share: float) -> Tensor:
     """λ' of each clip, (B,): `motion` in the noisiest share τ of all timesteps, t >= 1000 (1 - τ), 0 below.
@@ -223,7 +219,6 @@ def distill_cached(student, schedule: Schedule, cached: TeacherOutput, w: Tensor
 
 # ---- the reward gradient -----------------------------------------------------------------------------------
 
-
 @dataclass
 class RewardTerm:
     """β R: a differentiable reward, its weight, and how many frames of a generated clip it is shown."""
@@ -304,7 +299,6 @@ def total_loss(loss_cd: Tensor, z0_hat: Tensor, g: Tensor | None) -> Tensor:
 
 
 # ---- few-step sampling -------------------------------------------------------------------------------------
-
 
 class Noise:
     """The random stream of a batch of clips, one draw (B, C, T, H, W) per call.
@@ -440,7 +434,6 @@ def motion_transfer(unet, schedule: Schedule, c: Tensor, reference: Reference, t
 
 # ---- LoRA: the student as a low-rank difference to its teacher ---------------------------------------------
 
-
 class LoRA(nn.Module):
     """base(x) + up(down(x)), base frozen. Kernel, stride and padding sit in `down`; `up` is 1x1, zero at
     first."""
@@ -555,7 +548,6 @@ class EMA:
 
 # ---- beyond the papers: clips on the student's own path ----------------------------------------------------
 
-
 @torch.no_grad()
 def on_policy(f, schedule: Schedule, z0: Tensor, step: Step, share: float, n: int,
               generators: list[torch.Generator]) -> tuple[Tensor, Step]:
@@ -584,7 +576,6 @@ def on_policy(f, schedule: Schedule, z0: Tensor, step: Step, share: float, n: in
 
 
 # ---- beyond the papers: rewards at test time ---------------------------------------------------------------
-
 
 def chain_gradient(f, schedule: Schedule, noises: list[Tensor], timesteps: list[int],
                    gradient_at: Callable) -> tuple[list[Tensor], Tensor, Tensor]:

@@ -71,6 +71,7 @@ def stands_alone(char: str) -> bool:
 
 
 # ---- network -----------------------------------------------------------------------------------------------
+
 @dataclass(frozen=True)
 class BERTConfig:
     vocab_size: int

@@ -50,7 +50,6 @@ class Scene:
 
 # ---- scenes and their captions -----------------------------------------------------------------------------
 
-
 def draw_scene(rng: random.Random, held_out: bool = False, pairs: float = PAIRS) -> Scene:
     """A random scene, all of its things from the trained combinations, or all from the held-out ones."""
     everything = [Thing(*values) for values in product(COLOURS, SHAPES, MOTIONS)]

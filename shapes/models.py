@@ -206,7 +206,6 @@ class CaptionEncoder(nn.Module):
 
 # ---- loading -----------------------------------------------------------------------------------------------
 
-
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors (as float32) and header of one of the toy's weight files."""
     if not path.exists():

@@ -59,7 +59,6 @@ VICLIP = rewards.ViCLIPConfig(
 
 # ---- the training loop of all stages -----------------------------------------------------------------------
 
-
 def fit(network: nn.Module, loss_of: Callable, out: Path, steps: int, group: run.Group, lr: float = 1e-3,
         decay: float = 0.995, cosines: tuple[tuple[float, float], ...] = ((0, 1),)) -> None:
     """AdamW with exact resumption. Leaves log and checkpoints in OUT, averaged weights in the network.
@@ -117,7 +116,6 @@ def learning_rate(progress: float, cosines: tuple[tuple[float, float], ...]) -> 
 
 # ---- batches -----------------------------------------------------------------------------------------------
 
-
 def draw(rng: random.Random, count: int, T: int, vary: str = "", pairs: float = 0.7
          ) -> tuple[Tensor, list[str], list[grammar.Scene]]:
     """A batch of training clips in [-1, 1] (B, 3, T, H, W), captions, scenes.
@@ -160,7 +158,6 @@ def roughen(pixels: Tensor, progress: float) -> Tensor:
 
 
 # ---- the stages: each trains its network -> the network, and what its file says about it -------------------
-
 
 def vae(out: Path, group: run.Group) -> tuple[nn.Module, dict]:
     """Pixels <-> latents 8 times smaller: L1 + L2, four times as much on and around things, and a little KL.

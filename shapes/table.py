@@ -130,7 +130,6 @@ def chosen(text: str, folder: Path) -> list[Row]:
 
 # ---- measuring ---------------------------------------------------------------------------------------------
 
-
 def sampler(row: Row, folder: Path, device: torch.device, scorers: dict, climbs: list[Tensor]) -> Sampler:
     """The row as a function, with its network loaded. climbs: gets the rewards (steps + 1, B) that `refine`
     met on its way."""
@@ -208,7 +207,6 @@ def travel(asked: grammar.Scene, clip: Tensor) -> float | None:
 
 # ---- variety -----------------------------------------------------------------------------------------------
 
-
 def variety(sample: Sampler, captions: int = 8, seeds: int = 8) -> float:
     """How far clips of one caption differ in place (x, y) and size, as a share of the world's own clips: √
     of variances over seeds, captions of one thing together. NaN where nothing is shown twice."""
@@ -231,7 +229,6 @@ def layouts(clips) -> Tensor:
 
 
 # ---- averaging and printing --------------------------------------------------------------------------------
-
 
 def means(clips: list[dict]) -> dict:
     """Means over a row's clips, by split and by number of things, too; Wilson's 95 % interval of `all`."""

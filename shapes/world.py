@@ -30,7 +30,6 @@ def tokenize(captions: list[str]) -> Tensor:
 
 # ---- drawing -----------------------------------------------------------------------------------------------
 
-
 def coverage(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     """How much of each pixel at (x, y) from the centre a shape covers, 0..1: a ring, a square or a triangle
     with the area of a disc of that radius."""
@@ -92,7 +91,6 @@ def render(scene: Scene, rng: random.Random, T: int = FRAMES, size: int = SIZE) 
 
 
 # ---- the oracle --------------------------------------------------------------------------------------------
-
 
 def things_in(clip: Tensor) -> tuple[dict[str, Tensor], float | None]:
     """The masks, bool (T, H, W), of the things in a clip by colour, told by hue; the gray level of the rest.
@@ -199,7 +197,6 @@ def judge(asked: Scene, clip: Tensor) -> dict[str, float]:
 
 
 # ---- clips as data -----------------------------------------------------------------------------------------
-
 
 class Clips:
     """Captioned clips without end, drawn when asked for, by index: a dataset for `data.loader`."""

@@ -38,16 +38,18 @@ from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import model  # noqa: E402
 import turbo  # noqa: E402
-from model import CPU_LAYERS, MODELSCOPE, VAE, VC2, UNet3D  # noqa: E402
+from model import CPU_LAYERS, FAMILIES, MODELSCOPE, VAE, VC2, UNet3D  # noqa: E402
 from networks.fast_cpu import FORMATS, speed_up  # noqa: E402
-from plumbing.budget import CARDS, GIB, build, simulation  # noqa: E402
-from solver import Sampling  # noqa: E402
+from plumbing import cli  # noqa: E402
+from plumbing.budget import CARDS, GIB, Budget, build, pick_worst, simulation  # noqa: E402
+from solver import Sampling, Schedule  # noqa: E402
 
 RATIOS = {"time": "busy", "memory": "peak", "activations": "activations", "tensors": "tensors"}
 COMPARED = {"unet": ["diffusers", "ours"], "vae": ["diffusers", "ours"],    # the first is the unit
             "clips": ["diffusers, 25 steps", "diffusers, 4 steps", "ours, 4 steps"]}
-BUDGETS = {             # command: its networks are simulated
+BUDGETS = {             # command: options
     "train.py": ["--preset turbo-vc2", "--preset turbo-vc2 --offload", "--preset turbo-vc2 --chunk 0",
                  "--preset turbo-ms", "--preset vcm-vc2", "--preset vcm-ms", "--preset turbo-v2",
                  "--preset turbo-v2 --offload", "--preset turbo-v2 --lora 64"],
@@ -252,7 +254,6 @@ def table(what, args) -> None:
 
 # ---- what recomputing saves and costs ----------------------------------------------------------------------
 
-
 def checkpointing(args) -> None:
     """Prints what the levels of VideoCrafter2 with LoRA 64 would keep for the backward pass, one clip of
     512x320 in bf16, and the FLOP that recomputing costs instead; counted as a GPU would hold it."""
@@ -282,7 +283,6 @@ def checkpointing(args) -> None:
 
 # ---- the toy's training step -------------------------------------------------------------------------------
 
-
 def toy(args) -> None:
     """Prints seconds of a step of `train.py --preset shapes` on threads and on processes of one thread each,
     with ratios to one thread."""
@@ -300,18 +300,70 @@ def toy(args) -> None:
 
 # ---- what everything takes, simulated ----------------------------------------------------------------------
 
-
 def simulated(command: str, options: str):
-    """The budget of a command, without what it prints."""
-    from importlib import import_module
-
+    """The budget of a command."""
     from fakes import Fake
 
     from plumbing import budget
     budget.FakeTensorMode = Fake                            # remembers results, in half of the time
-    argv = {"train.py": "--dry-run 0 --device cpu", "prepare.py": "--dry-run", "sample.py": "any --dry-run"}
-    with contextlib.redirect_stdout(io.StringIO()):
-        return import_module(command[:-3]).main([*options.split(), *argv[command].split()])
+    if command == "train.py":
+        import train
+        with contextlib.redirect_stdout(io.StringIO()):
+            return train.main([*options.split(), "--dry-run", "0", "--device", "cpu"])
+    return {"prepare.py": cached_clip, "sample.py": sampled_clip}[command](options)
+
+
+def sampled_clip(options: str) -> Budget:
+    """What sample.py takes for a clip."""
+    from rewards import parse_spec, untrained
+    from sample import Config
+    config = cli.parse(Config, options.split())
+    dtype, B, terms = getattr(torch, config.dtype or "bfloat16"), config.batch or 1, []
+    family = FAMILIES[config.model]
+    sampling = family.sampling["teacher" if config.method == "teacher" else "turbo"]
+    clips = (["a prompt"] * B, [0] * B, (family.frames, family.height, family.width))
+
+    with simulation() as counter, torch.no_grad():
+        part = Budget(counter)
+        with part("construction", times=0), build("cpu", dtype):
+            models = model.untrained(config.model, guidance=config.method != "teacher")
+            models.unet.requires_grad_(False).checkpointing = bool(config.refine)
+            for name, _, _ in map(parse_spec, config.reward):
+                reward = untrained(name, "cpu", dtype)
+                reward.checkpoint(True)
+                terms.append(turbo.RewardTerm(reward, 1.0, reward.frames or 6, reward.kind == "video", name))
+        pick_worst(terms)
+        if config.refine:
+            with part("step of --refine", config.refine + 1), torch.enable_grad():
+                z, _ = turbo.generate_refined(models, *clips, sampling, terms, 0)
+        else:
+            with part("captions and one step", sampling.steps):
+                z = turbo.generate(models, *clips, replace(sampling, steps=1))
+        with part("decode"):
+            models.vae.decode(z, 4)
+    return part
+
+
+def cached_clip(options: str) -> Budget:
+    """What prepare.py takes for a clip whose motion guides, in one draw of t and ε."""
+    from prepare import encode
+    from train import PRESETS, Config
+    recipe = Config(**PRESETS["turbo-v2"])
+    with simulation() as counter, torch.no_grad():
+        part = Budget(counter)
+        with part("construction", times=0), build("cpu", torch.bfloat16):
+            models = model.untrained("vc2")
+            models.unet.requires_grad_(False).checkpointing = True
+        with part("encode"):
+            clip = torch.zeros(3, recipe.frames, recipe.height, recipe.width, dtype=torch.uint8)
+            z0, c, uncond = encode(models, clip, "a prompt", torch.Generator())
+        with part("step of inversion", recipe.inversion_steps):
+            t = torch.full((1,), 999)
+            z_ref = models.unet(z0, t, c, fps=recipe.fps).float()
+        with part("draw of t and ε"):
+            turbo.TeacherOutput.of(models.unet, Schedule(recipe.grid), z0, torch.randn_like(z0), t, z_ref, c,
+                                   uncond, fps=recipe.fps)
+    return part
 
 
 def budget_row(command: str, options: str, made) -> str:

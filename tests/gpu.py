@@ -47,7 +47,6 @@ STEP = ["--preset", "turbo-vc2", "--batch", "1"]                # with both rewa
 
 # ---- measuring ---------------------------------------------------------------------------------------------
 
-
 @dataclasses.dataclass
 class Row:
     """A line of the table."""
@@ -152,7 +151,6 @@ def check(name: str, x, exact) -> Row:
 
 
 # ---- sections, most valuable first -------------------------------------------------------------------------
-
 
 def exactness(bench: Bench) -> Iterator[Row]:
     """A short clip in float32 on the CPU, in float32 here, in bf16 here."""

@@ -25,7 +25,6 @@ def mp4(tmp_path_factory) -> bytes:
 
 # ---- sources -----------------------------------------------------------------------------------------------
 
-
 @pytest.fixture
 def sources(mp4, tmp_path) -> dict[str, str]:
     """The same three clips as a folder, two manifests and two shards."""
@@ -147,7 +146,6 @@ def test_captions_that_are_no_strings(here, mp4):
 
 # ---- shards ------------------------------------------------------------------------------------------------
 
-
 def test_bad_members_are_named_in_full_on_one_line(here):
     names = ["f\u00e9lix/\u732b.mp4", "a\nb\x1b[31m.mp4", "folder/" * 18 + "clip.mp4", "x" * 200 + ".mp4"]
     members = [(member, b"words") for name in names for member in (name, name[:-3] + "txt")]
@@ -186,7 +184,6 @@ def test_index_in_the_cache_folder_where_the_shards_are_not_writable(sources, tm
 
 
 # ---- order -------------------------------------------------------------------------------------------------
-
 
 class Numbers:
     """A dataset from a function: the clip tells its index and what its generator drew; some are bad."""

@@ -44,7 +44,6 @@ def blocks(language, pages=PAGES):
 
 # ---- quotations --------------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("page, block", blocks("python"), ids=lambda text: text.splitlines()[-1].strip())
 def test_quoted_code_stands_in_its_file(page, block):
     head, _, code = block.partition("\n")
@@ -73,7 +72,6 @@ def test_a_readers_session(tmp_path, monkeypatch, capsys):
 
 
 # ---- commands ----------------------------------------------------------------------------------------------
-
 
 def commands():
     """(page, words from the script on) of every command: in blocks of bash, and in `...` within the text."""
@@ -119,7 +117,6 @@ def test_commands_parse(page, command, monkeypatch):
 
 # ---- links and pictures ------------------------------------------------------------------------------------
 
-
 def anchors(page):
     """Those that GitHub gives the headings of a page."""
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
@@ -161,7 +158,6 @@ def test_pictures_are_made(name, tmp_path, monkeypatch):
 
 
 # ---- the notebook ------------------------------------------------------------------------------------------
-
 
 def test_the_notebook_is_the_tutorial():
     """`python docs/notebook.py` was run after the last change."""

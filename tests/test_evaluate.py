@@ -75,7 +75,6 @@ def test_vbench_reads_folders_and_files(tmp_path, capsys):
 
 # ---- intervals ---------------------------------------------------------------------------------------------
 
-
 def test_wilson_intervals():
     """Closed forms at the ends, and a value that tables print."""
     z2 = stats.Z95 ** 2
@@ -195,7 +194,6 @@ def test_mean_distance_by_hand():
 
 
 # ---- the toy's table ---------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def world_for_samples(monkeypatch):

@@ -46,8 +46,8 @@ def test_runs_on_a_gpu(results, case):
 
 
 @pytest.mark.parametrize("case", fakecuda.BUDGETS)
-def test_the_dry_run_tells_the_memory_of_a_gpu(results, case):
-    """The most bytes on the device, along the way, are those that --dry-run simulates on the CPU."""
+def test_a_budget_tells_the_memory_of_a_gpu(results, case):
+    """The most bytes on the device, along the way, are those that a simulation on the CPU counts."""
     assert 0.95 < results[case]["peak"] / results[case]["budget"] < 1.05
 
 

@@ -72,7 +72,6 @@ def test_a_refusal_names_the_columns(name, text, options, message, here):
 
 # ---- names -------------------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("spec, count, warning", [
     ("s/*.tar", 4, None), ("s/{a,b}.tar", 2, None), ("s/[ab].tar", 2, None), ("s", 4, None),
     ("s/a.tar, ~/s/b.tar", 2, None), ("~/s/{0,2}.tar", 2, None),

@@ -24,6 +24,7 @@ from plumbing.errors import UserError
 
 
 # ---- public names and shapes, written down independently ---------------------------------------------------
+
 def linear(name, i, o, bias=True):
     return {f"{name}.weight": (o, i), **({f"{name}.bias": (o,)} if bias else {})}
 
@@ -135,6 +136,7 @@ def weights(shapes, seed=0):
 
 
 # ---- small models ------------------------------------------------------------------------------------------
+
 VICLIP = rewards.ViCLIPConfig(image_size=28, patch=14, frames=8, width=64, layers=2, heads=4, embed_dim=24,
                               text_width=32, text_layers=2, text_heads=2, context_length=12, vocab_size=50)
 CLIP = rewards.CLIPConfig(image_size=28, patch=14, width=64, layers=2, heads=4, embed_dim=24,
@@ -164,6 +166,7 @@ def bert_ids(captions):
 
 
 # ---- their files -------------------------------------------------------------------------------------------
+
 CONTAINERS = {      # name: (configuration, shapes, what the public file wraps its tensors in, tokenizer)
     "hpsv2": (CLIP, clip_shapes,
               lambda w: {"epoch": 1, "state_dict": {f"module.{k}": p for k, p in w.items()}}, clip_ids),
@@ -208,6 +211,7 @@ def close(ours, theirs, rtol=1e-5):
 
 
 # ---- the original code's numbers ---------------------------------------------------------------------------
+
 REFERENCE = {   # (name, frames): scores of two clips; their sum's gradient at [:, ::3, 1, 20, 30]; its norm
     ("viclip", 8): ([-0.06269718313, -0.1390922172], [0.0003793927818, 0.0002436946477, -2.632559925e-05,
                     0.0001404695454, -1.971720097e-05, 0.000278374092], 0.09804530193),
@@ -232,6 +236,7 @@ def test_the_original_code(load, name, frames):
 
 
 # ---- transformers ------------------------------------------------------------------------------------------
+
 def test_clip_is_transformers_clip(tmp_path):
     """The folder of a CLIPModel, as PickScore's: names, projections, pairs of frame and caption, gradient."""
     common = dict(num_hidden_layers=2, hidden_act="gelu", projection_dim=24)
@@ -391,6 +396,7 @@ def test_clip_tokens_of_viclip_are_cut_to_32():
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------
+
 @pytest.mark.parametrize("H, W", [(320, 512), (256, 256), (65, 31), (28, 28), (40, 28), (5, 97)])
 def test_views_are_torchvisions(H, W):
     """What the original code does to frames."""
@@ -442,6 +448,7 @@ def test_the_gradient_of_a_clip_does_not_depend_on_its_batch(load, name):
 
 
 # ---- what every reward promises ----------------------------------------------------------------------------
+
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_each_clip_meets_its_own_caption(load, name):
     reward, x = load(name), clips()
@@ -498,6 +505,7 @@ def test_imagereward_is_capped_at_two(load):
 
 
 # ---- the toy's pair ----------------------------------------------------------------------------------------
+
 def test_toy_files(tmp_path):
     """Their configuration stands in the header; pixels are squashed where they must be."""
     clip, viclip = open_clip.CLIP(**OPEN_CLIP).eval(), rewards.ViCLIP(VICLIP)
@@ -537,6 +545,7 @@ def test_a_tubelet_is_a_convolution_over_frames():
 
 
 # ---- files and their errors --------------------------------------------------------------------------------
+
 def test_clip_containers(tmp_path, load):
     """HPS with and without the data-parallel prefix, a .safetensors, a folder: the same weights."""
     w = weights(clip_shapes(CLIP))
@@ -608,6 +617,7 @@ def test_parse_spec():
 
 
 # ---- captions that are cut ---------------------------------------------------------------------------------
+
 @pytest.mark.parametrize("name, tokens", [("clip", 77), ("viclip", 32), ("internvideo2", 40),
                                           ("imagereward", 35)])
 def test_cut_captions_are_said_once(load, tmp_path, capsys, name, tokens):
@@ -627,6 +637,7 @@ def test_cut_captions_are_said_once(load, tmp_path, capsys, name, tokens):
 
 
 # ---- full size ---------------------------------------------------------------------------------------------
+
 FULL = {        # configuration, names in the public file, their digest, weights that the network has of them
     "clip": (rewards.CLIPConfig(), clip_shapes, "e8c4c7fb33610e2f", 986_109_440),
     "viclip": (rewards.ViCLIPConfig(), viclip_shapes, "5ca3c8b145c3e635", 427_590_144),

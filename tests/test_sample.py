@@ -7,7 +7,6 @@ from dataclasses import replace
 import imageio.v3 as iio
 import pytest
 import torch
-from oracles import sizes
 
 import model
 import plumbing.run
@@ -41,7 +40,6 @@ def latents(models, config, captions, seeds):
 
 
 # ---- clips -------------------------------------------------------------------------------------------------
-
 
 def test_the_readmes_first_command_shows_what_was_asked_for(tmp_path, capsys):
     """At least 6 of 8 seeds are right in everything; what the prompt leaves unsaid is said."""
@@ -139,7 +137,6 @@ def test_motion_of_another_clip(tmp_path, monkeypatch):
 
 
 # ---- rewards at test time ----------------------------------------------------------------------------------
-
 
 def test_the_best_of_several_is_written(tmp_path, capsys):
     """It is the clip of one seed, the one with the highest reward; scores, and a sheet in their order."""
@@ -251,7 +248,6 @@ def test_processes_share_the_clips(tmp_path, monkeypatch):
 
 # ---- the command -------------------------------------------------------------------------------------------
 
-
 def imported(*argv):
     """The modules that a command imports."""
     done = subprocess.run([sys.executable, "-X", "importtime", sample.__file__, *map(str, argv)], text=True,
@@ -285,10 +281,9 @@ def test_networks_work_in_what_the_gpu_multiplies_in(monkeypatch, native, usual)
 
 
 def test_options_of_every_kind_are_read():
-    words = "--num 2 --dtype bfloat16 --dry-run --guidance 0.5 --out x.gif --reward hpsv2 --reward clip=F:2"
-    words = words.split()
+    words = "--num 2 --dtype bfloat16 --as-typed --guidance 0.5 --reward hpsv2 --reward clip=F:2".split()
     assert cli.parse(sample.Config, [*words, "a b"], positional="prompt") == sample.Config(
-        "a b", num=2, dtype="bfloat16", dry_run=True, guidance=0.5, out="x.gif", reward=("hpsv2", "clip=F:2"))
+        "a b", num=2, dtype="bfloat16", as_typed=True, guidance=0.5, reward=("hpsv2", "clip=F:2"))
 
 
 def test_a_students_header_names_its_model(tmp_path, capsys):
@@ -298,17 +293,3 @@ def test_a_students_header_names_its_model(tmp_path, capsys):
     assert sample.model_of(sample.Config(PROMPT, turbo=str(path))) == "vc2"
     assert "is a student of vc2, not of ms" in fails(capsys, "a dog", "--turbo", path, "--model", "ms")
     assert "add --model vc2, ms or shapes" in fails(capsys, PROMPT, "--turbo", "unet_lora.pt")
-
-
-def test_the_budget_of_a_clip_needs_no_files(monkeypatch, capsys):
-    """--dry-run on fake tensors: parts, FLOP, memory, seconds at the rates of three cards."""
-    unet = replace(model.FAMILIES["vc2"].unet, **sizes(32, (1, 2), 1, attention_levels=(0,)),
-                   head_dim=16, context_dim=16, init_heads=2, groups=8)
-    vae = model.VAEConfig(channels=32, mult=(1, 1), res_blocks=1, patch=2)
-    tiny = replace(model.FAMILIES["vc2"], unet=unet, vae=vae, frames=4, height=16, width=16,
-                   text=model.TextConfig(width=16, layers=2, heads=2))
-    monkeypatch.setitem(model.FAMILIES, "vc2", tiny)
-    run("a dog", "--model", "vc2", "--dry-run")
-    out = capsys.readouterr().out
-    parts = ("construction", "captions and one step", "decode", "TFLOP", "H100", "4 frames, 4 steps")
-    assert all(word in out for word in parts)

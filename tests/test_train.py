@@ -52,7 +52,6 @@ def batch(n=6, start=0):
 
 # ---- configuration -----------------------------------------------------------------------------------------
 
-
 def test_presets_are_the_papers():
     table = {
         #             size        fps lora  β_img β_vid rewards
@@ -119,7 +118,6 @@ def test_a_batch_that_cannot_be_split_is_refused():
 
 
 # ---- Algorithm 1 -------------------------------------------------------------------------------------------
-
 
 def by_hand(made, teacher, target, clips, positions):
     """L and its gradient, clip by clip in one joint graph, with separate networks for teacher and target."""
@@ -213,7 +211,6 @@ def test_a_student_starts_from_another_one(tmp_path, lora):
 
 # ---- processes ---------------------------------------------------------------------------------------------
 
-
 def test_any_split_of_the_batch_trains_the_same(tmp_path):
     """Six clips on 1, 2 and 3 processes, in passes of 1 to 6: the same losses, moments and weights, to
     rounding; passes of the same clips differ in the order of sums alone."""
@@ -268,7 +265,6 @@ def test_devices(monkeypatch):
 
 
 # ---- numerics ----------------------------------------------------------------------------------------------
-
 
 def test_a_step_without_a_finite_gradient_is_skipped_by_all(tmp_path, monkeypatch):
     """One clip of one process has a reward of nan in step 2; ten such steps in a row end the run."""
@@ -361,7 +357,6 @@ def test_offload_changes_nothing(lora, monkeypatch):
 
 # ---- memory ------------------------------------------------------------------------------------------------
 
-
 def test_live_bytes_counts_storages_once():
     with budget.Counter() as memory:
         a = torch.zeros(1000)
@@ -437,7 +432,6 @@ def test_full_size_fits(options, capsys):
 
 
 # ---- results -----------------------------------------------------------------------------------------------
-
 
 def test_results_load_where_they_are_needed(tmp_path):
     """turbo.safetensors and the merged UNet: the same student."""

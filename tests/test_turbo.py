@@ -165,7 +165,6 @@ def test_lora_off_is_the_teacher_and_merging_is_lora_on():
 
 # ---- rewards -----------------------------------------------------------------------------------------------
 
-
 def decode(z):
     """A stand-in decoder, nonlinear, 4 latent channels → 3 of pixels, frame by frame."""
     mix = torch.tensor([[1, 0.2, 0, 0.5], [0, 1, -0.3, 0.1], [0.4, 0, 1, 0]], dtype=z.dtype)
@@ -233,7 +232,6 @@ def test_frames_are_picked_as_the_paper_says():
 
 # ---- sampling ----------------------------------------------------------------------------------------------
 
-
 def test_few_step_sampling_agrees_with_diffusers_lcm(monkeypatch):
     """Against LCMScheduler for a made-up ε, step by step with the same noise. Its boundary scaling is the
     same, σ_data 0.5 and 10 t."""
@@ -262,7 +260,6 @@ def test_few_step_sampling_agrees_with_diffusers_lcm(monkeypatch):
 
 
 # ---- motion guidance ---------------------------------------------------------------------------------------
-
 
 def test_motion_gradient_and_the_guided_step_as_published():
     """`get_motion_prior_score`, `compute_temp_loss` and v2's guided DDIM step of the T2V-Turbo code, run clip
@@ -326,7 +323,6 @@ def test_a_stored_step_equals_a_step_with_the_teacher(motion):
 
 
 # ---- the one sampling function -----------------------------------------------------------------------------
-
 
 class Told(nn.Module):
     """A denoiser that notes what it is told."""
@@ -433,7 +429,6 @@ def test_motion_transfer_is_guidance_towards_another_clip():
 
 
 # ---- rewards at test time ----------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("lora, checkpointing, dtype, tolerance", [
     (0, False, torch.float64, 1e-10), (4, True, torch.float64, 1e-10), (4, False, torch.float32, 1e-6)])

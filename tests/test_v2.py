@@ -55,7 +55,6 @@ def cache(tmp_path_factory):
 
 # ---- Algorithm 1 -------------------------------------------------------------------------------------------
 
-
 def test_a_sample_is_what_the_teacher_says(cache):
     models, schedule = networks(), train.Schedule(50)
     made = data.Cache(cache)
@@ -145,7 +144,6 @@ def test_preparing_killed_at_random_moments_is_preparing_undisturbed(tmp_path):
 
 
 # ---- Algorithm 2 -------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("lora", [4, 0])
 def test_one_process_and_two_killed_or_not_train_the_same_student(cache, tmp_path, lora):

@@ -28,7 +28,6 @@ def mp4(tmp_path_factory) -> bytes:
 
 # ---- sampling frames ---------------------------------------------------------------------------------------
 
-
 def test_pick_consecutive_frames_at_the_native_rate():
     """However a container rounds its timestamps, and from every start."""
     for rate, digits in itertools.product((8, 15, 24, 25, 29.97, 30), (3, 6)):
@@ -150,7 +149,6 @@ def test_resize_crop_against_pillow(H, W, height=16, width=24):
 
 # ---- whole clips -------------------------------------------------------------------------------------------
 
-
 @pytest.fixture(scope="module")
 def smooth_clip() -> torch.Tensor:
     x = torch.rand(3, 2, 2, 3, generator=torch.Generator().manual_seed(0))
@@ -211,7 +209,6 @@ def test_unreadable_clips_are_named_with_the_reason(smooth_clip, tmp_path):
 
 
 # ---- files -------------------------------------------------------------------------------------------------
-
 
 def test_atomic_follows_the_umask_and_takes_long_names(tmp_path):
     before = os.umask(0o027)

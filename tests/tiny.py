@@ -115,7 +115,6 @@ def main(argv, **recipe):
 
 # ---- runs --------------------------------------------------------------------------------------------------
 
-
 def _process(rank, world, port, argv, before, recipe, log):
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -166,7 +165,6 @@ def die():
 
 
 # ---- what a run leaves -------------------------------------------------------------------------------------
-
 
 def last(out):
     """The last checkpoint, loaded."""
