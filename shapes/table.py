@@ -84,7 +84,8 @@ DIFFERENCES = [                         # compared clip by clip
     ("T2V-Turbo motion-15 4", "T2V-Turbo 4"), ("T2V-Turbo motion-15 4", "T2V-Turbo refine-15 4"),
     ("VCM 4", "DDIM 2"), ("VCM 4", "DDIM 4"), ("T2V-Turbo 4", "VCM 4"), ("T2V-Turbo 4", "DDIM 4"),
     ("T2V-Turbo 4", "DDIM 50"), ("T2V-Turbo-v2 4", "T2V-Turbo 4"), ("T2V-Turbo-v2 4", "v2-no-mg 4"),
-    ("motion-v2 4", "motion-no-mg 4"), ("motion-v2 4", "motion-no-rewards 4")]
+    ("motion-v2 4", "motion-no-mg 4"), ("motion-v2 4", "motion-no-rewards 4"),
+    ("motion-img 4", "motion-no-rewards 4"), ("motion-vid 4", "motion-no-rewards 4")]
 
 COLUMNS = {"row": 22, "NFE": 4, "right % (95 %)": 18, "one": 3, "two": 3, "mot.": 4, "qual.": 5, "px": 4,
            "var.": 4, "s": 4}

@@ -22,7 +22,6 @@ import rewards
 import turbo
 from plumbing.errors import UserError
 
-
 # ---- public names and shapes, written down independently ---------------------------------------------------
 
 def linear(name, i, o, bias=True):
