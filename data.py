@@ -52,7 +52,6 @@ class BadClip(ValueError):
 
 # ---- the dataset -------------------------------------------------------------------------------------------
 
-
 def open_dataset(spec: str | Sequence[str | Path], frames: int = 16, fps: float = 16, height: int = 320,
                  width: int = 512, cache: str | None = None, columns: str = "",
                  video_root: str = "") -> "ClipDataset":
@@ -111,7 +110,6 @@ def clean(text: object) -> str:
 
 
 # ---- the loader --------------------------------------------------------------------------------------------
-
 
 def loader(dataset, batch: int, rank: int = 0, world_size: int = 1, workers: int = 0, seed: int = 0,
            start_step: int = 0, bad_file: str | Path | None = None) -> Iterator[dict]:

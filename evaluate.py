@@ -6,6 +6,7 @@
 """
 from __future__ import annotations
 
+import csv
 import json
 import math
 import sys
@@ -202,39 +203,7 @@ SEMANTIC = {
 }
 TOTALS = ("Total", "Quality", "Semantic")
 
-# Percent: TOTALS, then the dimensions in the order above. v1, Table 4; v2's tables; PISCES (arXiv
-# 2602.01624); the other papers' own tables.
-PUBLISHED = {
-    "VideoCrafter2, 50 steps": (80.44, 82.20, 73.42, 96.85, 98.22, 98.41, 97.73, 63.13, 42.50, 67.22,
-                                92.55, 40.66, 95.00, 92.92, 35.86, 55.29, 25.13, 25.84, 28.23),
-    "VCM (VC2), 4 steps": (73.97, 78.54, 55.66, 94.02, 96.05, 99.06, 98.84, 54.56, 42.50, 52.72,
-                           63.97, 10.81, 82.60, 79.12, 23.06, 18.49, 25.29, 22.31, 25.15),
-    "T2V-Turbo (VC2), 4 steps": (81.01, 82.57, 74.76, 96.28, 97.02, 97.48, 97.34, 63.04, 49.17, 72.49,
-                                 93.96, 54.65, 95.20, 89.90, 38.67, 55.58, 24.42, 25.51, 28.16),
-    "ModelScopeT2V, 50 steps": (75.75, 78.05, 66.54, 89.87, 95.29, 98.28, 95.79, 52.06, 66.39, 58.57,
-                                82.25, 38.98, 92.40, 81.72, 33.68, 39.26, 23.39, 25.37, 25.67),
-    "VCM (MS), 4 steps": (75.84, 78.80, 63.98, 93.06, 97.30, 98.51, 98.00, 48.99, 46.11, 61.98,
-                          83.18, 24.85, 87.20, 85.72, 31.57, 42.44, 23.20, 23.30, 24.18),
-    "T2V-Turbo (MS), 4 steps": (80.62, 82.15, 74.47, 94.82, 98.71, 97.99, 95.64, 60.04, 66.39, 68.09,
-                                93.34, 58.63, 95.80, 89.67, 45.74, 48.47, 23.23, 25.92, 27.51),
-    "T2V-Turbo-v2, 4 steps": (82.34, 83.93, 75.97),
-    "T2V-Turbo-v2, 8 steps": (83.05,),
-    "T2V-Turbo-v2, 16 steps": (83.52, 85.13, 77.12),
-    "T2V-Turbo-v2 without motion guidance, 4 steps": (81.87, 83.26, 76.30),
-    "T2V-Turbo-v2 without motion guidance, 16 steps": (82.93, 84.08, 78.33),
-    "PISCES, 4 steps": (82.51, 83.73, 77.63),
-    "PISCES by GRPO, 4 steps": (82.75, 84.05, 77.54),
-    "PISCES with motion guidance, 4 steps": (82.79, 84.12, 77.45),
-    "PISCES with ViCLIP, 4 steps": (82.84, 84.18, 77.49),
-    "Hummingbird 0.7 B": (81.35, 83.73),
-    "VideoReward-DPO (VC2), 50 steps": (80.75,),
-    "VideoDPO (VC2), 50 steps": (81.93,),
-    "UnifiedReward (VC2), 50 steps": (81.43,),
-    "NoisEasier (VC2), 4 steps": (*[None] * 8, 59.17, None, None, 79.18, None, 93.63, 52.61, None, None, None,
-                                  31.95),
-    "NoisEasier (MS), 4 steps": (*[None] * 11, 76.6),
-    "best of n (MS), 4 steps": (*[None] * 11, 80.06),
-}
+PAPERS = Path(__file__).parent / "docs" / "vbench.csv"      # rows that papers published, in percent
 
 
 @dataclass(frozen=True)
@@ -266,9 +235,12 @@ def vbench_table(config: VBenchConfig) -> dict[str, dict[str, float]]:
 
 def published() -> dict[str, dict[str, float]]:
     """The papers' rows, as `with_totals` returns one's own: {model: {column: share}}."""
-    columns = (*TOTALS, *QUALITY, *SEMANTIC)
-    return {f"{name} (paper)": {column: percent / 100 for column, percent in zip(columns, row) if percent}
-            for name, row in PUBLISHED.items()}
+    papers = {}
+    with open(PAPERS, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            name = f"{row.pop('model')} (paper)"
+            papers[name] = {column: float(percent) / 100 for column, percent in row.items() if percent}
+    return papers
 
 
 def with_totals(shares: dict[str, float]) -> dict[str, float]:
@@ -295,7 +267,7 @@ def read_results(arguments: tuple[str, ...]) -> dict[str, dict[str, float]]:
         if not files:
             raise UserError(f"{path}: no result files (*_eval_results.json) in this folder")
         name = name or (path if path.is_dir() else path.parent).resolve().name
-        if name.removesuffix(" (paper)") in PUBLISHED:
+        if f"{name.removesuffix(' (paper)')} (paper)" in published():
             raise UserError(f"{name} is a paper's row; call your own model otherwise: NAME={path}")
 
         shares = models.setdefault(name, {})

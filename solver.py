@@ -173,7 +173,7 @@ class Sampling:
     """How latents are made from noise: what `turbo.generate` needs besides networks, captions, seeds, size.
 
     method: "student" evaluates f in few jumps (Eq. D between them); "ddim" walks the teacher's guided ODE (v1
-    Eq. 7); "jumps" samples as a student does, with the teacher's guided ẑ0 (Eq. B) in place of f.
+    Eq. 7).
     """
     method: str = "student"
     steps: int = 4                  # network evaluations; the teacher's guidance doubles them
@@ -185,7 +185,7 @@ class Sampling:
     eta: float = 0.0                # ddim: share of fresh noise in each step
     on_grid: bool = False           # ddim: at 999, ... of the grid; False: the public samplers' 981, ..., 1
     scale_z0: bool = False          # ddim: VideoCrafter2's own scaling of ẑ0
-    timesteps: tuple[int, ...] = ()  # student, jumps: those of len(timesteps) steps; else evenly spaced
+    timesteps: tuple[int, ...] = ()  # student: those of len(timesteps) steps; else evenly spaced
 
     def jumps(self, schedule: Schedule) -> list[int]:
         """The timesteps of few-step sampling, noisiest first: the given ones if they are `steps`, else evenly

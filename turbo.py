@@ -359,15 +359,9 @@ def generate(models, captions: list[str], seeds: list[int], size: tuple[int, int
         f = watched(student_f(models.unet, schedule, c, sampling), watch)
         return sample(f, schedule, noise, sampling.jumps(schedule), progress)
 
-    # the teacher's guided ẑ0 in its place
+    # the teacher's ODE
     uncond = models.text([""] * len(captions))
     eps_model = guided_eps(models.unet, c, uncond, sampling)
-    if sampling.method == "jumps":
-        def z0_model(z, t):
-            return predict_z0(z, eps_model(z, t), *schedule.at(t))
-        return sample(watched(z0_model, watch), schedule, noise, sampling.jumps(schedule), progress)
-
-    # the teacher's ODE
     timesteps = schedule.few_steps(sampling.steps) if sampling.on_grid else ddim_timesteps(sampling.steps)
     scale = z0_scale() if sampling.scale_z0 else None
     push = None

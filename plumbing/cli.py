@@ -2,14 +2,13 @@
 import argparse
 import dataclasses
 import difflib
-import errno
 import inspect
 import io
-import math
 import os
 import re
 import sys
 import typing
+from contextlib import suppress
 from functools import partial, wraps
 
 from plumbing.errors import UserError
@@ -32,12 +31,9 @@ Folder = typing.Annotated[str, "FOLDER"]
 
 def number(kind: type, within: Within, text: str) -> float:
     """Text -> a number within a range; nan and infinity are in none."""
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if within.low <= value <= within.high:
-        return value
+    with suppress(ValueError):
+        if within.low <= (value := kind(text)) <= within.high:
+            return value
     bounds = f"{'whole ' * (kind is int)}number from {within.low:g} to {within.high:.15g}"
     raise argparse.ArgumentTypeError(f"{text!r:.60} is not a {bounds}")
 
@@ -51,7 +47,6 @@ def path(text: str) -> str:
 
 
 # ---- fields as options -------------------------------------------------------------------------------------
-
 
 class Once(argparse.Action):
     """Stores a value; an option that holds one is given once."""
@@ -142,15 +137,12 @@ def place() -> tuple[int, int, int]:
 
 
 class Lenient(io.FileIO):
-    """A standard stream whose reader, or as standard error whose disk, may be gone: the work goes on."""
+    """Standard output whose reader is gone, or standard error: the work goes on. Else a result would be lost."""
 
     def write(self, data) -> int:
-        try:
+        with suppress(OSError if self.fileno() == 2 else BrokenPipeError):
             return super().write(data)
-        except OSError as error:
-            if self.fileno() == 1 and error.errno != errno.EPIPE:
-                raise                                       # a result that would be lost
-            return len(data)
+        return len(data)
 
 
 def keep_streams() -> None:
@@ -161,8 +153,7 @@ def keep_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))
         elif number > 0 and stream is getattr(sys, f"__{name}__"):
             binary = io.BufferedWriter(Lenient(number, "w", closefd=False))
-            text = io.TextIOWrapper(binary, stream.encoding, "backslashreplace", line_buffering=True)
-            setattr(sys, name, text)
+            setattr(sys, name, io.TextIOWrapper(binary, stream.encoding, "backslashreplace", line_buffering=True))
 
 
 def main(command):

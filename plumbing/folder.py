@@ -47,7 +47,6 @@ def check_unchanged(saved: dict, settings: dict) -> None:
 
 # ---- checkpoints -------------------------------------------------------------------------------------------
 
-
 def checkpoints(out: str | Path) -> list[Path]:
     """This program's checkpoints in a folder, oldest first; copies under other names are not its own."""
     paths = [path for path in Path(out).glob("checkpoint-*.pt")
@@ -120,7 +119,6 @@ def save_checkpoint(out: Path, step: int, state: dict) -> None:
 
 
 # ---- the log -----------------------------------------------------------------------------------------------
-
 
 class Log:
     """The first process writes log.jsonl (a line per step), the bar, and TensorBoard where it is installed.

@@ -22,7 +22,6 @@ Table = list[tuple[str, str | Callable]]        # rows of (regular expression, r
 
 # ---- public files ------------------------------------------------------------------------------------------
 
-
 class Public(NamedTuple):
     """Files of a repository of huggingface.co; their sizes and licences: docs/training.md."""
     repository: str

@@ -20,7 +20,6 @@ PATIENCE = timedelta(hours=2)   # of collectives: others wait while one download
 
 # ---- devices -----------------------------------------------------------------------------------------------
 
-
 def pick_device(text: str = "") -> torch.device:
     """The device of an option `--device`: "cpu", "cuda", "cuda:1", "xpu", "mps"; "": CUDA, else the CPU."""
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count(),
@@ -49,7 +48,6 @@ def usual_dtype(device: torch.device) -> str:
 
 
 # ---- processes ---------------------------------------------------------------------------------------------
-
 
 class Group:
     """The processes of a run, as torchrun started them; without torchrun, one.
@@ -135,7 +133,6 @@ def stop_signals() -> list[int]:
 
 
 # ---- what a step takes -------------------------------------------------------------------------------------
-
 
 class Parts:
     """Seconds of the named parts of a step, those of the host: nothing waits for a GPU (budget.py's do)."""

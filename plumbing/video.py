@@ -188,7 +188,6 @@ def resize_crop(x: Tensor, height: int, width: int) -> Tensor:
 
 # ---- writing -----------------------------------------------------------------------------------------------
 
-
 def png_folder(path: str | Path) -> Path:
     """a.png is the folder a of pictures; other names are their own."""
     return Path(path).with_suffix("") if Path(path).suffix.lower() == ".png" else Path(path)

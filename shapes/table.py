@@ -61,8 +61,6 @@ class Row:
     def sampling(self, models: Models) -> Sampling:
         """The row's `solver.Sampling`: as sample.py makes it, by default."""
         default = models.sampling if self.student else SAMPLING["teacher"]
-        if self.method == "jumps":                          # the teacher in the students' sampler
-            default = replace(SAMPLING["turbo"], method="jumps")
         own = default.timesteps if len(default.timesteps) == self.steps else ()
         return replace(default, steps=self.steps, guidance=self.guidance, timesteps=own)
 
@@ -70,7 +68,6 @@ class Row:
 TITLES = {"vcm": "VCM", "turbo": "T2V-Turbo", "v2": "T2V-Turbo-v2"}     # seeds and ablations: by their files
 ROWS = [Row("DDIM", steps, method="ddim") for steps in (50, 8, 4, 2)]
 ROWS += [Row("DDIM without ω", 4, method="ddim", guidance=0.0)]
-ROWS += [Row("teacher jumps", steps, method="jumps") for steps in (1, 2, 4, 8)]
 ROWS += [Row(TITLES.get(name, name), steps, name, owner) for name, owner in shapes.STUDENTS.items()
          for steps in (1, 2, 4, 8)]
 ROWS += [Row("motion DDIM", steps, method="ddim", model="shapes-motion") for steps in (50, 8, 4)]
