@@ -244,7 +244,6 @@ class RewardTerm:
         return [start + i * stride for i in range(self.frames)]
 
 
-@torch.enable_grad()
 def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[RewardTerm],
                     generators: list[torch.Generator], chunk: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
     """g = ∂(β_img J_img + β_vid J_vid)/∂ẑ0 and each reward's score of each clip, (B,).
@@ -257,40 +256,44 @@ def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[Rew
     clip, on the CPU, for its frames and then its crop windows. chunk: frames of which the decoder's graph is
     held at a time, when they are decoded again; 0: all, decoded once.
     """
-    z0 = z0_hat.detach().transpose(1, 2)                                    # (B, T, C, h, w)
-    B, T = z0.shape[:2]
+    gradients, scores = [], []
+    for z0, caption, generator in zip(z0_hat.detach(), captions, generators, strict=True):
+        g, clip_scores = clip_gradient(z0, caption, decode, terms, generator, chunk)
+        gradients.append(g / len(captions))
+        scores.append(clip_scores)
+    return torch.stack(gradients), {term.name: torch.cat([clip[term.name] for clip in scores])
+                                    for term in terms}
 
-    # 0 which frames each reward looks at, (B, M); P pairs (clip, frame) of any, as two lists
-    clips = [[i] for i in range(B)]
-    frames_of = [[term.pick(T, generator) for generator in generators] for term in terms]
-    pairs = {(i, frame) for picks in frames_of for i, frames in enumerate(picks) for frame in frames}
-    seen, size = tuple(map(list, zip(*sorted(pairs)))), chunk or len(pairs)
 
-    # 1 decode these
-    latents = [z.transpose(0, 1)[None].requires_grad_() for z in z0[seen].split(size)]    # (1, C, size, h, w)
+@torch.enable_grad()
+def clip_gradient(z0: Tensor, caption: str, decode, terms: list[RewardTerm], generator: torch.Generator,
+                  chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """∂(Σ β R)/∂ẑ0 of one clip (C, T, h, w), and each reward's score (1,)."""
+    frames_of = [term.pick(z0.shape[1], generator) for term in terms]
+    seen = sorted({frame for frames in frames_of for frame in frames})      # by any of the rewards
+
+    # 1 decode
+    latents = [z[None].requires_grad_() for z in z0[:, seen].split(chunk or len(seen), dim=1)]
     with torch.set_grad_enabled(not chunk):
         decoded = [decode(z).to(z.dtype) for z in latents]
-    shown = torch.cat(decoded, dim=2)[0].detach().transpose(0, 1)           # (P, 3, H, W)
-    pixels = shown.new_zeros(B, T, *shown.shape[1:])
-    pixels[seen] = shown
-    pixels.requires_grad_()
+    pixels = torch.cat(decoded, dim=2).detach().requires_grad_()            # (1, 3, P, H, W)
 
     # 2 rewards -> pixels, one after the other
     g_pixels, scores = torch.zeros_like(pixels), {}
     for term, frames in zip(terms, frames_of, strict=True):
-        score = term.reward((pixels[clips, frames] / 2 + 0.5).clamp(0, 1), captions, generators).to(z0.dtype)
+        shown = pixels[:, :, [seen.index(frame) for frame in frames]].transpose(1, 2)       # (1, M, 3, H, W)
+        score = term.reward((shown / 2 + 0.5).clamp(0, 1), [caption], [generator]).to(z0.dtype)
         g_pixels += term.weight * torch.autograd.grad(score.sum(), pixels)[0]   # v1 Eq. 8, v1 Eq. 9
         scores[term.name] = score.detach()
 
     # 3 pixels -> ẑ0, through the decoder
-    g_latents = []
-    for z, x, g_x in zip(latents, decoded, g_pixels[seen].split(size), strict=True):
+    g, g_latents = torch.zeros_like(z0), []
+    for z, x, g_x in zip(latents, decoded, g_pixels.split(chunk or len(seen), dim=2), strict=True):
         if chunk:
             x = decode(z).to(z.dtype)
-        g_latents.append(torch.autograd.grad(x, z, g_x.transpose(0, 1)[None])[0])
-    g = torch.zeros_like(z0)
-    g[seen] = torch.cat(g_latents, dim=2)[0].transpose(0, 1)
-    return g.transpose(1, 2) / B, scores
+        g_latents.append(torch.autograd.grad(x, z, g_x)[0])
+    g[:, seen] = torch.cat(g_latents, dim=2)[0]
+    return g, scores
 
 
 def total_loss(loss_cd: Tensor, z0_hat: Tensor, g: Tensor | None) -> Tensor:
