@@ -411,21 +411,25 @@ def make_all(jobs: list[Job], models: Models, terms: list[RewardTerm], config: C
         if notes:
             print(f"{job.path.name}: {'; '.join(notes)}", file=sys.stderr)
 
-    count, batch = config.best_of or 1, config.batch or (16 if config.is_toy else 1)
-    to_make = [(caption, job.seed + i) for job, (caption, _) in zip(jobs, captions) for i in range(count)]
     sampling, reference = sampling_of(models, config), reference_of(models, config)
-    takes, rows, done = [], [], 0
-    bar = tqdm(range(0, len(to_make), batch), "clips", unit_scale=batch, disable=len(to_make) <= batch)
-    for start in bar:
-        some_captions, seeds = map(list, zip(*to_make[start:start + batch]))
-        takes += make(some_captions, seeds, models, terms, sampling, config, reference)
-        while len(takes) >= count:                          # all of the next job's
-            ranked = sorted(takes[:count], key=lambda take: -take.scores["total"])
-            write(jobs[done], captions[done][0], ranked, config.fps or models.fps, config)
-            rows += [take.clip for take in ranked] if config.sheet else []
-            takes, done = takes[count:], done + 1
+    count, batch = config.best_of or 1, config.batch or (16 if config.is_toy else 1)
+    together = max(1, batch // count)                       # jobs whose takes are one batch
+    bar, clips = tqdm(total=len(jobs) * count, desc="clips", disable=len(jobs) * count <= batch), []
+    for start in range(0, len(jobs), together):
+        some = list(zip(jobs, captions))[start:start + together]
+        to_make = [(caption, job.seed + i) for job, (caption, _) in some for i in range(count)]
+        takes = []
+        for first in range(0, len(to_make), batch):
+            texts, seeds = map(list, zip(*to_make[first:first + batch]))
+            takes += make(texts, seeds, models, terms, sampling, config, reference)
+            bar.update(len(texts))
+
+        for n, (job, (caption, _)) in enumerate(some):
+            ranked = sorted(takes[n * count:(n + 1) * count], key=lambda take: -take.scores["total"])
+            write(job, caption, ranked, config.fps or models.fps, config)
+            clips += [take.clip for take in ranked] if config.sheet else []
     if config.sheet:
-        write_sheet(Path(config.sheet), rows)
+        write_sheet(Path(config.sheet), clips)
 
 
 def write(job: Job, caption: str, ranked: list[Take], fps: float, config: Config) -> None:

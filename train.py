@@ -53,7 +53,7 @@ class Recipe:
     clip: float = 1.0           # largest gradient norm; released code
     checkpointing: bool = True  # recompute the UNet's activations in the backward pass
     motion_share: float = 0.5   # τ of v2: motion guidance at t >= 1000 (1 - τ)
-    inversion_steps: int = 50   # prepare.py: grid of the DDIM inversion; released code: 200
+    inversion_steps: int = 50   # prepare.py: grid of the DDIM inversion; v2: 200
     reward_every: int = 3       # v2: rewards see one clip for so many that are distilled; paper: 8 of 24
     on_policy: float = 0.0      # share of clips with z_t where the student's own sampling comes; papers: none
     lr_fall: float = 0.0        # last share of the steps, over which the rate falls to 0; papers: constant
@@ -133,8 +133,9 @@ MS = dict(
     height=256, width=256, fps=8, lora=32, image_weight=2.0, video_weight=3.0, reward=("hpsv2", "viclip"))
 VCM = dict(reward=())
 V2 = dict(
-    fps=8, grid=200, ema=0.0, image_weight=0.2, video_weight=0.5, reward=("hpsv2", "clip", "internvideo2"),
-    image_frames=2, video_frames=4, train_steps=8000, batch=24, lora=0)
+    fps=8, grid=200, inversion_steps=200, ema=0.0, train_steps=8000, batch=24, lora=0,
+    reward=("hpsv2", "clip", "internvideo2"), image_weight=0.2, video_weight=0.5, image_frames=2,
+    video_frames=4)
 SHAPES = dict(
     frames=8, height=64, width=64, fps=8, grid=8, w_min=0.5, w_max=3.0,
     reward=("shapes-clip", "shapes-viclip"), image_frames=4, video_frames=4,
