@@ -7,6 +7,7 @@
 """
 import io
 import json
+import random
 import sys
 import textwrap
 import time
@@ -26,7 +27,7 @@ from model import to_clip
 from plumbing import cli
 from plumbing.cli import File, Folder, Seed
 from plumbing.errors import UserError, reading
-from shapes import world
+from shapes import grammar, world
 from shapes.models import SAMPLING
 from solver import Schedule, ddim_step, predict_z0
 
@@ -213,6 +214,23 @@ def refined(seed: int) -> Figure:
     return strips(rows, LEFT_UP)
 
 
+def transfer(seed: int) -> Figure:
+    """Two references, and the teacher's clips from one noise without and with guidance towards each."""
+    models = shapes.load(name="shapes-motion")
+    rows = {"reference": [], "λ' = 0": [], "λ' = 1": []}
+    for direction, words in (("right", "moving right"), ("up", "moving up")):
+        caption = f"a blue square {words} on black"
+        clip = world.render(grammar.understand(caption), random.Random(f"reference {direction}"))
+        reference = turbo.Reference(models.vae.encode(clip[None] / 127.5 - 1), models.text([caption]))
+        rows["reference"].append(list(clip[:, ::2].unbind(1)))
+        for motion in (0.0, 1.0):
+            sampling = replace(TEACHER, motion=motion, motion_share=0.6)
+            z = turbo.generate(models, ["a blue square on black"], [seed + 1], SIZE, sampling,
+                               reference=reference)
+            rows[f"λ' = {motion:g}"] += frames(models, z)
+    return strips(rows, ["moving right", "moving up"])
+
+
 HERO = ["a red square rising and a blue triangle falling on white", "a yellow triangle moving left on black",
         "a green square growing on white", "a blue box going right and a red triangle going right on black",
         "a green ring moving up on white"]
@@ -377,8 +395,8 @@ def curves(logs: tuple[str, ...], keys: tuple[str, ...]) -> Figure:
 
 VARIETY = Path(__file__).with_name("variety.json")          # measured, not made here
 FIGURES = {draw.__name__: draw for draw in (
-    latents, denoising, boundaries, neighbours, distillation, jumps, hacked, refined, attention, variety,
-    map)}
+    latents, denoising, boundaries, neighbours, distillation, jumps, hacked, refined, attention, transfer,
+    variety, map)}
 NAMES = (*FIGURES, *COMPARED, "hero", "curves")
 
 
