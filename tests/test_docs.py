@@ -144,8 +144,8 @@ def test_each_picture_is_shown():
 def test_pictures_are_made(name, tmp_path, monkeypatch):
     """By their command, with no more than two steps of the teacher and one of refinement."""
     generate, refine = turbo.generate, turbo.generate_refined
-    monkeypatch.setattr(turbo, "generate", lambda *args: generate(
-        *args[:4], replace(args[4], steps=min(args[4].steps, 2))))
+    monkeypatch.setattr(turbo, "generate", lambda *args, **options: generate(
+        *args[:4], replace(args[4], steps=min(args[4].steps, 2)), **options))
     monkeypatch.setattr(turbo, "generate_refined", lambda *args: refine(*args[:6], min(args[6], 1)))
     (tmp_path / "variety.json").write_text('{"strength": [["0.5", 80, 70.5], ["1", 60, 98]]}')
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss_cd": 0.3}\n{"step": 2, "loss_cd": 0, "oracle": 1}')
