@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import benchmark
 import imageio.v3 as imageio
 import pytest
 
@@ -83,6 +84,16 @@ def commands():
             number = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
             if words and words[0] in ("python", "torchrun") and number is not None:
                 yield page, words[number:]
+
+
+ROWS = [pytest.param(*case, marks=() if case[1] == "--model ms" else pytest.mark.slow)
+        for command, each in benchmark.BUDGETS.items() for case in ((command, options) for options in each)]
+
+
+@pytest.mark.parametrize("command, options", ROWS)
+def test_budgets_are_those_of_the_page(command, options):
+    row = benchmark.budget_row(command, options, benchmark.simulated(command, options))
+    assert row in PAGES["docs/training.md"].splitlines()
 
 
 def check_sample(args):

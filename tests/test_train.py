@@ -413,24 +413,6 @@ def test_the_simulation_agrees_with_the_steps_it_simulates(tiny_family, capsys, 
     assert "a step takes " in made and "a step takes" not in simulated and "most: " in simulated
 
 
-FULL_SIZE = {   # options -> GB of the card that it must fit, with 1.5 GiB for CUDA and its libraries
-    "--preset turbo-vc2": 24,
-    "--preset turbo-vc2 --offload": 12,
-    "--preset turbo-v2 --lora 0": 48}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", FULL_SIZE)
-def test_full_size_fits(options, capsys):
-    """At full size, simulated: 512x320, 16 frames, all rewards, bfloat16."""
-    train.main([*options.split(), "--dry-run", "0"])
-    text = capsys.readouterr().out
-    most = float(text.split("most: ")[1].split()[0])
-    with capsys.disabled():
-        print(text)
-    assert most + 1.5 < FULL_SIZE[options] * 1e9 / 2 ** 30
-
-
 # ---- results -----------------------------------------------------------------------------------------------
 
 def test_results_load_where_they_are_needed(tmp_path):
