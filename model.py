@@ -589,8 +589,8 @@ def read_turbo(path: str | Path, config: UNetConfig, name: str | None = None, lo
     unet, vae = (weights.part(content, prefix) for prefix in ("diffusion_model.", "first_stage_model."))
     state = layouts.rename(unet or content, layouts.UNET)
     weights.check_numbers(state, path, finite=True)
-    second = config.motion or config.fps and not unet       # unet_mg.pt, unet_no_mg.pt; else t2v_turbo_vc2.pt
-    header = header or {"method": "turbo-v2" if second else "turbo", "whole": bool(vae)}
+    is_v2 = config.motion or config.fps and not unet        # unet_mg.pt, unet_no_mg.pt; else t2v_turbo_vc2.pt
+    header = header or {"method": "turbo-v2" if is_v2 else "turbo", "whole": bool(vae)}
     return config, state, None, header if config.motion else header | {"motion": None}
 
 
@@ -624,8 +624,8 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
         teacher = turbo if header.get("whole") else fetch(name)
     unet_state, vae_state, text_state = weights.read_teacher(teacher, family.text.layers)
     if state is None:
-        new = {f"{layer}.weight": module.weight.data for layer, module in condition_layers(config).items()}
-        state, turbo = new | unet_state, teacher
+        layers = condition_layers(config).items()
+        state, turbo = {f"{name}.weight": layer.weight.data for name, layer in layers} | unet_state, teacher
 
     # networks without memory, and then the tensors
     with weights.without_memory():

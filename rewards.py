@@ -77,10 +77,11 @@ class Reward:
         """What the model makes of the captions alone, computed once for each."""
         if len(self.cache) > 10_000:
             self.cache.clear()
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self.cache]
-        if new:
-            self.said_cut = self.said_cut or say_cut(self.name, self.tokenizer, new, self.text_length)
-            self.cache.update(zip(new, self.model.text(self.tokenizer(new).to(self.device)), strict=True))
+        unread = [caption for caption in dict.fromkeys(captions) if caption not in self.cache]
+        if unread:
+            self.said_cut = self.said_cut or say_cut(self.name, self.tokenizer, unread, self.text_length)
+            ids = self.tokenizer(unread).to(self.device)
+            self.cache.update(zip(unread, self.model.text(ids), strict=True))
         return torch.stack([self.cache[caption] for caption in captions])
 
     def checkpoint(self, on: bool = True) -> None:
@@ -456,8 +457,8 @@ class Motion(nn.Module):
         slopes = sum(amount(slope) for slope in torch.gradient(level, dim=(-2, -1)))
         speed = (amount(change) / (slopes + 0.01)).sort().values
         calm = speed[..., :speed.shape[-1] // 2].mean(-1, keepdim=True)
-        moved = (speed - 2 * calm).relu().mean(-1)
-        return (moved / (moved + self.usual)).mean(1)
+        excess = (speed - 2 * calm).relu().mean(-1)
+        return (excess / (excess + self.usual)).mean(1)
 
 
 # ---- BLIP's ViT and ImageReward ----------------------------------------------------------------------------

@@ -416,15 +416,15 @@ def make_all(jobs: list[Job], models: Models, terms: list[RewardTerm], config: C
     together = max(1, batch // count)                       # jobs whose takes are one batch
     bar, clips = tqdm(total=len(jobs) * count, desc="clips", disable=len(jobs) * count <= batch), []
     for start in range(0, len(jobs), together):
-        some = list(zip(jobs, captions))[start:start + together]
-        to_make = [(caption, job.seed + i) for job, (caption, _) in some for i in range(count)]
+        group = list(zip(jobs, captions))[start:start + together]
+        to_make = [(caption, job.seed + i) for job, (caption, _) in group for i in range(count)]
         takes = []
         for first in range(0, len(to_make), batch):
             texts, seeds = map(list, zip(*to_make[first:first + batch]))
             takes += make(texts, seeds, models, terms, sampling, config, reference)
             bar.update(len(texts))
 
-        for n, (job, (caption, _)) in enumerate(some):
+        for n, (job, (caption, _)) in enumerate(group):
             ranked = sorted(takes[n * count:(n + 1) * count], key=lambda take: -take.scores["total"])
             write(job, caption, ranked, config.fps or models.fps, config)
             clips += [take.clip for take in ranked] if config.sheet else []

@@ -323,8 +323,8 @@ class Trainer:
             metrics = self.group.sum(torch.cat([metrics, metrics.new_tensor([batch["bad"]])]))
             norm = self.gradient.norm()
             values = self.to_host(torch.cat([metrics, norm[None].double()]))
-            left, fall = 1 - self.done / self.config.train_steps, self.config.lr_fall
-            lr = self.config.lr * (min(left / fall, 1) if fall else 1)
+            remaining, fall = 1 - self.done / self.config.train_steps, self.config.lr_fall
+            lr = self.config.lr * (min(remaining / fall, 1) if fall else 1)
             self.update(norm, lr, all(map(math.isfinite, values)))
         self.done += 1
 
@@ -335,16 +335,17 @@ class Trainer:
 
     def gradients(self, batch: dict) -> Tensor:
         """The gradient of this process's clips -> their share of the metrics: loss, L_CD, rewards."""
-        return sum(self.accumulate(*some) for some in self.micro_batches(batch, self.config.batch))
+        micro_batches = self.micro_batches(batch, self.config.batch)
+        return sum(self.accumulate(clips, positions) for clips, positions in micro_batches)
 
     def micro_batches(self, batch: dict, total: int) -> Iterator[tuple[dict, range]]:
         """A few clips at a time, with their places in the run. total: clips of a step on all processes."""
         own = total // self.group.world_size
         first = (self.done * self.group.world_size + self.group.rank) * own
         for start in range(0, own, self.config.micro_batch):
-            some = slice(start, start + self.config.micro_batch)
-            yield ({name: values[some] for name, values in batch.items() if name != "bad"},
-                   range(first, first + own)[some])
+            places = slice(start, start + self.config.micro_batch)
+            yield ({name: values[places] for name, values in batch.items() if name != "bad"},
+                   range(first, first + own)[places])
 
     def accumulate(self, clips: dict, positions: range) -> Tensor:
         """Algorithm 1 on a few clips: adds their share of the gradient -> that of loss, L_CD, rewards."""
@@ -452,11 +453,12 @@ class CachedTrainer(Trainer):
     """v2 Algorithm 2: a batch is {"distill": samples of a cache, "rewards": others for rewards, "bad": n}."""
 
     def gradients(self, batch: dict) -> Tensor:
-        steps = [self.distill(*some) for some in self.micro_batches(batch["distill"], self.config.batch)]
+        distilled = self.micro_batches(batch["distill"], self.config.batch)
+        metrics = sum(self.distill(samples, positions) for samples, positions in distilled)
         if self.terms:
-            total = self.config.reward_batch
-            steps += [self.reward(*some) for some in self.micro_batches(batch["rewards"], total)]
-        return sum(steps)
+            rewarded = self.micro_batches(batch["rewards"], self.config.reward_batch)
+            metrics += sum(self.reward(samples, positions) for samples, positions in rewarded)
+        return metrics
 
     def distill(self, samples: dict, positions: range) -> Tensor:
         """L_CD of some samples."""
@@ -611,12 +613,12 @@ def export(trainer: Trainer, out: Path) -> None:
 
     weights.save_checkpoint(out / "turbo.safetensors", state, about)
     if config.merge:
-        whole = turbo.merge(unet.float()).state_dict()
-        weights.save_checkpoint(out / "merged.safetensors", whole, about)
+        merged = turbo.merge(unet.float()).state_dict()
+        weights.save_checkpoint(out / "merged.safetensors", merged, about)
         if about["model"] == "vc2":         # for the released code and others
-            weights.save_merged(out / "t2v_turbo_vc2.pt", config.teacher, whole)
+            weights.save_merged(out / "t2v_turbo_vc2.pt", config.teacher, merged)
         if about["model"] == "ms":          # for diffusers
-            weights.save_diffusers(out / "unet", whole, about)
+            weights.save_diffusers(out / "unet", merged, about)
 
 
 # ---- the run -----------------------------------------------------------------------------------------------

@@ -269,30 +269,30 @@ def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[Rew
 def clip_gradient(z0: Tensor, caption: str, decode, terms: list[RewardTerm], generator: torch.Generator,
                   chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
     """∂(Σ β R)/∂ẑ0 of one clip (C, T, h, w), and each reward's score (1,)."""
-    frames_of = [term.pick(z0.shape[1], generator) for term in terms]
-    seen = sorted({frame for frames in frames_of for frame in frames})      # by any of the rewards
+    picks = [term.pick(z0.shape[1], generator) for term in terms]
+    frames = sorted({frame for pick in picks for frame in pick})            # that any reward looks at
 
     # 1 decode
-    latents = [z[None].requires_grad_() for z in z0[:, seen].split(chunk or len(seen), dim=1)]
+    latents = [z[None].requires_grad_() for z in z0[:, frames].split(chunk or len(frames), dim=1)]
     with torch.set_grad_enabled(not chunk):
         decoded = [decode(z).to(z.dtype) for z in latents]
     pixels = torch.cat(decoded, dim=2).detach().requires_grad_()            # (1, 3, P, H, W)
 
     # 2 rewards -> pixels, one after the other
     g_pixels, scores = torch.zeros_like(pixels), {}
-    for term, frames in zip(terms, frames_of, strict=True):
-        shown = pixels[:, :, [seen.index(frame) for frame in frames]].transpose(1, 2)       # (1, M, 3, H, W)
-        score = term.reward((shown / 2 + 0.5).clamp(0, 1), [caption], [generator]).to(z0.dtype)
+    for term, pick in zip(terms, picks, strict=True):
+        images = pixels[:, :, [frames.index(frame) for frame in pick]].transpose(1, 2)      # (1, M, 3, H, W)
+        score = term.reward((images / 2 + 0.5).clamp(0, 1), [caption], [generator]).to(z0.dtype)
         g_pixels += term.weight * torch.autograd.grad(score.sum(), pixels)[0]   # v1 Eq. 8, v1 Eq. 9
         scores[term.name] = score.detach()
 
     # 3 pixels -> ẑ0, through the decoder
     g, g_latents = torch.zeros_like(z0), []
-    for z, x, g_x in zip(latents, decoded, g_pixels.split(chunk or len(seen), dim=2), strict=True):
+    for z, x, g_x in zip(latents, decoded, g_pixels.split(chunk or len(frames), dim=2), strict=True):
         if chunk:
             x = decode(z).to(z.dtype)
         g_latents.append(torch.autograd.grad(x, z, g_x)[0])
-    g[:, seen] = torch.cat(g_latents, dim=2)[0]
+    g[:, frames] = torch.cat(g_latents, dim=2)[0]
     return g, scores
 
 

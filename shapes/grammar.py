@@ -63,8 +63,9 @@ def draw_scene(rng: random.Random, held_out: bool = False, pairs: float = PAIRS)
 def describe(scene: Scene, rng: random.Random) -> str:
     """One of the scene's captions: things in any order, paraphrased, mostly with the background."""
     things = rng.sample(scene.things, len(scene.things))
-    said = [f"a {t.colour} {rng.choice(SHAPES[t.shape])} {rng.choice(MOTIONS[t.motion])}" for t in things]
-    caption = " and ".join(said)
+    phrases = [f"a {thing.colour} {rng.choice(SHAPES[thing.shape])} {rng.choice(MOTIONS[thing.motion])}"
+               for thing in things]
+    caption = " and ".join(phrases)
     if scene.background and rng.random() < 0.8:
         caption += rng.choice([" on a {} background", " on {}"]).format(scene.background)
     return caption

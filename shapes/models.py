@@ -247,8 +247,8 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
         turbo = student(turbo, folder) if str(turbo) in STUDENTS else turbo
         config, whole, lora, header = model.read_turbo(turbo, config, name, lora_scale)
         header = model.complete(header, family)
-    new = {f"{name}.weight": layer.weight.data for name, layer in model.condition_layers(config).items()}
-    state = whole or new | state                                                # `new`: what LoRA adds to
+    layers = model.condition_layers(config).items()
+    state = whole or {f"{name}.weight": layer.weight.data for name, layer in layers} | state
 
     with weights.without_memory():
         unet = config.network(config)

@@ -196,19 +196,20 @@ class Contrast(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(grammar.COLOURS) * (1 + len(values)))
                                     for name, values in attributes.items()})
 
-    def forward(self, seen: Tensor, said: Tensor, scenes: list[grammar.Scene], logit_scale: Tensor) -> Tensor:
+    def forward(self, images: Tensor, texts: Tensor, scenes: list[grammar.Scene],
+                logit_scale: Tensor) -> Tensor:
         """Features of pictures and of captions, (B, E) each -> the loss."""
-        seen, said = F.normalize(seen.float(), dim=1), F.normalize(said.float(), dim=1)
-        logits = logit_scale.exp().clamp(max=100) * seen @ said.T
-        target = torch.arange(len(seen), device=seen.device)
+        images, texts = F.normalize(images.float(), dim=1), F.normalize(texts.float(), dim=1)
+        logits = logit_scale.exp().clamp(max=100) * images @ texts.T
+        target = torch.arange(len(images), device=images.device)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
         for name, head in self.heads.items():
             values = [None, *self.attributes[name]]                 # None: no thing has this colour
             by_colour = [{thing.colour: getattr(thing, name) for thing in scene.things} for scene in scenes]
             label = torch.tensor([values.index(named.get(colour)) for named in by_colour
-                                  for colour in grammar.COLOURS], device=seen.device)
-            for feature in (seen, said):
+                                  for colour in grammar.COLOURS], device=images.device)
+            for feature in (images, texts):
                 loss = loss + F.cross_entropy(head(8 * feature).view(len(label), -1), label)
         return loss
 

@@ -185,19 +185,19 @@ def judge(captions: list[str], clips: Tensor, scorers: dict) -> list[dict]:
     scores = {kind: scorer(rewards.frames_for(scorer, clips), captions).tolist()
               for kind, scorer in scorers.items()}
     records = []
-    for i, asked in enumerate(map(grammar.understand, captions)):
-        records.append(dict(caption=captions[i], things=len(asked.things), travel=travel(asked, clips[i]),
-                            **world.judge(asked, clips[i]),
+    for i, scene in enumerate(map(grammar.understand, captions)):
+        records.append(dict(caption=captions[i], things=len(scene.things), travel=travel(scene, clips[i]),
+                            **world.judge(scene, clips[i]),
                             **{kind: values[i] for kind, values in scores.items()}))
     return records
 
 
-def travel(asked: grammar.Scene, clip: Tensor) -> float | None:
+def travel(scene: grammar.Scene, clip: Tensor) -> float | None:
     """How far the things go that are to move, in pixels: the toy's Dynamic Degree. None where none is to.
 
     The world's own things go 14 to 24. A thing that is not there goes nowhere.
     """
-    movers = [thing.colour for thing in asked.things if any(world.DIRECTION.get(thing.motion, ()))]
+    movers = [thing.colour for thing in scene.things if any(world.DIRECTION.get(thing.motion, ()))]
     lengths = {colour: math.hypot(*world.change(path)[:2]) for colour, path in world.tracks(clip).items()}
     total = clip.shape[-1] * sum(lengths.get(colour, 0.0) for colour in movers)
     return total / len(movers) if movers else None
@@ -211,8 +211,8 @@ def variety(sample: Sampler, captions: int = 8, seeds: int = 8) -> float:
     drawn = map(shapes.Clips("train", pairs=0).caption, itertools.count(grammar.TABLE + 10 ** 6))
     variances = []
     for caption in itertools.islice(drawn, captions):
-        asked = grammar.understand(caption)
-        worlds = layouts([world.render(asked, random.Random(f"{caption} {i}")) for i in range(64)])
+        scene = grammar.understand(caption)
+        worlds = layouts([world.render(scene, random.Random(f"{caption} {i}")) for i in range(64)])
         ours = layouts(sample([caption] * seeds, [grammar.TABLE + i for i in range(seeds)]))
         if len(ours) > 1:
             variances.append(torch.stack([ours.var(0), worlds.var(0)]))
@@ -258,11 +258,11 @@ def differences(clips: dict[str, list[dict]]) -> list[str]:
     """How rows differ clip by clip in what is right, in motions and in travel, with 95 % intervals: a line
     for each of DIFFERENCES that can be told."""
     lines = []
-    for new, old in (names for names in DIFFERENCES if clips.keys() >= {*names}):
-        pairs = list(zip(clips[new], clips[old], strict=True))
+    for name, baseline in (names for names in DIFFERENCES if clips.keys() >= {*names}):
+        pairs = list(zip(clips[name], clips[baseline], strict=True))
         gained, lost = (sum(a["all"] - b["all"] == sign for a, b in pairs) for sign in (1, -1))
         low, high = paired_interval(gained, lost, len(pairs))
-        lines.append(f"{new} - {old}: {100 * (gained - lost) / len(pairs):+.1f} points right "
+        lines.append(f"{name} - {baseline}: {100 * (gained - lost) / len(pairs):+.1f} points right "
                      f"({100 * low:+.1f} to {100 * high:+.1f})")
         motions = [100 * (a["motion"] - b["motion"]) for a, b in pairs]
         lines[-1] += ", {:+.1f} ± {:.1f} points of motions".format(*mean_interval(motions))

@@ -175,23 +175,24 @@ def tracks(clip: Tensor) -> dict[str, Tensor]:
     return {colour: track(mask) / clip.shape[-1] for colour, mask in things_in(clip.cpu())[0].items()}
 
 
-def judge(asked: Scene, clip: Tensor) -> dict[str, float]:
+def judge(expected: Scene, clip: Tensor) -> dict[str, float]:
     """Is a clip what was asked for? What the caption leaves unsaid (None) is right as it is.
 
     1 or 0 for colours, shapes, motions (whoever has them), background, and "all": together, each with the
     right thing; and the picture quality, 0..1.
     """
-    shown, quality = read(clip)
+    actual, quality = read(clip)
 
     def fits(order: tuple[Thing, ...], names) -> bool:
         return all(getattr(thing, name) in (None, getattr(other, name))
-                   for thing, other in zip(asked.things, order) for name in names)
+                   for thing, other in zip(expected.things, order) for name in names)
 
     def right(*names) -> float:
-        orders = permutations(shown.things)
-        return float(len(asked.things) == len(shown.things) and any(fits(order, names) for order in orders))
+        orders = permutations(actual.things)
+        as_many = len(expected.things) == len(actual.things)
+        return float(as_many and any(fits(order, names) for order in orders))
 
-    background = float(asked.background in (None, shown.background))
+    background = float(expected.background in (None, actual.background))
     verdict = {name: right(name) for name in ATTRIBUTES} | {"background": background}
     return verdict | {"all": right(*ATTRIBUTES) * background, "quality": quality}
 
