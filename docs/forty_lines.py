@@ -24,13 +24,14 @@ def train(steps: int, lr: float = 1e-3):
     for n in range(steps):
         generator = torch.Generator().manual_seed(n)
         item = clips.get(n, generator)
-        z0 = models.vae.encode(item["clip"][None] / 127.5 - 1)                      # latents of a clip
-        c = models.text([item["caption"]])
-        step = Step.draw(z0, schedule, (0.5, 3.0), [generator])                     # t, ω and ε
+        x, caption = item["clip"][None] / 127.5 - 1, [item["caption"]]
+
+        z0, c = models.vae.encode(x), models.text(caption)
+        step = Step.draw(z0, schedule, (0.5, 3.0), [generator])     # t, ω and ε
         loss, z0_hat = distill(models.unet, models.unet, ema, schedule, step, z0, c, uncond)
-        g, scores = reward_gradient(z0_hat, [item["caption"]], models.vae.decode, terms, [generator])
+        g, scores = reward_gradient(z0_hat, caption, models.vae.decode, terms, [generator])
         optimizer.zero_grad()
-        total_loss(loss, z0_hat, g).backward()                  # L_CD - β_img J_img - β_vid J_vid
+        total_loss(loss, z0_hat, g).backward()                      # L_CD - β_img J_img - β_vid J_vid
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         ema.update()
