@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import lru_cache
 from itertools import count, islice
 from pathlib import Path
 
@@ -59,32 +60,30 @@ def open_dataset(spec: str | Sequence[str | Path], frames: int = 16, fps: float 
 
     cache: folder for the index of shards where it cannot be written beside them; of several processes one
     should come first and make it. columns, video_root: of manifests, see plumbing/manifests.py."""
-    sources = open_sources(spec, cache, columns, video_root)
-    if not sum(map(len, sources)):
+    dataset = ClipDataset(open_sources(spec, cache, columns, video_root), frames, fps, height, width)
+    if not len(dataset):
         raise UserError(f"no clips in {spec}: expected *.mp4 with .txt beside them, e.g. 0001.mp4, 0001.txt; "
                         "a shard has members KEY.mp4 and KEY.txt")
-    return ClipDataset(sources, frames, fps, height, width)
+    return dataset
 
 
 class ClipDataset:
-    """The clips of all sources under one index.
-
-    The loader takes anything else that has len() and get(index, generator) as well."""
+    """The clips of all sources under one index; the loader takes others with len() and get() as well."""
 
     def __init__(self, sources: list, frames: int, fps: float, height: int, width: int):
         self.sources = sources
         self.frames, self.fps, self.height, self.width = frames, fps, height, width
-        self.ends = np.cumsum([len(source) for source in sources])
+        self.starts = np.cumsum([0, *map(len, sources)])        # of each source's clips, and the end
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return int(self.starts[-1])
 
     def get(self, index: int, generator: torch.Generator | None = None) -> dict:
         """dict(clip uint8 (3, T, H, W), fps, caption, reward_caption or None, index).
 
         The clip starts at the first frame without a generator. Raises BadClip."""
-        number = int(np.searchsorted(self.ends, index, side="right"))
-        source, i = self.sources[number], index - int(self.ends[number - 1] if number else 0)
+        number = np.searchsorted(self.starts, index, side="right") - 1
+        source, i = self.sources[number], index - int(self.starts[number])
         try:
             video, *captions = source.read(i)
             caption, reward_caption = map(clean, captions)
@@ -125,14 +124,12 @@ def loader(dataset, batch: int, rank: int = 0, world_size: int = 1, workers: int
 
 def order(N: int, batch: int, rank: int, world_size: int, seed: int, start_step: int) -> Iterator[tuple]:
     """(position, index of the clip there) of all that a rank reads, step by step."""
-    permuted_epoch = None
+    permutation = lru_cache(1)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(N))
     for step in count(start_step):
         first = (step * world_size + rank) * batch
         for position in range(first, first + batch):
             epoch, k = divmod(position, N)
-            if epoch != permuted_epoch:
-                permuted_epoch, permutation = epoch, np.random.default_rng([seed, epoch]).permutation(N)
-            yield position, int(permutation[k])
+            yield position, int(permutation(epoch)[k])
 
 
 def draw(dataset, seed: int, position: int, index: int) -> tuple[dict | None, list[dict]]:
@@ -140,8 +137,7 @@ def draw(dataset, seed: int, position: int, index: int) -> tuple[dict | None, li
     N, bad = len(dataset), []
     epoch, k = divmod(position, N)
     for attempt in range(TRIES):
-        if attempt:
-            index = seed_of(seed, epoch, k, attempt) % N
+        index = seed_of(seed, epoch, k, attempt) % N if attempt else index
         generator = torch.Generator().manual_seed(seed_of(seed, epoch, index))
         try:
             return {**dataset.get(index, generator), "position": position}, bad
@@ -227,8 +223,7 @@ class CacheWriter:
 
     def missing(self) -> list[int]:
         """This process's clips that are not on the disk yet."""
-        made = {int(path.name.split(".")[0]) for path in clip_files(self.folder)}
-        return [index for index in self.clips if index not in made]
+        return sorted({*self.clips} - {int(path.name.split(".")[0]) for path in clip_files(self.folder)})
 
     def write(self, index: int, tensors: dict[str, Tensor], notes: dict) -> None:
         """One clip with all of its draws. Raises BadClip where float16 cannot hold a tensor's values."""
@@ -286,11 +281,11 @@ def clip_files(folder: Path, pattern: str = "*.safetensors") -> list[Path]:
 
 def check_header(folder: Path, expected: dict) -> dict:
     """The header of a cache. Raises UserError where there is none, or one that says otherwise."""
-    path, expected = folder / "header.json", json.loads(json.dumps(expected))
+    path = folder / "header.json"
     with reading(path, "the header of a cache, which prepare.py makes"):
         header = json.loads(path.read_text())
-        different = [name for name, value in expected.items() if header[name] != value]
-    for name in different:
-        raise UserError(f"the cache in {folder} was made with {name} = {header[name]}, not {expected[name]}: "
-                        "choose another folder or those options")
+        for name, value in json.loads(json.dumps(expected)).items():
+            if header[name] != value:
+                raise UserError(f"the cache in {folder} was made with {name} = {header[name]}, not {value}: "
+                                "choose another folder or those options")
     return header

@@ -35,7 +35,7 @@ class ShapesConfig:
     clips: Count = 500                  # clips of a row; half ask for combinations that were never trained on
     pairs: Share = 0.3                  # share of the captions that ask for two things
     folder: Folder | None = None        # folder of pretrain.py's weights and of students [the embedded ones]
-    rows: str = "DDIM,VCM 4,T2V-Turbo 4"    # rows to measure, by parts of their names; "" measures all
+    rows: str = ""                      # rows to measure, by parts of their names, e.g. "vcm 4,turbo 4" [all]
     out: File | None = None             # .json with every figure and every clip's verdict
     device: str = ""                    # device to compute on: cuda or cpu [cuda if there]
 

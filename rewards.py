@@ -222,7 +222,7 @@ def find(name: str, path: str | Path | None) -> list[Path]:
     """The file of weights, or its shards: `path`, what a folder `path` holds, or (no path) the public one."""
     if not path:
         return [fetch(name)]
-    public = locate(path) / (PUBLIC[name].files[0] if name in PUBLIC else "")
+    public = locate(path) / (PUBLIC[name].split()[1] if name in PUBLIC else "")
     stems = "open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model"
     return [public] if public.is_file() else weight_files(path, *stems)
 
@@ -242,7 +242,7 @@ def wordpiece(path: Path, length: int, public: str, sep: bool = True) -> Tokeniz
     vocabulary = beside if beside.exists() else fetch(public)
     tokenizer, words = WordPiece(vocabulary, length, sep), 30522                    # of the uncased models
     if len(tokenizer.ids) != words:
-        raise UserError(f"{vocabulary} does not hold {words} words; take that of {PUBLIC[public].repository}")
+        raise UserError(f"{vocabulary} does not hold {words} words; take that of {PUBLIC[public].split()[0]}")
     return tokenizer
 
 

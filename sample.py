@@ -280,8 +280,6 @@ def load_models(config: Config) -> Models:
     from networks.vae import load_tiny_decoder
     from plumbing.run import has_bfloat16, pick_device
     device, dtype = pick_device(config.device), config.dtype or "float32"
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", cli.place()[2])
     if device.type in ("cuda", "xpu") and not config.dtype:
         dtype = "bfloat16" if has_bfloat16(device) else "float16"
 

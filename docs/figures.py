@@ -367,10 +367,10 @@ def boundaries(seed: int) -> Figure:
 def variety(seed: int) -> Figure:
     """Right clips against variety, in percent. variety.json: {SERIES: [[label, variety, right], ...]}."""
     figure, axis = pyplot.subplots(figsize=(7, 3.6), dpi=150, layout="tight")
-    for number, (series, points) in enumerate(json.loads(VARIETY.read_text(encoding="utf-8")).items()):
+    for series, points in json.loads(VARIETY.read_text(encoding="utf-8")).items():
         line, = axis.plot([x for _, x, _ in points], [y for _, _, y in points], "o-", label=series)
         for label, x, y in points:
-            axis.annotate(label, (x, y), (5, 5 - 18 * number), textcoords="offset points", color=line.get_color())
+            axis.annotate(label, (x, y), (5, 5), textcoords="offset points", color=line.get_color())
     axis.set(xlabel="variety, % of the world's own", ylabel="right clips, %")
     axis.legend()
     return figure

@@ -1,10 +1,9 @@
-"""Will it fit, and how long will it take? What a training step or a clip holds and computes.
+"""Will it fit, and how long will it take? What a training step holds and computes.
 
-`--dry-run 0` of train.py and `--dry-run` of sample.py and prepare.py run the program's own code on fake
-tensors, which have shapes but no contents: full-size models then need neither memory, nor a GPU, nor a file.
-`train.py --dry-run N` makes N real steps with random weights.
+`train.py --dry-run 0` runs the program's own code on fake tensors, which have shapes but no contents: models
+of full size then need neither memory, nor a GPU, nor a file. `--dry-run N` makes N real steps with random
+weights.
 """
-import time
 import warnings
 import weakref
 from collections import defaultdict
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
-from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from plumbing.run import Offload
+from plumbing.run import Offload, Parts
 
 GIB = 2 ** 30
 aten = torch.ops.aten
@@ -82,22 +81,21 @@ class Counter(TorchDispatchMode):
 def simulation() -> Iterator[Counter]:
     """Within the block tensors are fake, on the CPU, and counted as a GPU would hold them: norms in float32,
     as autocast has them there; what waits in host memory (--offload) is not counted."""
-    fake, counter, to_host, norms = FakeTensorMode(), Counter(), Offload.to_host, (F.group_norm, F.layer_norm)
+    fake, counter = FakeTensorMode(), Counter()
     fake.__deepcopy__ = lambda memo: fake                       # copies of fake tensors stay in the one mode
 
-    def norm(function, x, size, w=None, b=None, eps=1e-5):
-        if torch.is_autocast_enabled("cpu"):
-            x, w, b = (None if y is None else y.float() for y in (x, w, b))
-        return function(x, size, w, b, eps)
+    def in_float32(norm: Callable) -> Callable:
+        def called(x, size, w=None, b=None, eps=1e-5):
+            if torch.is_autocast_enabled("cpu"):
+                x, w, b = (None if y is None else y.float() for y in (x, w, b))
+            return norm(x, size, w, b, eps)
+        return called
 
-    Offload.to_host = staticmethod(counter.uncounted)
-    F.group_norm, F.layer_norm = (partial(norm, function) for function in norms)
-    try:
-        with warnings.catch_warnings(), fake, counter:
-            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")   # by deepcopy
+    norms = dict(group_norm=in_float32(F.group_norm), layer_norm=in_float32(F.layer_norm))
+    with patch.object(Offload, "to_host", counter.uncounted), patch.multiple(F, **norms), fake, counter:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")       # by deepcopy
             yield counter
-    finally:
-        Offload.to_host, (F.group_norm, F.layer_norm) = staticmethod(to_host), norms
 
 
 @contextmanager
@@ -105,49 +103,29 @@ def build(device, dtype: torch.dtype) -> Iterator[None]:
     """Within the block modules are made on this device, of this dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device(device):
+        yield
+    torch.set_default_dtype(before)
 
 
-class Budget:
-    """What each named part holds and computes; in a trainer it takes the place of `run.Parts`."""
+class Budget(Parts):
+    """What each named part of a step holds and computes, and its seconds on the device."""
 
     def __init__(self, counter: Counter):
-        self.counter, self.counting, self.held, self.times = counter, True, 0, {}
-        self.peak, self.kept, self.flops, self.seconds = (defaultdict(float) for _ in range(4))
+        super().__init__()
+        self.counter, self.held = counter, 0                    # held: bytes between two steps
+        self.peak, self.flops = defaultdict(int), defaultdict(int)
 
     @contextmanager
-    def __call__(self, name: str, times: int = 1):
-        """times: how often the part is done; it is simulated once. 0: what it makes is held all the time."""
-        counter, start = self.counter, time.perf_counter()
-        flops, live = counter.flops, counter.reset()
-        yield
-        if counter.device == "cuda":
-            torch.cuda.synchronize()
-        self.seconds[name] += time.perf_counter() - start
-        if self.counting:
-            self.times[name] = times
-            self.peak[name], self.kept[name] = max(self.peak[name], counter.peak), counter.live - live
-            self.flops[name] += times * (counter.flops - flops)
-        if not times:
-            self.held = counter.live
-
-    def show(self, title: str, steps: int = 0) -> None:
-        """Prints the parts. steps: in how many `seconds` were taken; 0: simulated, which tells none."""
-        print(f"{title}\n\n{'part':24}times  peak GiB leaves GiB    TFLOP       s")
-        for name, times in self.times.items():
-            seconds = f"{self.seconds[name] / steps:8.2f}" if steps else "       -"
-            print(f"{name:24}{times:5}{self.peak[name] / GIB:10.2f}{self.kept[name] / GIB:11.2f}"
-                  f"{self.flops[name] / 1e12:9.2f}{seconds}")
-
-        worst, flops = max(self.peak, key=self.peak.get), sum(self.flops.values())
-        cards = ", ".join(f"{card} {flops / rate:.2f} s" for card, rate in CARDS.items())
-        print(f"\nheld all the time: {self.held / GIB:.2f} GiB; most: {self.peak[worst] / GIB:.2f} GiB, in "
-              f"{worst}; on a GPU add about 1 GiB for CUDA and its libraries\n"
-              f"in all {flops / 1e12:.1f} TFLOP; in bf16 at the peak rates of {cards}")
+    def __call__(self, name: str):
+        counter, flops = self.counter, self.counter.flops
+        counter.reset()
+        with super().__call__(name):
+            yield
+            if counter.device == "cuda":
+                torch.cuda.synchronize()
+        self.peak[name] = max(self.peak[name], counter.peak)
+        self.flops[name] += counter.flops - flops
 
 
 def report_step(config, group, load_world: Callable, trainer_class: type) -> Budget:
@@ -162,7 +140,7 @@ def report_step(config, group, load_world: Callable, trainer_class: type) -> Bud
         config = replace(config, batch=config.micro_batch * group.world_size, reward_every=1)
     with Counter(group.device.type) if n else simulation() as counter:
         budget = Budget(counter)
-        with budget("construction", times=0):
+        with budget("construction"):
             models, _, terms = load_world(config, alone)
             trainer = trainer_class(config, models, terms, alone)
         trainer.parts = budget
@@ -175,20 +153,34 @@ def report_step(config, group, load_world: Callable, trainer_class: type) -> Bud
         batch = random_batch(config, models, config.batch // group.world_size)
         trainer.step(batch)
 
-    budget.counting = False
     budget.seconds.clear()
     for _ in range(n):
         trainer.step(batch)
     if group.rank == 0:
-        budget.show(f"{config.preset}, {config.width}x{config.height}, {config.frames} frames, "
-                    f"{config.dtype}, {config.batch} clips a step, {config.micro_batch} at a time, "
-                    f"{n or 'simulated'} steps", n)
-    if group.rank == 0 and n:
+        show(budget, config)
+    group.close()
+    return budget
+
+
+def show(budget: Budget, config) -> None:
+    """Prints the parts of a step, and what they come to."""
+    n = config.dry_run
+    print(f"{config.preset}, {config.width}x{config.height}, {config.frames} frames, {config.dtype}, "
+          f"{config.batch} clips a step, {config.micro_batch} at a time, {n or 'simulated'} steps\n\n"
+          f"{'part':14}peak GiB    TFLOP       s")
+    for name, peak in budget.peak.items():
+        seconds = f"{budget.seconds[name] / n:8.2f}" if n else "       -"
+        print(f"{name:14}{peak / GIB:8.2f}{budget.flops[name] / 1e12:9.2f}{seconds}")
+
+    worst, flops = max(budget.peak, key=budget.peak.get), sum(budget.flops.values())
+    cards = ", ".join(f"{card} {flops / rate:.2f} s" for card, rate in CARDS.items())
+    print(f"\nheld all the time: {budget.held / GIB:.2f} GiB; most: {budget.peak[worst] / GIB:.2f} GiB, in "
+          f"{worst}; on a GPU add about 1 GiB for CUDA and its libraries\n"
+          f"in all {flops / 1e12:.1f} TFLOP; in bf16 at the peak rates of {cards}")
+    if n:
         seconds = sum(budget.seconds.values()) / n
         hours = seconds * config.train_steps / 3600
         print(f"a step takes {seconds:.2f} s, {config.train_steps} steps take {hours:.1f} h")
-    group.close()
-    return budget
 
 
 def random_batch(config, models, n: int) -> dict:

@@ -128,8 +128,8 @@ def parse(cls, argv=None, description="", positional=None, defaults=None, prog=N
 
 def place() -> tuple[int, int, int]:
     """This process among those of torchrun: its rank, how many there are, its rank on this machine."""
-    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in names.items())
+    defaults = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
+    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in defaults)
     if not 0 <= rank < world_size:
         raise UserError(f"the environment says RANK={rank}, WORLD_SIZE={world_size}; unset both, or start "
                         "with torchrun, which sets them")
@@ -137,7 +137,7 @@ def place() -> tuple[int, int, int]:
 
 
 class Lenient(io.FileIO):
-    """Standard output whose reader is gone, or standard error: the work goes on. Else a result would be lost."""
+    """Standard error, or standard output whose reader is gone: a failure to write there stops no work."""
 
     def write(self, data) -> int:
         with suppress(OSError if self.fileno() == 2 else BrokenPipeError):
@@ -152,8 +152,9 @@ def keep_streams() -> None:
         if stream is None:                                  # closed: its number must not become some file's
             setattr(sys, name, open(os.devnull, "w"))
         elif number > 0 and stream is getattr(sys, f"__{name}__"):
-            binary = io.BufferedWriter(Lenient(number, "w", closefd=False))
-            setattr(sys, name, io.TextIOWrapper(binary, stream.encoding, "backslashreplace", line_buffering=True))
+            file = io.BufferedWriter(Lenient(number, "w", closefd=False))
+            text = io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=True)
+            setattr(sys, name, text)
 
 
 def main(command):

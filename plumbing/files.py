@@ -1,6 +1,7 @@
 """Files that are written: whole or not at all, and never in the place of somebody else's."""
 import json
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator
@@ -73,23 +74,21 @@ def check_outputs(outputs: dict, inputs: dict) -> None:
 
     owners = {path.resolve(): option for option, path in outputs}
     for option, path in outputs:
-        place = path.resolve()
-        for other in {owners.get(folder, option) for folder in (place, *place.parents)} - {option}:
-            raise UserError(f"{option} {path} and {other} are one place; give each its own")
+        for folder in (path.resolve(), *path.resolve().parents):
+            if owners.get(folder, option) != option:
+                raise UserError(f"{option} {path} and {owners[folder]} are one place; give each its own")
         if path.is_file() and not replaceable(path):
             raise UserError(f"{option} {path} exists, and no such command wrote it; choose another name")
 
 
 def pairs(options: dict) -> list[tuple[str, Path]]:
     """(option, path) of each path."""
-    lists = {option: [paths] if isinstance(paths, (str, Path)) else paths or []
-             for option, paths in options.items()}
-    return [(option, Path(path).expanduser()) for option, paths in lists.items() for path in paths if path]
+    return [(option, Path(path).expanduser()) for option, paths in options.items()
+            for path in ([paths] if isinstance(paths, (str, Path)) else paths or ()) if path]
 
 
 def replaceable(path: Path) -> bool:
     """Does an existing file hold what the commands write? Of clips and pictures the suffix tells it."""
     if path.suffix.lower() == ".json":
-        text = path.read_text(errors="replace")
-        return '"scores"' in text or '"rows"' in text
+        return re.search('"(scores|rows)"', path.read_text(errors="replace")) is not None
     return path.suffix.lower() in (".mp4", ".gif", ".png")

@@ -1,12 +1,11 @@
 """The folder of a training run: its lock, its checkpoints and its log."""
 import dataclasses
-import errno
 import importlib.util
 import json
 import re
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -28,12 +27,11 @@ def locked(out: str | Path) -> Iterator[None]:
         try:
             import fcntl
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:                                     # Windows
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(f"{out} is in use by another run; wait until it ends, or choose another "
+                            "--out") from error
+        except (ImportError, OSError):                          # Windows; a network folder without locks
             pass
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):     # others: a network folder without locks
-                raise UserError(f"{out} is in use by another run; wait until it ends, or choose another "
-                                "--out") from error
         yield
 
 
@@ -56,30 +54,26 @@ def checkpoints(out: str | Path) -> list[Path]:
 
 def open_folder(config) -> Path | None:
     """Checks that OUT is this run's, cleans it up -> the checkpoint to go on from."""
-    out, own = Path(config.out), checkpoints(config.out)
-    path = own[-1] if own else None
-    if own and not config.resume:
-        raise UserError(f"{out} already holds {path.name}; go on with --resume auto, or choose another --out")
-    if config.resume not in ("", "auto"):
-        path = Path(config.resume).expanduser()
-        if not path.is_file():
-            raise UserError(f"--resume {path}: no such file")
+    out = Path(config.out)
+    *_, last = None, *checkpoints(out)
+    if last and not config.resume:
+        raise UserError(f"{out} already holds {last.name}; go on with --resume auto, or choose another --out")
+    path = last if config.resume in ("", "auto") else Path(config.resume).expanduser()
+    if path and not path.is_file():
+        raise UserError(f"--resume {path}: no such file")
 
     if path is None or path.resolve().parent != out.resolve():  # nothing of another run is written over
-        if own:
-            raise UserError(f"--resume {path}: {out} has {own[-1].name} of another run; choose another --out")
+        if last:
+            raise UserError(f"--resume {path}: {out} has {last.name} of another run; choose another --out")
         about, log = out / "config.json", out / "log.jsonl"
         ours = about.exists() and '"save_every"' in about.read_text(errors="replace")
-        if not ours and (about.exists() or log.exists()):
-            raise UserError(f"{out} holds a config.json or log.jsonl that is no run's; choose another --out")
-        saved = any((out / f"{name}.safetensors").exists() for name in ("turbo", "merged"))
-        if saved or any(step >= config.save_every for step, _ in whole_lines(log)):
-            raise UserError(f"{out} holds log or weights of a run whose checkpoints are gone; they would be "
-                            "written over: choose another --out")
+        if ((about.exists() or log.exists()) and not ours or any(out.glob("*.safetensors"))
+                or any(step >= config.save_every for step, _ in whole_lines(log))):
+            raise UserError(f"{out} holds files of something else, or log or weights of a run whose "
+                            "checkpoints are gone; choose another --out")
         log.unlink(missing_ok=True)
-    for pattern in (".*.*.part", "samples/.*.*.part"):          # what `atomic` leaves when it is killed
-        for leftover in out.glob(pattern):
-            leftover.unlink()
+    for leftover in (*out.glob(".*.*.part"), *out.glob("samples/.*.*.part")):   # of killed `atomic`
+        leftover.unlink()
     return path
 
 
@@ -120,7 +114,7 @@ def save_checkpoint(out: Path, step: int, state: dict) -> None:
 
 # ---- the log -----------------------------------------------------------------------------------------------
 
-class Log:
+class Log(ExitStack):
     """The first process writes log.jsonl (a line per step), the bar, and TensorBoard where it is installed.
 
     On resume, the lines after the checkpoint go: their steps are made again. So does a half line that a kill
@@ -128,9 +122,8 @@ class Log:
     """
 
     def __init__(self, out: Path, start: int, steps: int, group: Group):
-        self.file = self.board = self.bar = None
-        self.device = group.device
-        self.last = start
+        super().__init__()
+        self.device, self.last, self.file, self.board = group.device, start, None, None
         if group.rank:
             return
         path = Path(out) / "log.jsonl"
@@ -138,18 +131,18 @@ class Log:
         self.last = lines[-1][0] if lines else 0
         with atomic(path) as temporary:
             temporary.write_text("".join(line for _, line in lines))
-        self.file, self.bar = open(path, "a"), tqdm(total=steps, initial=start)
+        self.file = self.enter_context(open(path, "a"))
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(str(out), purge_step=start + 1)
+            self.board = self.enter_context(SummaryWriter(str(out), purge_step=start + 1))
+        self.bar = self.enter_context(tqdm(total=steps, initial=start))     # its line ends before an error's
 
     def __call__(self, step: int, record: dict, parts: Parts) -> None:
         if self.file is None:
             return
         seconds = {name: round(value, 4) for name, value in parts.seconds.items()}
         line = {"step": step, **record, "memory_gib": round(memory(self.device), 3), "seconds": seconds}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        print(json.dumps(line), file=self.file, flush=True)
 
         hidden = ("lr", "steps_skipped", "clips_skipped")
         shown = {name: f"{value:.4g}" for name, value in record.items() if value and name not in hidden}
@@ -157,15 +150,6 @@ class Log:
         self.bar.update(step - self.bar.n)
         for name, value in record.items() if self.board else ():
             self.board.add_scalar(name, value, step)
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_) -> None:
-        """Ends the bar's line, so that an error message starts on its own."""
-        for part in (self.bar, self.board, self.file):
-            if part is not None:
-                part.close()
 
 
 def whole_lines(path: Path) -> list[tuple[int, str]]:

@@ -10,7 +10,6 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,42 +21,34 @@ Table = list[tuple[str, str | Callable]]        # rows of (regular expression, r
 
 # ---- public files ------------------------------------------------------------------------------------------
 
-class Public(NamedTuple):
-    """Files of a repository of huggingface.co; their sizes and licences: docs/training.md."""
-    repository: str
-    files: tuple[str, ...]
-
-
-PUBLIC = {
+PUBLIC = {      # repository of huggingface.co, files; their sizes and licences: docs/training.md
     # teachers
-    "vc2": Public("VideoCrafter/VideoCrafter2", ("model.ckpt",)),
-    "ms": Public("ali-vilab/text-to-video-ms-1.7b", (
-        "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-        "text_encoder/model.safetensors")),
+    "vc2": "VideoCrafter/VideoCrafter2 model.ckpt",
+    "ms": "ali-vilab/text-to-video-ms-1.7b unet/diffusion_pytorch_model.safetensors "
+          "vae/diffusion_pytorch_model.safetensors text_encoder/model.safetensors",
     # students, and a small decoder
-    "vc2-turbo": Public("jiachenli-ucsb/T2V-Turbo-VC2-Merged", ("t2v_turbo_vc2.pt",)),
-    "vc2-turbo-lora": Public("jiachenli-ucsb/T2V-Turbo-VC2", ("unet_lora.pt",)),
-    "ms-turbo": Public("jiachenli-ucsb/T2V-Turbo-MS", ("unet_lora.pt",)),
-    "vc2-turbo-v2": Public("jiachenli-ucsb/T2V-Turbo-v2", ("unet_mg.pt",)),
-    "vc2-turbo-v2-no-mg": Public("jiachenli-ucsb/T2V-Turbo-v2-no-MG", ("unet_no_mg.pt",)),
-    "taesd": Public("madebyollin/taesd", ("taesd_decoder.safetensors",)),
+    "vc2-turbo": "jiachenli-ucsb/T2V-Turbo-VC2-Merged t2v_turbo_vc2.pt",
+    "vc2-turbo-lora": "jiachenli-ucsb/T2V-Turbo-VC2 unet_lora.pt",
+    "ms-turbo": "jiachenli-ucsb/T2V-Turbo-MS unet_lora.pt",
+    "vc2-turbo-v2": "jiachenli-ucsb/T2V-Turbo-v2 unet_mg.pt",
+    "vc2-turbo-v2-no-mg": "jiachenli-ucsb/T2V-Turbo-v2-no-MG unet_no_mg.pt",
+    "taesd": "madebyollin/taesd taesd_decoder.safetensors",
     # rewards, and the word lists that two of them take
-    "hpsv2": Public("xswu/HPSv2", ("HPS_v2.1_compressed.pt",)),
-    "pickscore": Public("yuvalkirstain/PickScore_v1", ("model.safetensors",)),
-    "clip": Public("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ("open_clip_pytorch_model.bin",)),
-    "imagereward": Public("THUDM/ImageReward", ("ImageReward.pt",)),
-    "viclip": Public("OpenGVLab/ViCLIP", ("ViClip-InternVid-10M-FLT.pth",)),
-    "internvideo2": Public(
-        "OpenGVLab/InternVideo2-Stage2_1B-224p-f4", ("InternVideo2-stage2_1b-224p-f4.pt",)),
-    "bert-base": Public("google-bert/bert-base-uncased", ("vocab.txt",)),
-    "bert-large": Public("google-bert/bert-large-uncased", ("vocab.txt",)),
+    "hpsv2": "xswu/HPSv2 HPS_v2.1_compressed.pt",
+    "pickscore": "yuvalkirstain/PickScore_v1 model.safetensors",
+    "clip": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K open_clip_pytorch_model.bin",
+    "imagereward": "THUDM/ImageReward ImageReward.pt",
+    "viclip": "OpenGVLab/ViCLIP ViClip-InternVid-10M-FLT.pth",
+    "internvideo2": "OpenGVLab/InternVideo2-Stage2_1B-224p-f4 InternVideo2-stage2_1b-224p-f4.pt",
+    "bert-base": "google-bert/bert-base-uncased vocab.txt",
+    "bert-large": "google-bert/bert-large-uncased vocab.txt",
 }
 
 
 def fetch(name: str) -> Path:
     """A public file, downloaded on its first use; where there are several, the folder that holds them."""
     import huggingface_hub
-    repository, files = PUBLIC[name]
+    repository, *files = PUBLIC[name].split()
     for file in files:
         try:
             path = Path(huggingface_hub.hf_hub_download(repository, file))

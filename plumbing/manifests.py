@@ -9,8 +9,8 @@ import os
 import re
 import warnings
 from array import array
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
@@ -35,7 +35,7 @@ def open_sources(spec: str | Sequence[str | Path], cache: str | None = None, col
                  root: str = "") -> list:
     """All sources that a spec names (see data.py); the shards of one pattern are one. Raises UserError."""
     sources, specs = [], [spec] if isinstance(spec, str) else map(str, spec)
-    for pattern in [pattern for each in specs for pattern in split(each)]:
+    for pattern in chain.from_iterable(map(split, specs)):
         paths, shards = expand(pattern), []
         missing = [path for path in paths if not os.path.exists(path)]
         if len(missing) == len(paths):
@@ -46,9 +46,10 @@ def open_sources(spec: str | Sequence[str | Path], cache: str | None = None, col
 
         for path in paths:
             if os.path.isdir(path):
-                clips, tars = walk(path)
+                files = files_below(path)
+                clips = (os.path.relpath(file, path) for file in files if file.lower().endswith(READABLE))
                 sources.append(Files(path, ([clip, None, None] for clip in clips)))
-                shards += tars
+                shards += [file for file in files if file.endswith(".tar") and os.path.isfile(file)]
             elif os.path.isfile(path) and path.endswith(".tar"):
                 shards.append(path)
             elif os.path.isfile(path) and path.endswith(MANIFESTS):
@@ -76,22 +77,19 @@ def expand(pattern: str) -> list[str]:
     names = []
     for name in brace[1].split(","):
         span = re.fullmatch(r"(\d+)\.\.(\d+)", name)
-        numbers = range(int(span[1]), int(span[2]) + 1) if span else ()
-        names += [str(i).zfill(len(span[1])) for i in numbers] if span else [name]
+        names += [f"{i:0{len(span[1])}}" for i in range(int(span[1]), int(span[2]) + 1)] if span else [name]
     return [path for name in names for path in expand(pattern[:brace.start()] + name + pattern[brace.end():])]
 
 
-def walk(folder: str) -> tuple[list[str], list[str]]:
-    """All videos below a folder, relative to it, and all shards; in linked folders too. Raises UserError."""
+def files_below(folder: str) -> list[str]:
+    """The paths of all files below a folder; in linked folders too. Raises UserError."""
     def refuse(error: OSError) -> None:
         raise error
 
     with reading(folder, "a folder"):
-        folders = os.walk(folder, onerror=refuse, followlinks=True)
-        paths = sorted(os.path.join(base, name) for base, _, names in folders
-                       for name in names if not name.startswith("."))
-    clips = [os.path.relpath(path, folder) for path in paths if path.lower().endswith(READABLE)]
-    return clips, [path for path in paths if path.endswith(".tar") and os.path.isfile(path)]
+        tree = os.walk(folder, onerror=refuse, followlinks=True)
+        return sorted(os.path.join(base, name) for base, _, names in tree
+                      for name in names if not name.startswith("."))
 
 
 class Files:
@@ -138,21 +136,27 @@ def open_manifest(path: str, columns: str = "", root: str = "") -> Files:
 def rows_of(path: str, file: TextIO, named: dict[str, str]) -> Iterator[list]:
     """The rows of a manifest, for Files. named: {field: column or template} by --columns."""
     records, separator = records_of(path, file)
-    places = []
-    for record in records:
-        lower_case = {str(name).strip().lower(): value for name, value in record.items()}
-        values = defaultdict(str, lower_case | record)
-        places = places or choose(values, named)
-        if not places:
+    known = KNOWN | {field: [column] for field, column in named.items()}
+    for number, record in enumerate(records):
+        row = {str(name).strip().lower(): value for name, value in record.items()} | record
+        fields = {field: value_of(row, columns) for field, columns in known.items()}
+        if number == 0 and None in map(fields.get, ["path", "caption", *named]):
             columns = ", ".join(map(repr, record)) + separator
             raise UserError(f"{path}: path and caption are not known among its columns ({columns}); "
                             "name them: --columns path=COLUMN,caption=COLUMN")
-
-        clip, caption, reward_caption = (
-            place.format_map(values) if "{" in place else values.get(place) for place in places)
         if None in record:                            # where csv puts the rest of a caption with commas
-            caption = [caption, *record[None]]
-        yield [str(clip or ""), caption, reward_caption]
+            fields["caption"] = [fields["caption"], *record[None]]
+        yield [str(fields["path"] or ""), fields["caption"], fields["reward_caption"]]
+
+
+def value_of(row: dict, columns: Sequence[str]) -> object:
+    """What a row says in the first of these columns, or templates of columns, that it has; None: in none."""
+    for column in columns:
+        if column in row:
+            return row[column] or ""
+        if "{" in column and row.keys() >= {*re.findall(r"\{(.*?)\}", column)}:
+            return column.format_map(row)
+    return None
 
 
 def records_of(path: str, file: TextIO) -> tuple[Iterable[dict], str]:
@@ -168,18 +172,5 @@ def records_of(path: str, file: TextIO) -> tuple[Iterable[dict], str]:
     if len(columns) == 2 and columns[0].lower().endswith(READABLE):   # a clip in place of a header
         columns = ["path", "caption"]
         file.seek(0)
-    reader = csv.DictReader(file, columns, delimiter=mark, skipinitialspace=True)
+    reader = csv.DictReader(file, columns, restval="", delimiter=mark, skipinitialspace=True)
     return reader, f", separated by {SEPARATORS[mark]}"
-
-
-def choose(values: dict, named: dict[str, str]) -> list[str]:
-    """Where a manifest, whose first row has these values, has path, caption and reward caption; or []."""
-    places = []
-    for field, known in KNOWN.items():
-        options = (named[field],) if field in named else known
-        present = [option for option in options
-                   if values.keys() >= set(re.findall(r"\{(.*?)\}", option) or [option])]
-        if not present and (field in named or field != "reward_caption"):
-            return []
-        places.append((present or options)[0])
-    return places

@@ -4,7 +4,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -21,10 +21,15 @@ PATIENCE = timedelta(hours=2)   # of collectives: others wait while one download
 # ---- devices -----------------------------------------------------------------------------------------------
 
 def pick_device(text: str = "") -> torch.device:
-    """The device of an option `--device`: "cpu", "cuda", "cuda:1", "xpu", "mps"; "": CUDA, else the CPU."""
+    """The device of an option `--device`: "cpu", "cuda", "cuda:1", "xpu", "mps"; "": CUDA, else the CPU. With
+    "cuda" each of torchrun's processes gets its own GPU."""
+    _, world_size, local_rank = cli.place()
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "xpu": torch.xpu.device_count(),
               "mps": int(torch.backends.mps.is_available())}
     text = text or ("cuda" if counts["cuda"] else "cpu")
+    if text.startswith("cuda:") and world_size > 1:
+        raise UserError(f"--device {text}: every process takes a GPU of its own; use --device cuda")
+    text = f"cuda:{local_rank}" if text == "cuda" else text
     present = [f"{kind}:{i}" for kind, count in counts.items() for i in range(count)]
     if text not in present and f"{text}:0" not in present:
         raise UserError(f"--device {text}: no such device here; this machine has {', '.join(present)}")
@@ -32,19 +37,16 @@ def pick_device(text: str = "") -> torch.device:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Does the device multiply in bfloat16? GPUs before Ampere, and processors without AVX-512 BF16 or AMX,
-    imitate it, and may be slower than in float32."""
+    """Are products in bfloat16 fast? GPUs before Ampere imitate it; on CPUs with AVX-512 BF16, but without
+    AMX, a step of the toy takes 1.4 times as long as in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cpu" and native
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
 def usual_dtype(device: torch.device) -> str:
-    """What the toy's networks work in, unless the command line says otherwise: bfloat16 where small products
-    are faster in it. With AVX-512 BF16, but without AMX, a step takes 1.4 times as long as in float32."""
-    fast = torch.cpu._is_amx_tile_supported() if device.type == "cpu" else has_bfloat16(device)
-    return "bfloat16" if fast else "float32"
+    """What the toy's networks work in, unless the command line says otherwise."""
+    return "bfloat16" if has_bfloat16(device) else "float32"
 
 
 # ---- processes ---------------------------------------------------------------------------------------------
@@ -57,17 +59,16 @@ class Group:
     """
 
     def __init__(self, device: str = ""):
-        """device: as for `pick_device`; with "" or "cuda" every process of a machine gets its own GPU."""
-        self.rank, self.world_size, local_rank = cli.place()
-        self.device = own_device(pick_device(device), local_rank, self.world_size)
+        self.rank, self.world_size, _ = cli.place()
+        self.device = pick_device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")                  # TF32 for float32 networks
+        if self.world_size > 1 and "MASTER_ADDR" not in os.environ:
+            raise UserError(f"the environment says WORLD_SIZE={self.world_size}, but not MASTER_ADDR; start "
+                            "several processes with torchrun, or unset WORLD_SIZE")
         if self.world_size > 1:
-            if "MASTER_ADDR" not in os.environ:
-                raise UserError(f"the environment says WORLD_SIZE={self.world_size}, but not MASTER_ADDR; "
-                                "start several processes with torchrun, or unset WORLD_SIZE")
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=PATIENCE)
 
@@ -104,22 +105,11 @@ class Group:
             dist.destroy_process_group()
 
 
-def own_device(device: torch.device, local_rank: int, world_size: int) -> torch.device:
-    """The device of one of several processes of a machine: each has its own GPU."""
-    if device.type != "cuda" or world_size == 1 and device.index is not None:
-        return device
-    if device.index is not None:
-        raise UserError(f"--device {device}: every process takes a GPU of its own; use --device cuda")
-    return pick_device(f"cuda:{local_rank}")
-
-
 def stop_signals() -> list[int]:
-    """A list that gets the number of a stop signal. A second signal ends the process as it always does.
-
-    A signal that the process was started to ignore (nohup) stays ignored. Windows has no SIGHUP.
-    """
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
-    handled = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    """A list that gets the number of a stop signal. A second signal ends the process as it always does; one
+    that the process was started to ignore (nohup) stays ignored."""
+    numbers = {getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP")}     # Windows: no HUP
+    handled = [number for number in numbers - {None} if signal.getsignal(number) != signal.SIG_IGN]
     received = []
 
     def receive(number, frame):
@@ -151,11 +141,10 @@ def memory(device: torch.device) -> float:
     """The most GiB that this process has held: tensors on a GPU, everything on a CPU; on Windows 0."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    try:
+    with suppress(ImportError):
         import resource
-    except ImportError:
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20         # Linux counts KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20     # Linux counts KiB
+    return 0.0
 
 
 class Autocast(nn.Module):

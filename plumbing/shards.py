@@ -66,8 +66,7 @@ def open_index(paths: list[str], cache: str | None) -> np.ndarray:
 
     It is memory-mapped from one file, beside the first shard or else in `cache`, which is made where there
     is none for shards of these sizes and times."""
-    stats = [os.stat(path) for path in paths]
-    stamp = [(os.path.abspath(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats)]
+    stamp = [(os.path.abspath(path), os.path.getsize(path), os.path.getmtime(path)) for path in paths]
     name = f"clips-{sha256(json.dumps(stamp).encode()).hexdigest()[:16]}.npy"
     places = [Path(folder, name) for folder in (os.path.dirname(paths[0]) or ".", cache) if folder]
     for place in places:

@@ -1,7 +1,5 @@
 """Video files <-> uint8 clips (3, T, H, W): pictures as players show them, frames chosen by their timestamps.
-
-Axes: T frames, H W space. A tick is a timestamp as the file counts it; times are in seconds, fps in 1/second.
-"""
+A tick is a timestamp as the file counts it; times are in seconds, fps in 1/second."""
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,14 +50,12 @@ def read_clip(path: str | Path, frames: int | None = None,
             raise ValueError(f"{T} frames in it, {frames or 1} are needed")
         return [int((i + 0.5) * T / (frames or T)) for i in range(frames or T)]
 
-    def read_png(file: Path) -> Tensor:
-        return torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)
-
     folder = png_folder(path)
     with reading(path, "a clip"):
         if folder.is_dir():
             files = sorted(folder.glob("*.png"), key=lambda file: (len(file.name), file.name))
-            pictures = [fit(read_png(files[i])) for i in middles(len(files))]
+            arrays = (np.array(Image.open(files[i]).convert("RGB")) for i in middles(len(files)))
+            pictures = [fit(torch.from_numpy(array).permute(2, 0, 1)) for array in arrays]
         else:
             ticks, keys, _ = timeline(path)
             pictures = decode_at(path, ticks, keys, middles(len(ticks)), fit)
@@ -85,9 +81,7 @@ def pick(times: np.ndarray, frames: int, fps: float,
 
 @contextmanager
 def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Yields (container, its best video stream). Raises ValueError, without the file's name.
-
-    Decoding has one thread: workers are the parallelism, and ffmpeg marks damaged frames reliably only so."""
+    """Yields (container, its best video stream). Raises ValueError, without the file's name."""
     if isinstance(source, bytes):
         file = io.BytesIO(source)
     elif not Path(source).is_file():
@@ -101,7 +95,7 @@ def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputC
                 raise ValueError("no video in it")
             if stream.codec_context is None:
                 raise ValueError("its codec is not known here; convert it to h264")
-            stream.codec_context.thread_count = 1
+            stream.codec_context.thread_count = 1       # with more, damaged frames are not marked reliably
             yield container, stream
     except av.FFmpegError as error:
         raise ValueError(f"not a readable video: {error.strerror}") from error
@@ -110,7 +104,6 @@ def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputC
 def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
     """When a video's frames are shown -> their ticks, ascending; those of key frames; seconds per tick.
 
-    These are the timestamps that the frames really have, so a variable frame rate needs no special case.
     Without an index there are no key frames, and the k-th frame that is decoded is shown at the k-th tick."""
     ticks, keys = [], []
     with open_video(source) as (container, stream):
@@ -181,7 +174,6 @@ def resize_crop(x: Tensor, height: int, width: int) -> Tensor:
     scale = max(height / H, width / W)
     H, W = max(height, round(H * scale)), max(width, round(W * scale))
     x = F.interpolate(x[None], (H, W), mode="bicubic", antialias=True)[0]
-
     top, left = (H - height) // 2, (W - width) // 2
     return x[:, top:top + height, left:left + width]
 
@@ -218,8 +210,8 @@ def write_video(path: str | Path, clip: Tensor, fps: float) -> None:
 
     if max(clip.shape[2:]) < 128:
         pictures, comment = pictures.repeat(4, 1).repeat(4, 2), ENLARGED
-    write = {".mp4": write_mp4, ".gif": write_gif}[suffix]
     with atomic(path) as temporary:
+        write = {".mp4": write_mp4, ".gif": write_gif}[suffix]
         write(temporary, np.ascontiguousarray(pictures), fps, comment)
 
 

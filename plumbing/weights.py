@@ -4,18 +4,20 @@ The names of its tensors decide which layout a file has, not its own name. Netwo
 and filled tensor by tensor from memory-mapped files. Files are data, never code.
 """
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from itertools import zip_longest
 from pathlib import Path
 from pickle import UnpicklingError
+from unittest.mock import patch
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from plumbing import layouts
 from plumbing.errors import UserError, reading
@@ -62,7 +64,7 @@ def read_file(path: Path):
     if is_safetensors(path):
         return safetensors.torch.load_file(path)
     zipped = zipfile.is_zipfile(path)                       # torch's format since 1.6
-    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else ()
     try:
         with torch.serialization.safe_globals([(Inert, name) for name in foreign]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -73,12 +75,10 @@ def read_file(path: Path):
 
 def unwrap(content):
     """Tensors, or a list, out of what training programs put around them; where both are there, the EMA's."""
-    def holds_tensors(x) -> bool:
-        return isinstance(x, dict) and any(isinstance(y, Tensor) or holds_tensors(y) for y in x.values())
-
     for name in WRAPPERS if isinstance(content, dict) else ():
-        if holds_tensors(content.get(name)):
-            return unwrap(content[name])
+        inner = content.get(name)
+        if isinstance(inner, dict) and any(isinstance(x, (Tensor, dict)) for x in inner.values()):
+            return unwrap(inner)
     return content
 
 
@@ -91,9 +91,8 @@ def locate(path: str | Path) -> Path:
     """A path, ~ expanded; in the hub's cache, for a model's folder, its snapshot `main` or the newest."""
     path = Path(path).expanduser()
     main = path / "refs" / "main"
-    name = main.read_text().strip() if main.is_file() else None
-    snapshots = [folder for folder in path.glob("snapshots/*") if folder.is_dir()]
-    return max(snapshots, key=lambda folder: (folder.name == name, folder.stat().st_mtime), default=path)
+    name = main.read_text().strip() if main.is_file() else "*"
+    return max(path.glob(f"snapshots/{name}"), key=os.path.getmtime, default=path)
 
 
 def weight_files(path: str | Path, *stems: str) -> list[Path]:
@@ -155,10 +154,8 @@ def save_checkpoint(path: str | Path, tensors: State, header: dict) -> None:
 
 
 def save_merged(path: str | Path, teacher: str | Path | None, unet: State) -> None:
-    """Writes t2v_turbo_vc2.pt's layout: model.ckpt of VideoCrafter2 with a student's UNet in it.
-
-    teacher: that file, or its folder; None: the public one.
-    """
+    """Writes t2v_turbo_vc2.pt's layout: model.ckpt of VideoCrafter2 (teacher: that file, or its folder; None:
+    the public one) with a student's UNet in it."""
     teacher = locate(teacher or layouts.fetch("vc2"))
     content = read_tensors(teacher / "model.ckpt" if teacher.is_dir() else teacher)
     rest = {key: x for key, x in content.items() if not key.startswith("diffusion_model.")}
@@ -197,17 +194,12 @@ def fingerprint(tensors: State) -> str:
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}       # of weights, by their dimensions
 
 
-class NoInit(TorchFunctionMode):
-    """Draws no normal values: on the meta device they would import torch's compiler, which takes a second."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
-
-
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Networks made in this block have shapes, but no memory and no values; `fill` gives them theirs."""
-    with torch.device("meta"), NoInit():
+    """Networks made in this block have shapes, but no memory and no values; `fill` gives them theirs.
+
+    Drawing normal values on the meta device would import torch's compiler, which takes a second."""
+    with torch.device("meta"), patch.object(nn.init, "normal_", lambda x, **options: x):
         yield
 
 
@@ -221,9 +213,10 @@ def check_numbers(tensors: State, source, finite: bool = False) -> None:
             raise UserError(f"{source}: {name} holds NaN or infinity; a damaged file, or training diverged")
 
 
-def trim(shape) -> tuple[int, ...]:
-    """A shape without the ones at its end: (C, D, 1, 1) -> (C, D)."""
-    return trim(shape[:-1]) if shape and shape[-1] == 1 else tuple(shape)
+def check_shape(x: Tensor, shape: tuple[int, ...], name: str) -> None:
+    """Raises UserError for another shape but for ones at its end: a linear layer may be a 1x1 convolution."""
+    if any(a != b for a, b in zip_longest(x.shape, shape, fillvalue=1)):
+        raise UserError(f"{name} has shape {tuple(x.shape)}, expected {tuple(shape)}")
 
 
 @torch.no_grad()
@@ -231,9 +224,7 @@ def fill(module: nn.Module, state: State, source, device="cpu", dtype: torch.dty
          lora: State | None = None, allow_unused: bool = False) -> nn.Module:
     """Strictly fills a module made `without_memory`, tensor by tensor, merging LoRA on the way. In eval mode.
 
-    state: {our name: tensor}; a 1x1 convolution may come as a linear layer and vice versa.
-    source: the file, for messages. dtype: None = the file's. allow_unused: ignores tensors without a place.
-    """
+    source: the file, for messages. dtype: None = the file's. allow_unused: skips tensors without a place."""
     expected, filled = module.state_dict(), {}
     missing, unused = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unused and not allow_unused:
@@ -244,8 +235,7 @@ def fill(module: nn.Module, state: State, source, device="cpu", dtype: torch.dty
 
     for key, like in expected.items():
         tensor, layer = state[key], key.removesuffix(".weight")
-        if trim(tensor.shape) != trim(like.shape):
-            raise UserError(f"{source}: {key} has shape {tuple(tensor.shape)}, expected {tuple(like.shape)}")
+        check_shape(tensor, like.shape, f"{source}: {key}")
         tensor = tensor.reshape(like.shape)
         if lora and f"{layer}.up" in lora:
             up, down = (lora[f"{layer}.{end}"].float().flatten(1) for end in ("up", "down"))
@@ -262,8 +252,7 @@ def lora_order(layers: Shapes) -> list[str]:
     """The layers of a T2V-Turbo LoRA list, one per (up, down) pair, which are those that a LoRA must have.
 
     VideoCrafter2, known by its frame rate: our order, without two layers that it has as Conv1d. ModelScope:
-    diffusers' order, by part of its UNet, and inside a transformer attn2 before ff.
-    """
+    diffusers' order, by part of its UNet, and inside a transformer attn2 before ff."""
     if "fps_embedding.0" in layers:
         return [name for name in layers if not name.startswith("init_attn.0.proj_")]
     parts = {ours: i for i, (_, ours) in enumerate(layouts.PARTS)}
@@ -284,10 +273,8 @@ def is_lora(state: State) -> bool:
 
 
 def read_lora(tensors: State, layers: Shapes, source, strength: float = 1.0) -> State:
-    """LoRA by any names -> {LAYER.up: (out, r, 1, ...), LAYER.down: (r, in, kernel)}.
-
-    The factor alpha / r, and the strength (1 as trained, 0 the teacher), go into `up`.
-    """
+    """LoRA by any names -> {LAYER.up: (out, r, 1, ...), LAYER.down: (r, in, kernel)}. Its alpha / r and the
+    strength (1 as trained, 0 the teacher) go into `up`."""
     order = lora_order(layers)
     if all(key.isdigit() for key in tensors):
         names = [f"{layer}.{end}" for layer in order for end in ("up", "down")]
@@ -305,17 +292,16 @@ def read_lora(tensors: State, layers: Shapes, source, strength: float = 1.0) -> 
     # two matrices that fit the layer
     lora = {}
     for layer, ends in matrices.items():
-        if ends.keys() - {"alpha"} != {"up", "down"}:
+        alpha = ends.pop("alpha", None)
+        if ends.keys() != {"up", "down"}:
             raise UserError(f"{source}: LoRA of {layer} holds {', '.join(sorted(ends))}; it takes up and "
                             "down, and other kinds are merged into weights first")
-        up, down, shape = ends["up"], ends["down"], layers[layer]
-        check_numbers({"up": up, "down": down}, f"{source}: LoRA of {layer}", finite=True)
-        r = len(down)
-        if (trim(up.shape), trim(down.shape)) != (trim((shape[0], r)), trim((r, *shape[1:]))):
-            raise UserError(f"{source}: LoRA of {layer} is {tuple(up.shape)} and {tuple(down.shape)}, "
-                            f"expected {(shape[0], r)} and {(r, *shape[1:])}")
-        factor = strength * (ends["alpha"].item() / r if "alpha" in ends else scale)
-        lora |= {f"{layer}.up": up if factor == 1 else factor * up, f"{layer}.down": down}
+        check_numbers(ends, f"{source}: LoRA of {layer}", finite=True)
+        (out, *rest), r = layers[layer], len(ends["down"])
+        for end, shape in (("up", (out, r)), ("down", (r, *rest))):
+            check_shape(ends[end], shape, f"{source}: LoRA of {layer}: {end}")
+        factor = strength * (scale if alpha is None else alpha.item() / r)
+        lora |= {f"{layer}.up": factor * ends["up"], f"{layer}.down": ends["down"]}
     return lora
 
 
@@ -325,7 +311,7 @@ def by_layer(tensors: State, layers: Shapes, source) -> dict[str, State]:
                    for table in ([], layouts.TO_VIDEOCRAFTER, layouts.TO_DIFFUSERS)
                    for key, layer in rename({f"{layer}.": layer for layer in layers}, table).items()}
     matrices = {}
-    for key, x in rename(rename(tensors, layouts.LORA), layouts.UNET).items():
+    for key, x in rename(tensors, layouts.LORA + layouts.UNET).items():
         name, _, end = key.rpartition(".")
         layer = underscores.get(name.removeprefix("lora_unet_"), name)
         if layer not in layers:

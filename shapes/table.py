@@ -70,7 +70,7 @@ ROWS = [Row("DDIM", steps, method="ddim") for steps in (50, 8, 4, 2)]
 ROWS += [Row("DDIM without ω", 4, method="ddim", guidance=0.0)]
 ROWS += [Row(TITLES.get(name, name), steps, name, owner) for name, owner in shapes.STUDENTS.items()
          for steps in (1, 2, 4, 8)]
-ROWS += [Row("motion teacher", steps, method="ddim", model="shapes-motion") for steps in (50, 8, 4)]
+ROWS += [Row("motion DDIM", steps, method="ddim", model="shapes-motion") for steps in (50, 8, 4)]
 ROWS += [Row(f"{TITLES[name]} best-of-16", 4, name, best_of=16) for name in ("vcm", "turbo")]
 ROWS += [Row(f"{TITLES[name]} refine-15", 4, name, refine=15) for name in ("vcm", "turbo")]
 ROWS += [Row(f"T2V-Turbo LoRA {x:g}", 4, "turbo", lora_scale=x) for x in (0, 0.25, 0.5, 0.75, 1.25)]

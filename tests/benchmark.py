@@ -325,7 +325,7 @@ def sampled_clip(options: str) -> Budget:
 
     with simulation() as counter, torch.no_grad():
         part = Budget(counter)
-        with part("construction", times=0), build("cpu", dtype):
+        with part("construction"), build("cpu", dtype):
             models = model.untrained(config.model, guidance=config.method != "teacher")
             models.unet.requires_grad_(False).checkpointing = bool(config.refine)
             for name, _, _ in map(parse_spec, config.reward):
@@ -333,12 +333,15 @@ def sampled_clip(options: str) -> Budget:
                 reward.checkpoint(True)
                 terms.append(turbo.RewardTerm(reward, 1.0, reward.frames or 6, reward.kind == "video", name))
         pick_worst(terms)
+        part.held = counter.live
         if config.refine:
-            with part("step of --refine", config.refine + 1), torch.enable_grad():
+            with part("steps of --refine"), torch.enable_grad():
                 z, _ = turbo.generate_refined(models, *clips, sampling, terms, 0)
+            part.flops["steps of --refine"] *= config.refine + 1
         else:
-            with part("captions and one step", sampling.steps):
+            with part("captions and steps"):
                 z = turbo.generate(models, *clips, replace(sampling, steps=1))
+            part.flops["captions and steps"] *= sampling.steps
         with part("decode"):
             models.vae.decode(z, 4)
     return part
@@ -351,15 +354,17 @@ def cached_clip(options: str) -> Budget:
     recipe = Config(**PRESETS["turbo-v2"])
     with simulation() as counter, torch.no_grad():
         part = Budget(counter)
-        with part("construction", times=0), build("cpu", torch.bfloat16):
+        with part("construction"), build("cpu", torch.bfloat16):
             models = model.untrained("vc2")
             models.unet.requires_grad_(False).checkpointing = True
+        part.held = counter.live
         with part("encode"):
             clip = torch.zeros(3, recipe.frames, recipe.height, recipe.width, dtype=torch.uint8)
             z0, c, uncond = encode(models, clip, "a prompt", torch.Generator())
-        with part("step of inversion", recipe.inversion_steps):
+        with part("inversion"):
             t = torch.full((1,), 999)
             z_ref = models.unet(z0, t, c, fps=recipe.fps).float()
+        part.flops["inversion"] *= recipe.inversion_steps
         with part("draw of t and ε"):
             turbo.TeacherOutput.of(models.unet, Schedule(recipe.grid), z0, torch.randn_like(z0), t, z_ref, c,
                                    uncond, fps=recipe.fps)

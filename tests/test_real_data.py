@@ -27,8 +27,8 @@ def here(tmp_path, monkeypatch):
 WEBVID = 'videoid,contentUrl,duration,page_dir,name\n21,https://x/21.mp4,PT12S,006_01,"A dog runs, fast"\n'
 READ = [
     ("webvid.csv", WEBVID, {}, ("006_01/21.mp4", "A dog runs, fast", None)),
-    ("webvid.csv", WEBVID, dict(columns="path={videoid}.mp4,caption=name", root="/videos"),
-     ("/videos/21.mp4", "A dog runs, fast", None)),
+    ("webvid.csv", WEBVID, dict(columns="path=V/{videoid}.mp4,caption=name", root="/videos"),
+     ("/videos/V/21.mp4", "A dog runs, fast", None)),
     ("openvid.csv", "video,caption,aesthetic score,motion score\n1.mp4,A dog,4.1,5.2\n", {},
      ("1.mp4", "A dog", None)),
     ("vidgen.json", '[{"vid": "Ee-Scene-0030", "caption": "A dog"}]', dict(root="v"),

@@ -220,5 +220,5 @@ def test_every_public_file_has_its_facts():
     sources = {name for name in rewards.RECIPES if name != "motion" and not name.startswith("shapes-")}
     assert len(sources) == 6 and {*sources, "vc2", "ms"} <= layouts.PUBLIC.keys()
     page = (Path(model.__file__).parent / "docs" / "training.md").read_text(encoding="utf-8")
-    for name, (repository, files) in layouts.PUBLIC.items():
+    for name, (repository, *files) in ((name, text.split()) for name, text in layouts.PUBLIC.items()):
         assert f"| `{name}` | [{repository}](" in page and all(f"`{file}`" in page for file in files), name

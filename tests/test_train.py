@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -20,7 +21,7 @@ from data import BadClip
 from plumbing import budget, folder, video, weights
 from plumbing.errors import UserError
 from plumbing.folder import checkpoints
-from plumbing.run import Group, own_device, pick_device, usual_dtype
+from plumbing.run import Group, pick_device, usual_dtype
 from solver import Schedule
 from turbo import consistency, pseudo_huber, solve, teacher_eps
 
@@ -99,7 +100,6 @@ def test_help_shows_the_defaults_of_the_preset_in_use(capsys):
 def test_the_toy_works_in_what_the_processor_is_fast_in(monkeypatch, native, toy):
     """Where bfloat16 is imitated, a step of the toy takes six times as long as in float32; where it has no
     unit of its own for small matrices, 1.4 times."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     cpu = ["--device", "cpu"]
@@ -251,17 +251,15 @@ def test_devices(monkeypatch):
     """What --device means on a machine with two GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    one, any_gpu = torch.device("cuda:1"), torch.device("cuda")
-    assert [str(pick_device(text)) for text in ("", "cpu", "cuda:1")] == ["cuda", "cpu", "cuda:1"]
-    assert own_device(any_gpu, 1, 2) == own_device(one, 0, 1) == one
-    for message, mistake in {
-        "--device cuda:9: no such device here; this machine has cpu:0, cuda:0, cuda:1":
-            lambda: pick_device("cuda:9"),
-        "--device cuda:1: every process takes a GPU of its own": lambda: own_device(one, 0, 2),
-        "--device cuda:2: no such device here": lambda: own_device(any_gpu, 2, 3),
-    }.items():
-        with pytest.raises(UserError, match=message):
-            mistake()
+    for processes, local_rank, typed, device in (
+            (1, 0, "", "cuda:0"), (1, 0, "cpu", "cpu"), (1, 0, "cuda:1", "cuda:1"), (2, 1, "", "cuda:1"),
+            (1, 0, "cuda:9", "--device cuda:9: no such device here; this machine has cpu:0, cuda:0, cuda:1"),
+            (2, 0, "cuda:1", "--device cuda:1: every process takes a GPU of its own"),
+            (3, 2, "cuda", "--device cuda:2: no such device here")):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        with pytest.raises(UserError, match=device) if "--" in device else nullcontext():
+            assert str(pick_device(typed)) == device
 
 
 # ---- numerics ----------------------------------------------------------------------------------------------
@@ -408,7 +406,6 @@ def test_the_simulation_agrees_with_the_steps_it_simulates(tiny_family, capsys, 
     fake, real = [train.main([*options, n]) for n in ("0", "1")]
     assert fake.peak.keys() == real.peak.keys() == {"construction", "encode", "distill", "backward", "update"}
     assert fake.peak == pytest.approx(real.peak, rel=0.01)
-    assert fake.kept == pytest.approx(real.kept, rel=0.01, abs=1e5)
     simulated, made = capsys.readouterr().out.split("held all")[1:]
     assert "a step takes " in made and "a step takes" not in simulated and "most: " in simulated
 
