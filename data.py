@@ -216,7 +216,7 @@ class CacheWriter:
         self.clips = range(rank, header["clips"], world_size)
         if (self.folder / "header.json").exists():
             check_header(self.folder, self.header)
-        elif clip_files(self.folder):
+        elif any(self.folder.glob("*.safetensors")):
             raise UserError(f"{folder} holds .safetensors files of something else; choose another folder")
         elif rank == 0:
             self.write_header(complete=False)
@@ -250,7 +250,7 @@ class Cache:
     def __init__(self, folder: str | Path, expected: dict | None = None, only_rewards: bool = False):
         self.folder = Path(folder)
         self.header = check_header(self.folder, expected or {})
-        self.files = clip_files(self.folder, "*.rewards.safetensors" if only_rewards else "*.safetensors")
+        self.files = clip_files(self.folder, ".rewards" if only_rewards else "")
         if not self.header["complete"]:
             raise UserError(f"the cache in {folder} is not complete: go on with prepare.py --out {folder}")
         if not self.files:
@@ -274,9 +274,9 @@ class Cache:
         return sample
 
 
-def clip_files(folder: Path, pattern: str = "*.safetensors") -> list[Path]:
-    """The files of a cache's clips, in their order."""
-    return sorted(folder.glob(pattern))
+def clip_files(folder: Path, kind: str = "") -> list[Path]:
+    """The files of a cache's clips, or of a kind of them, in their order."""
+    return sorted(folder.glob(f"[0-9]*{kind}.safetensors"))
 
 
 def check_header(folder: Path, expected: dict) -> dict:

@@ -172,7 +172,7 @@ SPEC = re.compile(rf"([^=:]+)(?:=([^:].*?))?(?::({NUMBER}))?")
 def parse_spec(spec: str) -> tuple[str, str | None, float | None]:
     """What follows --reward, NAME[=FILE][:WEIGHT] -> (name, path, weight)."""
     match = SPEC.fullmatch(spec)
-    if not match or float(match[3] or 0) > 1e6:
+    if not match or abs(float(match[3] or 0)) > 1e6:
         raise UserError(f"--reward {spec} is not NAME[=FILE][:WEIGHT] with a number for WEIGHT, at most 1e6; "
                         "e.g. hpsv2:0.5")
     name, path, weight = match.groups()

@@ -27,7 +27,7 @@ import shapes
 from plumbing import cli
 from plumbing.cli import Count, File, Seed, Within
 from plumbing.errors import UserError, reading
-from plumbing.files import atomic, check_outputs, check_writable, read_header
+from plumbing.files import atomic, check_outputs, check_writable, mark, read_header
 from shapes import grammar
 
 if TYPE_CHECKING:                       # imported where they are needed: --help and mistakes answer at once
@@ -442,14 +442,16 @@ def write(job: Job, caption: str, ranked: list[Take], fps: float, config: Config
     tqdm.write(f"{job.path}: {', '.join(numbers)}, seed {ranked[0].seed}")
     with atomic(job.scores) as temporary:
         scores = [dict(seed=take.seed) | take.scores for take in ranked]
-        content = dict(prompt=job.prompt, caption=caption, scores=scores)
+        content = dict(comment=mark(), prompt=job.prompt, caption=caption, scores=scores)
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def write_sheet(path: Path, clips: list[Tensor]) -> None:
     """One picture: a row per clip, its frames from left to right with gaps, those of the toy enlarged."""
-    from PIL import Image
+    from PIL import Image, PngImagePlugin
     _, T, H, W = clips[0].shape
+    comment = PngImagePlugin.PngInfo()
+    comment.add_text("Comment", mark())
     zoom, gap, border = max(1, 128 // H), 4, 12
     picture = Image.new("RGB", (2 * border + T * (W * zoom + gap) - gap,
                                 border + len(clips) * (H * zoom + border)), "#3a4a66")
@@ -458,7 +460,7 @@ def write_sheet(path: Path, clips: list[Tensor]) -> None:
             tile = Image.fromarray(frame).resize((W * zoom, H * zoom), Image.Resampling.NEAREST)
             picture.paste(tile, (border + t * (W * zoom + gap), border + row * (H * zoom + border)))
     with atomic(path) as temporary:
-        picture.save(temporary, format="png")
+        picture.save(temporary, format="png", pnginfo=comment)
 
 
 # ---- the command -------------------------------------------------------------------------------------------

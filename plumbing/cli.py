@@ -168,6 +168,10 @@ def main(command):
             status, message = 2, str(error)
         except KeyboardInterrupt:
             status, message = 130, "interrupted"
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            status, message = 2, f"the disk is full ({error})"
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""   # a progress bar gives way to the message
         print(f"{clear}{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
         sys.exit(status)

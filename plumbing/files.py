@@ -1,8 +1,8 @@
 """Files that are written: whole or not at all, and never in the place of somebody else's."""
 import json
 import os
-import re
 import secrets
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -87,8 +87,14 @@ def pairs(options: dict) -> list[tuple[str, Path]]:
             for path in ([paths] if isinstance(paths, (str, Path)) else paths or ()) if path]
 
 
+def mark() -> str:
+    """What a command writes into its clips, pictures and .json, so that it knows them again."""
+    return f"made by {Path(sys.argv[0]).name}"
+
+
 def replaceable(path: Path) -> bool:
-    """Does an existing file hold what the commands write? Of clips and pictures the suffix tells it."""
-    if path.suffix.lower() == ".json":
-        return re.search('"(scores|rows)"', path.read_text(errors="replace")) is not None
-    return path.suffix.lower() in (".mp4", ".gif", ".png")
+    """Does an existing file carry this command's mark? It stands near the beginning, in an mp4 at the end."""
+    with open(path, "rb") as file:
+        start = file.read(4096)
+        file.seek(max(0, path.stat().st_size - 4096))
+        return mark().encode() in start + file.read()

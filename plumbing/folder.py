@@ -67,7 +67,8 @@ def open_folder(config) -> Path | None:
             raise UserError(f"--resume {path}: {out} has {last.name} of another run; choose another --out")
         about, log = out / "config.json", out / "log.jsonl"
         ours = about.exists() and '"save_every"' in about.read_text(errors="replace")
-        if ((about.exists() or log.exists()) and not ours or any(out.glob("*.safetensors"))
+        saved = *out.glob("*.safetensors"), *out.glob("t2v_turbo_vc2.pt"), *out.glob("unet")
+        if ((about.exists() or log.exists()) and not ours or saved
                 or any(step >= config.save_every for step, _ in whole_lines(log))):
             raise UserError(f"{out} holds files of something else, or log or weights of a run whose "
                             "checkpoints are gone; choose another --out")
@@ -83,14 +84,15 @@ def describe(config) -> None:
         temporary.write_text(json.dumps(dataclasses.asdict(config), indent=1))
 
 
-def read_checkpoint(path: Path, group: Group) -> dict:
-    """A checkpoint, memory-mapped. The first process reads all of it once, for its checksums."""
-    with reading(path, "a whole checkpoint of train.py"):
+def read_checkpoint(path: Path, group: Group, key: str = "settings") -> dict:
+    """A checkpoint, memory-mapped. The first process reads all of it once, for its checksums. key: what those
+    of the program hold, and others' do not."""
+    with reading(path, "a whole checkpoint of this program"):
         if group.rank == 0:
             with zipfile.ZipFile(path) as file:
                 assert not file.testzip(), "its checksums are wrong"
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        step = state["step"]
+        step, _ = state["step"], state[key]
     if group.any(step != group.broadcast(step)):
         raise UserError("the processes go on from different steps; all nodes must share the folder of "
                         f"{path}")
@@ -156,6 +158,6 @@ def whole_lines(path: Path) -> list[tuple[int, str]]:
     """(step, line) of a log, without the half line that a kill may leave."""
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):
+        with suppress(ValueError, KeyError, TypeError):
             lines.append((json.loads(line)["step"], line + "\n"))
     return lines

@@ -49,10 +49,10 @@ def open_sources(spec: str | Sequence[str | Path], cache: str | None = None, col
                 files = files_below(path)
                 clips = (os.path.relpath(file, path) for file in files if file.lower().endswith(READABLE))
                 sources.append(Files(path, ([clip, None, None] for clip in clips)))
-                shards += [file for file in files if file.endswith(".tar") and os.path.isfile(file)]
-            elif os.path.isfile(path) and path.endswith(".tar"):
+                shards += [file for file in files if file.lower().endswith(".tar") and os.path.isfile(file)]
+            elif os.path.isfile(path) and path.lower().endswith(".tar"):
                 shards.append(path)
-            elif os.path.isfile(path) and path.endswith(MANIFESTS):
+            elif os.path.isfile(path) and path.lower().endswith(MANIFESTS):
                 sources.append(open_manifest(path, columns, os.path.expanduser(root)))
             elif os.path.exists(path):
                 raise UserError(f"{path} is no data, or a pipe or device: expected {EXPECTED}")
@@ -107,7 +107,7 @@ class Files:
 
     def row(self, i: int) -> list:
         path, *captions = json.loads(self.buffer[self.ends[i]:self.ends[i + 1]])
-        return [os.path.join(self.folder, path), *captions]
+        return [os.path.join(self.folder, os.path.expanduser(path)), *captions]
 
     def name(self, i: int) -> str:
         return self.row(i)[0]
@@ -161,9 +161,9 @@ def value_of(row: dict, columns: Sequence[str]) -> object:
 
 def records_of(path: str, file: TextIO) -> tuple[Iterable[dict], str]:
     """A manifest's rows as {column: value}, and words on what separates them in its first line."""
-    if path.endswith(".json"):
+    if path.lower().endswith(".json"):
         return json.load(file), ""
-    if path.endswith(".jsonl"):
+    if path.lower().endswith(".jsonl"):
         return (json.loads(line) for line in file if line.strip()), ""
 
     line = file.readline()
@@ -172,5 +172,5 @@ def records_of(path: str, file: TextIO) -> tuple[Iterable[dict], str]:
     if len(columns) == 2 and columns[0].lower().endswith(READABLE):   # a clip in place of a header
         columns = ["path", "caption"]
         file.seek(0)
-    reader = csv.DictReader(file, columns, restval="", delimiter=mark, skipinitialspace=True)
+    reader = csv.DictReader(file, columns, restval="", delimiter=mark, skipinitialspace=True, strict=True)
     return reader, f", separated by {SEPARATORS[mark]}"

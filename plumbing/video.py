@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from plumbing.errors import UserError, reading
-from plumbing.files import atomic
+from plumbing.files import atomic, mark
 
 READABLE = tuple(".mp4 .m4v .mov .3gp .mkv .webm .avi .wmv .flv .mpg .mpeg .ts .ogv .mxf .y4m".split())
 OPEN = dict(        # neither addresses in a network nor scripts that name further files
@@ -23,7 +23,7 @@ OPEN = dict(        # neither addresses in a network nor scripts that name furth
 INDEXED = ("mov", "matroska")           # containers that say when each frame is shown, and find key frames
 HDR = {16: "PQ", 18: "HLG"}             # transfer functions by their numbers in ITU-T H.273
 SLACK = 2e-3                            # containers round timestamps, some to a millisecond
-ENLARGED = "enlarged x4"                # the comment of a small clip that was enlarged for players
+ENLARGED = "enlarged x4"                # ends the comment of a small clip that was enlarged for players
 
 
 def read_video(source: str | Path | bytes, frames: int, fps: float, height: int, width: int,
@@ -156,7 +156,7 @@ def pixels(frame: av.VideoFrame, container: av.container.InputContainer, stream:
     x = frame.to_ndarray(format="rgb24", width=width, interpolation="BICUBIC", threads=1)
     x = torch.from_numpy(x).permute(2, 0, 1)
 
-    if container.metadata.get("comment") == ENLARGED:               # by write_video: one pixel of each block
+    if container.metadata.get("comment", "").endswith(ENLARGED):    # by write_video: one pixel of each block
         x = x[:, 2::4, 2::4]
 
     matrix = frame.side_data.get("DISPLAYMATRIX")
@@ -201,7 +201,7 @@ def write_video(path: str | Path, clip: Tensor, fps: float) -> None:
     pixels, and yuv420p, which halves the planes of colour, keeps the edges."""
     assert clip.dtype == torch.uint8 and clip.dim() == 4, (clip.dtype, clip.shape)
     check_output(path, fps)
-    suffix, pictures, comment = Path(path).suffix.lower(), clip.cpu().permute(1, 2, 3, 0).numpy(), ""
+    suffix, pictures, comment = Path(path).suffix.lower(), clip.cpu().permute(1, 2, 3, 0).numpy(), mark()
     if suffix == ".png":
         for t, picture in enumerate(pictures):
             with atomic(png_folder(path) / f"{t:04d}.png") as temporary:
@@ -209,7 +209,7 @@ def write_video(path: str | Path, clip: Tensor, fps: float) -> None:
         return
 
     if max(clip.shape[2:]) < 128:
-        pictures, comment = pictures.repeat(4, 1).repeat(4, 2), ENLARGED
+        pictures, comment = pictures.repeat(4, 1).repeat(4, 2), f"{comment}, {ENLARGED}"
     with atomic(path) as temporary:
         write = {".mp4": write_mp4, ".gif": write_gif}[suffix]
         write(temporary, np.ascontiguousarray(pictures), fps, comment)

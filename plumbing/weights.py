@@ -31,7 +31,7 @@ Shapes = dict[str, torch.Size]                  # {layer: shape of its weight}, 
 WRAPPERS = "ema", "ema_state_dict", "state_dict", "model_state_dict", "module", "model", "unet"
 PREFIXES = r"^(?:(?:module|model|_orig_mod)\.)+|\b_orig_mod\."      # DataParallel, Lightning, torch.compile
 KINDS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".fp16.safetensors",
-         ".safetensors.index.fp16.json", ".fp16.bin", ".bin.index.fp16.json")
+         ".safetensors.index.fp16.json", ".fp16.bin", ".bin.index.fp16.json", ".pt")
 MODELSCOPE = "text2video_pytorch_model.pth", "VQGAN_autoencoder.pth", "open_clip_pytorch_model.bin"
 
 
@@ -59,8 +59,6 @@ def read_tensors(*paths: str | Path) -> State:
 
 def read_file(path: Path):
     """Whatever a file of safetensors or torch holds; of what is no tensor nothing runs."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is a folder or a device, not a weight file")
     if is_safetensors(path):
         return safetensors.torch.load_file(path)
     zipped = zipfile.is_zipfile(path)                       # torch's format since 1.6
@@ -137,7 +135,8 @@ def read_student(path: str | Path, model: str | None) -> tuple[State, dict, Path
     where the header is of another model."""
     path = locate(path)
     files = weight_files(path / "unet" if (path / "unet").is_dir() else path,
-                         "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights", "turbo")
+                         "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights", "turbo",
+                         "t2v_turbo_vc2", "unet_lora", "unet_mg", "unet_no_mg")
     tensors = read_tensors(*files)
     header = read_header(files[0])
     if model and header.get("model", model) != model:

@@ -27,7 +27,7 @@ import rewards
 import shapes
 from networks.fast_cpu import speed_up
 from plumbing import cli, folder, run, weights
-from plumbing.errors import UserError
+from plumbing.errors import UserError, reading
 from shapes import grammar, world
 from shapes.models import MOTION, TOY, TOY_VAE
 from solver import Schedule
@@ -72,8 +72,9 @@ def fit(network: nn.Module, loss_of: Callable, out: Path, steps: int, group: run
     average, start = EMA(params, decay), 0
 
     if saved := folder.checkpoints(out):
-        state = folder.read_checkpoint(saved[-1], group)
-        network.load_state_dict(state["network"])
+        state = folder.read_checkpoint(saved[-1], group, "network")
+        with reading(saved[-1], f"a checkpoint of {out.name}"):
+            network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         torch._foreach_copy_(average.average, state["average"])
         start = state["step"]
@@ -338,11 +339,12 @@ STAGES = {"vae": vae, "clip": clip, "viclip": viclip, "teacher": teacher, "motio
 def main(argv=None):
     """Trains the stage of --stage; leaves weights in --out, log and checkpoints in a folder there."""
     config = cli.parse(Config, argv, __doc__)
-    weights_file = Path(config.out) / f"{config.stage}.safetensors"
-    if weights_file.exists() and not folder.checkpoints(Path(config.out) / config.stage):
-        raise UserError(f"{weights_file} exists without checkpoints to go on from; choose another --out")
-    group, out = run.Group(), Path(config.out)              # the group first: it chooses this process's GPU
-    with folder.locked(out / config.stage) if group.rank == 0 else nullcontext():
+    out, stage = Path(config.out), Path(config.out) / config.stage
+    saved = any(step >= SAVE_EVERY for step, _ in folder.whole_lines(stage / "log.jsonl"))
+    if (saved or (out / f"{config.stage}.safetensors").exists()) and not folder.checkpoints(stage):
+        raise UserError(f"{stage} has log or weights, but no checkpoints to go on from; choose another --out")
+    group = run.Group()                                     # first of all: it chooses this process's GPU
+    with folder.locked(stage) if group.rank == 0 else nullcontext():
         torch.manual_seed(0)
         network, header = STAGES[config.stage](out, group)
         if group.rank == 0:                                 # weights as float16

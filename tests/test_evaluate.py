@@ -278,7 +278,7 @@ MISTAKES = [                            # what is typed behind evaluate.py -> wh
     ("shapes --out table.csv", "--out table.csv: the table is stored as .json"),
     ("shapes --out {color1}", "--out {color1} exists, and no such command wrote it"),
     ("score", "score takes clips and at least one --reward"),
-    ("score {empty} --reward shapes-clip", "{empty}: no clips (.mp4, .gif, ...) and no png"),
+    ("score {empty} --reward shapes-clip", "{empty}: expected clips (.mp4, .gif, ...) or png frames"),
     ("score {clips} --reward shapes-clip --reward shapes-clip", "give each reward once"),
     ("score {clips} --reward shapes-clip --diversity", "--diversity compares clips of one prompt"),
     ("score {clips} --prompt x --reward shapes-clip --diversity", "--diversity compares features"),
@@ -291,6 +291,7 @@ MISTAKES = [                            # what is typed behind evaluate.py -> wh
     ("vbench {percent}", "{percent}: color is 93.5; VBench writes shares, at most 1"),
     ("vbench {true}", "{true}: color is True; VBench writes shares, at most 1"),
     ("vbench m={color1} m={color2}", "color is 0.6, in another file of m 0.5; tell two models apart"),
+    ("vbench {color1} {x}/evaluate0", "have one name; tell them apart with NAME=PATH"),
     ("vbench VideoCrafter2,~50~steps={color1}", "VideoCrafter2, 50 steps is a paper's row"),
 ]
 
@@ -303,6 +304,8 @@ def places(tmp_path_factory):
         video.write_video(root / f"clips/{name}.mp4", torch.zeros(3, 8, 64, 64, dtype=torch.uint8), fps=8)
     video.write_video(root / "short.mp4", torch.zeros(3, 3, 64, 64, dtype=torch.uint8), fps=8)
     (root / "empty").mkdir()
+    (root / "x/evaluate0").mkdir(parents=True)
+    (root / "x/evaluate0/_eval_results.json").touch()
     contents = {"list": [], "i2v": {"i2v_subject": [0.5, []]}, "percent": {"color": [93.5, []]},
                 "true": {"color": [True, []]}, "color1": {"color": [0.5, []]}, "color2": {"color": [0.6, []]}}
     for name, content in contents.items():

@@ -35,8 +35,8 @@ READ = [
      ("v/Ee-Scene-0030.mp4", "A dog", None)),
     ("opensora.csv", "path,text,num_frames\n/v/1.mp4,A dog,9\n", dict(root="w"), ("/v/1.mp4", "A dog", None)),
     ("t2v_turbo.csv", "relpath,text\n1.mp4,A dog\n", {}, ("1.mp4", "A dog", None)),
-    ("metadata.csv", "file_name,text\n1.mp4,A dog\n", {}, ("1.mp4", "A dog", None)),
-    ("metadata.jsonl", '{"file_name": "1.mp4", "text": "A dog"}\n', {}, ("1.mp4", "A dog", None)),
+    ("METADATA.CSV", "file_name,text\n1.mp4,A dog\n", {}, ("1.mp4", "A dog", None)),
+    ("metadata.JSONL", '{"file_name": "1.mp4", "text": "A dog"}\n', {}, ("1.mp4", "A dog", None)),
     ("semicolons.csv", "path;caption\n1.mp4;A dog, fast\n", {}, ("1.mp4", "A dog, fast", None)),
     ("tabs.tsv", "path\tcaption\treward_caption\n1.mp4\tA dog\tdog\n", {}, ("1.mp4", "A dog", "dog")),
     ("commas.tsv", "path,caption\n1.mp4,A dog\n", {}, ("1.mp4", "A dog", None)),
@@ -53,6 +53,7 @@ REFUSED = [
     ("own.csv", "path,caption\n1.mp4,A dog\n", dict(columns="caption=words"), r"\('path', 'caption', sep"),
     ("own.csv", "path,caption\n1.mp4,A dog\n", dict(columns="captions=a"), "--columns captions=a: expected"),
     ("own.json", '{"path": "1.mp4"}', {}, "own.json is not a manifest"),
+    ("quotes.csv", 'path,caption\n1.mp4,"A dog\n2.mp4,A cat\n', {}, "quotes.csv is not a manifest"),
 ]
 
 

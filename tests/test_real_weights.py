@@ -56,7 +56,9 @@ def test_students_in_any_wrapping(student, tmp_path):
     expected = model.load("vc2", tmp_path, tmp_path / "x.pt")
     for name, wrap in WRAPS.items():
         torch.save(wrap(state), tmp_path / f"{name}.bin")
-    for file in ["x.safetensors", "x.ckpt", *(f"{name}.bin" for name in WRAPS)]:
+    (tmp_path / "hub/snapshots/1").mkdir(parents=True)
+    shutil.copy(tmp_path / "x.pt", tmp_path / f"hub/snapshots/1/{student}.pt")
+    for file in ["x.safetensors", "x.ckpt", "hub", *(f"{name}.bin" for name in WRAPS)]:
         models = model.load("vc2", tmp_path, tmp_path / file)
         assert same(models, expected) and models.sampling == expected.sampling, file
 

@@ -298,7 +298,7 @@ def test_a_broken_checkpoint_ends_in_one_line(tmp_path, name):
         content = bytearray(path.read_bytes())
         content[content.index(STATE["params"]["w"].numpy().tobytes())] ^= 1
         path.write_bytes(content)
-    with pytest.raises(UserError, match="x.pt is not a whole checkpoint of train.py") as error:
+    with pytest.raises(UserError, match="x.pt is not a whole checkpoint of this program") as error:
         folder.read_checkpoint(path, Group())
     assert "\n" not in str(error.value)
 
