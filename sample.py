@@ -176,6 +176,7 @@ def read_prompts(path: str) -> list[Prompt]:
     one of COLUMNS, perhaps `name`, and `dimension` of VBench's lists, which tells how many clips are made."""
     suffix = Path(path).suffix.lower()
     with reading(path, "a list of prompts in utf-8"):
+        assert suffix in ("", ".txt", ".csv", ".tsv", ".json", ".jsonl"), f"{suffix} is no kind of list"
         text = Path(path).read_bytes().decode("utf-8-sig")
         rows = [line for line in text.split("\n") if line.strip()]             # splitlines cuts at U+2028
         if suffix in (".csv", ".tsv"):
@@ -431,19 +432,18 @@ def make_all(jobs: list[Job], models: Models, terms: list[RewardTerm], config: C
 
 
 def write(job: Job, caption: str, ranked: list[Take], fps: float, config: Config) -> None:
-    """The best of a job's takes as a clip; with rewards also a line and a .json with the scores of all."""
+    """The best of a job's takes as a clip; with rewards, first, a line and a .json with the scores of all."""
     from tqdm import tqdm
 
     from plumbing import video
+    if config.best_of or config.refine:
+        numbers = [f"{name} {score:.4f}" for name, score in ranked[0].scores.items() if name != "climb"]
+        tqdm.write(f"{job.path}: {', '.join(numbers)}, seed {ranked[0].seed}")
+        with atomic(job.scores) as temporary:
+            scores = [dict(seed=take.seed) | take.scores for take in ranked]
+            content = dict(comment=mark(), prompt=job.prompt, caption=caption, scores=scores)
+            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     video.write_video(job.path, ranked[0].clip, fps)
-    if not (config.best_of or config.refine):
-        return
-    numbers = [f"{name} {score:.4f}" for name, score in ranked[0].scores.items() if name != "climb"]
-    tqdm.write(f"{job.path}: {', '.join(numbers)}, seed {ranked[0].seed}")
-    with atomic(job.scores) as temporary:
-        scores = [dict(seed=take.seed) | take.scores for take in ranked]
-        content = dict(comment=mark(), prompt=job.prompt, caption=caption, scores=scores)
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def write_sheet(path: Path, clips: list[Tensor]) -> None:

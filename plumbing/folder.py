@@ -5,7 +5,7 @@ import json
 import re
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -155,9 +155,7 @@ class Log(ExitStack):
 
 
 def whole_lines(path: Path) -> list[tuple[int, str]]:
-    """(step, line) of a log, without the half line that a kill may leave."""
-    lines = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with suppress(ValueError, KeyError, TypeError):
-            lines.append((json.loads(line)["step"], line + "\n"))
-    return lines
+    """(step, line) of a log, without the half line that a kill may leave. Raises UserError."""
+    with reading(path, "the log of a run"):
+        lines = path.read_text(errors="replace").split("\n") if path.exists() else [""]
+        return [(json.loads(line)["step"], line + "\n") for line in lines[:-1]]

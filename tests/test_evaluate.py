@@ -291,7 +291,7 @@ MISTAKES = [                            # what is typed behind evaluate.py -> wh
     ("vbench {percent}", "{percent}: color is 93.5; VBench writes shares, at most 1"),
     ("vbench {true}", "{true}: color is True; VBench writes shares, at most 1"),
     ("vbench m={color1} m={color2}", "color is 0.6, in another file of m 0.5; tell two models apart"),
-    ("vbench {color1} {x}/evaluate0", "have one name; tell them apart with NAME=PATH"),
+    ("vbench {color1} {x}/evaluate0", "have one name; use NAME=PATH"),
     ("vbench VideoCrafter2,~50~steps={color1}", "VideoCrafter2, 50 steps is a paper's row"),
 ]
 

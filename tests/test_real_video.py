@@ -181,7 +181,7 @@ def test_nothing_but_files_is_opened(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="not a readable video|No such file|no file, but a folder"):
             read_video(source, 4, 8, 32, 48)
     for path in ("pipe.mp4", "/dev/zero"):
-        with pytest.raises(UserError, match=f"{path} .*no file, but a folder"):
+        with pytest.raises(UserError, match=f"{path} .*is a pipe or a device"):
             read_clip(path)
     for name in ("12:30.mp4", "concat:a.gif", os.fsdecode(b"a\xff\n.mp4"), "50%d.mp4", "T12:00.png"):
         write_video(name, counting_clip(8), 8)
