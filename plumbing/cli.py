@@ -2,6 +2,7 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import inspect
 import io
 import os
