@@ -165,14 +165,12 @@ def main(command):
         keep_streams()
         try:
             return command(argv)
-        except UserError as error:
+        except (UserError, OSError) as error:
+            if getattr(error, "errno", errno.ENOSPC) != errno.ENOSPC:           # other than a full disk
+                raise
             status, message = 2, str(error)
         except KeyboardInterrupt:
             status, message = 130, "interrupted"
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            status, message = 2, f"the disk is full ({error})"
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""   # a progress bar gives way to the message
         print(f"{clear}{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
         sys.exit(status)

@@ -85,8 +85,7 @@ def describe(config) -> None:
 
 
 def read_checkpoint(path: Path, group: Group, key: str = "settings") -> dict:
-    """A checkpoint, memory-mapped. The first process reads all of it once, for its checksums. key: what those
-    of the program hold, and others' do not."""
+    """A checkpoint with this key, memory-mapped. The first process reads it once, for its checksums."""
     with reading(path, "a whole checkpoint of this program"):
         if group.rank == 0:
             with zipfile.ZipFile(path) as file:
