@@ -16,8 +16,7 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
     and keeps the cause.
     """
     try:
-        place = Path(f"{path}")
-        if place.exists() and not (place.is_file() or place.is_dir()):
+        if (place := Path(f"{path}")).exists() and not (place.is_file() or place.is_dir()):
             raise UserError(f"{path} is a pipe or a device, not {what}")
         yield
     except UserError:
