@@ -173,4 +173,11 @@ def records_of(path: str, file: TextIO) -> tuple[Iterable[dict], str]:
         columns = ["path", "caption"]
         file.seek(0)
     reader = csv.DictReader(file, columns, restval="", delimiter=mark, skipinitialspace=True, strict=True)
-    return reader, f", separated by {SEPARATORS[mark]}"
+
+    def rows() -> Iterator[dict]:
+        try:
+            yield from reader
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num} below its first: {error}; mend that line") from error
+
+    return rows(), f", separated by {SEPARATORS[mark]}"
