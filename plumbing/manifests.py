@@ -178,6 +178,6 @@ def records_of(path: str, file: TextIO) -> tuple[Iterable[dict], str]:
         try:
             yield from reader
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num} below its first: {error}; mend that line") from error
+            raise UserError(f"{path}, near line {reader.line_num + 2}: {error}; mend that line") from error
 
     return rows(), f", separated by {SEPARATORS[mark]}"

@@ -53,7 +53,7 @@ REFUSED = [
     ("own.csv", "path,caption\n1.mp4,A dog\n", dict(columns="caption=words"), r"\('path', 'caption', sep"),
     ("own.csv", "path,caption\n1.mp4,A dog\n", dict(columns="captions=a"), "--columns captions=a: expected"),
     ("own.json", '{"path": "1.mp4"}', {}, "own.json is not a manifest"),
-    ("quotes.csv", 'path,caption\n1.mp4,"A dog\n2.mp4,A cat\n', {}, "quotes.csv is not a manifest"),
+    ("quotes.csv", 'path,caption\n1.mp4,"A dog\n2.mp4,A cat\n', {}, "quotes.csv, near line"),
 ]
 
 
