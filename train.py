@@ -437,6 +437,8 @@ class Trainer:
         """The inverse of `state`."""
         if state["teacher"] != self.fingerprint:
             raise UserError("this run began with another --teacher; give that one, or choose another --out")
+        if state["step"] > self.config.train_steps:
+            raise UserError(f"this run has made {state['step']} steps; give --train-steps as many, or more")
         for name, p in self.named.items():
             p.copy_(state["params"][name])
         for average, saved in zip(self.ema.average if self.ema else [], state["ema"], strict=True):

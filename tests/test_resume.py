@@ -184,8 +184,9 @@ def test_options_of_the_whole_run_do_not_change(undisturbed, tmp_path):
         (("--reward", "shapes-clip:3", "--reward", "shapes-viclip"), None,
          "--reward shapes-clip:1 shapes-viclip:2, not shapes-clip:3 shapes-viclip:2"),
         ((), another_teacher, "this run began with another --teacher"),
+        (("--train-steps", 1), None, "this run has made 4 steps"),
     ):
-        code, text = tiny.run(run, "--train-steps", 5, *options, "--resume", "auto", before=before)
+        code, text = tiny.run(run, *options, "--resume", "auto", before=before)
         assert code == 2 and message in text.splitlines()[-1] and "Traceback" not in text
     assert (run / "turbo.safetensors").stat() == weights
 
