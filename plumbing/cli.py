@@ -165,10 +165,12 @@ def main(command):
         keep_streams()
         try:
             return command(argv)
-        except (UserError, OSError) as error:
-            if getattr(error, "errno", errno.ENOSPC) != errno.ENOSPC:           # other than a full disk
-                raise
+        except UserError as error:
             status, message = 2, str(error)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            status, message = 2, str(error)                 # a full disk
         except KeyboardInterrupt:
             status, message = 130, "interrupted"
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""   # a progress bar gives way to the message
