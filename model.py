@@ -116,8 +116,7 @@ def guidance_embedding(w: Tensor, dim: int = 256) -> Tensor:
     """Sinusoids of 1000 ω, (B,) -> (B, dim), float32: all sines, then all cosines.
 
     Angles reach 15,000 rad, where a float32 is only good to 1e-3: the published weights were trained with the
-    order of operations below, in float32.
-    """
+    order of operations below, in float32."""
     half = dim // 2
     step = torch.full((), 10000.0, device=w.device).log() / (half - 1)      # made on the device, not copied
     angle = (1000 * w.float())[:, None] * torch.exp(torch.arange(half, device=w.device) * -step)
@@ -193,8 +192,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v over (N, heads, L, d)
 
     Over a few frames as written: pixels count as heads there, and fused kernels are not made for 12,800 of
-    them with 16 tokens each. Elsewhere by torch's fused kernel.
-    """
+    them with 16 tokens each. Elsewhere by torch's fused kernel."""
     if k.shape[-2] <= 32:
         return attention_map(q, k) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -291,8 +289,7 @@ class Block(nn.Sequential):
 def condition_layers(config: UNetConfig) -> dict[str, nn.Module]:
     """What T2V-Turbo adds to its teacher: layers for ω, and in v2 for the strength of motion guidance.
 
-    They start at zero (and combine_proj as a sum), so that a student starts as its teacher.
-    """
+    They start at zero (and combine_proj as a sum), so that a student starts as its teacher."""
     layers, width = {}, config.channels
     if config.guidance:
         layers["time_cond_proj"] = zero(nn.Linear(256, width, bias=False))
@@ -398,8 +395,7 @@ class UNet3D(nn.Module):
     def last(self, h):
         """Norm and convolution to ε, in float32 where their weights are, also under autocast.
 
-        In ẑ0 at t = 999 an error of ε is divided by α = 0.068: rounding nothing but ε costs 0.025 of ẑ0.
-        """
+        In ẑ0 at t = 999 an error of ε is divided by α = 0.068: rounding nothing but ε costs 0.025 of ẑ0."""
         dtype = self.out[0].weight.dtype
         with torch.autocast(h.device.type, enabled=False) if dtype == torch.float32 else nullcontext():
             return self.out(h.to(dtype))
@@ -418,8 +414,7 @@ class UNet3D(nn.Module):
         """forward -> ε and the probabilities of all motion attentions, (B, H*W*heads, T, T) each, float32.
 
         Both are differentiable, also with checkpointing: only q and k are kept, and the maps are made of them
-        afterwards.
-        """
+        afterwards."""
         outputs, attentions = {}, self.motion_attentions()
 
         def keep(layer, inputs, output):
@@ -456,8 +451,7 @@ VIT_H = TextConfig()
 class TextEncoder(TextTower):
     """Captions -> states of all L tokens before CLIP's last layer, (B, L, D).
 
-    Unlike the embedding of the whole caption, they keep every word in its place.
-    """
+    Unlike the embedding of the whole caption, they keep every word in its place."""
 
     def __init__(self, config: TextConfig = VIT_H):
         super().__init__(**vars(config))
@@ -575,8 +569,7 @@ def read_turbo(path: str | Path, config: UNetConfig, name: str | None = None, lo
     """A student's file or folder -> (config of its UNet, its whole state or None, LoRA or None, its header).
 
     name: the model that the student must belong to, where its header names one. A file without a header is
-    one that was released.
-    """
+    one that was released."""
     content, header, path = weights.read_student(path, name)
     config = replace(config, guidance=True, motion=any("motion_cond_proj" in key for key in content))
     if weights.is_lora(content):
@@ -608,8 +601,7 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
 
     teacher: file or folder; None = download. turbo: a student's file, or a key of PUBLIC to download; None:
     the teacher alone. lora_scale: strength of the student's LoRA, 1 as trained. dtype: None = the files'.
-    conditions: guidance=True and motion=True add the layers that a student needs, as it starts.
-    """
+    conditions: guidance=True and motion=True add the layers that a student needs, as it starts."""
     family, header, state, lora = FAMILIES[name], {}, None, None
     config = replace(family.unet, **conditions)
 
@@ -641,8 +633,7 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
 def to_clip(vae: nn.Module, z: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
     """Latents (B, C, T, h, w) -> clips uint8 (B, 3, T, H, W), cut to whole numbers as in the released code.
 
-    chunk: frames decoded at a time; None = all.
-    """
+    chunk: frames decoded at a time; None = all."""
     x = vae.decode(z, chunk).float()
     if not x.isfinite().all():
         raise UserError("the networks gave NaN or infinity, which would be a black clip; try --dtype float32")

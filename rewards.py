@@ -39,8 +39,7 @@ class Reward:
     """reward(clips, captions): clips (B, T, 3, H, W) in [0, 1], any H and W, B captions -> (B,) float32.
 
     An image reward scores each frame with its clip's caption and averages over T; a video reward takes
-    T = `frames`, or any T >= 2 where that is None.
-    """
+    T = `frames`, or any T >= 2 where that is None."""
 
     def __init__(self, name: str, model: nn.Module, tokenizer: Tokenizer,
                  device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
@@ -186,8 +185,7 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
     """A `Reward`, frozen.
 
     path: a file, a folder, None = the public file. dtype: None = bfloat16 on CUDA, else float32. tokenizer:
-    which the toy's rewards need. frames: 4 or 8 for internvideo2.
-    """
+    which the toy's rewards need. frames: 4 or 8 for internvideo2."""
     recipe, device = recipe_of(name), torch.device(device)
     if not (tokenizer or recipe.tokenizer):
         raise UserError(f"{name} reads the toy's captions; it goes with the toy alone")
@@ -266,8 +264,7 @@ def pad(clips: Tensor, S: int, generators: Generators = None) -> Tensor:
 def window(clips: Tensor, S: int, generators: Generators = None, to_int: Callable = round) -> Tensor:
     """The middle square, or one that a clip's generator draws: video rewards were trained on random crops.
 
-    to_int: how models round the longer side.
-    """
+    to_int: how models round the longer side."""
     H, W = clips.shape[-2:]
     shorter = min(H, W)
     clips = resize(clips, to_int(H * S / shorter), to_int(W * S / shorter))
@@ -429,8 +426,7 @@ class Motion(nn.Module):
     that of the calmer half counts, so that a pan pays little. Violent changes pay no more than brisk motion.
 
     What fools it: whatever changes in one part of the picture, so blinking, trembling, noise in a corner, a
-    cut every few frames. It reads no caption: take it beside rewards that do, with a small weight.
-    """
+    cut every few frames. It reads no caption: take it beside rewards that do, with a small weight."""
     image_size, frames = 64, None
     cell, usual = 16, 0.25          # side of a cell in pixels; a speed in pixels per frame that scores 1/2
 

@@ -26,8 +26,7 @@ class Schedule:
     β is "scaled linear" as in Stable Diffusion, VideoCrafter2 and ModelScopeT2V. All tables are computed in
     float64 and handed out in float32: in bfloat16 √(1-ᾱ_t) would be off by up to 5 % at small t.
     N counts the teacher's DDIM steps, one of which a consistency step spans: 50 in T2V-Turbo, 200 in v2. It
-    divides 1000, so that the grid ends at t = 999, where sampling starts from pure noise.
-    """
+    divides 1000, so that the grid ends at t = 999, where sampling starts from pure noise."""
 
     def __init__(self, N: int = 50, device="cpu"):
         if N < 1 or 1000 % N:
@@ -79,8 +78,7 @@ def ddim_step(z: Tensor, eps: Tensor, at_t: tuple[Tensor, Tensor], at_s: tuple[T
     """One DDIM step from t to s: the exact solution of the probability-flow ODE for an ε constant along the
     step.
 
-    at_t, at_s: (alpha, sigma) of both ends.
-    """
+    at_t, at_s: (alpha, sigma) of both ends."""
     alpha_s, sigma_s = at_s
     return alpha_s * predict_z0(z, eps, *at_t) + sigma_s * eps              # v1 Eq. 7
 
@@ -112,8 +110,7 @@ def ddim_sample(schedule: Schedule, eps_model: EpsModel, z: Tensor, timesteps: l
 
     eta > 0 is stochastic DDIM (VideoCrafter2: 1) and takes `noise()`, shaped like z, in each step.
     scale: `z0_scale()` for VideoCrafter2. push(z, t): what motion guidance takes from ε, None where it is
-    off. progress wraps the list of timesteps (tqdm). watch(t, ẑ0) is called in each step.
-    """
+    off. progress wraps the list of timesteps (tqdm). watch(t, ẑ0) is called in each step."""
     for t, s in zip(progress(timesteps), [*timesteps[1:], 0]):
         times = torch.full((len(z),), t, device=z.device)
         at_t, (alpha_s, sigma_s) = schedule.at(times), schedule.at(torch.full_like(times, s))
@@ -147,8 +144,7 @@ def ddim_invert(schedule: Schedule, eps_model: EpsModel, z0: Tensor,
 
     timesteps: in 1..999, on the schedule's grid or not -> {timestep: latents there, like z0}. The grid is
     walked once, up to the latest of them, and each is one step from the last grid point before it: what a
-    clip becomes does not depend on the other timesteps. Costs one pass per grid point and timestep.
-    """
+    clip becomes does not depend on the other timesteps. Costs one pass per grid point and timestep."""
     def step(z, s, t):
         times_s, times_t = (torch.full((len(z),), time, device=z.device) for time in (s, t))
         return ddim_step(z, eps_model(z, times_t), schedule.at(times_s), schedule.at(times_t))
@@ -173,8 +169,7 @@ class Sampling:
     """How latents are made from noise: what `turbo.generate` needs besides networks, captions, seeds, size.
 
     method: "student" evaluates f in few jumps (Eq. D between them); "ddim" walks the teacher's guided ODE (v1
-    Eq. 7).
-    """
+    Eq. 7)."""
     method: str = "student"
     steps: int = 4                  # network evaluations; the teacher's guidance doubles them
     guidance: float = 7.5           # ω, 0 = none

@@ -33,8 +33,7 @@ from solver import (
 def boundary(t: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
     """c_skip and c_out of timesteps t (B,), shaped (B, 1, 1, 1, 1).
 
-    (1, 0) at t = 0, so that f is the identity there; almost (0, 1) from the first grid point on.
-    """
+    (1, 0) at t = 0, so that f is the identity there; almost (0, 1) from the first grid point on."""
     scaled = 10.0 * t.view(-1, 1, 1, 1, 1)
     c_skip = sigma_data ** 2 / (scaled ** 2 + sigma_data ** 2)
     c_out = scaled / (scaled ** 2 + sigma_data ** 2).sqrt()
@@ -70,8 +69,7 @@ def solve(schedule: Schedule, z: Tensor, t: Tensor, s: Tensor, w: Tensor, eps_c:
     """ẑ_s: one DDIM step of the teacher's guided ODE from t to s.
 
     push: what motion guidance takes from ε (`motion_push`). As in the released code ẑ0 is left as it is, so
-    that only the noise that is added back at s is guided.
-    """
+    that only the noise that is added back at s is guided."""
     at_s = schedule.at(s)
     z_s = ddim_step(z, cfg(eps_c, eps_u, w), schedule.at(t), at_s)          # v1 Eq. 7
     if push is not None:
@@ -104,8 +102,7 @@ def distill(student, teacher, ema, schedule: Schedule, step: Step, z0: Tensor, c
     """L_CD and the student's one-step generation ẑ0 = f_θ(z_t, ω, c, t), with gradients to θ.
 
     teacher: the student's own network, which is the teacher with its LoRA off, or another one. ema: of θ, or
-    None.
-    """
+    None."""
     t, s = step.t, schedule.previous(step.t)
     z_t = schedule.add_noise(z0, step.eps, t)                               # Eq. A
     with torch.no_grad(), lora_off(teacher):
@@ -118,8 +115,7 @@ def consistency_loss(student, ema, schedule: Schedule, z_t: Tensor, t: Tensor, z
                      **conditions) -> tuple[Tensor, Tensor]:
     """L_CD between two neighbours on one ODE path, and f_θ(z_t), with gradients to θ.
 
-    The target has no gradient; it is made with θ⁻ where there is an EMA (v1), else with θ itself (v2).
-    """
+    The target has no gradient; it is made with θ⁻ where there is an EMA (v1), else with θ itself (v2)."""
     f = partial(consistency, student, schedule, **conditions)
     with torch.no_grad(), ema.swapped() if ema else nullcontext():
         target = f(z=z_s, t=s)
@@ -133,8 +129,7 @@ def motion_strength(t: Tensor, motion: float, share: float) -> Tensor:
     """λ' of each clip, (B,): `motion` in the noisiest share τ of all timesteps, t >= 1000 (1 - τ), 0 below.
 
     On the grid of distillation that is n >= N (1 - τ). Training and sampling agree on it: a student is told 0
-    where its teacher had no motion guidance.
-    """
+    where its teacher had no motion guidance."""
     return motion * (t >= 1000 * (1 - share)).float()
 
 
@@ -159,8 +154,7 @@ def motion_gradient(teacher, z_t: Tensor, z_ref: Tensor, t: Tensor, c: Tensor, c
     """∂G/∂z_t through the teacher's conditional pass, and G (B,).
 
     z_ref: latents of the reference clip at t (`solver.ddim_invert`); c_ref: its caption, if it is not c.
-    teacher has `with_maps(z, t, c) -> (ε, attention maps)`.
-    """
+    teacher has `with_maps(z, t, c) -> (ε, attention maps)`."""
     with torch.no_grad():
         _, reference_maps = teacher.with_maps(z_ref, t, c if c_ref is None else c_ref, **conditions)
     with torch.enable_grad():
@@ -174,8 +168,7 @@ def motion_gradient(teacher, z_t: Tensor, z_ref: Tensor, t: Tensor, c: Tensor, c
 def motion_push(schedule: Schedule, t: Tensor, gradient: Tensor, motion: Tensor) -> Tensor:
     """λ' √(1 - ᾱ_t) ∂G/∂z_t, what motion guidance takes from ε. motion: λ' of each clip, (B,).
 
-    The released code has √(1 - √ᾱ_t) in place of σ_t; at t = 499 it is 1.24 times weaker.
-    """
+    The released code has √(1 - √ᾱ_t) in place of σ_t; at t = 499 it is 1.24 times weaker."""
     _, sigma = schedule.at(t)
     return motion.view(-1, 1, 1, 1, 1) * sigma * gradient
 
@@ -207,8 +200,7 @@ def distill_cached(student, schedule: Schedule, cached: TeacherOutput, w: Tensor
     """`distill` without a teacher in memory (v2 Algorithm 2): L_CD and ẑ0. As guidance is linear in ε(c) and
     ε(∅), ω is drawn anew in each step.
 
-    motion: λ' of each clip (`motion_strength`), an input of the student; None: v2 without motion guidance.
-    """
+    motion: λ' of each clip (`motion_strength`), an input of the student; None: v2 without motion guidance."""
     t, z_t, s, push = cached.t, cached.z_t, schedule.previous(cached.t), None
     if motion is not None:
         push = motion_push(schedule, t, cached.gradient, motion)
@@ -254,8 +246,7 @@ def reward_gradient(z0_hat: Tensor, captions: list[str], decode, terms: list[Rew
 
     decode: latents (1, C, P, h, w) -> pixels (1, 3, P, H, W) in [-1, 1], frame by frame. generators: one per
     clip, on the CPU, for its frames and then its crop windows. chunk: frames of which the decoder's graph is
-    held at a time, when they are decoded again; 0: all, decoded once.
-    """
+    held at a time, when they are decoded again; 0: all, decoded once."""
     gradients, scores = [], []
     for z0, caption, generator in zip(z0_hat.detach(), captions, generators, strict=True):
         g, clip_scores = clip_gradient(z0, caption, decode, terms, generator, chunk)
@@ -307,8 +298,7 @@ class Noise:
     """The random stream of a batch of clips, one draw (B, C, T, H, W) per call.
 
     Clip i owns a CPU float32 generator seeded with its own seed, so that what it becomes depends neither on
-    the device nor on the clips beside it.
-    """
+    the device nor on the clips beside it."""
 
     def __init__(self, seeds: list[int], shape: tuple[int, int, int, int], device="cpu"):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -323,8 +313,7 @@ def sample(f, schedule: Schedule, noise: Noise, timesteps: list[int], progress=i
     """Multistep consistency sampling: jump to the end of the ODE path, new noise, and from there again.
 
     f(z, t) -> ẑ0 with t (B,). timesteps: of the jumps, noisiest first. As in the released sampler noise is
-    drawn in every step, unused in the last.
-    """
+    drawn in every step, unused in the last."""
     z = noise()
     for t, s in zip(progress(timesteps), [*timesteps[1:], None]):
         z0_hat = f(z, torch.full((len(z),), t, device=z.device))
@@ -348,8 +337,7 @@ def generate(models, captions: list[str], seeds: list[int], size: tuple[int, int
 
     models: has `unet`, `vae` and `text`. size: (T, H, W) of the clips, in frames and pixels. reference, with
     the method "ddim": a clip of that size whose motion guides at t >= 1000 (1 - τ) with strength λ'.
-    watch(t, ẑ0): is called in each step.
-    """
+    watch(t, ẑ0): is called in each step."""
     assert reference is None or sampling.method == "ddim", "motion guidance is for the teacher's ODE"
     T, H, W = size
     vae, device = models.vae.config, next(models.unet.parameters()).device
@@ -469,8 +457,7 @@ def inject(unet: nn.Module, rank: int, skip: tuple[str, ...] = ()) -> list[nn.Pa
     """Freezes a network and wraps every Linear, Conv2d and Conv3d in it with LoRA. Returns the new
     parameters, the only ones that train.
 
-    skip: names of layers to leave alone.
-    """
+    skip: names of layers to leave alone."""
     unet.requires_grad_(False)
     for name, module in list(unet.named_modules()):
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)) and name not in skip:
@@ -554,8 +541,7 @@ def on_policy(f, schedule: Schedule, z0: Tensor, step: Step, share: float, n: in
     The papers noise training clips only, and unless t is near 999 the clip can be seen in z_t. Here z_t is
     made of the student's last answer, whose mistakes L_CD and rewards can mend; DMD2 (arXiv 2405.14867) calls
     it backward simulation. Each clip's generator draws whether it moves and how many jumps it has behind it,
-    0 to n - 1. f(z, t, clips) -> ẑ0 of some clips, by their numbers in the batch.
-    """
+    0 to n - 1. f(z, t, clips) -> ẑ0 of some clips, by their numbers in the batch."""
     z0, t, times = z0.clone(), step.t.clone(), step.t.new_tensor(schedule.few_steps(n))
     jumps = {i: int(torch.randint(n, (1,), generator=generator)) for i, generator in enumerate(generators)
              if torch.rand(1, generator=generator) < share}
@@ -580,8 +566,7 @@ def chain_gradient(f, schedule: Schedule, noises: list[Tensor], timesteps: list[
 
     noises: of each jump (B, C, T, h, w). gradient_at(ẑ0) -> g = ∂R/∂ẑ0 and R (B,). Returns the gradient of
     each noise, the last ẑ0 and R. The sampler runs without a graph and keeps z of each jump; then g walks
-    back: through f to z = α ẑ0 + σ ε, and from there to the jump's noise and to the ẑ0 before.
-    """
+    back: through f to z = α ẑ0 + σ ε, and from there to the jump's noise and to the ẑ0 before."""
     times = [torch.full((len(noises[0]),), t, device=noises[0].device) for t in timesteps]
     path = [noises[0]]                                      # z_999 is noise alone
     with torch.no_grad():
@@ -607,8 +592,7 @@ def refine(f, schedule: Schedule, noises: list[Tensor], timesteps: list[int], gr
     """Optimises the noises of all jumps by reward -> the ẑ0 of each clip with the highest reward, and R (B,)
     before each step and after the last (NoisEasier, 2026; ReNO, arXiv 2406.04312).
 
-    Adam on the noises, each rescaled to its first norm afterwards, so that it stays as large as noise is.
-    """
+    Adam on the noises, each rescaled to its first norm afterwards, so that it stays as large as noise is."""
     noises = [noise.clone() for noise in noises]
     norms = [noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1) for noise in noises]
     adam = torch.optim.Adam(noises, lr=rate, maximize=True)
@@ -636,8 +620,7 @@ def generate_refined(models, captions: list[str], seeds: list[int], size: tuple[
                      progress=iter) -> tuple[Tensor, list[Tensor]]:
     """`generate` of a student with its noises refined by rewards -> latents (B, C, T, h, w), R (B,) per step.
 
-    Each clip is shown to the rewards by the same frames in every step.
-    """
+    Each clip is shown to the rewards by the same frames in every step."""
     T, H, W = size
     vae, device = models.vae.config, next(models.unet.parameters()).device
     noise = Noise(seeds, (vae.latent, T, H // vae.factor, W // vae.factor), device)

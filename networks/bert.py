@@ -21,8 +21,7 @@ class WordPiece:
     """B captions -> token ids (B, length), padded with [PAD].
 
     A word becomes its longest known prefix, then the longest known continuation (##...) and so on; one that
-    cannot be finished is [UNK]. sep: captions end in [SEP].
-    """
+    cannot be finished is [UNK]. sep: captions end in [SEP]."""
 
     def __init__(self, vocab_file: str | Path, length: int, sep: bool = True):
         with reading(vocab_file, "BERT's vocabulary"):

@@ -76,8 +76,7 @@ class BlockStack(nn.ModuleList):
 class TextTower(nn.Module):
     """Token ids (B, L) -> states of all tokens (B, L, D), or the embedding of the caption (B, E).
 
-    embed_dim: E; None: a tower for `penultimate` alone, without its last layer and the projection.
-    """
+    embed_dim: E; None: a tower for `penultimate` alone, without its last layer and the projection."""
 
     def __init__(self, width: int, layers: int, heads: int, context_length: int, vocab_size: int,
                  embed_dim: int | None = None, act: Callable[[], nn.Module] = nn.GELU):

@@ -19,8 +19,7 @@ def speed_up(layers: dict[type, type], *networks: nn.Module) -> None:
     """Gives layers of networks on a CPU an equal, faster forward, and weights the activations' memory format.
 
     layers: {class of the textbook: InParts, ByRows or Folded}; SiLU and Conv3d are known. Layers keep their
-    parameters and names, and are still of their class.
-    """
+    parameters and names, and are still of their class."""
     fast = {layer: type(mixin.__name__ + layer.__name__, (mixin, layer), {})
             for layer, mixin in ({nn.SiLU: InPlace, nn.Conv3d: TimeConv} | layers).items()}
     for network in networks:

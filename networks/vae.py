@@ -144,8 +144,7 @@ def by_frames(network: Callable[[Tensor], Tensor], x: Tensor, chunk: int | None 
 class VAE(nn.Module):
     """Clips (B, 3, T, H, W) in [-1, 1] <-> latents (B, 4, T, H/8, W/8) of unit variance, frame by frame.
 
-    The names of its parts are those of Stable Diffusion's first_stage_model.
-    """
+    The names of its parts are those of Stable Diffusion's first_stage_model."""
 
     def __init__(self, config: VAEConfig = KL_F8):
         super().__init__()
@@ -204,8 +203,7 @@ class SoftClamp(nn.Module):
 class TinyDecoder(nn.Sequential):
     """TAESD's decoder (O. B. Bohan), 1.2 M weights where the VAE's has 50 M: less exact, and next to no work.
 
-    Scaled latents (N, 4, h, w) -> frames (N, 3, 8h, 8w) in [0, 1]. Layers are named by their places.
-    """
+    Scaled latents (N, 4, h, w) -> frames (N, 3, 8h, 8w) in [0, 1]. Layers are named by their places."""
     config = KL_F8
 
     def __init__(self, width: int = 64):

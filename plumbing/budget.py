@@ -35,8 +35,7 @@ class Counter(TorchDispatchMode):
     """Counts what is done within the block, to real or to fake tensors.
 
     `live`: bytes of the tensors made on the device and not yet freed; `peak`: the most of them since `reset`.
-    `flops`: by torch's formulas, a multiplication and an addition are two.
-    """
+    `flops`: by torch's formulas, a multiplication and an addition are two."""
 
     def __init__(self, device: str = "cpu"):
         super().__init__()
@@ -132,8 +131,7 @@ def report_step(config, group, load_world: Callable, trainer_class: type) -> Bud
     """--dry-run N: prints what a training step takes. load_world(config, group) -> models, clips, rewards.
 
     Memory is counted while all is built and in a first step, which is not among the N. Simulated (N = 0), a
-    process has one micro-batch, as other clips of a batch find the same memory, and shows it to rewards.
-    """
+    process has one micro-batch, as other clips of a batch find the same memory, and shows it to rewards."""
     n, alone = config.dry_run, copy(group)
     if not n:                                                   # no process waits for another
         alone.device, alone.sum = torch.device("cpu"), lambda x: x

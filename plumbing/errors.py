@@ -13,8 +13,7 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
     """Parses somebody else's file within the block: `with reading(path, "a VBench result"):`.
 
     Whatever parsing raises, and libraries raise errors of many kinds, becomes a UserError that names the file
-    and keeps the cause.
-    """
+    and keeps the cause."""
     try:
         if (place := Path(f"{path}")).exists() and not (place.is_file() or place.is_dir()):
             raise UserError(f"{path} is a pipe or a device, not {what}")

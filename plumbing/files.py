@@ -65,8 +65,7 @@ def check_outputs(outputs: dict, inputs: dict) -> None:
     """Raises UserError where something could be lost: an output is no input, two options' outputs are not one
     place, nor one within the other, and an existing file is replaced only by one of its own kind.
 
-    outputs, inputs: {option: path, list of paths, or None}.
-    """
+    outputs, inputs: {option: path, list of paths, or None}."""
     outputs, inputs = pairs(outputs), pairs(inputs)
     for (option, path), (source, source_path) in product(outputs, inputs):
         if path.exists() and source_path.exists() and path.samefile(source_path):

@@ -119,8 +119,7 @@ class Log(ExitStack):
     """The first process writes log.jsonl (a line per step), the bar, and TensorBoard where it is installed.
 
     On resume, the lines after the checkpoint go: their steps are made again. So does a half line that a kill
-    left. `last` is the step of the last line.
-    """
+    left. `last` is the step of the last line."""
 
     def __init__(self, out: Path, start: int, steps: int, group: Group):
         super().__init__()

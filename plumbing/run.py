@@ -55,8 +55,7 @@ class Group:
     """The processes of a run, as torchrun started them; without torchrun, one.
 
     Gradients meet in one explicit all-reduce: of a step's four passes through the UNet only one has a
-    gradient, so there is next to nothing that DistributedDataParallel could overlap.
-    """
+    gradient, so there is next to nothing that DistributedDataParallel could overlap."""
 
     def __init__(self, device: str = ""):
         self.rank, self.world_size, _ = cli.place()
@@ -173,8 +172,7 @@ class Offload:
     """--offload: an owner's tensors wait in host memory, and are on the device within `with offload(owner):`.
 
     Only their `data` changes place. What autograd keeps of a frozen weight is the weight itself, so that a
-    backward pass needs its owner on the device, and nothing of it is held in between.
-    """
+    backward pass needs its owner on the device, and nothing of it is held in between."""
 
     def __init__(self, device: torch.device, on: bool):
         self.device, self.on = device, on

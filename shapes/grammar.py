@@ -143,8 +143,7 @@ def clauses(words: list[str]) -> tuple[list[list[str]], list[str]]:
     """A caption's words -> those of each thing, and those of the background; without "a", "and" and "on".
 
     "and" and "a" begin a thing, "on" begins the background. What names neither a colour nor a shape, without
-    "a", goes with the thing before it ("a red circle on white, moving left").
-    """
+    "a", goes with the thing before it ("a red circle on white, moving left")."""
     parts, leading = [], []                                 # (the words that led to a part, the part)
     for word in words:
         if word in ("and", "on", "a"):

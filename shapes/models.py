@@ -76,8 +76,7 @@ class SpaceTime(nn.Module):
     red moves as the red thing moves. Elsewhere their mean is read.
 
     The published UNets know neither place (only what zero padding leaks) nor time (their temporal attention
-    has no positions). A billion weights cope with that; a small network that must move a shape does not.
-    """
+    has no positions). A billion weights cope with that; a small network that must move a shape does not."""
 
     octaves = 4
 
@@ -134,8 +133,7 @@ class VelocityUNet(model.UNet3D):
     and Ho, 2022).
 
     At t = 999, ε is z but for 0.5 %, and what the caption says is in that remainder. A billion weights copy z
-    to the output precisely enough not to bury it; ε = σ z + α v leaves a small network only what matters.
-    """
+    to the output precisely enough not to bury it; ε = σ z + α v leaves a small network only what matters."""
 
     schedule: Schedule | None = None            # made in the first pass, where the latents are
 
@@ -235,8 +233,7 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
          name: str = "shapes", **conditions) -> model.Models:
     """The toy's networks: the teacher's, or with `turbo` (a file, or one of STUDENTS) a student's.
 
-    name: whose teacher, one of FAMILIES. folder: where pretrain.py wrote, instead of the embedded weights.
-    """
+    name: whose teacher, one of FAMILIES. folder: where pretrain.py wrote, instead of the embedded weights."""
     # Two threads gain a third on an idle machine; on a busy one they mostly wait for each other.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

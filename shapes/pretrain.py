@@ -64,8 +64,7 @@ def fit(network: nn.Module, loss_of: Callable, out: Path, steps: int, group: run
     """AdamW with exact resumption. Leaves log and checkpoints in OUT, averaged weights in the network.
 
     loss_of(rng, progress) draws its batch from rng, which depends on the step alone; progress is 0..1. Each
-    process of a group takes its share of the batch. decay: of the average; cosines: see learning_rate.
-    """
+    process of a group takes its share of the batch. decay: of the average; cosines: see learning_rate."""
     params = [p for p in network.parameters() if p.requires_grad]
     gradient = run.flat_gradient(params)
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
@@ -122,8 +121,7 @@ def draw(rng: random.Random, count: int, T: int, vary: str = "", pairs: float = 
     """A batch of training clips in [-1, 1] (B, 3, T, H, W), captions, scenes.
 
     vary: attributes; every second scene differs from the one before it in one of them. Contrastive models
-    learn from such pairs what belongs to what. pairs: share of scenes of two things.
-    """
+    learn from such pairs what belongs to what. pairs: share of scenes of two things."""
     scenes = []
     while len(scenes) < count:
         scenes.append(grammar.draw_scene(rng, pairs=pairs))
@@ -165,8 +163,7 @@ def vae(out: Path, group: run.Group) -> tuple[nn.Module, dict]:
 
     The latents are scaled to a standard deviation of 1/2, not 1: the papers' schedule ends at ᾱ = 0.0047,
     where 512 latent pixels of a flat background still tell its colour. The pure noise that sampling starts
-    from does not, and the teacher must not lean on it.
-    """
+    from does not, and the teacher must not lean on it."""
     network = model.VAE(TOY_VAE).to(group.device)
     speed_up(model.CPU_LAYERS, network)
 
@@ -238,8 +235,7 @@ def viclip(out: Path, group: run.Group) -> tuple[nn.Module, dict]:
     """Video-text contrast on four frames of each clip: also what moves where. It starts from the CLIP.
 
     A patch spans the four frames, as in ViViT, so that motion shows in single patches. What this model does
-    not tell apart, neither the teacher, through the states of its text tower, nor the reward will.
-    """
+    not tell apart, neither the teacher, through the states of its text tower, nor the reward will."""
     # a CLIP's weights, but that patches span frames, each with its own weight
     state = rewards.from_clip(rewards.needed(shapes.read(out / "clip.safetensors")[0]), None)
     spread = (1 + 2 * torch.randn(VICLIP.width, VICLIP.tubelet, 1, 1, 1)) / VICLIP.tubelet
@@ -292,8 +288,7 @@ def teacher(out: Path, group: run.Group, name: str = "teacher", course: Course =
 
     What moves where is decided at high noise, where ‖ε - ε_θ‖² hardly shows it: there z_t is almost ε itself.
     So the error is weighted by 1/ᾱ_t = 1 + σ_t²/α_t²: the sum of the errors in ε and in ẑ0. Like the real
-    teachers, it learns pictures before clips: 96 frames of different scenes cost no more than 16 clips.
-    """
+    teachers, it learns pictures before clips: 96 frames of different scenes cost no more than 16 clips."""
     pixels, text = shapes.load_vae(out).to(group.device), shapes.load_text(out).to(group.device)
     schedule = Schedule(device=group.device)
     torch.manual_seed(0)                                    # whatever loading the others drew

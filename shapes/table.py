@@ -195,8 +195,7 @@ def judge(captions: list[str], clips: Tensor, scorers: dict) -> list[dict]:
 def travel(scene: grammar.Scene, clip: Tensor) -> float | None:
     """How far the things go that are to move, in pixels: the toy's Dynamic Degree. None where none is to.
 
-    The world's own things go 14 to 24. A thing that is not there goes nowhere.
-    """
+    The world's own things go 14 to 24. A thing that is not there goes nowhere."""
     movers = [thing.colour for thing in scene.things if any(world.DIRECTION.get(thing.motion, ()))]
     lengths = {colour: math.hypot(*world.change(path)[:2]) for colour, path in world.tracks(clip).items()}
     total = clip.shape[-1] * sum(lengths.get(colour, 0.0) for colour in movers)

@@ -95,8 +95,7 @@ def render(scene: Scene, rng: random.Random, T: int = FRAMES, size: int = SIZE) 
 def things_in(clip: Tensor) -> tuple[dict[str, Tensor], float | None]:
     """The masks, bool (T, H, W), of the things in a clip by colour, told by hue; the gray level of the rest.
 
-    A colour counts as a thing when it fills at least 40 pixels (of 64 x 64) in all frames but one.
-    """
+    A colour counts as a thing when it fills at least 40 pixels (of 64 x 64) in all frames but one."""
     rgb = clip.float()
     high, low = rgb.amax(0), rgb.amin(0)
     chroma = high - low
@@ -179,8 +178,7 @@ def judge(expected: Scene, clip: Tensor) -> dict[str, float]:
     """Is a clip what was asked for? What the caption leaves unsaid (None) is right as it is.
 
     1 or 0 for colours, shapes, motions (whoever has them), background, and "all": together, each with the
-    right thing; and the picture quality, 0..1.
-    """
+    right thing; and the picture quality, 0..1."""
     actual, quality = read(clip)
 
     def fits(order: tuple[Thing, ...], names) -> bool:
@@ -232,8 +230,7 @@ class Clips:
 def accuracy(generate, count: int = 32, pairs: float = PAIRS) -> float:
     """Share of clips that are all right, for the same captions and seeds each time, half of them held-out.
 
-    generate(captions, seeds) -> clips uint8 (B, 3, T, H, W) on any device.
-    """
+    generate(captions, seeds) -> clips uint8 (B, 3, T, H, W) on any device."""
     splits = [Clips("train", pairs=pairs), Clips("held-out", pairs=pairs)]
     captions = [split.caption(2 * 10 ** 9 + i) for i in range(count // 2) for split in splits]
     clips = generate(captions, list(range(len(captions))))
