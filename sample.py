@@ -27,7 +27,7 @@ import shapes
 from plumbing import cli
 from plumbing.cli import Count, File, Seed, Within
 from plumbing.errors import UserError, reading
-from plumbing.files import atomic, check_outputs, check_writable, mark, read_header
+from plumbing.files import MARK, atomic, check_outputs, check_writable, read_header
 from shapes import grammar
 
 if TYPE_CHECKING:                       # imported where they are needed: --help and mistakes answer at once
@@ -441,7 +441,7 @@ def write(job: Job, caption: str, ranked: list[Take], fps: float, config: Config
         tqdm.write(f"{job.path}: {', '.join(numbers)}, seed {ranked[0].seed}")
         with atomic(job.scores) as temporary:
             scores = [dict(seed=take.seed) | take.scores for take in ranked]
-            content = dict(comment=mark(), prompt=job.prompt, caption=caption, scores=scores)
+            content = dict(comment=MARK, prompt=job.prompt, caption=caption, scores=scores)
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     video.write_video(job.path, ranked[0].clip, fps)
 
@@ -451,7 +451,7 @@ def write_sheet(path: Path, clips: list[Tensor]) -> None:
     from PIL import Image, PngImagePlugin
     _, T, H, W = clips[0].shape
     comment = PngImagePlugin.PngInfo()
-    comment.add_text("Comment", mark())
+    comment.add_text("Comment", MARK)
     zoom, gap, border = max(1, 128 // H), 4, 12
     picture = Image.new("RGB", (2 * border + T * (W * zoom + gap) - gap,
                                 border + len(clips) * (H * zoom + border)), "#3a4a66")

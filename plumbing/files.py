@@ -2,7 +2,6 @@
 import json
 import os
 import secrets
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +11,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from plumbing.errors import UserError, reading
+
+MARK = "made by T2V-Turbo from scratch"          # in clips, pictures and .json: what may be replaced
 
 
 @contextmanager
@@ -63,7 +64,7 @@ def read_header(path: str | Path, key: str = "config") -> dict:
 
 def check_outputs(outputs: dict, inputs: dict) -> None:
     """Raises UserError where something could be lost: an output is no input, two options' outputs are not one
-    place, nor one within the other, and an existing file is replaced only by one of its own kind.
+    place, nor one within the other, and an existing file is replaced only if this program made it.
 
     outputs, inputs: {option: path, list of paths, or None}."""
     outputs, inputs = pairs(outputs), pairs(inputs)
@@ -77,7 +78,7 @@ def check_outputs(outputs: dict, inputs: dict) -> None:
             if owners.get(folder, option) != option:
                 raise UserError(f"{option} {path} and {owners[folder]} are one place; give each its own")
         if path.is_file() and not replaceable(path):
-            raise UserError(f"{option} {path} exists, and no such command wrote it; choose another name")
+            raise UserError(f"{option} {path} exists, and was not made by this program; choose another name")
 
 
 def pairs(options: dict) -> list[tuple[str, Path]]:
@@ -86,14 +87,9 @@ def pairs(options: dict) -> list[tuple[str, Path]]:
             for path in ([paths] if isinstance(paths, (str, Path)) else paths or ()) if path]
 
 
-def mark() -> str:
-    """What a command writes into its clips, pictures and .json, so that it knows them again."""
-    return f"made by {Path(sys.argv[0]).name}"
-
-
 def replaceable(path: Path) -> bool:
-    """Does an existing file carry this command's mark? It stands near the beginning, in an mp4 at the end."""
+    """Does an existing file carry our mark? It stands near the beginning, in an mp4 at the end."""
     with open(path, "rb") as file:
         start = file.read(4096)
         file.seek(max(0, path.stat().st_size - 4096))
-        return mark().encode() in start + file.read()
+        return MARK.encode() in start + file.read()

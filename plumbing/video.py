@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from plumbing.errors import UserError, reading
-from plumbing.files import atomic, mark
+from plumbing.files import MARK, atomic
 
 READABLE = tuple(".mp4 .m4v .mov .3gp .mkv .webm .avi .wmv .flv .mpg .mpeg .ts .ogv .mxf .y4m".split())
 OPEN = dict(        # neither addresses in a network nor scripts that name further files
@@ -201,7 +201,7 @@ def write_video(path: str | Path, clip: Tensor, fps: float) -> None:
     pixels, and yuv420p, which halves the planes of colour, keeps the edges."""
     assert clip.dtype == torch.uint8 and clip.dim() == 4, (clip.dtype, clip.shape)
     check_output(path, fps)
-    suffix, pictures, comment = Path(path).suffix.lower(), clip.cpu().permute(1, 2, 3, 0).numpy(), mark()
+    suffix, pictures, comment = Path(path).suffix.lower(), clip.cpu().permute(1, 2, 3, 0).numpy(), MARK
     if suffix == ".png":
         for t, picture in enumerate(pictures):
             with atomic(png_folder(path) / f"{t:04d}.png") as temporary:

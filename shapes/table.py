@@ -20,7 +20,7 @@ import rewards
 import shapes
 from model import Models, to_clip
 from plumbing.errors import UserError
-from plumbing.files import atomic, mark
+from plumbing.files import MARK, atomic
 from plumbing.run import pick_device, usual_dtype
 from plumbing.stats import mean_interval, paired_interval, wilson
 from shapes import grammar, world
@@ -104,7 +104,7 @@ def make(config) -> list[dict]:
         print(line(cells(measured[-1])), flush=True)
         if config.out:
             with atomic(config.out) as temporary:
-                temporary.write_text(json.dumps(dict(comment=mark(), rows=measured), indent=1))
+                temporary.write_text(json.dumps(dict(comment=MARK, rows=measured), indent=1))
     climbs = [f"{row['name']}: reward after 0, 5, ... steps " + ", ".join(map("{:.2f}".format, row["climb"]))
               for row in measured if row["climb"]]
     print(LEGEND, *climbs, *differences({row["name"]: row["clips"] for row in measured}), sep="\n")

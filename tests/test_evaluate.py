@@ -276,7 +276,7 @@ MISTAKES = [                            # what is typed behind evaluate.py -> wh
     ("shapes --rows nobody", "--rows 'nobody': no row has this in its name; there are DDIM, "),
     ("shapes --folder {empty}", "{empty} holds no weights of a teacher"),
     ("shapes --out table.csv", "--out table.csv: the table is stored as .json"),
-    ("shapes --out {color1}", "--out {color1} exists, and no such command wrote it"),
+    ("shapes --out {color1}", "--out {color1} exists, and was not made by this program"),
     ("score", "score takes clips and at least one --reward"),
     ("score {empty} --reward shapes-clip", "{empty}: expected clips (.mp4, .gif, ...) or png frames"),
     ("score {clips} --reward shapes-clip --reward shapes-clip", "give each reward once"),

@@ -14,7 +14,7 @@ import sample
 import shapes.models
 from plumbing import cli, weights
 from plumbing.errors import UserError
-from plumbing.files import check_outputs, mark
+from plumbing.files import MARK, check_outputs
 
 ROOT = Path(__file__).parent.parent
 RED = "'a red circle'"
@@ -100,11 +100,11 @@ OUTPUTS = {                             # outputs, inputs -> what the message sa
     "a.mp4 | s.png |": "",
     "old.mp4 | s.png | w.safetensors": "",                  # what the same command wrote
     "scores.json | |": "",
-    "holiday.mp4 | |": "--out holiday.mp4 exists, and no such command wrote it",
+    "holiday.mp4 | |": "--out holiday.mp4 exists, and was not made by this program",
     "w.safetensors | | w.safetensors": "--out w.safetensors is also --turbo; an output never replaces an in",
     "link.safetensors | | w.safetensors": "--out link.safetensors is also --turbo",
-    "w.safetensors | |": "--out w.safetensors exists, and no such command wrote it",
-    "list.json | |": "--out list.json exists, and no such command wrote it",
+    "w.safetensors | |": "--out w.safetensors exists, and was not made by this program",
+    "list.json | |": "--out list.json exists, and was not made by this program",
     "o | o/0000.png |": "are one place",
     "x.png | w/../x.png |": "are one place",
 }
@@ -116,7 +116,7 @@ def test_an_output_replaces_nothing_but_its_own_kind(case, tmp_path, monkeypatch
     weights.save_checkpoint("w.safetensors", {"x": torch.ones(1)}, {"model": "vc2"})
     os.link("w.safetensors", "link.safetensors")
     os.mkdir("w")
-    texts = {"list.json": '{"scores": 1}', "scores.json": mark(), "old.mp4": mark(), "holiday.mp4": ""}
+    texts = {"list.json": '{"scores": 1}', "scores.json": MARK, "old.mp4": MARK, "holiday.mp4": ""}
     for name, text in texts.items():
         Path(name).write_text(text)
     out, sheet, source = (part.strip() for part in case.split("|"))
