@@ -326,6 +326,7 @@ def peft_scale(path: Path, tensors: State) -> float:
     with reading(path, "a LoRA that says alpha"):
         config = json.loads(path.read_text()) if peft else read_header(path, "lora_adapter_metadata")
         config = {key.rpartition(".")[2]: value for key, value in config.items()}           # "unet.r" -> "r"
-        if any(config.get(name) for name in ("alpha_pattern", "rank_pattern", "use_dora", "use_rslora")):
+        kinds = "alpha_pattern", "rank_pattern", "use_dora", "use_rslora", "fan_in_fan_out"
+        if any(config.get(kind) for kind in kinds):
             raise UserError(f"{path}: a kind of LoRA that is not read; merge it into weights with peft first")
         return config.get("lora_alpha", 1) / config.get("r", 1)
