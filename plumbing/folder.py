@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from plumbing import cli
 from plumbing.errors import UserError, reading
-from plumbing.files import atomic, check_writable
+from plumbing.files import atomic, check_writable, replaceable
 from plumbing.run import Group, Parts, memory
 
 KEPT = 2                # checkpoints
@@ -68,7 +68,8 @@ def open_folder(config) -> Path | None:
         about, log = out / "config.json", out / "log.jsonl"
         ours = about.exists() and '"save_every"' in about.read_text(errors="replace")
         saved = *out.glob("*.safetensors"), *out.glob("t2v_turbo_vc2.pt"), *out.glob("unet")
-        if ((about.exists() or log.exists()) and not ours or saved
+        foreign = [sample for sample in out.glob("samples/*.gif") if not replaceable(sample)]
+        if ((about.exists() or log.exists()) and not ours or saved or foreign
                 or any(step >= config.save_every for step, _ in whole_lines(log))):
             raise UserError(f"{out} holds files of something else, or log or weights of a run whose "
                             "checkpoints are gone; choose another --out")

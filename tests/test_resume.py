@@ -202,6 +202,9 @@ def test_what_a_run_left_is_not_written_over(undisturbed, two_steps, tmp_path):
             code, text = tiny.run(run, *options)
             assert code == 2 and "whose checkpoints are gone" in text.splitlines()[-1]
         assert (run / "log.jsonl").read_text() == before
+    (tmp_path / "foreign" / "samples").mkdir(parents=True)
+    (tmp_path / "foreign" / "samples" / "step-000002-0.gif").write_text("a holiday")
+    assert tiny.run(tmp_path / "foreign")[0] == 2
     run = two_steps("student")
     student = "--init", run / "turbo.safetensors", "--resume", "auto"
     for options, message in (((), "--resume auto"), (student, "an output never replaces an input")):
