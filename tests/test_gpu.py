@@ -1,9 +1,6 @@
 """gpu.py is for machines with a GPU; here it runs with tiny networks on the CPU, so that it starts there."""
-from pathlib import Path
 
-import benchmark
 import gpu
-import pytest
 import torch
 
 import shapes
@@ -27,17 +24,6 @@ def test_the_program_for_gpus_runs(capsys):
     assert rows["decoding, NHWC"].startswith("x") and rows["4 replays of a CUDA graph"] == "needs CUDA"
     assert 0.85 < float(rows["peak of the training step"][1:5]) < 1.15
     assert "checks that failed: none" in text and "<!-- rewards " in text
-
-
-@pytest.mark.slow
-def test_the_pages_tell_what_the_simulation_says():
-    """A row of the table of budgets, as benchmark.py --what budgets prints it, for the cheapest."""
-    pages = [*(Path(shapes.__file__).parent.parent / "docs").glob("*.md")]
-    text = "".join(page.read_text(encoding="utf-8") for page in pages)
-    if "| `train.py --preset vcm-ms` |" not in text:
-        pytest.skip("no page has the table")
-    assert benchmark.budget_row("train.py", "--preset vcm-ms",
-                                benchmark.simulated("train.py", "--preset vcm-ms")) in text
 
 
 def test_pretraining_takes_the_gpu_of_its_process(tmp_path, monkeypatch):
