@@ -279,10 +279,11 @@ def load_models(config: Config) -> Models:
 
     import model
     from networks.vae import load_tiny_decoder
-    from plumbing.run import has_bfloat16, pick_device
+    from plumbing.run import pick_device
     device, dtype = pick_device(config.device), config.dtype or "float32"
     if device.type in ("cuda", "xpu") and not config.dtype:
-        dtype = "bfloat16" if has_bfloat16(device) else "float16"
+        since_ampere = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if since_ampere else "float16"
 
     student = None if config.method == "teacher" else config.turbo or config.method
     where = (device, getattr(torch, dtype), 1.0 if config.lora_scale is None else config.lora_scale)

@@ -94,7 +94,7 @@ class Config(Recipe):
     seed: Seed = 0                  # of LoRA's start, the order of clips, and all that Algorithm 1 draws
     # ---- machine
     device: str = ""                # cpu, cuda [cuda if there, a GPU per process]
-    dtype: Literal["float32", "bfloat16"] | None = "bfloat16"   # type of the networks; shapes: the faster one
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"      # type of the networks; shapes: float32
     offload: bool = False           # what a part of a step does not need waits in host memory: for small GPUs
     chunk: Size = 2                 # frames whose decoder graph is held at a time; 0: all, decoded once
     workers: Size = 4               # threads that decode clips, per process
@@ -139,7 +139,7 @@ V2 = dict(
 SHAPES = dict(
     frames=8, height=64, width=64, fps=8, grid=8, w_min=0.5, w_max=3.0,
     reward=("shapes-clip", "shapes-viclip"), image_frames=4, video_frames=4,
-    train_steps=200, micro_batch=8, lr=1e-3, lora=7, checkpointing=False, chunk=0, dtype=None, workers=0,
+    train_steps=200, micro_batch=8, lr=1e-3, lora=7, checkpointing=False, chunk=0, dtype="float32", workers=0,
     save_every=50, sample_every=50, guidance=2.0,
     prompts=("a red circle moving right", "a blue square rising on white"))
 LONGER = dict(train_steps=800, lr_fall=1.0, on_policy=0.5, pairs=0.7)      # without rewards it gets worse
@@ -162,8 +162,6 @@ def configure(argv: list[str] | None = None, description: str = "") -> Config:
     preset = typed.get("preset", Config.preset)
     config = cli.parse(Config, argv, description, defaults={"out": f"runs/{preset}"} | PRESETS[preset])
     check_options(config, set(typed))
-    if config.dtype is None:
-        config = dataclasses.replace(config, dtype=run.usual_dtype(run.pick_device(config.device)))
     return config
 
 
@@ -690,8 +688,6 @@ def main(argv: list[str] | None = None):
         path = group.broadcast(folder.open_folder(config) if group.rank == 0 else None)
         state = folder.read_checkpoint(path, group) if path else {}
         if state:
-            if config.is_toy and "dtype" not in cli.typed(Config, argv):    # of the machine that it began on
-                config = dataclasses.replace(config, dtype=state["settings"]["dtype"])
             folder.check_unchanged(state["settings"], settings(config))
 
         models, clips, terms = load_world(config, group)

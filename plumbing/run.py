@@ -36,19 +36,6 @@ def pick_device(text: str = "") -> torch.device:
     return torch.device(text)
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Are products in bfloat16 fast? GPUs before Ampere imitate it; on CPUs with AVX-512 BF16, but without
-    AMX, a step of the toy takes 1.4 times as long as in float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-
-
-def usual_dtype(device: torch.device) -> str:
-    """What the toy's networks work in, unless the command line says otherwise."""
-    return "bfloat16" if has_bfloat16(device) else "float32"
-
-
 # ---- processes ---------------------------------------------------------------------------------------------
 
 class Group:

@@ -294,7 +294,6 @@ def teacher(out: Path, group: run.Group, name: str = "teacher", course: Course =
     torch.manual_seed(0)                                    # whatever loading the others drew
     network = course.unet.network(course.unet).to(group.device)
     speed_up(model.CPU_LAYERS, network)
-    denoiser = run.Autocast(network, run.usual_dtype(group.device))
     for layer in network.modules():
         if isinstance(layer, nn.Conv3d):
             layer.weight.data[:, :, ::2] = 0            # what a frame takes from its neighbours
@@ -315,7 +314,7 @@ def teacher(out: Path, group: run.Group, name: str = "teacher", course: Course =
 
         with torch.no_grad():
             z0 = pixels.encode(clips[own].to(group.device), noise)
-        eps_hat = denoiser(schedule.add_noise(z0, eps, t), t, c)
+        eps_hat = network(schedule.add_noise(z0, eps, t), t, c)
         return ((eps_hat - eps) / schedule.alpha[t].view(-1, 1, 1, 1, 1)).pow(2).mean()
 
     fit(network, loss_of, out / name, STEPS[name], group, decay=0.997, cosines=course.cosines)

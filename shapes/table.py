@@ -21,7 +21,7 @@ import shapes
 from model import Models, to_clip
 from plumbing.errors import UserError
 from plumbing.files import MARK, atomic
-from plumbing.run import pick_device, usual_dtype
+from plumbing.run import pick_device
 from plumbing.stats import mean_interval, paired_interval, wilson
 from shapes import grammar, world
 from shapes.models import SAMPLING
@@ -132,7 +132,6 @@ def sampler(row: Row, folder: Path, device: torch.device, scorers: dict, climbs:
     """The row as a function, with its network loaded. climbs: gets the rewards (steps + 1, B) that `refine`
     met on its way."""
     models = shapes.load(row.student, folder, device, lora_scale=row.lora_scale, name=row.model)
-    bfloat16 = usual_dtype(device) == "bfloat16"
     models.unet.requires_grad_(False)                       # as sample.py does: the same bits
     image, video = scorers["image"], scorers["video"]
     terms = [RewardTerm(image, 1.0, 6, name="image"), RewardTerm(video, 2.0, 4, video=True, name="video")]
@@ -142,12 +141,11 @@ def sampler(row: Row, folder: Path, device: torch.device, scorers: dict, climbs:
     @torch.no_grad()
     def take(captions: list[str], seeds: list[int]) -> Tensor:
         how = models, captions, seeds, models.size, row.sampling(models)
-        with torch.autocast(device.type, torch.bfloat16, bfloat16):
-            if row.refine:
-                z, climb = generate_refined(*how, terms, row.refine, chunk=0)
-                climbs.append(torch.stack(climb).cpu())
-            else:
-                z = generate(*how)
+        if row.refine:
+            z, climb = generate_refined(*how, terms, row.refine, chunk=0)
+            climbs.append(torch.stack(climb).cpu())
+        else:
+            z = generate(*how)
         return to_clip(models.vae, z).cpu()
 
     @torch.no_grad()

@@ -240,9 +240,8 @@ def test_the_table_counts_right(world_for_samples, capsys, tmp_path):
     (table.Row("", 4, "turbo"), []),
     (table.Row("", 2, method="ddim"), ["--method", "teacher", "--steps", "2"]),
     (table.Row("", 2, method="ddim", guidance=0.0), "--method teacher --steps 2 --guidance 0".split())])
-def test_the_table_samples_what_the_commands_sample(tmp_path, monkeypatch, row, options):
+def test_the_table_samples_what_the_commands_sample(tmp_path, row, options):
     """The real networks: a student's row and a teacher's give the clip that sample.py gives."""
-    monkeypatch.setattr(table, "usual_dtype", lambda device: "float32")
     caption = shapes.Clips("train").caption(grammar.TABLE)
     clips = table.sampler(row, shapes.WEIGHTS, torch.device("cpu"), shapes.rewards(), [])([caption], [7])
     sample.main([caption, "--as-typed", "--seed", "7", "--out", str(tmp_path / "a.png"), *options])

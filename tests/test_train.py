@@ -21,7 +21,7 @@ from data import BadClip
 from plumbing import budget, folder, video, weights
 from plumbing.errors import UserError
 from plumbing.folder import checkpoints
-from plumbing.run import Group, pick_device, usual_dtype
+from plumbing.run import Group, pick_device
 from solver import Schedule
 from turbo import consistency, pseudo_huber, solve, teacher_eps
 
@@ -94,20 +94,6 @@ def test_help_shows_the_defaults_of_the_preset_in_use(capsys):
         text = capsys.readouterr().out
         assert shown in text[text.rindex("--train-steps"):][:200] and "--w-min" not in text
     assert text.count("\n  --") <= 29
-
-
-@pytest.mark.parametrize("native, toy", [(True, "bfloat16"), (False, "float32")])
-def test_the_toy_works_in_what_the_processor_is_fast_in(monkeypatch, native, toy):
-    """Where bfloat16 is imitated, a step of the toy takes six times as long as in float32; where it has no
-    unit of its own for small matrices, 1.4 times."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
-    cpu = ["--device", "cpu"]
-    for preset in ("shapes", "shapes-vcm", "shapes-v2"):
-        assert train.configure(["--preset", preset, *cpu]).dtype == toy
-        assert train.configure(["--preset", preset, *cpu, "--dtype", "bfloat16"]).dtype == "bfloat16"
-    assert train.configure(["--preset", "turbo-vc2", *cpu]).dtype == "bfloat16"
-    assert usual_dtype(torch.device("cuda")) == toy
 
 
 def test_a_batch_that_cannot_be_split_is_refused():
