@@ -10,6 +10,7 @@ Symbols: z noisy latents, t timesteps, c caption states (B, L, D), w guidance sc
 Layers are written as their formulas. On a CPU networks/fast_cpu.py has equal ones that are faster.
 """
 import math
+import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -519,6 +520,7 @@ class Models:
     text: nn.Module
     family: Family
     header: dict = field(default_factory=dict)  # how the student was trained (`complete`); {}: a teacher
+    teacher: str = ""                       # fingerprint of the teacher's weights
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -554,6 +556,12 @@ def complete(header: dict, family: Family) -> dict:
                     fps=default.fps or family.fps, frames=family.frames, height=family.height,
                     width=family.width, motion=default.motion, motion_share=default.motion_share)
     return defaults | header
+
+
+def check_teacher(header: dict, teacher: str, source) -> None:
+    """Says so where a student's LoRA was trained on other weights than those it is added to."""
+    if header.get("teacher", teacher) != teacher:
+        print(f"{source} was distilled from another teacher; expect worse clips from this one", file=sys.stderr)
 
 
 @cache
@@ -622,11 +630,14 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
     # networks without memory, and then the tensors
     with weights.without_memory():
         models = untrained(name, guidance=config.guidance, motion=config.motion)
+    fingerprint = weights.fingerprint(unet_state, models.unet)
+    if lora:
+        check_teacher(header, fingerprint, turbo)
     weights.fill(models.unet, state, turbo, device, dtype, lora).out.float()            # see UNet3D.last
     weights.fill(models.vae, vae_state, teacher, device, dtype)
     fast_cpu.speed_up(CPU_LAYERS, models.unet, models.vae)
     weights.fill(models.text, text_state, teacher, device, dtype)
-    return replace(models, header=header)
+    return replace(models, header=header, teacher=fingerprint)
 
 
 @torch.no_grad()

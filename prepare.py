@@ -134,7 +134,7 @@ def header_of(config: Config, models: Models, clips: Mixture) -> dict:
     """What the samples of a cache depend on; training asks for a part of it (`train.cache_header`)."""
     recipe = train.cache_header(config) | {name: getattr(config, name) for name in (
         "draws", "inversion_steps", "motion_share", "seed", "data", "reward_data")}
-    return recipe | {"clips": len(clips), "teacher": train.teacher_fingerprint(models)}
+    return recipe | {"clips": len(clips), "teacher": models.teacher}
 
 
 def open_mixture(config: Config, group: Group) -> Mixture:

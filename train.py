@@ -232,7 +232,6 @@ def generator(seed: int, position: int) -> torch.Generator:
 
 class Trainer:
     """Student, teacher, target, rewards and optimizer; `step` is one round of Algorithm 1."""
-    fingerprint = ""                        # of the teacher
     to_host = staticmethod(Tensor.tolist)   # of a step's sums; a simulation, of empty tensors, has its own
 
     def __init__(self, config: Config, models: model.Models, terms: list[RewardTerm], group: run.Group):
@@ -296,7 +295,8 @@ class Trainer:
     def start_from(self, path: str) -> None:
         """--init: the student starts as another student, whose LoRA or weights are copied into its own."""
         unet, rank = self.models.unet, self.config.lora
-        _, whole, lora, _ = model.read_turbo(path, unet.config, self.config.model)
+        _, whole, lora, about = model.read_turbo(path, unet.config, self.config.model)
+        model.check_teacher(about, self.models.teacher, path)
         if bool(lora) != bool(rank):
             raise UserError(f"--init {path} holds {'LoRA' if lora else 'all weights'}, not for --lora {rank}")
         own = turbo.lora_state(unet) if rank else unet.state_dict()
@@ -425,7 +425,7 @@ class Trainer:
     def state(self, record: dict) -> dict:
         """All that the next step depends on; draws depend on the seed and the position alone."""
         return dict(
-            settings=settings(self.config), teacher=self.fingerprint, step=self.done, record=record,
+            settings=settings(self.config), teacher=self.models.teacher, step=self.done, record=record,
             steps_skipped=self.skipped, clips_skipped=record["clips_skipped"],
             params={name: p.detach() for name, p in self.named.items()},
             ema=self.ema.average if self.ema else [], optimizer=self.optimizer.state_dict())
@@ -433,7 +433,7 @@ class Trainer:
     @torch.no_grad()
     def load_state(self, state: dict) -> None:
         """The inverse of `state`."""
-        if state["teacher"] != self.fingerprint:
+        if state["teacher"] != self.models.teacher:
             raise UserError("this run began with another --teacher; give that one, or choose another --out")
         if state["step"] > self.config.train_steps:
             raise UserError(f"this run has made {state['step']} steps; give --train-steps as many, or more")
@@ -516,7 +516,7 @@ def load_world(config: Config, group: run.Group) -> tuple[model.Models, object, 
     else:
         load = partial(rewards.load, device=device, dtype=dtype)
     terms, models = reward_terms(config, load), load_models(config, device)
-    if cached and clips.header["teacher"] != teacher_fingerprint(models):
+    if cached and clips.header["teacher"] != models.teacher:
         raise UserError(f"the cache {config.data[0]} was made by another teacher; give that one")
     return models, clips, terms
 
@@ -531,13 +531,6 @@ def load_models(config: Config, device: torch.device) -> model.Models:
     models.vae.to(dtype)
     models.text.to(dtype)
     return models
-
-
-def teacher_fingerprint(models: model.Models) -> str:
-    """A teacher's fingerprint, whatever dtype it is in; without the layers that a student adds."""
-    added = ("time_cond_proj", "motion_cond_proj", "combine_proj")
-    return weights.fingerprint({name: x for name, x in models.unet.state_dict().items()
-                                if not name.startswith(added)})
 
 
 def open_clips(config: Config, specs: tuple[str, ...], group: run.Group) -> data.ClipDataset:
@@ -595,7 +588,7 @@ def header(trainer: Trainer) -> dict:
     return {name: getattr(config, name) for name in fields} | {
         "motion": config.motion if config.has_motion else None,
         "motion_share": config.motion_share if config.has_motion else None,
-        "version": 2, "method": "turbo-v2" if config.is_v2 else method, "teacher": trainer.fingerprint,
+        "version": 2, "method": "turbo-v2" if config.is_v2 else method, "teacher": trainer.models.teacher,
         "rank": config.lora, "rewards": [term.name for term in trainer.terms],
         "train": {name: value for name, value in dataclasses.asdict(config).items() if name not in PATHS}}
 
@@ -691,9 +684,7 @@ def main(argv: list[str] | None = None):
             folder.check_unchanged(state["settings"], settings(config))
 
         models, clips, terms = load_world(config, group)
-        fingerprint = teacher_fingerprint(models)
-        trainer = trainer_class(config, models, terms, group)
-        trainer.fingerprint, record = fingerprint, state.get("record", {})
+        trainer, record = trainer_class(config, models, terms, group), state.get("record", {})
         if state:
             trainer.load_state(state)
         del state                                                   # its file may be deleted from here on

@@ -178,13 +178,15 @@ def save_diffusers(folder: str | Path, unet: State, header: dict) -> None:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def fingerprint(tensors: State) -> str:
-    """A cheap identity of a network: a digest of names, shapes, and 64 values of each tensor in bfloat16."""
+def fingerprint(tensors: State, network: nn.Module) -> str:
+    """A cheap identity of a network's weights: a digest of names, shapes, and 64 values of each in bfloat16.
+    Layers of the network that the tensors lack do not count."""
     digest = sha256()
-    for name, x in sorted(tensors.items()):
-        places = torch.linspace(0, x.numel() - 1, min(64, x.numel()), dtype=torch.float64).long()
-        values = x.detach().flatten()[places.to(x.device)].bfloat16().tolist()
-        digest.update(f"{name} {tuple(x.shape)} {values}".encode())
+    for name, like in sorted(network.state_dict().items()):
+        if name in tensors:
+            x = tensors[name].flatten()
+            places = torch.linspace(0, x.numel() - 1, min(64, x.numel()), dtype=torch.float64).long()
+            digest.update(f"{name} {tuple(like.shape)} {x[places].bfloat16().tolist()}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -238,22 +238,25 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     folder = Path(folder or WEIGHTS)
-    family, (state, _) = FAMILIES[name], read(folder / f"{FILES[name]}.safetensors")
+    family, (teacher, _) = FAMILIES[name], read(folder / f"{FILES[name]}.safetensors")
     config, whole, lora, header = replace(family.unet, **conditions), None, None, {}
     if turbo is not None:
         turbo = student(turbo, folder) if str(turbo) in STUDENTS else turbo
         config, whole, lora, header = model.read_turbo(turbo, config, name, lora_scale)
         header = model.complete(header, family)
     layers = model.condition_layers(config).items()
-    state = whole or {f"{name}.weight": layer.weight.data for name, layer in layers} | state
+    state = whole or {f"{name}.weight": layer.weight.data for name, layer in layers} | teacher
 
     with weights.without_memory():
         unet = config.network(config)
+    fingerprint = weights.fingerprint(teacher, unet)
+    if lora:
+        model.check_teacher(header, fingerprint, turbo)
     weights.fill(unet, state, turbo or folder, device, dtype, lora).out.float()          # see UNet3D.last
     unet.schedule = Schedule(device=device)
     vae, text = load_vae(folder).to(device, dtype), load_text(folder).to(device)    # text stays in float32
     speed_up(model.CPU_LAYERS, unet, vae)
-    return model.Models(name, unet, vae, text, family, header)
+    return model.Models(name, unet, vae, text, family, header, fingerprint)
 
 
 def reward(name: str, path: str | Path | None, device: torch.device | str, folder: str | Path | None = None,

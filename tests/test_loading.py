@@ -413,7 +413,7 @@ def test_merged_weights_are_written_as_released(tmp_path, teacher_file):
     assert same(again, student) and again.sampling == student.sampling
 
 
-def test_a_lora_of_another_model_is_refused(tmp_path, deep, teacher_file, modelscope):
+def test_a_lora_of_another_model_is_refused(tmp_path, capsys, deep, teacher_file, modelscope):
     """All 575 layers of a ModelScope LoRA are layers of VideoCrafter2, too; so are any ten of its own."""
     def write(shapes, header=HEADER):
         save_checkpoint(tmp_path / "x.safetensors", own_lora(shapes), header)
@@ -429,6 +429,10 @@ def test_a_lora_of_another_model_is_refused(tmp_path, deep, teacher_file, models
     write(vc2, HEADER | {"model": "ms"})
     with pytest.raises(UserError, match="x.safetensors is a student of ms, not of vc2; use --model ms"):
         load("vc2", teacher_file, tmp_path / "x.safetensors")
+    for teacher, words in ((load("vc2", teacher_file).teacher, ""), ("another", "from another teacher")):
+        write(vc2, HEADER | {"teacher": teacher})
+        load("vc2", teacher_file, tmp_path / "x.safetensors")
+        assert words in (told := capsys.readouterr().err) and bool(words) == bool(told)
 
 
 # ---- errors ------------------------------------------------------------------------------------------------

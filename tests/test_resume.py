@@ -162,13 +162,6 @@ def test_copies_of_checkpoints_are_nobodys(two_steps):
     assert all(copy.exists() for copy in copies)
 
 
-def test_the_toy_goes_on_in_the_dtype_that_it_began_in(tmp_path):
-    """Also on a machine whose own would be another."""
-    for options in (["--train-steps", 1, "--dtype", "bfloat16"], ["--train-steps", 2, "--resume", "auto"]):
-        code, text = tiny.run(tmp_path / "run", *options)
-        assert code == 0, text
-
-
 def test_options_of_the_whole_run_do_not_change(undisturbed, tmp_path):
     """On resume; steps, learning rate and the like may, see the tests above. Nor does the teacher."""
     run = shutil.copytree(undisturbed(), tmp_path / "run")

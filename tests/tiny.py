@@ -78,7 +78,8 @@ def networks(seed=0, unet=UNET):
     for p in unet.parameters():
         if not p.any():
             nn.init.normal_(p, std=0.05)
-    return SimpleNamespace(unet=unet.eval(), vae=vae.requires_grad_(False).eval(), text=Text())
+    return SimpleNamespace(unet=unet.eval(), vae=vae.requires_grad_(False).eval(), text=Text(),
+                           teacher=f"of seed {seed}")
 
 
 def load_world(config, group):
