@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from itertools import combinations
@@ -104,9 +105,12 @@ def score(config: ScoreConfig) -> dict:
 
 
 def prompt_of(path: Path) -> str:
-    """The prompt that a clip's name tells: VBench writes PROMPT-NUMBER.mp4."""
+    """The prompt that a clip's name tells: VBench writes PROMPT-NUMBER.mp4. Raises UserError for a part."""
     prompt, _, number = path.stem.rpartition("-")
-    return prompt if prompt and number.isdigit() else path.stem
+    prompt = prompt if prompt and number.isdigit() else path.stem
+    if len(prompt.encode()) > 200 and re.search(" [0-9a-f]{8}$", prompt):       # by sample.file_name
+        raise UserError(f"{path}: its name is a part of its prompt; give --prompt, and clips of one prompt")
+    return prompt
 
 
 def clips_at(path: Path) -> list[Path]:

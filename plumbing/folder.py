@@ -3,6 +3,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,7 +31,10 @@ def locked(out: str | Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError) as error:
             raise UserError(f"{out} is in use by another run; wait until it ends, or choose another "
                             "--out") from error
-        except (ImportError, OSError):                          # Windows; a network folder without locks
+        except ImportError:
+            print("training is tested on Linux; here, on Windows, start one run per --out: there are no locks",
+                  file=sys.stderr)
+        except OSError:                                         # a network folder without locks
             pass
         yield
 

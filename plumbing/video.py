@@ -105,17 +105,25 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
     """When a video's frames are shown -> their ticks, ascending; those of key frames; seconds per tick.
 
     Without an index there are no key frames, and the k-th frame that is decoded is shown at the k-th tick."""
-    ticks, keys = [], []
+    ticks, keys, end = [], [], 0.0
     with open_video(source) as (container, stream):
         indexed = container.format.name.startswith(INDEXED)         # then a packet, undecoded, tells its time
-        for item in container.demux(stream) if indexed else container.decode(stream):
-            if item.is_corrupt:
-                raise ValueError("truncated or damaged: a frame is incomplete")
-            if indexed and item.pts is not None and item.is_keyframe:
-                keys.append(item.pts)
-            if not indexed or item.pts is not None and not item.is_discard:      # discarded by an edit list
-                ticks.append(item.pts)
+        for packet in container.demux():
+            if packet.pts is not None:
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if packet.stream.index != stream.index:
+                continue
+            for item in [packet] if indexed else packet.decode():
+                if item.is_corrupt:
+                    raise ValueError("truncated or damaged: a frame is incomplete")
+                if indexed and item.pts is not None and item.is_keyframe:
+                    keys.append(item.pts)
+                if not indexed or item.pts is not None and not item.is_discard:  # discarded by an edit list
+                    ticks.append(item.pts)
 
+        stated = (container.duration or 0) / av.time_base + min(container.start_time or 0, 0) / av.time_base
+        if stated > end + max(0.25, 0.05 * stated):                 # cut off between two packets
+            raise ValueError(f"truncated: {end:.2f} s of the {stated:.2f} s that its header states")
         if not ticks or None in ticks:
             raise ValueError("not a clip: no frames, or some without a timestamp; convert it to mp4")
         if not indexed and container.format.name != "avi" and ticks != sorted(ticks):   # an avi's: of packets

@@ -282,6 +282,7 @@ MISTAKES = [                            # what is typed behind evaluate.py -> wh
     ("score {clips} --reward shapes-clip --diversity", "--diversity compares clips of one prompt"),
     ("score {clips} --prompt x --reward shapes-clip --diversity", "--diversity compares features"),
     ("score {short} --reward shapes-viclip", "{short}"),
+    ("score {cut} --reward shapes-clip", "-0.mp4: its name is a part of its prompt; give --prompt"),
     ("vbench", "vbench takes VBench's result files"),
     ("vbench nowhere.json", "nowhere.json: no such file"),
     ("vbench {empty}", "{empty}: no result files"),
@@ -302,6 +303,8 @@ def places(tmp_path_factory):
     for name in ("a-0", "b-0"):
         video.write_video(root / f"clips/{name}.mp4", torch.zeros(3, 8, 64, 64, dtype=torch.uint8), fps=8)
     video.write_video(root / "short.mp4", torch.zeros(3, 3, 64, 64, dtype=torch.uint8), fps=8)
+    (root / "cut").mkdir()
+    (root / "cut" / f"{sample.file_name('a red circle ' * 40)}-0.mp4").touch()
     (root / "empty").mkdir()
     (root / "x/evaluate0").mkdir(parents=True)
     (root / "x/evaluate0/_eval_results.json").touch()
