@@ -587,7 +587,7 @@ def read_turbo(path: str | Path, config: UNetConfig, name: str | None = None, lo
         raise UserError(f"--lora-scale {lora_scale:g}: {path} holds whole weights, no LoRA to scale")
 
     # a whole UNet: alone, or in a whole model
-    unet, vae = (weights.part(content, prefix) for prefix in ("diffusion_model.", "first_stage_model."))
+    unet, vae = (weights.under(content, prefix) for prefix in ("diffusion_model.", "first_stage_model."))
     state = layouts.rename(unet or content, layouts.UNET)
     weights.check_numbers(state, path, finite=True)
     is_v2 = config.motion or config.fps and not unet        # unet_mg.pt, unet_no_mg.pt; else t2v_turbo_vc2.pt

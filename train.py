@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import data
 import model
@@ -230,6 +230,19 @@ def generator(seed: int, position: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 2654435761 + position) % 2 ** 32)     # torch reads 32 bits
 
 
+class Autocast(nn.Module):
+    """A network as the trainer calls it: products in --dtype. One autocast per call, as autocast keeps its
+    casts of weights, and θ and θ⁻ change places between calls."""
+
+    def __init__(self, network: nn.Module, dtype: str):
+        super().__init__()
+        self.network, self.on = network, dtype == "bfloat16"
+
+    def forward(self, z: Tensor, *args, **conditions) -> Tensor:
+        with torch.autocast(z.device.type, torch.bfloat16, self.on):
+            return self.network(z, *args, **conditions)
+
+
 class Trainer:
     """Student, teacher, target, rewards and optimizer; `step` is one round of Algorithm 1."""
     to_host = staticmethod(Tensor.tolist)   # of a step's sums; a simulation, of empty tensors, has its own
@@ -277,7 +290,7 @@ class Trainer:
             if not hasattr(unet, name):
                 unet.add_module(name, layer.to(device, unet.dtype))
         unet.checkpointing = config.checkpointing
-        self.student = self.teacher = run.Autocast(unet, config.dtype)
+        self.student = self.teacher = Autocast(unet, config.dtype)
 
         if config.lora:                     # with LoRA off the student is the teacher: one copy
             conv1d = ("init_attn.0.proj_in", "init_attn.0.proj_out")    # in VC2; not in the published LoRA
@@ -288,7 +301,7 @@ class Trainer:
             for name, p in teacher.named_parameters():
                 precise = name.startswith("out.")                       # see UNet3D.last
                 p.data = p.data.to(torch.float32 if precise else getattr(torch, config.dtype))
-            self.teacher = run.Autocast(teacher, config.dtype)
+            self.teacher = Autocast(teacher, config.dtype)
         unet.requires_grad_(True)
 
     @torch.no_grad()
@@ -604,10 +617,10 @@ def export(trainer: Trainer, out: Path) -> None:
     if not all(x.isfinite().all() for x in state.values()):
         raise UserError("the student is not finite, so it is not exported; resume an earlier checkpoint")
 
-    weights.save_checkpoint(out / "turbo.safetensors", state, about)
+    weights.save(out / "turbo.safetensors", state, about)
     if config.merge:
         merged = turbo.merge(unet.float()).state_dict()
-        weights.save_checkpoint(out / "merged.safetensors", merged, about)
+        weights.save(out / "merged.safetensors", merged, about)
         if about["model"] == "vc2":         # for the released code and others
             weights.save_merged(out / "t2v_turbo_vc2.pt", config.teacher, merged)
         if about["model"] == "ms":          # for diffusers

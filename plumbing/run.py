@@ -133,19 +133,6 @@ def memory(device: torch.device) -> float:
     return 0.0
 
 
-class Autocast(nn.Module):
-    """A network as the trainer calls it: products in --dtype. One autocast per call, as autocast keeps its
-    casts of weights, and θ and θ⁻ change places between calls."""
-
-    def __init__(self, network: nn.Module, dtype: str):
-        super().__init__()
-        self.network, self.on = network, dtype == "bfloat16"
-
-    def forward(self, z: Tensor, *args, **conditions) -> Tensor:
-        with torch.autocast(z.device.type, torch.bfloat16, self.on):
-            return self.network(z, *args, **conditions)
-
-
 def flat_gradient(params: list[nn.Parameter]) -> Tensor:
     """One tensor of which every p.grad is a view: one all-reduce, one norm, one check that all is finite."""
     sizes = [p.numel() for p in params]

@@ -80,7 +80,7 @@ def unwrap(content):
     return content
 
 
-def part(state: State, prefix: str) -> State:
+def under(state: State, prefix: str) -> State:
     """What lies under a prefix."""
     return {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
 
@@ -116,10 +116,10 @@ def read_teacher(path: str | Path, text_layers: int) -> tuple[State, State, Stat
     if not path.is_dir():
         content = read_tensors(path)
         prefixes = "diffusion_model.", "first_stage_model.", "cond_stage_model.model."
-        unet, vae, text = (part(content, prefix) for prefix in prefixes)
+        unet, vae, text = (under(content, prefix) for prefix in prefixes)
     elif (path / MODELSCOPE[0]).is_file():
         unet, vae, text = (read_tensors(path / name) for name in MODELSCOPE)
-        vae = part(vae, "first_stage_model.") or vae
+        vae = under(vae, "first_stage_model.") or vae
     elif (path / "unet").is_dir():
         unet, vae = (read_tensors(*weight_files(path / folder, "diffusion_pytorch_model"))
                      for folder in ("unet", "vae"))
@@ -145,7 +145,7 @@ def read_student(path: str | Path, model: str | None) -> tuple[State, dict, Path
     return tensors, header, files[0]
 
 
-def save_checkpoint(path: str | Path, tensors: State, header: dict) -> None:
+def save(path: str | Path, tensors: State, header: dict) -> None:
     """Writes tensors and a JSON-able header to one .safetensors file; a crash leaves the old one."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     with atomic(path) as temporary:
@@ -173,7 +173,7 @@ def save_diffusers(folder: str | Path, unet: State, header: dict) -> None:
         "cross_attention_dim": unet["input_blocks.1.1.attn2.k.weight"].shape[1],
         "attention_head_dim": len(unet["init_attn.0.proj_in.weight"]) // 8}         # it has eight heads
     tensors = rename(unet, layouts.TO_DIFFUSERS)
-    save_checkpoint(folder / "diffusion_pytorch_model.safetensors", tensors, header)
+    save(folder / "diffusion_pytorch_model.safetensors", tensors, header)
     with atomic(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
 

@@ -343,7 +343,7 @@ def main(argv=None):
         network, header = STAGES[config.stage](out, group)
         if group.rank == 0:                                 # weights as float16
             state = {name: x.half() for name, x in network.state_dict().items()}
-            weights.save_checkpoint(out / f"{config.stage}.safetensors", state, header)
+            weights.save(out / f"{config.stage}.safetensors", state, header)
         group.close()
 
 

@@ -28,7 +28,7 @@ from model import FAMILIES, VAE, VC2, UNet3D, complete, guidance_embedding, load
 from plumbing import weights
 from plumbing.errors import UserError
 from plumbing.files import read_header
-from plumbing.weights import fill, lora_order, save_checkpoint
+from plumbing.weights import fill, lora_order, save
 
 FPS, DEEP = replace(TINY, fps=True), replace(SMALL, fps=True)
 HEADER = dict(method="turbo", steps=50, w_min=2.0, w_max=9.0)
@@ -336,13 +336,13 @@ def test_own_checkpoints(tmp_path):
     config = replace(FPS, guidance=True)
     shapes = lora_shapes(config)
     lora = own_lora(shapes)
-    save_checkpoint(tmp_path / "lora.safetensors", lora, HEADER)
+    save(tmp_path / "lora.safetensors", lora, HEADER)
     assert read_header(tmp_path / "lora.safetensors") == HEADER
     assert read_turbo(tmp_path / "lora.safetensors", config)[2].keys() == lora.keys()
 
     student = load("vc2", tmp_path, tmp_path / "lora.safetensors")
     assert student.header == complete(HEADER, FAMILIES["vc2"]) and student.sampling.grid == 50
-    save_checkpoint(tmp_path / "merged.safetensors", student.unet.state_dict(), HEADER | {"steps": 200})
+    save(tmp_path / "merged.safetensors", student.unet.state_dict(), HEADER | {"steps": 200})
     merged = load("vc2", tmp_path, tmp_path / "merged.safetensors")
     assert same(student, merged) and merged.sampling.grid == 200
     teacher = load("vc2", tmp_path, guidance=True).unet.state_dict()
@@ -357,7 +357,7 @@ def student_file(path, header, motion=False):
     """A whole UNet of ours."""
     with torch.device("meta"):
         unet = UNet3D(replace(FPS, guidance=True, motion=motion))
-    save_checkpoint(path, deterministic(shapes_of(unet)), header)
+    save(path, deterministic(shapes_of(unet)), header)
 
 
 @pytest.fixture
@@ -416,7 +416,7 @@ def test_merged_weights_are_written_as_released(tmp_path, teacher_file):
 def test_a_lora_of_another_model_is_refused(tmp_path, capsys, deep, teacher_file, modelscope):
     """All 575 layers of a ModelScope LoRA are layers of VideoCrafter2, too; so are any ten of its own."""
     def write(shapes, header=HEADER):
-        save_checkpoint(tmp_path / "x.safetensors", own_lora(shapes), header)
+        save(tmp_path / "x.safetensors", own_lora(shapes), header)
 
     vc2, ms = (lora_shapes(replace(config, guidance=True)) for config in (DEEP, SMALL))
     for shapes in (ms, dict([*vc2.items()][:10])):

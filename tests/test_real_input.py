@@ -70,7 +70,7 @@ def inputs(tmp_path, monkeypatch):
     (tmp_path / "clips.mp4").mkdir()
     (tmp_path / "latin.txt").write_bytes("ein grüner".encode("latin-1"))
     os.mkfifo(tmp_path / "pipe")
-    weights.save_checkpoint(tmp_path / "vc2.safetensors", {"x": torch.ones(1)}, {"model": "vc2"})
+    weights.save(tmp_path / "vc2.safetensors", {"x": torch.ones(1)}, {"model": "vc2"})
     return tmp_path
 
 
@@ -113,7 +113,7 @@ OUTPUTS = {                             # outputs, inputs -> what the message sa
 @pytest.mark.parametrize("case", OUTPUTS)
 def test_an_output_replaces_nothing_but_its_own_kind(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    weights.save_checkpoint("w.safetensors", {"x": torch.ones(1)}, {"model": "vc2"})
+    weights.save("w.safetensors", {"x": torch.ones(1)}, {"model": "vc2"})
     os.link("w.safetensors", "link.safetensors")
     os.mkdir("w")
     texts = {"list.json": '{"scores": 1}', "scores.json": MARK, "old.mp4": MARK, "holiday.mp4": ""}

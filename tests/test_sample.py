@@ -15,7 +15,7 @@ import turbo
 from model import to_clip
 from plumbing import cli, video
 from plumbing.errors import UserError
-from plumbing.weights import save_checkpoint
+from plumbing.weights import save
 from shapes import grammar, world
 from shapes.models import TIMESTEPS
 
@@ -289,7 +289,7 @@ def test_options_of_every_kind_are_read():
 def test_a_students_header_names_its_model(tmp_path, capsys):
     """Without --model the file is taken for what it says it is; a public file says nothing."""
     path = tmp_path / "student.safetensors"
-    save_checkpoint(path, {"x.up": torch.ones(1, 1), "x.down": torch.ones(1, 1)}, {"model": "vc2"})
+    save(path, {"x.up": torch.ones(1, 1), "x.down": torch.ones(1, 1)}, {"model": "vc2"})
     assert sample.model_of(sample.Config(PROMPT, turbo=str(path))) == "vc2"
     assert "is a student of vc2, not of ms" in fails(capsys, "a dog", "--turbo", path, "--model", "ms")
     assert "add --model vc2, ms or shapes" in fails(capsys, PROMPT, "--turbo", "unet_lora.pt")
