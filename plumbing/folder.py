@@ -58,29 +58,35 @@ def checkpoints(out: str | Path) -> list[Path]:
 
 def open_folder(config) -> Path | None:
     """Checks that OUT is this run's, cleans it up -> the checkpoint to go on from."""
-    out = Path(config.out)
+    out, path = Path(config.out), Path(config.resume).expanduser()
     *_, last = None, *checkpoints(out)
     if last and not config.resume:
         raise UserError(f"{out} already holds {last.name}; go on with --resume auto, or choose another --out")
-    path = last if config.resume in ("", "auto") else Path(config.resume).expanduser()
-    if path and not path.is_file():
+    if config.resume in ("", "auto"):
+        path = last
+    elif not path.is_file():
         raise UserError(f"--resume {path}: no such file")
 
     if path is None or path.resolve().parent != out.resolve():  # nothing of another run is written over
         if last:
             raise UserError(f"--resume {path}: {out} has {last.name} of another run; choose another --out")
-        about, log = out / "config.json", out / "log.jsonl"
-        ours = about.exists() and '"save_every"' in about.read_text(errors="replace")
-        saved = *out.glob("*.safetensors"), *out.glob("t2v_turbo_vc2.pt"), *out.glob("unet")
-        foreign = [sample for sample in out.glob("samples/*.gif") if not replaceable(sample)]
-        if ((about.exists() or log.exists()) and not ours or saved or foreign
-                or any(step >= config.save_every for step, _ in whole_lines(log))):
-            raise UserError(f"{out} holds files of something else, or log or weights of a run whose "
-                            "checkpoints are gone; choose another --out")
-        log.unlink(missing_ok=True)
+        check_vacant(out, config.save_every)
+        (out / "log.jsonl").unlink(missing_ok=True)
     for leftover in (*out.glob(".*.*.part"), *out.glob("samples/.*.*.part")):   # of killed `atomic`
         leftover.unlink()
     return path
+
+
+def check_vacant(out: Path, save_every: int) -> None:
+    """Raises UserError where a new run would write over anything but the first steps of one like it."""
+    about, log = out / "config.json", out / "log.jsonl"
+    has_run = about.exists() and '"save_every"' in about.read_text(errors="replace")
+    students = *out.glob("*.safetensors"), *out.glob("t2v_turbo_vc2.pt"), *out.glob("unet")
+    foreign_samples = [sample for sample in out.glob("samples/*.gif") if not replaceable(sample)]
+    saved_steps = [step for step, _ in whole_lines(log) if step >= save_every]
+    if students or foreign_samples or saved_steps or (about.exists() or log.exists()) and not has_run:
+        raise UserError(f"{out} holds files of something else, or log or weights of a run whose "
+                        "checkpoints are gone; choose another --out")
 
 
 def describe(config) -> None:
