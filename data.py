@@ -14,7 +14,7 @@ Order   Position p is clip p % N of epoch p // N, and an epoch is a permutation 
 Bad     A clip that cannot be used is logged (step, index, clip, reason); in its place comes one drawn by the
         position alone. A run ends after 20 bad clips in a row, or more than 100 among the last 200.
 Short   A clip that is too short is stretched over the frames asked for; its item's fps is the true one. The
-        networks are told --fps all the same, as in the released code: always 16 (v2: 8).
+        networks are told the preset's rate all the same, as in the released code: 16 (MS, v2: 8).
 """
 import json
 import os
@@ -94,8 +94,8 @@ class ClipDataset:
             raise BadClip(source.name(i), getattr(error, "strerror", None) or str(error)) from error
 
         if fps > self.fps:                            # Python shows a warning of one text once
-            warnings.warn(f"clips shorter than {self.frames} frames at {self.fps:g} fps are stretched; "
-                          "a higher --fps needs less", stacklevel=1)
+            warnings.warn(f"clips shorter than {self.frames} frames at {self.fps:g} fps are stretched",
+                          stacklevel=1)
         return dict(clip=clip, fps=fps, caption=caption, reward_caption=reward_caption or None, index=index)
 
 

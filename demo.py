@@ -1,4 +1,4 @@
-"""A page to play with, in the browser. The options are those of sample.py: what the page starts from.
+"""A page to play with, in the browser. It takes sample.py's options but --prompts, --num and those of output.
 
     pip install -e ".[demo]" && python demo.py      # the toy, nothing downloaded
     python demo.py --model vc2 --reward hpsv2       # T2V-Turbo, and a reward that chooses among clips

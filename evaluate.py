@@ -34,7 +34,7 @@ if TYPE_CHECKING:                       # imported where they are needed: --help
 class ShapesConfig:
     """The options of `evaluate.py shapes`."""
     clips: Count = 500                  # clips of a row; half ask for combinations that were never trained on
-    pairs: Share = 0.3                  # share of the captions that ask for two things
+    pairs: Share = 0.3                  # share of captions drawn for two things; a quarter of them get one
     folder: Folder | None = None        # folder of pretrain.py's weights and of students [the embedded ones]
     rows: str = ""                      # rows to measure, by parts of their names, e.g. "vcm 4,turbo 4" [all]
     out: File | None = None             # .json with every figure and every clip's verdict

@@ -561,8 +561,8 @@ def complete(header: dict, family: Family) -> dict:
 def check_teacher(header: dict, teacher: str, source) -> None:
     """Says so where a student's LoRA was trained on other weights than those it is added to."""
     if header.get("teacher", teacher) != teacher:
-        print(f"{source} was distilled from other weights than this teacher's; expect worse clips, unless they "
-              "differ in precision alone", file=sys.stderr)
+        print(f"{source} was distilled from other weights than this teacher's; unless they differ in "
+              "precision alone, expect worse clips", file=sys.stderr)
 
 
 @cache

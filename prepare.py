@@ -138,7 +138,7 @@ def header_of(config: Config, models: Models, clips: Mixture) -> dict:
 
 
 def open_mixture(config: Config, group: Group) -> Mixture:
-    """The clips of --data and --reward-data; of the toy every second clip carries rewards."""
+    """The clips of --data and --reward-data; of the toy half of the clips carries rewards."""
     sources = [(), ()] if config.is_toy else [specs for specs in (config.data, config.reward_data) if specs]
     if not sources:
         raise UserError("no clips to prepare; name them with --data")

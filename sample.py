@@ -67,7 +67,7 @@ class Config:
     vae: File | None = None             # vc2, ms: a small decoder's weights (TAESD) in place of the VAE's own
 
     # ---- how
-    steps: Number | None = None         # network passes [turbo: 4; v2: 16; teacher: 50]
+    steps: Number | None = None         # of sampling; a teacher's takes two passes [turbo 4; v2 16; else 50]
     guidance: Strength | None = None    # ω, 0 = none [students: 7.5; teachers: vc2 11, ms 8; shapes: 2]
     motion: Annotated[float, Within(0, 1000)] | None = None  # λ' of guidance [v2: 0.05; --motion-from: 1]
     motion_from: File | None = None     # teacher: a clip whose motion the new one takes, without training
@@ -75,7 +75,7 @@ class Config:
     frames: Annotated[int, Within(1, 256)] | None = None  # of a clip [as trained: shapes 8, else 16]
     height: Pixels | None = None        # height of the clip in pixels [as trained: toy 64, vc2 320, ms 256]
     width: Pixels | None = None         # width of the clip in pixels [as trained: toy 64, vc2 512, ms 256]
-    fps: Annotated[int, Within(1, 240)] | None = None  # frames a second; vc2 is told [8; vc2: 16, teacher 28]
+    fps: Annotated[int, Within(1, 240)] | None = None  # frames a second; vc2 is told [8; vc2 16, teacher 28]
 
     # ---- rewards at test time
     best_of: Number | None = None       # takes of each clip, by seed; the one with the highest reward is kept
@@ -83,7 +83,7 @@ class Config:
     reward: tuple[str, ...] = ()        # NAME[=FILE][:WEIGHT], repeatable [shapes: its two; image 1, video 2]
 
     # ---- output and machine
-    out: File | None = None             # .mp4, .gif, .png (lossless), or folder of PROMPT-i.mp4 [out.mp4]
+    out: File | None = None             # .mp4, .gif, .png (lossless); of a list a folder [out.mp4, clips]
     sheet: File | None = None           # .png of all frames, a row per clip; of --best-of in order of rewards
     batch: Count | None = None          # clips at once [shapes: 16, else 1]
     device: str = ""                    # cuda, cuda:1, xpu, mps, cpu [cuda if there]

@@ -79,18 +79,18 @@ class Config(Recipe):
     video_root: Folder = ""         # folder of a manifest's relative paths [the manifest's own]
     reward: tuple[str, ...] = ("hpsv2", "internvideo2")  # NAME[=FILE][:WEIGHT], repeatable; all that are used
     # ---- the clips
-    frames: Annotated[int, Within(1, 1024)] = 16    # frames of a clip; paper, Sec. 4
+    frames: Annotated[int, Within(1, 1024)] = 16    # frames of a clip; paper, Sec. 4: 16
     height: Annotated[int, Within(1, 8192)] = 320   # height of the clips in pixels; 256 (MS)
     width: Annotated[int, Within(1, 8192)] = 512    # width of the clips in pixels; 256 (MS)
     # ---- method
     ema: Share = 0.95               # decay of the target network θ⁻; v1 Eq. 6; 0: θ itself (released code)
-    motion: Annotated[float, Within(0, 1000)] = 0.05    # v2: λ' of motion guidance; released code; 0: none
+    motion: Annotated[float, Within(0, 1000)] = 0.05    # v2: λ' of motion guidance; released code: 0.05
     lora: Annotated[int, Within(0, 4096)] = 64      # rank; released: 64 (VC2), 32 (MS); 0: trains all weights
     # ---- optimisation
     train_steps: Count = 10000      # steps of the optimizer; paper, Sec. 4: 10K
     batch: Count = 8                # clips per step, of all processes together; paper, Sec. 4: 1 per GPU
     micro_batch: Count = 1          # clips per forward pass of a process: memory against speed
-    lr: Annotated[float, Within(1e-12, 1)] = 1e-5    # learning rate of AdamW; paper, Sec. 4
+    lr: Annotated[float, Within(1e-12, 1)] = 1e-5    # learning rate of AdamW; paper, Sec. 4: 1e-5
     seed: Seed = 0                  # of LoRA's start, the order of clips, and all that Algorithm 1 draws
     # ---- machine
     device: str = ""                # cpu, cuda [cuda if there, a GPU per process]
@@ -98,7 +98,7 @@ class Config(Recipe):
     offload: bool = False           # what a part of a step does not need waits in host memory: for small GPUs
     chunk: Size = 2                 # frames whose decoder graph is held at a time; 0: all, decoded once
     workers: Size = 4               # threads that decode clips, per process
-    dry_run: Size | None = None     # N steps with random weights, then their time and memory; 0: simulated
+    dry_run: Size | None = None     # N steps with random weights, their time and memory; 0: simulated
     # ---- output
     out: Folder = ""                # folder of weights, checkpoints, log.jsonl and samples
     resume: str = ""                # auto (the last checkpoint in OUT, if any) or a checkpoint's path

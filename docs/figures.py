@@ -1,4 +1,5 @@
-"""The pictures of tutorial.md and of the front page, made from the embedded toy weights.
+"""The pictures of tutorial.md and of the front page, but for first, demo and too-much-motion, made from the
+embedded toy weights.
 
     python docs/figures.py                                  # all of them, into runs/figures/
     python docs/figures.py guidance jumps --seed 5          # some, with other noise

@@ -1,2 +1,1 @@
-"""What makes the programs run and no reader needs to open: command lines, processes, files. It imports none
-of the seven modules."""
+"""What makes the programs run and no reader needs to open: command lines, processes, files."""

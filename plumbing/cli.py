@@ -93,8 +93,8 @@ def parser_for(cls, description="", positional=None, prog=None, defaults=None) -
             group = parser.add_argument_group(title)
             continue
         default = in_force[name]
-        value = ", ".join(map(str, default)) if isinstance(default, tuple) else default
-        text = comment + (f" [{value}]" if value not in (None, "", False) else "")
+        value = ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        text = comment + (f" [{value}]" if value not in ("None", "", "False") else "")
         settings = dict(action=Once, help=text.replace("%", "%%")) | settings_of(annotations[name])
         if name == positional:
             settings |= dict(metavar=None, nargs="?")

@@ -1,4 +1,4 @@
-"""The two kinds of errors: a user's mistake, said in one line, and the rest, which keeps its traceback."""
+"""The two kinds of errors: a user's mistake, said in a line, and the rest, which keeps its traceback."""
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

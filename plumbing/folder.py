@@ -32,7 +32,7 @@ def locked(out: str | Path) -> Iterator[None]:
             raise UserError(f"{out} is in use by another run; wait until it ends, or choose another "
                             "--out") from error
         except ImportError:
-            print("training is tested on Linux; here, on Windows, start one run per --out: there are no locks",
+            print("training is tested on Linux; here, on Windows, are no locks: start one run per --out",
                   file=sys.stderr)
         except OSError:                                         # a network folder without locks
             pass

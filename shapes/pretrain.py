@@ -37,7 +37,7 @@ from turbo import EMA
 @dataclass(frozen=True)
 class Config:
     """The options of the command line."""
-    stage: Literal["vae", "clip", "viclip", "teacher", "motion"] = "vae"   # it needs those before
+    stage: Literal["vae", "clip", "viclip", "teacher", "motion"] = "vae"   # the first three come first
     out: cli.Folder = "runs/shapes"     # folder of weights; a folder in it for each stage's log, checkpoints
 
 
