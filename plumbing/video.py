@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -21,9 +22,10 @@ OPEN = dict(        # neither addresses in a network nor scripts that name furth
     protocol_whitelist="file",
     format_whitelist="mov,matroska,avi,asf,flv,mpeg,mpegts,mpegvideo,ogg,mxf,yuv4mpegpipe,gif")
 INDEXED = ("mov", "matroska")           # containers that say when each frame is shown, and find key frames
+STATED = ("mov", "matroska", "avi", "flv")                  # whose header states a length
 HDR = {16: "PQ", 18: "HLG"}             # transfer functions by their numbers in ITU-T H.273
 SLACK = 2e-3                            # containers round timestamps, some to a millisecond
-ENLARGED = "enlarged x4"                # ends the comment of a small clip that was enlarged for players
+ENLARGED = "enlarged x4 to {}x{}"       # ends the comment of a small clip that was enlarged for players
 
 
 def read_video(source: str | Path | bytes, frames: int, fps: float, height: int, width: int,
@@ -96,6 +98,7 @@ def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputC
             if stream.codec_context is None:
                 raise ValueError("its codec is not known here; convert it to h264")
             stream.codec_context.thread_count = 1       # with more, damaged frames are not marked reliably
+            stream.codec_context.flags |= av.codec.context.Flags.unaligned          # crops to the pixel
             yield container, stream
     except av.FFmpegError as error:
         raise ValueError(f"not a readable video: {error.strerror}") from error
@@ -105,25 +108,22 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
     """When a video's frames are shown -> their ticks, ascending; those of key frames; seconds per tick.
 
     Without an index there are no key frames, and the k-th frame that is decoded is shown at the k-th tick."""
-    ticks, keys, end = [], [], 0.0
+    ticks, keys, spans = [], [], []                                 # spans: in seconds, of each packet
     with open_video(source) as (container, stream):
         indexed = container.format.name.startswith(INDEXED)         # then a packet, undecoded, tells its time
         for packet in container.demux():
-            if packet.pts is not None:
-                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-            if packet.stream.index != stream.index:
-                continue
-            for item in [packet] if indexed else packet.decode():
+            is_ours = packet.stream.index == stream.index
+            if packet.pts is not None and (is_ours or not stream.duration):
+                end = packet.pts + (packet.duration or 0)
+                spans.append((float(packet.pts * packet.time_base), float(end * packet.time_base)))
+            for item in ([packet] if indexed else decoded(packet)) if is_ours else ():
                 if item.is_corrupt:
                     raise ValueError("truncated or damaged: a frame is incomplete")
                 if indexed and item.pts is not None and item.is_keyframe:
                     keys.append(item.pts)
                 if not indexed or item.pts is not None and not item.is_discard:  # discarded by an edit list
                     ticks.append(item.pts)
-
-        stated = (container.duration or 0) / av.time_base + min(container.start_time or 0, 0) / av.time_base
-        if stated > end + max(0.25, 0.05 * stated):                 # cut off between two packets
-            raise ValueError(f"truncated: {end:.2f} s of the {stated:.2f} s that its header states")
+        check_length(container, stream, spans)
         if not ticks or None in ticks:
             raise ValueError("not a clip: no frames, or some without a timestamp; convert it to mp4")
         if not indexed and container.format.name != "avi" and ticks != sorted(ticks):   # an avi's: of packets
@@ -131,23 +131,50 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
         return np.array(sorted(ticks)), sorted(keys), float(stream.time_base)
 
 
+def check_length(container: av.container.InputContainer, stream: av.VideoStream, spans: list) -> None:
+    """Raises ValueError for a file that was cut off between two packets: its header states a length, of the
+    video or else of all streams; spans: when their packets begin and end."""
+    name = container.format.name
+    if not spans or not name.startswith(STATED) or stream.frames >= 2 ** 30:        # an avi from a pipe
+        return
+    start, end = min(spans)[0], max(end for _, end in spans)
+    length = (container.duration or 0) / av.time_base
+    if stream.duration:
+        length = float(stream.duration * stream.time_base)
+    if name == "avi":                                               # where ffmpeg guesses durations
+        length = float(stream.frames / stream.average_rate)
+    if name.startswith("matroska"):
+        length -= start                                             # its header states the end
+    if length > end - start + max(0.25, 0.05 * length):
+        raise ValueError(f"truncated: {end - start:.2f} s of the {length:.2f} s that its header states")
+
+
+def decoded(packet: av.Packet) -> list[av.VideoFrame]:
+    """A packet's frames. One that is empty, and not the last, repeats a frame (Theora)."""
+    return packet.decode() if packet.size or packet.dts is None else []
+
+
 def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], chosen: Sequence[int],
               fit: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """What `fit` makes of the frames whose indices in a timeline (ticks, keys) are `chosen`, ascending.
 
     Decoding begins at the last key frame before the first of them, or without `keys` at the first frame."""
-    needed, pictures = [int(ticks[index]) for index in chosen], {}
+    needed, pictures, last = [int(ticks[index]) for index in chosen], {}, None
     with open_video(source) as (container, stream):
         if keys:
             container.seek(max((key for key in keys if key <= needed[0]), default=needed[0]), stream=stream)
-        for order, frame in enumerate(container.decode(stream)):
+        frames = chain.from_iterable(map(decoded, container.demux(stream)))
+        for order, frame in enumerate(frames):
             if frame.is_corrupt:                      # others are predicted from it, and are not marked
                 raise ValueError("damaged: a frame cannot be decoded")
             tick = frame.pts if keys else int(ticks[order])
+            if None not in (tick, last) and tick < last:
+                raise ValueError("its timestamps are out of order; convert it to mp4 anew")
             if tick in needed:
                 pictures[tick] = fit(pixels(frame, container, stream))
             if tick is not None and tick >= needed[-1]:
                 break
+            last = tick
 
     if not pictures.keys() >= set(needed):
         raise ValueError("damaged: frames are missing")
@@ -164,8 +191,8 @@ def pixels(frame: av.VideoFrame, container: av.container.InputContainer, stream:
     x = frame.to_ndarray(format="rgb24", width=width, interpolation="BICUBIC", threads=1)
     x = torch.from_numpy(x).permute(2, 0, 1)
 
-    if container.metadata.get("comment", "").endswith(ENLARGED):    # by write_video: one pixel of each block
-        x = x[:, 2::4, 2::4]
+    if container.metadata.get("comment", "").endswith(ENLARGED.format(*x.shape[1:])):   # by write_video
+        x = x[:, 2::4, 2::4]                                        # one pixel of each block
 
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
@@ -217,7 +244,8 @@ def write_video(path: str | Path, clip: Tensor, fps: float) -> None:
         return
 
     if max(clip.shape[2:]) < 128:
-        pictures, comment = pictures.repeat(4, 1).repeat(4, 2), f"{comment}, {ENLARGED}"
+        pictures = pictures.repeat(4, 1).repeat(4, 2)
+        comment = f"{comment}, {ENLARGED.format(*pictures.shape[1:3])}"
     with atomic(path) as temporary:
         write = {".mp4": write_mp4, ".gif": write_gif}[suffix]
         write(temporary, np.ascontiguousarray(pictures), fps, comment)
