@@ -121,8 +121,8 @@ def clips_at(path: Path) -> list[Path]:
         return [path]
     from plumbing.video import READABLE
     suffixes = {*READABLE, ".gif"}
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
-    if bool(files) == any(path.glob("*.png")):
+    files = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in suffixes)
+    if bool(files) == any(path.glob("[!.]*.png")):
         raise UserError(f"{path}: expected clips (.mp4, .gif, ...) or png frames in this folder, one of both")
     return files or [path]
 
@@ -267,7 +267,7 @@ def read_results(arguments: tuple[str, ...]) -> dict[str, dict[str, float]]:
         if Path(argument).exists() or not separator:
             name, text = "", argument
         path = Path(text).expanduser()
-        files = sorted(path.glob("*_eval_results.json")) if path.is_dir() else [path]
+        files = sorted(path.glob("[!.]*eval_results.json")) if path.is_dir() else [path]
         if not files:
             raise UserError(f"{path}: no result files (*_eval_results.json) in this folder")
         folder = (path if path.is_dir() else path.parent).resolve()

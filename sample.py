@@ -100,8 +100,13 @@ def model_of(config: Config) -> str:
     """The family: as typed, else what the student's own file says, else the toy."""
     turbo = config.turbo if config.method != "teacher" else None
     stated = shapes.STUDENTS.get(turbo)
-    if (turbo or "").endswith(".safetensors"):
-        stated = read_header(turbo).get("model")
+    if turbo and not stated:
+        place = Path(turbo)
+        file = place / "turbo.safetensors" if place.is_dir() else place
+        if file.is_file():
+            stated = read_header(file).get("model")
+        elif place.suffix and not place.exists():           # names of public files have no dot
+            raise UserError(f"{turbo}: no such file or folder")
     if stated and config.model and stated != config.model:
         raise UserError(f"{turbo} is a student of {stated}, not of {config.model}; use --model {stated}")
     if turbo and not stated and not config.model:
@@ -178,10 +183,12 @@ def read_prompts(path: str) -> list[Prompt]:
     with reading(path, "a list of prompts in utf-8"):
         assert suffix in ("", ".txt", ".csv", ".tsv", ".json", ".jsonl"), f"{suffix} is no kind of list"
         text = Path(path).read_bytes().decode("utf-8-sig")
-        rows = [line for line in text.split("\n") if line.strip()]             # splitlines cuts at U+2028
+        rows = [line for line in re.split("\r\n?|\n", text) if line.strip()]   # splitlines cuts at U+2028
         if suffix in (".csv", ".tsv"):
             comma = "," if suffix == ".csv" else "\t"
-            rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=comma, strict=True))
+            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=comma, strict=True)
+            rows, columns = list(reader), reader.fieldnames or ()
+            assert len({*columns}) == len(columns), "two columns have one name"
         elif suffix == ".json":
             rows = json.loads(text)
             assert isinstance(rows, list), "it holds no list"
@@ -195,7 +202,7 @@ def read_prompts(path: str) -> list[Prompt]:
             raise UserError(f"{place}: neither a text nor a row of the header's columns; quote commas")
         row = {key.strip().lower(): value for key, value in row.items()}
         text = next((row[column] for column in COLUMNS if row.get(column)), None)
-        if not isinstance(text, str) or not text.strip() or "\0" in text:
+        if not isinstance(text, str) or not text.strip() or "\0" in f"{text}{row.get('name')}":
             raise UserError(f"{place}: no prompt in any of {', '.join(COLUMNS)}; it has {', '.join(row):.80}")
 
         name, dimensions, count = str(row.get("name") or text), row.get("dimension"), 1
@@ -213,8 +220,11 @@ def read_prompts(path: str) -> list[Prompt]:
 def file_name(text: str) -> str:
     """The text as a file's name; one that is too long is cut, and its hash keeps it apart from others."""
     name = re.sub(FORBIDDEN, " ", text)
-    if len(os.fsencode(name)) <= NAME_BYTES:
-        return name
+    try:
+        if len(os.fsencode(name)) <= NAME_BYTES:
+            return name
+    except UnicodeEncodeError as error:
+        raise UserError(f"{text!a:.80} cannot name a file here; set PYTHONUTF8=1") from error
     start = os.fsencode(name)[:NAME_BYTES - 9].decode(errors="ignore")
     return f"{start} {hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
 

@@ -187,11 +187,12 @@ def check_options(config: Config, typed: set[str]) -> None:
 def check_files(config: Config) -> None:
     """Refuses files that are not there, and an --out that is one of them, before anything is loaded."""
     if config.is_v2 and len(config.data) != 1:
-        raise UserError("v2 trains from a cache: make one with prepare.py, then give it as --data CACHE")
+        raise UserError("v2 trains from one cache: make it with prepare.py, then give it as --data CACHE")
     if not config.is_toy and not config.data:
         raise UserError("no clips to train on; name them with --data, or try --dry-run 1")
     named = [(f"--reward {term.name}:", term.reward) for term in planned_rewards(config)]
-    for option, path in [("--teacher", config.teacher), ("--init", config.init), *named]:
+    named += [("--teacher", config.teacher), ("--init", config.init), ("--video-root", config.video_root)]
+    for option, path in named:
         if path and not Path(path).expanduser().exists():
             raise UserError(f"{option} {path}: no such file or folder")
     inputs = {"--teacher": config.teacher, "--data": config.data}

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from plumbing.errors import UserError
 from plumbing.run import Offload, Parts
 
 GIB = 2 ** 30
@@ -133,6 +134,8 @@ def report_step(config, group, load_world: Callable, trainer_class: type) -> Bud
     Memory is counted while all is built and in a first step, which is not among the N. Simulated (N = 0), a
     process has one micro-batch, as other clips of a batch find the same memory, and shows it to rewards."""
     n, alone = config.dry_run, copy(group)
+    if not n and config.is_toy:
+        raise UserError("--dry-run 0 is for the real models; the toy is small enough for --dry-run 1")
     if not n:                                                   # no process waits for another
         alone.device, alone.sum = torch.device("cpu"), lambda x: x
         config = replace(config, batch=config.micro_batch * group.world_size, reward_every=1)

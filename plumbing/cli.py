@@ -42,7 +42,8 @@ def number(kind: type, within: Within, text: str) -> float:
 def path(text: str) -> str:
     """A path with ~ expanded; no pipe and no device, which can be read only once."""
     place = os.path.expanduser(text)
-    if not text.strip() or os.path.exists(place) and not (os.path.isfile(place) or os.path.isdir(place)):
+    special = os.path.exists(place) and not (os.path.isfile(place) or os.path.isdir(place))
+    if special or not text.strip() or place.startswith("~"):            # of nobody's home
         raise argparse.ArgumentTypeError(f"{text!r:.60} is neither a file's name nor a folder's")
     return place
 
@@ -168,9 +169,10 @@ def main(command):
         except UserError as error:
             status, message = 2, str(error)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.ENAMETOOLONG):
                 raise
-            status, message = 2, str(error)                 # a full disk
+            status, message = 2, str(error)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # exit would write again to what is full
         except KeyboardInterrupt:
             status, message = 130, "interrupted"
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""   # a progress bar gives way to the message

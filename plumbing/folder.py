@@ -72,7 +72,8 @@ def open_folder(config) -> Path | None:
             raise UserError(f"--resume {path}: {out} has {last.name} of another run; choose another --out")
         check_vacant(out, config.save_every)
         (out / "log.jsonl").unlink(missing_ok=True)
-    for leftover in (*out.glob(".*.*.part"), *out.glob("samples/.*.*.part")):   # of killed `atomic`
+    hidden = ".*.????????.part"                                 # of `atomic`, when its process was killed
+    for leftover in (*out.glob(hidden), *out.glob(f"samples/{hidden}")):
         leftover.unlink()
     return path
 

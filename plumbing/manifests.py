@@ -122,8 +122,9 @@ class Files:
 
 def open_manifest(path: str, columns: str = "", root: str = "") -> Files:
     """columns: "path=COLUMN,caption=COLUMN" for what KNOWN lacks; root: what its paths are relative to."""
-    named = dict(pair.partition("=")[::2] for pair in re.split(OUTSIDE_BRACES, columns) if pair)
-    if named.keys() - KNOWN.keys() or not all(named.values()):
+    pairs = [pair.partition("=")[::2] for pair in re.split(OUTSIDE_BRACES, columns) if pair]
+    named = dict(pairs)
+    if named.keys() - KNOWN.keys() or not all(named.values()) or len(named) < len(pairs):
         raise UserError(f"--columns {columns}: expected path=COLUMN,caption=COLUMN,reward_caption=COLUMN")
     with reading(path, "a manifest"):
         with open(path, "rb") as file:
@@ -166,9 +167,11 @@ def records_of(path: str, file: TextIO) -> tuple[Iterable[dict], str]:
     if path.lower().endswith(".jsonl"):
         return (json.loads(line) for line in file if line.strip()), ""
 
-    line = file.readline()
+    line = next((line for line in iter(file.readline, "") if line.strip()), "")
     mark = re.search(f"[{''.join(SEPARATORS)}]|$", line)[0] or ","
     columns = next(csv.reader([line.strip()], delimiter=mark), [])
+    if len({*columns}) < len(columns):
+        raise UserError(f"{path}: two of its columns have one name ({', '.join(columns)})")
     if len(columns) == 2 and columns[0].lower().endswith(READABLE):   # a clip in place of a header
         columns = ["path", "caption"]
         file.seek(0)

@@ -55,7 +55,7 @@ def read_clip(path: str | Path, frames: int | None = None,
     folder = png_folder(path)
     with reading(path, "a clip"):
         if folder.is_dir():
-            files = sorted(folder.glob("*.png"), key=lambda file: (len(file.name), file.name))
+            files = sorted(folder.glob("[!.]*.png"), key=lambda file: (len(file.name), file.name))
             arrays = (np.array(Image.open(files[i]).convert("RGB")) for i in middles(len(files)))
             pictures = [fit(torch.from_numpy(array).permute(2, 0, 1)) for array in arrays]
         else:

@@ -327,8 +327,9 @@ def peft_scale(path: Path, tensors: State) -> float:
     path = path.with_name("adapter_config.json") if peft else path
     with reading(path, "a LoRA that says alpha"):
         config = json.loads(path.read_text()) if peft else read_header(path, "lora_adapter_metadata")
-        config = {key.rpartition(".")[2]: value for key, value in config.items()}           # "unet.r" -> "r"
+        config = {key.removeprefix("unet."): value for key, value in config.items()}
         kinds = "alpha_pattern", "rank_pattern", "use_dora", "use_rslora", "fan_in_fan_out"
         if any(config.get(kind) for kind in kinds):
             raise UserError(f"{path}: a kind of LoRA that is not read; merge it into weights with peft first")
-        return config.get("lora_alpha", 1) / config.get("r", 1)
+        default = 8 if peft else 1                          # peft's own, of both
+        return config.get("lora_alpha", default) / config.get("r", default)
