@@ -115,7 +115,8 @@ def test_lora_of_other_programs(layout, tmp_path, modelscope):
               if isinstance(m, (nn.Linear, nn.Conv3d)) and ("attn1" in name or "temp_convs" in name)}
     tensors = lora_list(layers.values())
     lora = dict(zip(layers, zip(tensors[::2], tensors[1::2], strict=True), strict=True))
-    file, metadata = {}, {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 8})}
+    file, metadata = {}, {"lora_adapter_metadata": json.dumps(
+        {"unet.r": 4, "unet.lora_alpha": 8, "text_encoder.r": 4, "text_encoder.lora_alpha": 1})}
     for name, pair in lora.items():
         for key, x in zip(NAMES[layout], pair, strict=True):
             file[key.format(name.replace(".", "_") if layout == "kohya" else name)] = x
