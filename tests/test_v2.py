@@ -243,7 +243,7 @@ def test_a_cache_of_other_options_or_another_teacher_is_refused(cache, monkeypat
     monkeypatch.setattr(train, "reward_terms", lambda config, load: [])
     with pytest.raises(UserError, match="was made by another teacher"):
         train.load_world(configure(*V2, "--data", cache), Group())
-    with pytest.raises(UserError, match="v2 trains from a cache"):
+    with pytest.raises(UserError, match="v2 trains from one cache"):
         train.check_files(configure(*V2))
 
 
