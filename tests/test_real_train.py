@@ -30,7 +30,7 @@ MISTAKES = {
     "--lora 1 --lora 2": "--lora is given twice, as 1 and as 2",
     # what is not there, or would be written over
     "--preset turbo-vc2": "no clips to train on; name them with --data",
-    "--preset shapes-v2": "v2 trains from one cache: make one with prepare.py",
+    "--preset shapes-v2": "v2 trains from one cache: make it with prepare.py",
     "--teacher nowhere": "--teacher nowhere: no such file or folder",
     "--init nowhere": "--init nowhere: no such file or folder",
     "--preset turbo-ms --data . --out RUN --reward hpsv2=a.pt": "--reward hpsv2: a.pt: no such file",
