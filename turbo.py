@@ -347,7 +347,7 @@ def generate(models, captions: list[str], seeds: list[int], size: tuple[int, int
 
     # the student's f, in few jumps
     if sampling.method == "student":
-        f = watched(student_f(models.unet, schedule, c, sampling), watch)
+        f = student_f(models.unet, schedule, c, sampling, watch)
         return sample(f, schedule, noise, sampling.jumps(schedule), progress)
 
     # the teacher's ODE
@@ -362,17 +362,8 @@ def generate(models, captions: list[str], seeds: list[int], size: tuple[int, int
                        watch)
 
 
-def watched(f, watch: Callable | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """f(z, t) -> ẑ0, of which each answer is shown to watch(t, ẑ0)."""
-    def f_seen(z, t):
-        z0_hat = f(z, t)
-        watch(int(t[0]), z0_hat)
-        return z0_hat
-
-    return f_seen if watch else f
-
-
-def student_f(unet, schedule: Schedule, c: Tensor, sampling: Sampling) -> Callable[[Tensor, Tensor], Tensor]:
+def student_f(unet, schedule: Schedule, c: Tensor, sampling: Sampling,
+              watch: Callable | None = None) -> Callable[[Tensor, Tensor], Tensor]:
     """The student as f(z, t) -> ẑ0."""
     w = torch.full((len(c),), sampling.guidance, device=c.device)
 
@@ -380,7 +371,10 @@ def student_f(unet, schedule: Schedule, c: Tensor, sampling: Sampling) -> Callab
         conditions = dict(fps=sampling.fps)
         if sampling.motion is not None:
             conditions["motion"] = motion_strength(t, sampling.motion, sampling.motion_share)
-        return consistency(unet, schedule, z, t, w, c, **conditions)
+        z0_hat = consistency(unet, schedule, z, t, w, c, **conditions)
+        if watch:
+            watch(int(t[0]), z0_hat)
+        return z0_hat
 
     return f
 

@@ -116,7 +116,9 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
             if packet.pts is not None and (is_ours or not stream.duration):
                 end = packet.pts + (packet.duration or 0)
                 spans.append((float(packet.pts * packet.time_base), float(end * packet.time_base)))
-            for item in ([packet] if indexed else decoded(packet)) if is_ours else ():
+            if not is_ours:
+                continue
+            for item in [packet] if indexed else decoded(packet):
                 if item.is_corrupt:
                     raise ValueError("truncated or damaged: a frame is incomplete")
                 if indexed and item.pts is not None and item.is_keyframe:
