@@ -17,7 +17,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
@@ -263,8 +263,9 @@ class Trainer:
         self.named = {name: p for name, p in models.unet.named_parameters() if p.requires_grad}
         self.params = list(self.named.values())
         self.ema = EMA(self.params, config.ema) if config.ema else None
+        self.states_of = lru_cache(512)(lambda caption: models.text([caption]))     # small data repeats them
         with torch.no_grad():
-            self.uncond = models.text([""])                         # ∅
+            self.uncond = self.states_of("")                        # ∅
 
         # what waits in host memory
         self.offload, self.judges = run.Offload(group.device, config.offload), []
@@ -384,7 +385,8 @@ class Trainer:
         vae = self.models.vae.config
         shape = vae.latent, T, H // vae.factor, W // vae.factor
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(x.device)
-        return self.models.vae.encode(x, noise).float(), self.models.text(clips["caption"])
+        c = torch.cat([self.states_of(caption) for caption in clips["caption"]])
+        return self.models.vae.encode(x, noise).float(), c
 
     def on_policy(self, z0: Tensor, step: Step, c: Tensor, generators: list[torch.Generator]
                   ) -> tuple[Tensor, Step]:
@@ -525,10 +527,7 @@ def load_world(config: Config, group: run.Group) -> tuple[model.Models, object, 
     cached = config.is_v2 and config.dry_run is None
     clips = data.Cache(config.data[0], cache_header(config)) if cached else open_clips(
         config, config.data, group)
-    if config.is_toy:
-        load = partial(shapes.reward, device=device, folder=config.teacher or None)
-    else:
-        load = partial(rewards.load, device=device, dtype=dtype)
+    load = partial(shapes.reward, device=device, folder=config.teacher or None, dtype=dtype)
     terms, models = reward_terms(config, load), load_models(config, device)
     if cached and clips.header["teacher"] != models.teacher:
         raise UserError(f"the cache {config.data[0]} was made by another teacher; give that one")

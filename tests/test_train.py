@@ -96,6 +96,13 @@ def test_help_shows_the_defaults_of_the_preset_in_use(capsys):
     assert text.count("\n  --") <= 29
 
 
+def test_states_of_a_caption_that_comes_again_are_kept():
+    made, calls = trainer(), []
+    made.models.text.register_forward_hook(lambda text, captions, states: calls.extend(*captions))
+    made.step(batch()), made.step(batch())
+    assert sorted(calls) == sorted({*batch()["caption"]})
+
+
 def test_a_batch_that_cannot_be_split_is_refused():
     group = Group()
     group.world_size = 4
