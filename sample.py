@@ -316,11 +316,9 @@ def load_rewards(config: Config, models: Models) -> list[RewardTerm]:
     import rewards
     from turbo import RewardTerm
     device, T = next(models.unet.parameters()).device, size_of(models, config)[0]
-    load = partial(shapes.reward, folder=config.teacher) if config.is_toy else rewards.load
-
     terms = []
     for name, path, weight in map(rewards.parse_spec, config.reward or ("shapes-clip", "shapes-viclip")):
-        reward = load(name, path, device, grad_checkpointing=bool(config.refine))
+        reward = shapes.reward(name, path, device, config.teacher, grad_checkpointing=bool(config.refine))
         if reward.frames and reward.frames > T:
             raise UserError(f"--reward {name} looks at {reward.frames} frames, the clips have {T}")
         video = reward.kind == "video"
