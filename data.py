@@ -238,7 +238,8 @@ class CacheWriter:
     def write_header(self, complete: bool) -> None:
         """complete: all clips are there, or were found to be unusable; training asks for it."""
         with atomic(self.folder / "header.json") as temporary:
-            temporary.write_text(json.dumps(self.header | {"complete": complete}, indent=1))
+            about = {"complete": complete, "files": len(clip_files(self.folder))}
+            temporary.write_text(json.dumps(self.header | about, indent=1))
 
 
 class Cache:
@@ -255,6 +256,8 @@ class Cache:
             raise UserError(f"the cache in {folder} is not complete: go on with prepare.py --out {folder}")
         if not self.files:
             raise UserError(f"no clip of {folder} carries rewards; prepare.py --reward-data says which do")
+        if (count := len(clip_files(self.folder))) != self.header.get("files", count):
+            raise UserError(f"the cache in {folder} had {self.header['files']} clips, and now has {count}")
 
     def __len__(self) -> int:
         return len(self.files) * self.header["draws"]

@@ -106,8 +106,9 @@ def score(config: ScoreConfig) -> dict:
 
 def prompt_of(path: Path) -> str:
     """The prompt that a clip's name tells: VBench writes PROMPT-NUMBER.mp4. Raises UserError for a part."""
-    prompt, _, number = path.stem.rpartition("-")
-    prompt = prompt if prompt and number.isdigit() else path.stem
+    name = path.name if path.is_dir() else path.stem
+    prompt, _, number = name.rpartition("-")
+    prompt = prompt if prompt and number.isdigit() else name
     if len(prompt.encode()) > 200 and re.search(" [0-9a-f]{8}$", prompt):       # by sample.file_name
         raise UserError(f"{path}: its name is a part of its prompt; give --prompt, and clips of one prompt")
     return prompt

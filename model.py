@@ -624,9 +624,11 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
     if teacher is None:
         teacher = turbo if header.get("whole") else fetch(name)
     unet_state, vae_state, text_state = weights.read_teacher(teacher, family.text.layers)
+    if lora and "time_cond_proj.weight" in unet_state:
+        raise UserError(f"{teacher} holds a student, to which {turbo} cannot be added; give its teacher")
     if state is None:
         layers = condition_layers(config).items()
-        state, turbo = {f"{name}.weight": layer.weight.data for name, layer in layers} | unet_state, teacher
+        state = {f"{name}.weight": layer.weight.data for name, layer in layers} | unet_state
 
     # networks without memory, and then the tensors
     with weights.without_memory():
@@ -634,7 +636,8 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
     fingerprint = weights.fingerprint(unet_state, models.unet)
     if lora:
         check_teacher(header, fingerprint, turbo)
-    weights.fill(models.unet, state, turbo, device, dtype, lora).out.float()            # see UNet3D.last
+    source = teacher if lora or turbo is None else turbo
+    weights.fill(models.unet, state, source, device, dtype, lora).out.float()           # see UNet3D.last
     weights.fill(models.vae, vae_state, teacher, device, dtype)
     fast_cpu.speed_up(CPU_LAYERS, models.unet, models.vae)
     weights.fill(models.text, text_state, teacher, device, dtype)
@@ -648,5 +651,6 @@ def to_clip(vae: nn.Module, z: torch.Tensor, chunk: int | None = None) -> torch.
     chunk: frames decoded at a time; None = all."""
     x = vae.decode(z, chunk).float()
     if not x.isfinite().all():
-        raise UserError("the networks gave NaN or infinity, which would be a black clip; try --dtype float32")
+        raise UserError("the networks gave NaN or infinity, which would be a black clip; try --dtype float32"
+                        ", or where training diverged a lower --lr")
     return ((x.clamp(-1, 1) + 1) / 2 * 255).byte()

@@ -133,7 +133,7 @@ def prepare(config: Config, models: Models, clips: Mixture, writer: data.CacheWr
 def header_of(config: Config, models: Models, clips: Mixture) -> dict:
     """What the samples of a cache depend on; training asks for a part of it (`train.cache_header`)."""
     recipe = train.cache_header(config) | {name: getattr(config, name) for name in (
-        "draws", "inversion_steps", "motion_share", "seed", "data", "reward_data")}
+        "draws", "inversion_steps", "motion_share", "seed", "data", "reward_data", "columns")}
     return recipe | {"clips": len(clips), "teacher": models.teacher}
 
 

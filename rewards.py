@@ -437,6 +437,9 @@ class Motion(nn.Module):
         return ids
 
     def score(self, frames: Tensor, text: Tensor) -> Tensor:
+        if frames.shape[1] < 2:
+            raise UserError("motion looks at 2 frames or more, the clip has one")
+
         def centred(x):
             return x - x.mean((-2, -1), keepdim=True)
 

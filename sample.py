@@ -105,7 +105,7 @@ def model_of(config: Config) -> str:
         file = place / "turbo.safetensors" if place.is_dir() else place
         if file.is_file():
             stated = read_header(file).get("model")
-        elif place.suffix and not place.exists():           # names of public files have no dot
+        elif (place.suffix or len(place.parts) > 1) and not place.exists():     # not a public file's name
             raise UserError(f"{turbo}: no such file or folder")
     if stated and config.model and stated != config.model:
         raise UserError(f"{turbo} is a student of {stated}, not of {config.model}; use --model {stated}")
@@ -187,7 +187,7 @@ def read_prompts(path: str) -> list[Prompt]:
         if suffix in (".csv", ".tsv"):
             comma = "," if suffix == ".csv" else "\t"
             reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=comma, strict=True)
-            rows, columns = list(reader), reader.fieldnames or ()
+            rows, columns = list(reader), [*filter(None, reader.fieldnames or ())]
             assert len({*columns}) == len(columns), "two columns have one name"
         elif suffix == ".json":
             rows = json.loads(text)
@@ -478,6 +478,8 @@ def write_sheet(path: Path, clips: list[Tensor]) -> None:
 def main(argv=None):
     """Prompts -> clips in files; on demand the best of several, refined by rewards, and a sheet of them."""
     config = cli.parse(Config, argv, __doc__, positional="prompt")
+    if config.turbo in shapes.STUDENTS and Path(config.turbo).exists():
+        config = replace(config, turbo=f"./{config.turbo}")             # not the embedded one of that name
     config = replace(config, model=model_of(config))
     check(config)
     jobs = plan_clips(config)

@@ -221,7 +221,8 @@ def planned_rewards(config: Config) -> list[RewardTerm]:
 def settings(config: Config) -> dict:
     """What holds for the whole of a run, and may not change when it is resumed."""
     fixed = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
-    return fixed | {"reward": " ".join(f"{term.name}:{term.weight:g}" for term in planned_rewards(config))}
+    terms = " ".join(f"{term.name}:{term.weight:g}" for term in planned_rewards(config))
+    return fixed | {"init": Path(config.init).name, "reward": terms}
 
 
 # ---- the trainer -------------------------------------------------------------------------------------------
@@ -316,9 +317,9 @@ class Trainer:
             raise UserError(f"--init {path} holds {'LoRA' if lora else 'all weights'}, not for --lora {rank}")
         own = turbo.lora_state(unet) if rank else unet.state_dict()
         for name, x in (lora or whole).items():
-            if name not in own or x.shape != own[name].shape:
+            if name not in own or x.shape[:2] != own[name].shape[:2] or x.numel() != own[name].numel():
                 raise UserError(f"--init {path}: {name} is of another UNet, or its rank is not --lora")
-            own[name].copy_(x)
+            own[name].copy_(x.view_as(own[name]))
 
     @contextmanager
     def part(self, name: str, *owners):

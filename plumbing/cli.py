@@ -169,7 +169,7 @@ def main(command):
         except UserError as error:
             status, message = 2, str(error)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.ENAMETOOLONG):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG):
                 raise
             status, message = 2, str(error)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # exit would write again to what is full

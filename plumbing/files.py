@@ -30,6 +30,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())                                     # the content is there before the name
         os.replace(temporary, path)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):                # torch.save's file
+            raise
+        raise UserError(f"{path} cannot be written: is the disk full? Make room, and go on") from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:

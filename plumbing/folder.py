@@ -84,7 +84,7 @@ def check_vacant(out: Path, save_every: int) -> None:
     has_run = about.exists() and '"save_every"' in about.read_text(errors="replace")
     students = *out.glob("*.safetensors"), *out.glob("t2v_turbo_vc2.pt"), *out.glob("unet")
     foreign_samples = [sample for sample in out.glob("samples/*.gif") if not replaceable(sample)]
-    saved_steps = [step for step, _ in whole_lines(log) if step >= save_every]
+    saved_steps = [step for step, _ in whole_lines(log)[1:] if step % save_every == 0]  # first: resumed from
     if students or foreign_samples or saved_steps or (about.exists() or log.exists()) and not has_run:
         raise UserError(f"{out} holds files of something else, or log or weights of a run whose "
                         "checkpoints are gone; choose another --out")
@@ -113,12 +113,8 @@ def read_checkpoint(path: Path, group: Group, key: str = "settings") -> dict:
 def save_checkpoint(out: Path, step: int, state: dict) -> None:
     """OUT/checkpoint-STEP.pt. Once it is there, those of an abandoned future and all but the last two go."""
     path = out / f"checkpoint-{step:07d}.pt"
-    try:
-        with atomic(path) as temporary:
-            torch.save(state, temporary)
-    except RuntimeError as error:                               # of torch.save, where a disk is full
-        raise UserError(f"{path} cannot be written: is the disk full? Make room, then go on with "
-                        "--resume auto") from error
+    with atomic(path) as temporary:
+        torch.save(state, temporary)
     saved = checkpoints(out)
     past = saved[:saved.index(path) + 1]
     for old in set(saved) - set(past[-KEPT:]):

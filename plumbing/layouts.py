@@ -52,7 +52,7 @@ def fetch(name: str) -> Path:
     for file in files:
         try:
             path = Path(huggingface_hub.hf_hub_download(repository, file))
-        except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+        except Exception as error:                              # also an address that is none
             raise UserError(f"cannot download {file} of https://huggingface.co/{repository} "
                             f"({type(error).__name__}); fetch it by hand and give its path, or lay a "
                             "vocab.txt beside the weights") from error

@@ -170,7 +170,8 @@ def records_of(path: str, file: TextIO) -> tuple[Iterable[dict], str]:
     line = next((line for line in iter(file.readline, "") if line.strip()), "")
     mark = re.search(f"[{''.join(SEPARATORS)}]|$", line)[0] or ","
     columns = next(csv.reader([line.strip()], delimiter=mark), [])
-    if len({*columns}) < len(columns):
+    titles = [column for column in columns if column.strip()]           # a table may end in empty ones
+    if len({*titles}) < len(titles):
         raise UserError(f"{path}: two of its columns have one name ({', '.join(columns)})")
     if len(columns) == 2 and columns[0].lower().endswith(READABLE):   # a clip in place of a header
         columns = ["path", "caption"]

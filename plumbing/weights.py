@@ -134,7 +134,8 @@ def read_student(path: str | Path, model: str | None) -> tuple[State, dict, Path
     """A student's file or folder -> tensors by name; its header, {} if not ours; the file. Raises UserError
     where the header is of another model."""
     path = locate(path)
-    files = weight_files(path / "unet" if (path / "unet").is_dir() else path,
+    merged = (path / "unet").is_dir() and not (path / "turbo.safetensors").exists()
+    files = weight_files(path / "unet" if merged else path,
                          "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights", "turbo",
                          "t2v_turbo_vc2", "unet_lora", "unet_mg", "unet_no_mg")
     tensors = read_tensors(*files)

@@ -39,7 +39,7 @@ READ = [
     ("metadata.JSONL", '{"file_name": "1.mp4", "text": "A dog"}\n', {}, ("1.mp4", "A dog", None)),
     ("semicolons.csv", "path;caption\n1.mp4;A dog, fast\n", {}, ("1.mp4", "A dog, fast", None)),
     ("tabs.tsv", "path\tcaption\treward_caption\n1.mp4\tA dog\tdog\n", {}, ("1.mp4", "A dog", "dog")),
-    ("commas.tsv", "path,caption\n1.mp4,A dog\n", {}, ("1.mp4", "A dog", None)),
+    ("commas.tsv", "path,caption,,\n1.mp4,A dog,,\n", {}, ("1.mp4", "A dog", None)),
     ("no_header.csv", "1.mp4,A dog\n2.mp4,A cat\n", {}, ("1.mp4", "A dog", None)),
     ("upper.csv", 'Path , Caption\n1.mp4, "A dog, fast"\n', {}, ("1.mp4", "A dog, fast", None)),
     ("utf16.csv", "path,caption\n1.mp4,A caf\u00e9\n".encode("utf-16"), {}, ("1.mp4", "A caf\u00e9", None)),

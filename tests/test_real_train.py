@@ -12,7 +12,6 @@ MISTAKES = {
     "--reward shapes-clip=x.pt": "--reward shapes-clip=x.pt is not for --preset shapes",
     "--preset turbo-vc2 --reward shapes-clip": "--reward shapes-clip is not for --preset turbo-vc2",
     "--lora 0 --merge": "--merge has no effect with --preset shapes --lora 0",
-    # numbers
     "--lr inf": "--lr: 'inf' is not a number from 1e-12 to 1",
     "--lr 1e30": "--lr: '1e30' is not a number from 1e-12 to 1",
     "--ema nan": "--ema: 'nan' is not a number from 0 to 1",
@@ -21,7 +20,6 @@ MISTAKES = {
     "--train-steps 1.5": "--train-steps: '1.5' is not a whole number",
     "--preset shapes-v2 --motion 1e30": "--motion: '1e30' is not a number from 0 to 1000",
     "--seed 99999999999999999999": "--seed: '99999999999999999999' is not a whole number from 0 to",
-    # options that do not fit each other
     "--frames 3": "--frames 3: shapes-clip looks at 4 frames of a clip",
     "--width 128": "--width 128: the toy's clips are square; try --width 64",
     "--preset turbo-vc2 --width 328": "width 328 is not a multiple of 64; try 320 or 384",
@@ -38,7 +36,6 @@ MISTAKES = {
     "--preset vcm-vc2 --dtype float32 --data nowhere --out RUN": "no data at nowhere",
     "--out FILE/run": "FILE/run: nothing can be written there",
     "--out RUN --resume nowhere.pt": "--resume nowhere.pt: no such file",
-    # devices
     "--device foo": "--device foo: no such device here; this machine has cpu:0",
     "--device meta": "--device meta: no such device here",
     "--device mps": "--device mps: training sums in float64, which MPS lacks",
