@@ -181,17 +181,20 @@ def read_prompts(path: str) -> list[Prompt]:
     one of COLUMNS, perhaps `name`, and `dimension` of VBench's lists, which tells how many clips are made."""
     suffix = Path(path).suffix.lower()
     with reading(path, "a list of prompts in utf-8"):
-        assert suffix in ("", ".txt", ".csv", ".tsv", ".json", ".jsonl"), f"{suffix} is no kind of list"
+        if suffix not in ("", ".txt", ".csv", ".tsv", ".json", ".jsonl"):
+            raise ValueError(f"{suffix} is no kind of list")
         text = Path(path).read_bytes().decode("utf-8-sig")
         rows = [line for line in re.split("\r\n?|\n", text) if line.strip()]   # splitlines cuts at U+2028
         if suffix in (".csv", ".tsv"):
             comma = "," if suffix == ".csv" else "\t"
             reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=comma, strict=True)
             rows, columns = list(reader), [*filter(None, reader.fieldnames or ())]
-            assert len({*columns}) == len(columns), "two columns have one name"
+            if len({*columns}) < len(columns):
+                raise ValueError("two columns have one name")
         elif suffix == ".json":
             rows = json.loads(text)
-            assert isinstance(rows, list), "it holds no list"
+            if not isinstance(rows, list):
+                raise ValueError("it holds no list")
         elif suffix == ".jsonl":
             rows = list(map(json.loads, rows))
 
@@ -363,7 +366,9 @@ def reference_of(models: Models, config: Config) -> Reference | None:
     from turbo import Reference
     T, H, W = size_of(models, config)
     with reading(config.motion_from, "a video"):
-        clip, _ = video.read_video(config.motion_from, T, config.fps or models.fps, H, W)
+        clip, rate = video.read_video(config.motion_from, T, config.fps or models.fps, H, W)
+    if rate > (config.fps or models.fps):
+        print(f"{config.motion_from} is shorter than the new clip: its motion is slowed", file=sys.stderr)
     weight = next(models.vae.parameters())
     z0 = models.vae.encode(clip[None].to(weight.device, weight.dtype) / 127.5 - 1)
     return Reference(z0.float(), models.text([config.motion_prompt]))

@@ -101,7 +101,8 @@ def read_checkpoint(path: Path, group: Group, key: str = "settings") -> dict:
     with reading(path, "a whole checkpoint of this program"):
         if group.rank == 0:
             with zipfile.ZipFile(path) as file:
-                assert not file.testzip(), "its checksums are wrong"
+                if file.testzip():
+                    raise ValueError("its checksums are wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         step, _ = state["step"], state[key]
     if group.any(step != group.broadcast(step)):
