@@ -59,7 +59,9 @@ def prepare_clip(models: Models, recipe, clip: Tensor, caption: str,
     schedule = Schedule(recipe.grid, device)
 
     # clean latents and caption states; t and ε of each draw
-    z0, c, uncond = encode(models, clip.to(device), caption, generator)
+    with torch.no_grad():
+        z0 = train.encode(models.vae, clip[None].to(device), [generator])
+        c, uncond = models.text([caption]), models.text([""])
     t = schedule.grid[torch.randint(recipe.grid, (recipe.draws,), generator=generator).to(device)]
     eps = torch.randn(recipe.draws, *z0.shape[1:], generator=generator).to(device)
 
@@ -75,16 +77,6 @@ def prepare_clip(models: Models, recipe, clip: Tensor, caption: str,
     if not guided:
         del tensors["gradient"]
     return tensors | {"c": c[0]}
-
-
-@torch.no_grad()
-def encode(models: Models, clip: Tensor, caption: str,
-           generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents z0 (1, C, T, h, w) drawn from the VAE's posterior, the states of the caption and of none."""
-    vae, (_, T, H, W) = models.vae.config, clip.shape
-    noise = torch.randn(1, vae.latent, T, H // vae.factor, W // vae.factor, generator=generator)
-    z0 = models.vae.encode(clip[None] / 127.5 - 1, noise.to(clip.device)).float()
-    return z0, models.text([caption]), models.text([""])
 
 
 # ---- all clips ---------------------------------------------------------------------------------------------

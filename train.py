@@ -232,6 +232,13 @@ def generator(seed: int, position: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 2654435761 + position) % 2 ** 32)     # torch reads 32 bits
 
 
+def encode(vae: nn.Module, clips: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """Clips uint8 (B, 3, T, H, W) -> latents z0 (B, C, T, h, w), float32, drawn from the VAE's posterior."""
+    shape = vae.config.shape(*clips.shape[2:])
+    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    return vae.encode(clips / 127.5 - 1, noise.to(clips.device)).float()
+
+
 class Autocast(nn.Module):
     """A network as the trainer calls it: products in --dtype. One autocast per call, as autocast keeps its
     casts of weights, and θ and θ⁻ change places between calls."""
@@ -381,13 +388,8 @@ class Trainer:
     @torch.no_grad()
     def encode(self, clips: dict, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
         """Latents z0 (B, C, T, h, w), drawn from the VAE's posterior, and caption embeddings c."""
-        x = clips["clip"].to(self.group.device) / 127.5 - 1
-        T, H, W = x.shape[2:]
-        vae = self.models.vae.config
-        shape = vae.latent, T, H // vae.factor, W // vae.factor
-        noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(x.device)
         c = torch.cat([self.states_of(caption) for caption in clips["caption"]])
-        return self.models.vae.encode(x, noise).float(), c
+        return encode(self.models.vae, clips["clip"].to(self.group.device), generators), c
 
     def on_policy(self, z0: Tensor, step: Step, c: Tensor, generators: list[torch.Generator]
                   ) -> tuple[Tensor, Step]:
@@ -626,6 +628,9 @@ def export(trainer: Trainer, out: Path) -> None:
             weights.save_merged(out / "t2v_turbo_vc2.pt", config.teacher, merged)
         if about["model"] == "ms":          # for diffusers
             weights.save_diffusers(out / "unet", merged, about)
+    elif (out / "merged.safetensors").exists():
+        print(f"{out}/merged.safetensors is of an earlier step; --resume auto --merge renews it",
+              file=sys.stderr)
 
 
 # ---- the run -----------------------------------------------------------------------------------------------

@@ -339,10 +339,8 @@ def generate(models, captions: list[str], seeds: list[int], size: tuple[int, int
     the method "ddim": a clip of that size whose motion guides at t >= 1000 (1 - τ) with strength λ'.
     watch(t, ẑ0): is called in each step."""
     assert reference is None or sampling.method == "ddim", "motion guidance is for the teacher's ODE"
-    T, H, W = size
-    vae, device = models.vae.config, next(models.unet.parameters()).device
-    noise = Noise(seeds, (vae.latent, T, H // vae.factor, W // vae.factor), device)
-    schedule = Schedule(sampling.grid, device)
+    device = next(models.unet.parameters()).device
+    noise, schedule = Noise(seeds, models.vae.config.shape(*size), device), Schedule(sampling.grid, device)
     c = models.text(captions)
 
     # the student's f, in few jumps
@@ -615,10 +613,8 @@ def generate_refined(models, captions: list[str], seeds: list[int], size: tuple[
     """`generate` of a student with its noises refined by rewards -> latents (B, C, T, h, w), R (B,) per step.
 
     Each clip is shown to the rewards by the same frames in every step."""
-    T, H, W = size
-    vae, device = models.vae.config, next(models.unet.parameters()).device
-    noise = Noise(seeds, (vae.latent, T, H // vae.factor, W // vae.factor), device)
-    schedule = Schedule(sampling.grid, device)
+    device = next(models.unet.parameters()).device
+    noise, schedule = Noise(seeds, models.vae.config.shape(*size), device), Schedule(sampling.grid, device)
     timesteps = sampling.jumps(schedule)
     with torch.no_grad():
         f = student_f(models.unet, schedule, models.text(captions), sampling)

@@ -32,6 +32,10 @@ class VAEConfig:
         """Pixels per latent, in height and in width."""
         return self.patch * 2 ** (len(self.mult) - 1)
 
+    def shape(self, T: int, H: int, W: int) -> tuple[int, int, int, int]:
+        """(C, T, h, w) of the latents of a clip with T frames of H x W pixels."""
+        return self.latent, T, H // self.factor, W // self.factor
+
 
 KL_F8 = VAEConfig()
 

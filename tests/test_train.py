@@ -408,8 +408,8 @@ def test_the_simulation_agrees_with_the_steps_it_simulates(tiny_family, capsys, 
 
 # ---- results -----------------------------------------------------------------------------------------------
 
-def test_results_load_where_they_are_needed(tmp_path):
-    """turbo.safetensors and the merged UNet: the same student."""
+def test_results_load_where_they_are_needed(tmp_path, capsys):
+    """turbo.safetensors and the merged UNet: the same student; and a merged UNet that was left behind."""
     unet = dataclasses.replace(tiny.UNET, fps=True)
     made = trainer("--merge", unet=unet)
     made.optimizer.state["a step"] = {}
@@ -428,6 +428,11 @@ def test_results_load_where_they_are_needed(tmp_path):
                                height=16, width=16, rank=4, rewards=["image", "video"], motion=None,
                                motion_share=None)
         assert expected_header.items() <= header.items() and header["train"]["lora"] == 4
+
+    later = trainer(unet=unet)
+    later.optimizer.state["a step"] = {}
+    train.export(later, tmp_path)
+    assert "merged.safetensors is of an earlier step" in capsys.readouterr().err
 
 
 def test_merged_weights_are_also_written_as_released(tmp_path):
