@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.bert import BERT, BERTConfig, WordPiece
-from networks.clip import BlockStack, LayerNorm, TextTower, TowerBlock, attend, bpe, say_cut
+from networks.clip import BlockStack, LayerNorm, QuickGELU, TextTower, TowerBlock, attend, bpe, say_cut
 from plumbing.errors import UserError, reading
 from plumbing.files import read_header
 from plumbing.layouts import OPENCLIP_BLOCKS, PUBLIC, State, fetch, huggingface_text, rename
@@ -301,13 +301,6 @@ class Float32Linear(nn.Linear):
 
 
 FLOAT32 = (nn.LayerNorm, RMSNorm, Float32Linear)    # keep float32 parameters in a bf16 model
-
-
-class QuickGELU(nn.Module):
-    """OpenAI CLIP's cheaper GELU; ViCLIP was trained with it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
 
 
 class InternVideo2Block(TowerBlock):

@@ -25,6 +25,13 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
+class QuickGELU(nn.Module):
+    """OpenAI CLIP's cheaper GELU; ViCLIP was trained with it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, **options) -> Tensor:
     """Multi-head attention of queries (B, L, D) to keys and values (B, M, D)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))      # (B, heads, L, D/heads)
