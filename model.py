@@ -645,7 +645,18 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
 
 
 @torch.no_grad()
-def to_clip(vae: nn.Module, z: torch.Tensor, chunk: int | None = None) -> torch.Tensor:
+def to_latents(vae: nn.Module, clips: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
+    """Clips uint8 (B, 3, T, H, W) -> latents z0 (B, C, T, h, w), float32: the mean of the VAE's posterior, or
+    what generators on the CPU, one per clip, draw from it."""
+    x, noise = clips.to(next(vae.parameters()).device) / 127.5 - 1, None
+    if generators:
+        shape = vae.config.shape(*clips.shape[2:])
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+    return vae.encode(x, noise).float()
+
+
+@torch.no_grad()
+def to_clip(vae: nn.Module, z: Tensor, chunk: int | None = None) -> Tensor:
     """Latents (B, C, T, h, w) -> clips uint8 (B, 3, T, H, W), cut to whole numbers as in the released code.
 
     chunk: frames decoded at a time; None = all."""

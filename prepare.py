@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import data
 import train
-from model import Models
+from model import Models, to_latents
 from plumbing import cli
 from plumbing.cli import Count, File, Folder
 from plumbing.errors import UserError
@@ -60,7 +60,7 @@ def prepare_clip(models: Models, recipe, clip: Tensor, caption: str,
 
     # clean latents and caption states; t and ε of each draw
     with torch.no_grad():
-        z0 = train.encode(models.vae, clip[None].to(device), [generator])
+        z0 = to_latents(models.vae, clip[None], [generator])
         c, uncond = models.text([caption]), models.text([""])
     t = schedule.grid[torch.randint(recipe.grid, (recipe.draws,), generator=generator).to(device)]
     eps = torch.randn(recipe.draws, *z0.shape[1:], generator=generator).to(device)

@@ -362,6 +362,7 @@ def reference_of(models: Models, config: Config) -> Reference | None:
     """The clip of --motion-from in latents, at the size and frame rate of the new ones, and its caption."""
     if config.motion_from is None:
         return None
+    from model import to_latents
     from plumbing import video
     from turbo import Reference
     T, H, W = size_of(models, config)
@@ -369,9 +370,7 @@ def reference_of(models: Models, config: Config) -> Reference | None:
         clip, rate = video.read_video(config.motion_from, T, config.fps or models.fps, H, W)
     if rate > (config.fps or models.fps):
         print(f"{config.motion_from} is shorter than the new clip: its motion is slowed", file=sys.stderr)
-    weight = next(models.vae.parameters())
-    z0 = models.vae.encode(clip[None].to(weight.device, weight.dtype) / 127.5 - 1)
-    return Reference(z0.float(), models.text([config.motion_prompt]))
+    return Reference(to_latents(models.vae, clip[None]), models.text([config.motion_prompt]))
 
 
 # ---- make: noise, latents, pixels, scores, files -----------------------------------------------------------

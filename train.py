@@ -232,13 +232,6 @@ def generator(seed: int, position: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 2654435761 + position) % 2 ** 32)     # torch reads 32 bits
 
 
-def encode(vae: nn.Module, clips: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """Clips uint8 (B, 3, T, H, W) -> latents z0 (B, C, T, h, w), float32, drawn from the VAE's posterior."""
-    shape = vae.config.shape(*clips.shape[2:])
-    noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-    return vae.encode(clips / 127.5 - 1, noise.to(clips.device)).float()
-
-
 class Autocast(nn.Module):
     """A network as the trainer calls it: products in --dtype. One autocast per call, as autocast keeps its
     casts of weights, and θ and θ⁻ change places between calls."""
@@ -385,11 +378,10 @@ class Trainer:
             (share * turbo.total_loss(loss_cd, z0_hat, g)).backward()
         return share * self.metrics(loss_cd, scores)
 
-    @torch.no_grad()
     def encode(self, clips: dict, generators: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """Latents z0 (B, C, T, h, w), drawn from the VAE's posterior, and caption embeddings c."""
+        """Latents z0 (B, C, T, h, w) and caption embeddings c."""
         c = torch.cat([self.states_of(caption) for caption in clips["caption"]])
-        return encode(self.models.vae, clips["clip"].to(self.group.device), generators), c
+        return model.to_latents(self.models.vae, clips["clip"], generators), c
 
     def on_policy(self, z0: Tensor, step: Step, c: Tensor, generators: list[torch.Generator]
                   ) -> tuple[Tensor, Step]:
