@@ -23,6 +23,7 @@ OPEN = dict(        # neither addresses in a network nor scripts that name furth
     format_whitelist="mov,matroska,avi,asf,flv,mpeg,mpegts,mpegvideo,ogg,mxf,yuv4mpegpipe,gif")
 INDEXED = ("mov", "matroska")           # containers that say when each frame is shown, and find key frames
 STATED = ("mov", "matroska", "avi", "flv")                  # whose header states a length
+ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")       # 40 bytes before the size of a .wmv
 HDR = {16: "PQ", 18: "HLG"}             # transfer functions by their numbers in ITU-T H.273
 SLACK = 2e-3                            # containers round timestamps, some to a millisecond
 ENLARGED = "enlarged x4 to {}x{}"       # ends the comment of a small clip that was enlarged for players
@@ -56,12 +57,19 @@ def read_clip(path: str | Path, frames: int | None = None,
     with reading(path, "a clip"):
         if folder.is_dir():
             files = sorted(folder.glob("[!.]*.png"), key=lambda file: (len(file.name), file.name))
-            arrays = (np.array(Image.open(files[i]).convert("RGB")) for i in middles(len(files)))
-            pictures = [fit(torch.from_numpy(array).permute(2, 0, 1)) for array in arrays]
+            pictures = [fit(read_picture(files[i])) for i in middles(len(files))]
         else:
             ticks, keys, _ = timeline(path)
             pictures = decode_at(path, ticks, keys, middles(len(ticks)), fit)
         return torch.stack(pictures, dim=1)
+
+
+def read_picture(path: Path) -> Tensor:
+    """A picture -> uint8 RGB (3, H, W)."""
+    picture = Image.open(path)
+    if picture.mode.startswith("I"):                                # 16 bits of gray, which PIL would clip
+        picture = Image.fromarray((np.array(picture) >> 8).astype(np.uint8))
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
 def pick(times: np.ndarray, frames: int, fps: float,
@@ -110,6 +118,7 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
     Without an index there are no key frames, and the k-th frame that is decoded is shown at the k-th tick."""
     ticks, keys, spans = [], [], []                                 # spans: in seconds, of each packet
     with open_video(source) as (container, stream):
+        check_end(source)
         indexed = container.format.name.startswith(INDEXED)         # then a packet, undecoded, tells its time
         for packet in container.demux():
             is_ours = packet.stream.index == stream.index
@@ -131,6 +140,18 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
         if not indexed and container.format.name != "avi" and ticks != sorted(ticks):   # an avi's: of packets
             raise ValueError("its timestamps run backwards (files joined?); convert it to mp4")
         return np.array(sorted(ticks)), sorted(keys), float(stream.time_base)
+
+
+def check_end(source: str | Path | bytes) -> None:
+    """Raises ValueError for a .gif or .wmv that was cut off, which ffmpeg reads to where it ends."""
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        head, size = file.read(4096), file.seek(0, io.SEEK_END)
+        file.seek(max(0, size - 4096))
+        tail = file.read().rstrip(b"\0")
+    place = head.find(ASF) + 40
+    stated_size = int.from_bytes(head[place:place + 8], "little") if ASF in head else 0
+    if size < stated_size or head.startswith(b"GIF8") and not tail.endswith(b"\0;"):
+        raise ValueError("truncated: its end is missing")
 
 
 def check_length(container: av.container.InputContainer, stream: av.VideoStream, spans: list) -> None:
