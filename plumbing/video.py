@@ -1,11 +1,13 @@
 """Video files <-> uint8 clips (3, T, H, W): pictures as players show them, frames chosen by their timestamps.
 A tick is a timestamp as the file counts it; times are in seconds, fps in 1/second."""
 import io
+import re
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -22,8 +24,9 @@ OPEN = dict(        # neither addresses in a network nor scripts that name furth
     protocol_whitelist="file",
     format_whitelist="mov,matroska,avi,asf,flv,mpeg,mpegts,mpegvideo,ogg,mxf,yuv4mpegpipe,gif")
 INDEXED = ("mov", "matroska")           # containers that say when each frame is shown, and find key frames
-STATED = ("mov", "matroska", "avi", "flv")                  # whose header states a length
-ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")       # 40 bytes before the size of a .wmv
+SEGMENT = bytes.fromhex("1853806701")    # what precedes the size of its file in a .mkv, a .wmv, a .flv
+ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+FLV = b"filesize\0"
 HDR = {16: "PQ", 18: "HLG"}             # transfer functions by their numbers in ITU-T H.273
 SLACK = 2e-3                            # containers round timestamps, some to a millisecond
 ENLARGED = "enlarged x4 to {}x{}"       # ends the comment of a small clip that was enlarged for players
@@ -92,90 +95,73 @@ def pick(times: np.ndarray, frames: int, fps: float,
 @contextmanager
 def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Yields (container, its best video stream). Raises ValueError, without the file's name."""
-    if isinstance(source, bytes):
-        file = io.BytesIO(source)
-    elif not Path(source).is_file():
-        raise ValueError("no file, but a folder, pipe or device" if Path(source).exists() else "No such file")
-    else:
-        file = f"file:{Path(source).absolute()}"
-    try:
-        with av.open(file, options=OPEN, metadata_errors="replace") as container:  # a title need not be utf-8
-            stream = container.streams.best("video")
-            if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-                raise ValueError("no video in it")
-            if stream.codec_context is None:
-                raise ValueError("its codec is not known here; convert it to h264")
-            stream.codec_context.thread_count = 1       # with more, damaged frames are not marked reliably
-            stream.codec_context.flags |= av.codec.context.Flags.unaligned          # crops to the pixel
-            yield container, stream
-    except av.FFmpegError as error:
-        raise ValueError(f"not a readable video: {error.strerror}") from error
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise ValueError("No such file, or a folder, pipe or device")
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        check_end(file)
+        try:                                                # a title need not be utf-8
+            with av.open(file, options=OPEN, metadata_errors="replace") as container:
+                stream = container.streams.best("video")
+                if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+                    raise ValueError("no video in it")
+                if stream.codec_context is None:
+                    raise ValueError("its codec is not known here; convert it to h264")
+                stream.codec_context.thread_count = 1       # more do not mark damaged frames reliably
+                stream.codec_context.flags |= av.codec.context.Flags.unaligned      # crops to the pixel
+                yield container, stream
+        except (av.FFmpegError, OSError) as error:
+            raise ValueError(f"not a readable video: {error.strerror}") from error
+
+
+def check_end(file: BinaryIO) -> None:
+    """Raises ValueError for a file that is shorter than it says: ffmpeg would make a shorter clip of it."""
+    head, size = file.read(4096) + bytes(8), file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - 4096))
+    tail = file.read()                                              # of a gif; zeros or words may follow it
+    file.seek(0)
+
+    stated_size = 0
+    if head.startswith(b"RIFF"):                                                        # .avi
+        stated_size = 8 + int.from_bytes(head[4:8], "little")
+    elif SEGMENT in head:                                                               # .mkv, .webm
+        before, segment = head.split(SEGMENT, 1)
+        stated_size = len(before + SEGMENT) + 7 + int.from_bytes(segment[:7], "big")
+    elif ASF in head:                                                                   # .wmv
+        stated_size = int.from_bytes(head.split(ASF, 1)[1][24:32], "little")
+    elif FLV in head:
+        stated_size = struct.unpack(">d", head.split(FLV, 1)[1][:8])[0]
+
+    cut_gif = head.startswith(b"GIF8") and not re.search(rb"\0;[\0\t-~]*\Z", tail)
+    if cut_gif or size < stated_size < 2 ** 32:                     # larger: written to a pipe, not known
+        raise ValueError("truncated: its end is missing")
 
 
 def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
     """When a video's frames are shown -> their ticks, ascending; those of key frames; seconds per tick.
 
     Without an index there are no key frames, and the k-th frame that is decoded is shown at the k-th tick."""
-    ticks, keys, spans = [], [], []                                 # spans: in seconds, of each packet
+    ticks, keys = [], []
     with open_video(source) as (container, stream):
-        check_end(source)
-        indexed = container.format.name.startswith(INDEXED)         # then a packet, undecoded, tells its time
-        for packet in container.demux():
-            is_ours = packet.stream.index == stream.index
-            if packet.pts is not None and (is_ours or not stream.duration):
-                end = packet.pts + (packet.duration or 0)
-                spans.append((float(packet.pts * packet.time_base), float(end * packet.time_base)))
-            if not is_ours:
-                continue
-            for item in [packet] if indexed else decoded(packet):
-                if item.is_corrupt:
-                    raise ValueError("truncated or damaged: a frame is incomplete")
-                if indexed and item.pts is not None and item.is_keyframe:
-                    keys.append(item.pts)
-                if not indexed or item.pts is not None and not item.is_discard:  # discarded by an edit list
-                    ticks.append(item.pts)
-        check_length(container, stream, spans)
+        name = container.format.name
+        indexed = name.startswith(INDEXED)                          # then packets, undecoded, tell the times
+        for packet in container.demux(stream):
+            frames = [packet] if indexed else packet.decode()
+            if any(frame.is_corrupt for frame in frames):
+                raise ValueError("truncated or damaged: a frame is incomplete")
+            if not indexed:
+                ticks += [frame.pts for frame in frames]
+            elif packet.pts is not None:
+                keys += [packet.pts] * packet.is_keyframe
+                ticks += [packet.pts] * (not packet.is_discard)     # by an edit list
+
+        places = stream.index_entries if name.startswith("mov") else []
+        if any(place.pos + place.size > container.size for place in places):
+            raise ValueError("truncated: its last frames are missing")
         if not ticks or None in ticks:
             raise ValueError("not a clip: no frames, or some without a timestamp; convert it to mp4")
-        if not indexed and container.format.name != "avi" and ticks != sorted(ticks):   # an avi's: of packets
+        if not indexed and name != "avi" and ticks != sorted(ticks):                    # an avi's: of packets
             raise ValueError("its timestamps run backwards (files joined?); convert it to mp4")
         return np.array(sorted(ticks)), sorted(keys), float(stream.time_base)
-
-
-def check_end(source: str | Path | bytes) -> None:
-    """Raises ValueError for a .gif or .wmv that was cut off, which ffmpeg reads to where it ends."""
-    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-        head, size = file.read(4096), file.seek(0, io.SEEK_END)
-        file.seek(max(0, size - 4096))
-        tail = file.read().rstrip(b"\0")
-    place = head.find(ASF) + 40
-    stated_size = int.from_bytes(head[place:place + 8], "little") if ASF in head else 0
-    if size < stated_size or head.startswith(b"GIF8") and not tail.endswith(b"\0;"):
-        raise ValueError("truncated: its end is missing")
-
-
-def check_length(container: av.container.InputContainer, stream: av.VideoStream, spans: list) -> None:
-    """Raises ValueError for a file that was cut off between two packets: its header states a length, of the
-    video or else of all streams; spans: when their packets begin and end."""
-    name = container.format.name
-    if not spans or not name.startswith(STATED) or stream.frames >= 2 ** 30:        # an avi from a pipe
-        return
-    start, end = min(spans)[0], max(end for _, end in spans)
-    length = (container.duration or 0) / av.time_base
-    if stream.duration:
-        length = float(stream.duration * stream.time_base)
-    if name == "avi":                                               # where ffmpeg guesses durations
-        length = float(stream.frames / stream.average_rate)
-    if name.startswith("matroska"):
-        length -= start                                             # its header states the end
-    gap = (end - start) / len(spans)                                # some do not tell how long the last takes
-    if length > end - start + gap + max(0.25, 0.05 * length):
-        raise ValueError(f"truncated: {end - start:.2f} s of the {length:.2f} s that its header states")
-
-
-def decoded(packet: av.Packet) -> list[av.VideoFrame]:
-    """A packet's frames. One that is empty, and not the last, repeats a frame (Theora)."""
-    return packet.decode() if packet.size or packet.dts is None else []
 
 
 def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], chosen: Sequence[int],
@@ -183,20 +169,19 @@ def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], ch
     """What `fit` makes of the frames whose indices in a timeline (ticks, keys) are `chosen`, ascending.
 
     Decoding begins at the last key frame before the first of them, or without `keys` at the first frame."""
-    needed, pictures, last = [int(ticks[index]) for index in chosen], {}, None
+    needed, pictures, last = [int(ticks[index]) for index in chosen], {}, -np.inf
     with open_video(source) as (container, stream):
         if keys:
             container.seek(max((key for key in keys if key <= needed[0]), default=needed[0]), stream=stream)
-        frames = chain.from_iterable(map(decoded, container.demux(stream)))
-        for order, frame in enumerate(frames):
+        for order, frame in enumerate(container.decode(stream)):
             if frame.is_corrupt:                      # others are predicted from it, and are not marked
                 raise ValueError("damaged: a frame cannot be decoded")
             tick = frame.pts if keys else int(ticks[order])
-            if None not in (tick, last) and tick < last:
+            if tick is None or tick < last:
                 raise ValueError("its timestamps are out of order; convert it to mp4 anew")
             if tick in needed:
                 pictures[tick] = fit(pixels(frame, container, stream))
-            if tick is not None and tick >= needed[-1]:
+            if needed[-1] in pictures:
                 break
             last = tick
 

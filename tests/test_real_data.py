@@ -95,7 +95,7 @@ def test_what_is_no_file(here):
         with pytest.raises(UserError, match="is no data, or a pipe or device"):
             open_dataset(name)
     (here / "b.csv").write_text("path,caption\nhttp://localhost/a.mp4,A dog\npipe.mp4,A dog\n")
-    for i, reason in enumerate(["a.mp4: No such file", "pipe.mp4: no file, but a folder, pipe"]):
+    for i, reason in enumerate(["a.mp4: No such file", "pipe.mp4: No such file, or a folder, pipe"]):
         with pytest.raises(BadClip, match=reason):
             open_dataset("b.csv").get(i)
 

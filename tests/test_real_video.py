@@ -178,7 +178,7 @@ def test_nothing_but_files_is_opened(tmp_path, monkeypatch):
     os.mkfifo("pipe.mp4")
     for source in ("script.mp4", "list.mp4", Path("script.mp4").read_bytes(), "http://127.0.0.1:9/a.mp4",
                    "concat:in.mp4|in.mp4", "file:in.mp4", "pipe:0", "pipe.mp4", "/dev/zero"):
-        with pytest.raises(ValueError, match="not a readable video|No such file|no file, but a folder"):
+        with pytest.raises(ValueError, match="not a readable video|No such file"):
             read_video(source, 4, 8, 32, 48)
     for path in ("pipe.mp4", "/dev/zero"):
         with pytest.raises(UserError, match=f"{path} .*is a pipe or a device"):
