@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -116,34 +116,46 @@ def loader(dataset, batch: int, rank: int = 0, world_size: int = 1, workers: int
 
     A batch holds what the dataset's get() returns, stacked, and: position; bad, how many bad clips this rank
     has met. A JSON row for each of them is appended to bad_file. Raises UserError when they are too many."""
-    places = order(len(dataset), batch, rank, world_size, seed, start_step)
     threads = min(workers, os.cpu_count() or 1)
-    clips = in_threads(lambda place: draw(dataset, seed, *place), places, threads, 2 * max(batch, threads))
-    return batches(clips, batch, start_step, bad_file)
+    firsts = ((step * world_size + rank) * batch for step in count(start_step))
+    positions = (first + i for first in firsts for i in range(batch))
+    clips = in_threads(partial(draw, dataset, seed), positions, threads, 2 * max(batch, threads))
+
+    recent, total = deque(maxlen=WINDOW), 0           # recent: a row for a bad clip, None for a good one
+    with closing(clips):
+        for step in count(start_step):
+            items, bad = zip(*islice(clips, batch))
+            bad = sum(bad, [])
+            recent.extend(bad + [None] * (batch - items.count(None)))
+            total += len(bad)
+            if bad_file and bad:
+                append_rows(bad_file, [dict(step=step, **row) for row in bad])
+
+            rows = [row for row in recent if row]
+            if None in items or len(rows) > WINDOW // 2:
+                example = f"{rows[-1]['clip']}: {rows[-1]['reason']}" + f"; see {bad_file}" * bool(bad_file)
+                raise UserError(f"too many bad clips: {len(rows)} of the last {len(recent)}, e.g. {example}")
+            yield {key: stack([item[key] for item in items]) for key in items[0]} | {"bad": total}
 
 
-def order(N: int, batch: int, rank: int, world_size: int, seed: int, start_step: int) -> Iterator[tuple]:
-    """(position, index of the clip there) of all that a rank reads, step by step."""
-    permutation = lru_cache(1)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(N))
-    for step in count(start_step):
-        first = (step * world_size + rank) * batch
-        for position in range(first, first + batch):
-            epoch, k = divmod(position, N)
-            yield position, int(permutation(epoch)[k])
-
-
-def draw(dataset, seed: int, position: int, index: int) -> tuple[dict | None, list[dict]]:
+def draw(dataset, seed: int, position: int) -> tuple[dict | None, list[dict]]:
     """The clip at a position, or its first usable substitute, or None; and a row for each bad clip met."""
     N, bad = len(dataset), []
     epoch, k = divmod(position, N)
-    for attempt in range(TRIES):
-        index = seed_of(seed, epoch, k, attempt) % N if attempt else index
+    index = int(permutation(N, seed, epoch)[k])
+    for attempt in range(1, TRIES + 1):
         generator = torch.Generator().manual_seed(seed_of(seed, epoch, index))
         try:
             return {**dataset.get(index, generator), "position": position}, bad
         except BadClip as error:
             bad.append(dict(index=index, clip=error.name, reason=error.reason))
+            index = seed_of(seed, epoch, k, attempt) % N
     return None, bad
+
+
+@lru_cache(4)                                         # of two loaders, each between two epochs
+def permutation(N: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(N)
 
 
 def seed_of(*key: int) -> int:
@@ -163,25 +175,6 @@ def in_threads(work: Callable, items: Iterable, workers: int, ahead: int) -> Ite
                 yield pending.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def batches(clips: Iterator, batch: int, start_step: int, bad_file: str | Path | None) -> Iterator[dict]:
-    """Stacks what was drawn, logs bad clips, and raises when they are too many (by the rule in the head)."""
-    recent, total = deque(maxlen=WINDOW), 0           # recent: a row for a bad clip, None for a good one
-    with closing(clips):
-        for step in count(start_step):
-            items, bad = zip(*islice(clips, batch))
-            bad = sum(bad, [])
-            recent.extend(bad + [None] * (batch - items.count(None)))
-            total += len(bad)
-            if bad_file and bad:
-                append_rows(bad_file, [dict(step=step, **row) for row in bad])
-
-            rows = [row for row in recent if row]
-            if None in items or len(rows) > WINDOW // 2:
-                example = f"{rows[-1]['clip']}: {rows[-1]['reason']}" + f"; see {bad_file}" * bool(bad_file)
-                raise UserError(f"too many bad clips: {len(rows)} of the last {len(recent)}, e.g. {example}")
-            yield {key: stack([item[key] for item in items]) for key in items[0]} | {"bad": total}
 
 
 def stack(values: list) -> Tensor | list:

@@ -10,7 +10,6 @@ import re
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
@@ -35,7 +34,7 @@ def open_sources(spec: str | Sequence[str | Path], cache: str | None = None, col
                  root: str = "") -> list:
     """All sources that a spec names (see data.py); the shards of one pattern are one. Raises UserError."""
     sources, specs = [], [spec] if isinstance(spec, str) else map(str, spec)
-    for pattern in chain.from_iterable(map(split, specs)):
+    for pattern in (part for spec in specs for part in split(spec)):
         paths, shards = expand(pattern), []
         missing = [path for path in paths if not os.path.exists(path)]
         if len(missing) == len(paths):
@@ -122,9 +121,8 @@ class Files:
 
 def open_manifest(path: str, columns: str = "", root: str = "") -> Files:
     """columns: "path=COLUMN,caption=COLUMN" for what KNOWN lacks; root: what its paths are relative to."""
-    pairs = [pair.partition("=")[::2] for pair in re.split(OUTSIDE_BRACES, columns) if pair]
-    named = dict(pairs)
-    if named.keys() - KNOWN.keys() or not all(named.values()) or len(named) < len(pairs):
+    named = dict(pair.partition("=")[::2] for pair in re.split(OUTSIDE_BRACES, columns) if pair)
+    if named.keys() - KNOWN.keys() or not all(named.values()):
         raise UserError(f"--columns {columns}: expected path=COLUMN,caption=COLUMN,reward_caption=COLUMN")
     with reading(path, "a manifest"):
         with open(path, "rb") as file:
@@ -138,16 +136,19 @@ def rows_of(path: str, file: TextIO, named: dict[str, str]) -> Iterator[list]:
     """The rows of a manifest, for Files. named: {field: column or template} by --columns."""
     records, separator = records_of(path, file)
     known = KNOWN | {field: [column] for field, column in named.items()}
-    for number, record in enumerate(records):
-        row = {str(name).strip().lower(): value for name, value in record.items()} | record
-        fields = {field: value_of(row, columns) for field, columns in known.items()}
-        if number == 0 and None in map(fields.get, ["path", "caption", *named]):
-            columns = ", ".join(map(repr, record)) + separator
-            raise UserError(f"{path}: path and caption are not known among its columns ({columns}); "
-                            "name them: --columns path=COLUMN,caption=COLUMN")
-        if None in record:                            # where csv puts the rest of a caption with commas
-            fields["caption"] = [fields["caption"], *record[None]]
-        yield [str(fields["path"] or ""), fields["caption"], fields["reward_caption"]]
+    try:
+        for number, record in enumerate(records):
+            row = {str(name).strip().lower(): value for name, value in record.items()} | record
+            fields = {field: value_of(row, columns) for field, columns in known.items()}
+            if number == 0 and None in map(fields.get, ["path", "caption", *named]):
+                columns = ", ".join(map(repr, record)) + separator
+                raise UserError(f"{path}: path and caption are not known among its columns ({columns}); "
+                                "name them: --columns path=COLUMN,caption=COLUMN")
+            if None in record:                        # where csv puts the rest of a caption with commas
+                fields["caption"] = [fields["caption"], *record[None]]
+            yield [str(fields["path"] or ""), fields["caption"], fields["reward_caption"]]
+    except csv.Error as error:
+        raise UserError(f"{path}, near line {records.line_num}: {error}; mend that line") from error
 
 
 def value_of(row: dict, columns: Sequence[str]) -> object:
@@ -161,27 +162,16 @@ def value_of(row: dict, columns: Sequence[str]) -> object:
 
 
 def records_of(path: str, file: TextIO) -> tuple[Iterable[dict], str]:
-    """A manifest's rows as {column: value}, and words on what separates them in its first line."""
+    """A manifest's rows as {column: value}, and words on what separates its columns."""
     if path.lower().endswith(".json"):
         return json.load(file), ""
     if path.lower().endswith(".jsonl"):
         return (json.loads(line) for line in file if line.strip()), ""
 
-    line = next((line for line in iter(file.readline, "") if line.strip()), "")
-    mark = re.search(f"[{''.join(SEPARATORS)}]|$", line)[0] or ","
-    columns = next(csv.reader([line.strip()], delimiter=mark), [])
-    titles = [column for column in columns if column.strip()]           # a table may end in empty ones
-    if len({*titles}) < len(titles):
-        raise UserError(f"{path}: two of its columns have one name ({', '.join(columns)})")
-    if len(columns) == 2 and columns[0].lower().endswith(READABLE):   # a clip in place of a header
-        columns = ["path", "caption"]
-        file.seek(0)
-    reader = csv.DictReader(file, columns, restval="", delimiter=mark, skipinitialspace=True, strict=True)
-
-    def rows() -> Iterator[dict]:
-        try:
-            yield from reader
-        except csv.Error as error:
-            raise UserError(f"{path}, near line {reader.line_num + 2}: {error}; mend that line") from error
-
-    return rows(), f", separated by {SEPARATORS[mark]}"
+    header = file.readline()
+    mark = re.search(f"[{''.join(SEPARATORS)}]|$", header)[0] or ","
+    is_clip = header.split(mark)[0].strip('"').lower().endswith(READABLE)       # there is no header
+    file.seek(0)
+    columns = ["path", "caption"] if is_clip else None              # None: the first row names them
+    records = csv.DictReader(file, columns, restval="", delimiter=mark, skipinitialspace=True, strict=True)
+    return records, f", separated by {SEPARATORS[mark]}"
