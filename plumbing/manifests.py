@@ -8,7 +8,6 @@ import json
 import os
 import re
 import warnings
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -33,9 +32,11 @@ KNOWN = {"path": ("path", "video", "video_path", "video_name", "file_name", "fil
 def open_sources(spec: str | Sequence[str | Path], cache: str | None = None, columns: str = "",
                  root: str = "") -> list:
     """All sources that a spec names (see data.py); the shards of one pattern are one. Raises UserError."""
-    sources, specs = [], [spec] if isinstance(spec, str) else map(str, spec)
-    for pattern in (part for spec in specs for part in split(spec)):
-        paths, shards = expand(pattern), []
+    sources, patterns = [], []
+    for name in [spec] if isinstance(spec, str) else map(str, spec):    # a name may have commas in it
+        patterns += [name] if os.path.exists(name) else re.split(OUTSIDE_BRACES, name)
+    for pattern in patterns:
+        paths, shards = expand(os.path.expanduser(pattern.strip())), []
         missing = [path for path in paths if not os.path.exists(path)]
         if len(missing) == len(paths):
             raise UserError(f"no data at {pattern}: expected {EXPECTED}")
@@ -45,7 +46,7 @@ def open_sources(spec: str | Sequence[str | Path], cache: str | None = None, col
 
         for path in paths:
             if os.path.isdir(path):
-                files = files_below(path)
+                files = sorted(glob.glob(f"{glob.escape(path)}/**", recursive=True))
                 clips = (os.path.relpath(file, path) for file in files if file.lower().endswith(READABLE))
                 sources.append(Files(path, ([clip, None, None] for clip in clips)))
                 shards += [file for file in files if file.lower().endswith(".tar") and os.path.isfile(file)]
@@ -57,12 +58,6 @@ def open_sources(spec: str | Sequence[str | Path], cache: str | None = None, col
                 raise UserError(f"{path} is no data, or a pipe or device: expected {EXPECTED}")
         sources += [Shards(shards, cache)] if shards else []
     return sources
-
-
-def split(spec: str) -> list[str]:
-    """'clips,{0,1}.tar' -> its parts, split at the commas outside of braces, unless a file has this name."""
-    parts = [spec] if os.path.exists(os.path.expanduser(spec)) else re.split(OUTSIDE_BRACES, spec)
-    return [os.path.expanduser(part.strip()) for part in parts if part.strip()]
 
 
 def expand(pattern: str) -> list[str]:
@@ -80,32 +75,18 @@ def expand(pattern: str) -> list[str]:
     return [path for name in names for path in expand(pattern[:brace.start()] + name + pattern[brace.end():])]
 
 
-def files_below(folder: str) -> list[str]:
-    """The paths of all files below a folder; in linked folders too. Raises UserError."""
-    def refuse(error: OSError) -> None:
-        raise error
-
-    with reading(folder, "a folder"):
-        tree = os.walk(folder, onerror=refuse, followlinks=True)
-        return sorted(os.path.join(base, name) for base, _, names in tree
-                      for name in names if not name.startswith("."))
-
-
 class Files:
     """Clips in files of their own, from rows [path in `folder`, caption (None: in the .txt beside the clip),
-    reward caption], which are held as bytes: ten million are no Python objects."""
+    reward caption], which are held as JSON in bytes: ten million take 2 GB."""
 
     def __init__(self, folder: str, rows: Iterable[list]):
-        self.folder, self.buffer, self.ends = folder, bytearray(), array("q", [0])
-        for row in rows:
-            self.buffer += json.dumps(row).encode()
-            self.ends.append(len(self.buffer))
+        self.folder, self.rows = folder, [json.dumps(row).encode() for row in rows]
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self.rows)
 
     def row(self, i: int) -> list:
-        path, *captions = json.loads(self.buffer[self.ends[i]:self.ends[i + 1]])
+        path, *captions = json.loads(self.rows[i])
         return [os.path.join(self.folder, os.path.expanduser(path)), *captions]
 
     def name(self, i: int) -> str:
@@ -126,8 +107,7 @@ def open_manifest(path: str, columns: str = "", root: str = "") -> Files:
         raise UserError(f"--columns {columns}: expected path=COLUMN,caption=COLUMN,reward_caption=COLUMN")
     with reading(path, "a manifest"):
         with open(path, "rb") as file:
-            wide = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
-        encoding = "utf-16" if wide else "utf-8-sig"
+            encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         with open(path, newline="", encoding=encoding, errors="surrogateescape") as file:
             return Files(root or os.path.dirname(path), rows_of(path, file, named))
 

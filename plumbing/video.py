@@ -24,10 +24,8 @@ OPEN = dict(        # neither addresses in a network nor scripts that name furth
     protocol_whitelist="file",
     format_whitelist="mov,matroska,avi,asf,flv,mpeg,mpegts,mpegvideo,ogg,mxf,yuv4mpegpipe,gif")
 INDEXED = ("mov", "matroska")           # containers that say when each frame is shown, and find key frames
-SEGMENT = bytes.fromhex("1853806701")    # what precedes the size of its file in a .mkv, a .wmv, a .flv
-ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
-FLV = b"filesize\0"
-HDR = {16: "PQ", 18: "HLG"}             # transfer functions by their numbers in ITU-T H.273
+SEGMENT = bytes.fromhex("1853806701")   # in an .mkv, precedes the size of what follows
+ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")     # in a .wmv, 24 bytes before the size of the file
 SLACK = 2e-3                            # containers round timestamps, some to a millisecond
 ENLARGED = "enlarged x4 to {}x{}"       # ends the comment of a small clip that was enlarged for players
 
@@ -41,8 +39,7 @@ def read_video(source: str | Path | bytes, frames: int, fps: float, height: int,
     if ticks[0] == ticks[-1]:
         raise ValueError(f"not a clip: {len(ticks)} frames, all of one timestamp")
     chosen, rate = pick(ticks * seconds, frames, fps, generator)
-    pictures = decode_at(source, ticks, keys, chosen, lambda frame: resize_crop(frame, height, width))
-    return torch.stack(pictures, dim=1), rate
+    return decode_at(source, ticks, keys, chosen, lambda frame: resize_crop(frame, height, width)), rate
 
 
 def read_clip(path: str | Path, frames: int | None = None,
@@ -60,11 +57,9 @@ def read_clip(path: str | Path, frames: int | None = None,
     with reading(path, "a clip"):
         if folder.is_dir():
             files = sorted(folder.glob("[!.]*.png"), key=lambda file: (len(file.name), file.name))
-            pictures = [fit(read_picture(files[i])) for i in middles(len(files))]
-        else:
-            ticks, keys, _ = timeline(path)
-            pictures = decode_at(path, ticks, keys, middles(len(ticks)), fit)
-        return torch.stack(pictures, dim=1)
+            return torch.stack([fit(read_picture(files[i])) for i in middles(len(files))], dim=1)
+        ticks, keys, _ = timeline(path)
+        return decode_at(path, ticks, keys, middles(len(ticks)), fit)
 
 
 def read_picture(path: Path) -> Tensor:
@@ -124,12 +119,12 @@ def check_end(file: BinaryIO) -> None:
     if head.startswith(b"RIFF"):                                                        # .avi
         stated_size = 8 + int.from_bytes(head[4:8], "little")
     elif SEGMENT in head:                                                               # .mkv, .webm
-        before, segment = head.split(SEGMENT, 1)
-        stated_size = len(before + SEGMENT) + 7 + int.from_bytes(segment[:7], "big")
+        start = head.index(SEGMENT) + len(SEGMENT) + 7
+        stated_size = start + int.from_bytes(head[start - 7:start], "big")
     elif ASF in head:                                                                   # .wmv
         stated_size = int.from_bytes(head.split(ASF, 1)[1][24:32], "little")
-    elif FLV in head:
-        stated_size = struct.unpack(">d", head.split(FLV, 1)[1][:8])[0]
+    elif b"filesize\0" in head:                                                         # .flv
+        stated_size = struct.unpack(">d", head.split(b"filesize\0")[1][:8])[0]
 
     cut_gif = head.startswith(b"GIF8") and not re.search(rb"\0;[\0\t-~]*\Z", tail)
     if cut_gif or size < stated_size < 2 ** 32:                     # larger: written to a pipe, not known
@@ -165,8 +160,8 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
 
 
 def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], chosen: Sequence[int],
-              fit: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """What `fit` makes of the frames whose indices in a timeline (ticks, keys) are `chosen`, ascending.
+              fit: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `fit` makes of the frames whose indices in a timeline (ticks, keys) are `chosen`, along dim 1.
 
     Decoding begins at the last key frame before the first of them, or without `keys` at the first frame."""
     needed, pictures, last = [int(ticks[index]) for index in chosen], {}, -np.inf
@@ -187,15 +182,15 @@ def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], ch
 
     if not pictures.keys() >= set(needed):
         raise ValueError("damaged: frames are missing")
-    return [pictures[tick] for tick in needed]
+    return torch.stack([pictures[tick] for tick in needed], dim=1)
 
 
 def pixels(frame: av.VideoFrame, container: av.container.InputContainer, stream: av.VideoStream) -> Tensor:
     """Decoded frame -> uint8 RGB (3, H, W) as players show it: with square pixels, upright, not mirrored.
 
     ffmpeg converts the colours by the file's matrix and range; where it names none, as BT.601, limited."""
-    if frame.color_trc in HDR:
-        raise ValueError(f"an HDR video ({HDR[frame.color_trc]}); convert it to SDR")
+    if frame.color_trc in (16, 18):                                 # in ITU-T H.273
+        raise ValueError("an HDR video (PQ or HLG); convert it to SDR")
     width = round(frame.width * (stream.sample_aspect_ratio or 1))
     x = frame.to_ndarray(format="rgb24", width=width, interpolation="BICUBIC", threads=1)
     x = torch.from_numpy(x).permute(2, 0, 1)
@@ -243,7 +238,6 @@ def write_video(path: str | Path, clip: Tensor, fps: float) -> None:
 
     A clip of less than 128 pixels is enlarged in mp4 and gif, which read_clip takes back: players show its
     pixels, and yuv420p, which halves the planes of colour, keeps the edges."""
-    assert clip.dtype == torch.uint8 and clip.dim() == 4, (clip.dtype, clip.shape)
     check_output(path, fps)
     suffix, pictures, comment = Path(path).suffix.lower(), clip.cpu().permute(1, 2, 3, 0).numpy(), MARK
     if suffix == ".png":

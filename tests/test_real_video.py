@@ -128,11 +128,11 @@ def test_colours_against_the_definition_and_ffmpeg(matrix, color_range, bits, tm
         assert difference.max() <= (8 if bits > 8 else 1)
 
 
-@pytest.mark.parametrize("color_trc, name", [(16, "PQ"), (18, "HLG")])
-def test_hdr_is_refused_by_its_name(color_trc, name, tmp_path):
+@pytest.mark.parametrize("color_trc", [16, 18])                      # PQ, HLG
+def test_hdr_is_refused(color_trc, tmp_path):
     planes = grey_planes(np.full((48, 64), 480), np.uint16)
     write_planes(tmp_path / "a.mp4", planes, "yuv420p10le", color_trc=color_trc, colorspace=9)
-    with pytest.raises(ValueError, match=rf"an HDR video \({name}\); convert it to SDR"):
+    with pytest.raises(ValueError, match="an HDR video .*; convert it to SDR"):
         read_video(tmp_path / "a.mp4", 2, 8, 48, 64)
 
 
