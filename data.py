@@ -17,7 +17,6 @@ Short   A clip that is too short is stretched over the frames asked for; its ite
         networks are told the preset's rate all the same, as in the released code: 16 (MS, v2: 8).
 """
 import json
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,11 +50,10 @@ class BadClip(ValueError):
 # ---- the dataset -------------------------------------------------------------------------------------------
 
 class ClipDataset:
-    """All clips of `spec` (see the head of this file) under one index; the loader takes other datasets with
-    len() and get() as well. Raises UserError.
+    """All clips of `spec` (see the head of this file); the loader takes any dataset with len() and get().
 
     cache: folder for the index of shards where it cannot be written beside them; of several processes one
-    should come first and make it. columns, video_root: of manifests, see plumbing/manifests.py."""
+    should come first and make it. columns, video_root: see plumbing/manifests.py. Raises UserError."""
 
     def __init__(self, spec: str | Sequence[str | Path], frames: int = 16, fps: float = 16, height: int = 320,
                  width: int = 512, cache: str | None = None, columns: str = "", video_root: str = ""):
@@ -63,8 +61,7 @@ class ClipDataset:
         self.frames, self.fps, self.height, self.width = frames, fps, height, width
         self.starts = np.cumsum([0, *map(len, self.sources)])       # of each source's clips, and the end
         if not len(self):
-            raise UserError(f"no clips in {spec}: expected *.mp4 with .txt beside them, e.g. 0001.mp4, "
-                            "0001.txt; a shard has members KEY.mp4 and KEY.txt")
+            raise UserError(f"no clips in {spec}: expected files, or members of shards, KEY.mp4 and KEY.txt")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -81,7 +78,7 @@ class ClipDataset:
             if not caption:
                 raise ValueError("no caption")
             clip, fps = read_video(video, self.frames, self.fps, self.height, self.width, generator)
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise BadClip(source.name(i), getattr(error, "strerror", None) or str(error)) from error
 
         if fps > self.fps:                            # Python shows a warning of one text once
@@ -110,11 +107,10 @@ def loader(dataset, batch: int, rank: int = 0, world_size: int = 1, workers: int
 
     A batch holds what the dataset's get() returns, stacked, and "bad": how many bad clips this rank has
     met. A JSON row for each of them is appended to bad_file. Raises UserError when they are too many."""
-    threads = min(workers, os.cpu_count() or 1)
     firsts = ((step * world_size + rank) * batch for step in count(start_step))
     positions = (first + i for first in firsts for i in range(batch))
     work = partial(draw, dataset, seed)
-    clips = in_threads(work, positions, threads, 2 * max(batch, threads)) if threads else map(work, positions)
+    clips = in_threads(work, positions, workers, 2 * max(batch, workers)) if workers else map(work, positions)
 
     recent, total = deque(maxlen=WINDOW), 0           # recent: a row for a bad clip, None for a good one
     for step in count(start_step):
@@ -169,9 +165,8 @@ def in_threads(work: Callable, items: Iterable, workers: int, ahead: int) -> Ite
 
 
 def stack(values: list) -> Tensor | list:
-    if torch.is_tensor(values[0]):
-        return torch.stack(values)
-    return torch.tensor(values) if isinstance(values[0], (int, float)) else values
+    stackable = isinstance(values[0], (Tensor, int, float))
+    return torch.stack([torch.as_tensor(value) for value in values]) if stackable else values
 
 
 def append_rows(path: str | Path, rows: list[dict]) -> None:

@@ -63,8 +63,6 @@ def open_sources(spec: str | Sequence[str | Path], cache: str | None = None, col
 def expand(pattern: str) -> list[str]:
     """'{00..02}{x,y}/*.tar' -> the paths that a shell makes of it, or the pattern where nothing fits it."""
     brace = re.search(r"\{([^{}]*)\}", pattern)
-    if os.path.exists(pattern):
-        return [pattern]
     if not brace:
         return sorted(glob.glob(pattern, recursive=True)) or [pattern]
 

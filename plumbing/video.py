@@ -119,8 +119,8 @@ def check_end(file: BinaryIO) -> None:
     if head.startswith(b"RIFF"):                                                        # .avi
         stated_size = 8 + int.from_bytes(head[4:8], "little")
     elif SEGMENT in head:                                                               # .mkv, .webm
-        start = head.index(SEGMENT) + len(SEGMENT) + 7
-        stated_size = start + int.from_bytes(head[start - 7:start], "big")
+        start = head.index(SEGMENT) + len(SEGMENT)                  # of a number of 7 bytes
+        stated_size = start + 7 + int.from_bytes(head[start:start + 7], "big")
     elif ASF in head:                                                                   # .wmv
         stated_size = int.from_bytes(head.split(ASF, 1)[1][24:32], "little")
     elif b"filesize\0" in head:                                                         # .flv
@@ -146,11 +146,13 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
             if not indexed:
                 ticks += [frame.pts for frame in frames]
             elif packet.pts is not None:
-                keys += [packet.pts] * packet.is_keyframe
-                ticks += [packet.pts] * (not packet.is_discard)     # by an edit list
+                if packet.is_keyframe:
+                    keys.append(packet.pts)
+                if not packet.is_discard:                           # by an edit list
+                    ticks.append(packet.pts)
 
-        places = stream.index_entries if name.startswith("mov") else []
-        if any(place.pos + place.size > container.size for place in places):
+        samples = stream.index_entries if name.startswith("mov") else []
+        if any(sample.pos + sample.size > container.size for sample in samples):
             raise ValueError("truncated: its last frames are missing")
         if not ticks or None in ticks:
             raise ValueError("not a clip: no frames, or some without a timestamp; convert it to mp4")
@@ -169,11 +171,9 @@ def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], ch
         if keys:
             container.seek(max((key for key in keys if key <= needed[0]), default=needed[0]), stream=stream)
         for order, frame in enumerate(container.decode(stream)):
-            if frame.is_corrupt:                      # others are predicted from it, and are not marked
-                raise ValueError("damaged: a frame cannot be decoded")
             tick = frame.pts if keys else int(ticks[order])
-            if tick is None or tick < last:
-                raise ValueError("its timestamps are out of order; convert it to mp4 anew")
+            if frame.is_corrupt or tick is None or tick < last:     # what is predicted from it is not marked
+                raise ValueError("damaged: a frame cannot be decoded, or is out of order")
             if tick in needed:
                 pictures[tick] = fit(pixels(frame, container, stream))
             if needed[-1] in pictures:

@@ -70,7 +70,7 @@ def test_brace_patterns():
 
 
 def test_a_users_mistakes(tmp_path):
-    for spec, message in ((tmp_path, r"no clips in .*: expected \*.mp4 with .txt beside them, e.g. 0001.mp4"),
+    for spec, message in ((tmp_path, r"no clips in .*: expected files, or members of shards, KEY.mp4"),
                           (tmp_path / "{0..2}.tar", "no data at .*{0..2}.tar: expected a folder")):
         with pytest.raises(UserError, match=message):
             open_dataset(str(spec))
@@ -83,7 +83,7 @@ def test_a_users_mistakes(tmp_path):
         with pytest.raises(UserError, match=message):
             open_dataset(str(tmp_path / name))
     tar_of(tmp_path / "00.tar", [("readme", b"hello")])
-    with pytest.raises(UserError, match="a shard has members KEY.mp4"):
+    with pytest.raises(UserError, match="expected files, or members of shards, KEY.mp4"):
         open_dataset(str(tmp_path / "00.tar"))
 
 
