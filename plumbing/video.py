@@ -2,7 +2,6 @@
 A tick is a timestamp as the file counts it; times are in seconds, fps in 1/second."""
 import io
 import re
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -20,9 +19,7 @@ from plumbing.errors import UserError, reading
 from plumbing.files import MARK, atomic
 
 READABLE = tuple(".mp4 .m4v .mov .3gp .mkv .webm .avi .wmv .flv .mpg .mpeg .ts .ogv .mxf .y4m".split())
-OPEN = dict(        # neither addresses in a network nor scripts that name further files
-    protocol_whitelist="file",
-    format_whitelist="mov,matroska,avi,asf,flv,mpeg,mpegts,mpegvideo,ogg,mxf,yuv4mpegpipe,gif")
+FORMATS = "mov,matroska,avi,asf,flv,mpeg,mpegts,mpegvideo,ogg,mxf,yuv4mpegpipe,gif"     # no lists of files
 INDEXED = ("mov", "matroska")           # containers that say when each frame is shown, and find key frames
 SEGMENT = bytes.fromhex("1853806701")   # in an .mkv, precedes the size of what follows
 ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")     # in a .wmv, 24 bytes before the size of the file
@@ -95,7 +92,7 @@ def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputC
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         check_end(file)
         try:                                                # a title need not be utf-8
-            with av.open(file, options=OPEN, metadata_errors="replace") as container:
+            with av.open(file, options={"format_whitelist": FORMATS}, metadata_errors="replace") as container:
                 stream = container.streams.best("video")
                 if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
                     raise ValueError("no video in it")
@@ -124,7 +121,7 @@ def check_end(file: BinaryIO) -> None:
     elif ASF in head:                                                                   # .wmv
         stated_size = int.from_bytes(head.split(ASF, 1)[1][24:32], "little")
     elif b"filesize\0" in head:                                                         # .flv
-        stated_size = struct.unpack(">d", head.split(b"filesize\0")[1][:8])[0]
+        stated_size = np.frombuffer(head.split(b"filesize\0")[1][:8], ">f8").item()
 
     cut_gif = head.startswith(b"GIF8") and not re.search(rb"\0;[\0\t-~]*\Z", tail)
     if cut_gif or size < stated_size < 2 ** 32:                     # larger: written to a pipe, not known
@@ -151,8 +148,7 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
                 if not packet.is_discard:                           # by an edit list
                     ticks.append(packet.pts)
 
-        samples = stream.index_entries if name.startswith("mov") else []
-        if any(sample.pos + sample.size > container.size for sample in samples):
+        if any(entry.pos + entry.size > container.size for entry in stream.index_entries):
             raise ValueError("truncated: its last frames are missing")
         if not ticks or None in ticks:
             raise ValueError("not a clip: no frames, or some without a timestamp; convert it to mp4")
