@@ -17,13 +17,11 @@ Short   A clip that is too short is stretched over the frames asked for; its ite
         networks are told the preset's rate all the same, as in the released code: 16 (MS, v2: 8).
 """
 import json
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import count, islice
 from pathlib import Path
 
@@ -45,35 +43,25 @@ class BadClip(ValueError):
     """This clip cannot be used. get() of a dataset raises it; the loader logs it and draws another clip."""
 
     def __init__(self, name: str, reason: str):
-        """What would break the line or a terminal is replaced: the file may be damaged."""
-        self.name, self.reason = ("".join(letter if letter.isprintable() else "\ufffd" for letter in text)
-                                  for text in (name, reason))
-        super().__init__(f"{self.name}: {self.reason}")
+        self.name, self.reason = name, reason
+        super().__init__(f"{name}: {reason}")
 
 
 # ---- the dataset -------------------------------------------------------------------------------------------
 
-def open_dataset(spec: str | Sequence[str | Path], frames: int = 16, fps: float = 16, height: int = 320,
-                 width: int = 512, cache: str | None = None, columns: str = "",
-                 video_root: str = "") -> "ClipDataset":
-    """All clips of `spec` (see the head of this file) as one dataset. Raises UserError.
+class ClipDataset:
+    """All clips of `spec` (see the head of this file); the loader takes any dataset with len() and get().
 
     cache: folder for the index of shards where it cannot be written beside them; of several processes one
-    should come first and make it. columns, video_root: of manifests, see plumbing/manifests.py."""
-    dataset = ClipDataset(open_sources(spec, cache, columns, video_root), frames, fps, height, width)
-    if not len(dataset):
-        raise UserError(f"no clips in {spec}: expected *.mp4 with .txt beside them, e.g. 0001.mp4, 0001.txt; "
-                        "a shard has members KEY.mp4 and KEY.txt")
-    return dataset
+    should come first and make it. columns, video_root: see plumbing/manifests.py. Raises UserError."""
 
-
-class ClipDataset:
-    """The clips of all sources under one index; the loader takes others with len() and get() as well."""
-
-    def __init__(self, sources: list, frames: int, fps: float, height: int, width: int):
-        self.sources = sources
+    def __init__(self, spec: str | Sequence[str | Path], frames: int = 16, fps: float = 16, height: int = 320,
+                 width: int = 512, cache: str | None = None, columns: str = "", video_root: str = ""):
+        self.sources = open_sources(spec, cache, columns, video_root)
         self.frames, self.fps, self.height, self.width = frames, fps, height, width
-        self.starts = np.cumsum([0, *map(len, sources)])        # of each source's clips, and the end
+        self.starts = np.cumsum([0, *map(len, self.sources)])       # of each source's clips, and the end
+        if not len(self):
+            raise UserError(f"no clips in {spec}: expected files, or members of shards, KEY.mp4 and KEY.txt")
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -90,13 +78,16 @@ class ClipDataset:
             if not caption:
                 raise ValueError("no caption")
             clip, fps = read_video(video, self.frames, self.fps, self.height, self.width, generator)
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise BadClip(source.name(i), getattr(error, "strerror", None) or str(error)) from error
 
         if fps > self.fps:                            # Python shows a warning of one text once
             warnings.warn(f"clips shorter than {self.frames} frames at {self.fps:g} fps are stretched",
                           stacklevel=1)
         return dict(clip=clip, fps=fps, caption=caption, reward_caption=reward_caption or None, index=index)
+
+
+open_dataset = ClipDataset
 
 
 def clean(text: object) -> str:
@@ -114,36 +105,47 @@ def loader(dataset, batch: int, rank: int = 0, world_size: int = 1, workers: int
            start_step: int = 0, bad_file: str | Path | None = None) -> Iterator[dict]:
     """Batches of the steps from start_step on, without end, decoded by `workers` threads a few batches ahead.
 
-    A batch holds what the dataset's get() returns, stacked, and: position; bad, how many bad clips this rank
-    has met. A JSON row for each of them is appended to bad_file. Raises UserError when they are too many."""
-    places = order(len(dataset), batch, rank, world_size, seed, start_step)
-    threads = min(workers, os.cpu_count() or 1)
-    clips = in_threads(lambda place: draw(dataset, seed, *place), places, threads, 2 * max(batch, threads))
-    return batches(clips, batch, start_step, bad_file)
+    A batch holds what the dataset's get() returns, stacked, and "bad": how many bad clips this rank has
+    met. A JSON row for each of them is appended to bad_file. Raises UserError when they are too many."""
+    firsts = ((step * world_size + rank) * batch for step in count(start_step))
+    positions = (first + i for first in firsts for i in range(batch))
+    work = partial(draw, dataset, seed)
+    clips = in_threads(work, positions, workers, 2 * max(batch, workers)) if workers else map(work, positions)
 
-
-def order(N: int, batch: int, rank: int, world_size: int, seed: int, start_step: int) -> Iterator[tuple]:
-    """(position, index of the clip there) of all that a rank reads, step by step."""
-    permutation = lru_cache(1)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(N))
+    recent, total = deque(maxlen=WINDOW), 0           # recent: a row for a bad clip, None for a good one
     for step in count(start_step):
-        first = (step * world_size + rank) * batch
-        for position in range(first, first + batch):
-            epoch, k = divmod(position, N)
-            yield position, int(permutation(epoch)[k])
+        items, bad = zip(*islice(clips, batch))
+        bad = sum(bad, [])
+        recent.extend(bad + [None] * (batch - items.count(None)))
+        total += len(bad)
+        if bad_file and bad:
+            append_rows(bad_file, [dict(step=step, **row) for row in bad])
+
+        rows = [row for row in recent if row]
+        if None in items or len(rows) > WINDOW // 2:
+            example = f"{rows[-1]['clip']}: {rows[-1]['reason']}" + f"; see {bad_file}" * bool(bad_file)
+            raise UserError(f"too many bad clips: {len(rows)} of the last {len(recent)}, e.g. {example}")
+        yield {key: stack([item[key] for item in items]) for key in items[0]} | {"bad": total}
 
 
-def draw(dataset, seed: int, position: int, index: int) -> tuple[dict | None, list[dict]]:
+def draw(dataset, seed: int, position: int) -> tuple[dict | None, list[dict]]:
     """The clip at a position, or its first usable substitute, or None; and a row for each bad clip met."""
     N, bad = len(dataset), []
     epoch, k = divmod(position, N)
-    for attempt in range(TRIES):
-        index = seed_of(seed, epoch, k, attempt) % N if attempt else index
+    index = int(permutation(N, seed, epoch)[k])
+    for attempt in range(1, TRIES + 1):
         generator = torch.Generator().manual_seed(seed_of(seed, epoch, index))
         try:
-            return {**dataset.get(index, generator), "position": position}, bad
+            return dataset.get(index, generator), bad
         except BadClip as error:
             bad.append(dict(index=index, clip=error.name, reason=error.reason))
+            index = seed_of(seed, epoch, k, attempt) % N
     return None, bad
+
+
+@lru_cache(4)                                         # of two loaders, each between two epochs
+def permutation(N: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(N)
 
 
 def seed_of(*key: int) -> int:
@@ -151,10 +153,7 @@ def seed_of(*key: int) -> int:
 
 
 def in_threads(work: Callable, items: Iterable, workers: int, ahead: int) -> Iterator:
-    """work(item) of endless items, in their order, by threads up to `ahead` items ahead, or by this one."""
-    if not workers:
-        yield from map(work, items)
-        return
+    """work(item) of endless items, in their order, by threads up to `ahead` items ahead."""
     pool, pending = ThreadPoolExecutor(workers), deque()
     try:
         for item in items:
@@ -165,29 +164,9 @@ def in_threads(work: Callable, items: Iterable, workers: int, ahead: int) -> Ite
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def batches(clips: Iterator, batch: int, start_step: int, bad_file: str | Path | None) -> Iterator[dict]:
-    """Stacks what was drawn, logs bad clips, and raises when they are too many (by the rule in the head)."""
-    recent, total = deque(maxlen=WINDOW), 0           # recent: a row for a bad clip, None for a good one
-    with closing(clips):
-        for step in count(start_step):
-            items, bad = zip(*islice(clips, batch))
-            bad = sum(bad, [])
-            recent.extend(bad + [None] * (batch - items.count(None)))
-            total += len(bad)
-            if bad_file and bad:
-                append_rows(bad_file, [dict(step=step, **row) for row in bad])
-
-            rows = [row for row in recent if row]
-            if None in items or len(rows) > WINDOW // 2:
-                example = f"{rows[-1]['clip']}: {rows[-1]['reason']}" + f"; see {bad_file}" * bool(bad_file)
-                raise UserError(f"too many bad clips: {len(rows)} of the last {len(recent)}, e.g. {example}")
-            yield {key: stack([item[key] for item in items]) for key in items[0]} | {"bad": total}
-
-
 def stack(values: list) -> Tensor | list:
-    if torch.is_tensor(values[0]):
-        return torch.stack(values)
-    return torch.tensor(values) if isinstance(values[0], (int, float)) else values
+    stackable = isinstance(values[0], (Tensor, int, float))
+    return torch.stack([torch.as_tensor(value) for value in values]) if stackable else values
 
 
 def append_rows(path: str | Path, rows: list[dict]) -> None:

@@ -8,9 +8,7 @@ import json
 import os
 import re
 import warnings
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
@@ -34,9 +32,11 @@ KNOWN = {"path": ("path", "video", "video_path", "video_name", "file_name", "fil
 def open_sources(spec: str | Sequence[str | Path], cache: str | None = None, columns: str = "",
                  root: str = "") -> list:
     """All sources that a spec names (see data.py); the shards of one pattern are one. Raises UserError."""
-    sources, specs = [], [spec] if isinstance(spec, str) else map(str, spec)
-    for pattern in chain.from_iterable(map(split, specs)):
-        paths, shards = expand(pattern), []
+    sources, patterns = [], []
+    for name in [spec] if isinstance(spec, str) else map(str, spec):    # a name may have commas in it
+        patterns += [name] if os.path.exists(name) else re.split(OUTSIDE_BRACES, name)
+    for pattern in patterns:
+        paths, shards = expand(os.path.expanduser(pattern.strip())), []
         missing = [path for path in paths if not os.path.exists(path)]
         if len(missing) == len(paths):
             raise UserError(f"no data at {pattern}: expected {EXPECTED}")
@@ -46,7 +46,7 @@ def open_sources(spec: str | Sequence[str | Path], cache: str | None = None, col
 
         for path in paths:
             if os.path.isdir(path):
-                files = files_below(path)
+                files = sorted(glob.glob(f"{glob.escape(path)}/**", recursive=True))
                 clips = (os.path.relpath(file, path) for file in files if file.lower().endswith(READABLE))
                 sources.append(Files(path, ([clip, None, None] for clip in clips)))
                 shards += [file for file in files if file.lower().endswith(".tar") and os.path.isfile(file)]
@@ -60,17 +60,9 @@ def open_sources(spec: str | Sequence[str | Path], cache: str | None = None, col
     return sources
 
 
-def split(spec: str) -> list[str]:
-    """'clips,{0,1}.tar' -> its parts, split at the commas outside of braces, unless a file has this name."""
-    parts = [spec] if os.path.exists(os.path.expanduser(spec)) else re.split(OUTSIDE_BRACES, spec)
-    return [os.path.expanduser(part.strip()) for part in parts if part.strip()]
-
-
 def expand(pattern: str) -> list[str]:
     """'{00..02}{x,y}/*.tar' -> the paths that a shell makes of it, or the pattern where nothing fits it."""
     brace = re.search(r"\{([^{}]*)\}", pattern)
-    if os.path.exists(pattern):
-        return [pattern]
     if not brace:
         return sorted(glob.glob(pattern, recursive=True)) or [pattern]
 
@@ -81,32 +73,18 @@ def expand(pattern: str) -> list[str]:
     return [path for name in names for path in expand(pattern[:brace.start()] + name + pattern[brace.end():])]
 
 
-def files_below(folder: str) -> list[str]:
-    """The paths of all files below a folder; in linked folders too. Raises UserError."""
-    def refuse(error: OSError) -> None:
-        raise error
-
-    with reading(folder, "a folder"):
-        tree = os.walk(folder, onerror=refuse, followlinks=True)
-        return sorted(os.path.join(base, name) for base, _, names in tree
-                      for name in names if not name.startswith("."))
-
-
 class Files:
     """Clips in files of their own, from rows [path in `folder`, caption (None: in the .txt beside the clip),
-    reward caption], which are held as bytes: ten million are no Python objects."""
+    reward caption], which are held as JSON in bytes: ten million take 2 GB."""
 
     def __init__(self, folder: str, rows: Iterable[list]):
-        self.folder, self.buffer, self.ends = folder, bytearray(), array("q", [0])
-        for row in rows:
-            self.buffer += json.dumps(row).encode()
-            self.ends.append(len(self.buffer))
+        self.folder, self.rows = folder, [json.dumps(row).encode() for row in rows]
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self.rows)
 
     def row(self, i: int) -> list:
-        path, *captions = json.loads(self.buffer[self.ends[i]:self.ends[i + 1]])
+        path, *captions = json.loads(self.rows[i])
         return [os.path.join(self.folder, os.path.expanduser(path)), *captions]
 
     def name(self, i: int) -> str:
@@ -122,14 +100,12 @@ class Files:
 
 def open_manifest(path: str, columns: str = "", root: str = "") -> Files:
     """columns: "path=COLUMN,caption=COLUMN" for what KNOWN lacks; root: what its paths are relative to."""
-    pairs = [pair.partition("=")[::2] for pair in re.split(OUTSIDE_BRACES, columns) if pair]
-    named = dict(pairs)
-    if named.keys() - KNOWN.keys() or not all(named.values()) or len(named) < len(pairs):
+    named = dict(pair.partition("=")[::2] for pair in re.split(OUTSIDE_BRACES, columns) if pair)
+    if named.keys() - KNOWN.keys() or not all(named.values()):
         raise UserError(f"--columns {columns}: expected path=COLUMN,caption=COLUMN,reward_caption=COLUMN")
     with reading(path, "a manifest"):
         with open(path, "rb") as file:
-            wide = file.read(2) in (b"\xff\xfe", b"\xfe\xff")
-        encoding = "utf-16" if wide else "utf-8-sig"
+            encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         with open(path, newline="", encoding=encoding, errors="surrogateescape") as file:
             return Files(root or os.path.dirname(path), rows_of(path, file, named))
 
@@ -138,16 +114,19 @@ def rows_of(path: str, file: TextIO, named: dict[str, str]) -> Iterator[list]:
     """The rows of a manifest, for Files. named: {field: column or template} by --columns."""
     records, separator = records_of(path, file)
     known = KNOWN | {field: [column] for field, column in named.items()}
-    for number, record in enumerate(records):
-        row = {str(name).strip().lower(): value for name, value in record.items()} | record
-        fields = {field: value_of(row, columns) for field, columns in known.items()}
-        if number == 0 and None in map(fields.get, ["path", "caption", *named]):
-            columns = ", ".join(map(repr, record)) + separator
-            raise UserError(f"{path}: path and caption are not known among its columns ({columns}); "
-                            "name them: --columns path=COLUMN,caption=COLUMN")
-        if None in record:                            # where csv puts the rest of a caption with commas
-            fields["caption"] = [fields["caption"], *record[None]]
-        yield [str(fields["path"] or ""), fields["caption"], fields["reward_caption"]]
+    try:
+        for number, record in enumerate(records):
+            row = {str(name).strip().lower(): value for name, value in record.items()} | record
+            fields = {field: value_of(row, columns) for field, columns in known.items()}
+            if number == 0 and None in map(fields.get, ["path", "caption", *named]):
+                columns = ", ".join(map(repr, record)) + separator
+                raise UserError(f"{path}: path and caption are not known among its columns ({columns}); "
+                                "name them: --columns path=COLUMN,caption=COLUMN")
+            if None in record:                        # where csv puts the rest of a caption with commas
+                fields["caption"] = [fields["caption"], *record[None]]
+            yield [str(fields["path"] or ""), fields["caption"], fields["reward_caption"]]
+    except csv.Error as error:
+        raise UserError(f"{path}, near line {records.line_num}: {error}; mend that line") from error
 
 
 def value_of(row: dict, columns: Sequence[str]) -> object:
@@ -161,27 +140,16 @@ def value_of(row: dict, columns: Sequence[str]) -> object:
 
 
 def records_of(path: str, file: TextIO) -> tuple[Iterable[dict], str]:
-    """A manifest's rows as {column: value}, and words on what separates them in its first line."""
+    """A manifest's rows as {column: value}, and words on what separates its columns."""
     if path.lower().endswith(".json"):
         return json.load(file), ""
     if path.lower().endswith(".jsonl"):
         return (json.loads(line) for line in file if line.strip()), ""
 
-    line = next((line for line in iter(file.readline, "") if line.strip()), "")
-    mark = re.search(f"[{''.join(SEPARATORS)}]|$", line)[0] or ","
-    columns = next(csv.reader([line.strip()], delimiter=mark), [])
-    titles = [column for column in columns if column.strip()]           # a table may end in empty ones
-    if len({*titles}) < len(titles):
-        raise UserError(f"{path}: two of its columns have one name ({', '.join(columns)})")
-    if len(columns) == 2 and columns[0].lower().endswith(READABLE):   # a clip in place of a header
-        columns = ["path", "caption"]
-        file.seek(0)
-    reader = csv.DictReader(file, columns, restval="", delimiter=mark, skipinitialspace=True, strict=True)
-
-    def rows() -> Iterator[dict]:
-        try:
-            yield from reader
-        except csv.Error as error:
-            raise UserError(f"{path}, near line {reader.line_num + 2}: {error}; mend that line") from error
-
-    return rows(), f", separated by {SEPARATORS[mark]}"
+    header = file.readline()
+    mark = re.search(f"[{''.join(SEPARATORS)}]|$", header)[0] or ","
+    is_clip = header.split(mark)[0].strip('"').lower().endswith(READABLE)       # there is no header
+    file.seek(0)
+    columns = ["path", "caption"] if is_clip else None              # None: the first row names them
+    records = csv.DictReader(file, columns, restval="", delimiter=mark, skipinitialspace=True, strict=True)
+    return records, f", separated by {SEPARATORS[mark]}"

@@ -126,9 +126,7 @@ def pair(clip: dict[str, int]) -> Iterator[list[int]]:
     """The members of one key, {suffix: offset} -> where its clips' video, .txt and .json are; -1: none."""
     stems = {suffix: suffix[:suffix.rfind(".") + 1] for suffix in clip if f".{suffix}".endswith(READABLE)}
     captioned = [video for video, stem in stems.items() if {stem + "txt", stem + "json"} & clip.keys()]
-    plain = [video for video, stem in stems.items() if not stem]      # KEY.mp4, not KEY.v2.mp4 of stem "v2."
-
-    for video in captioned or plain or [*stems][:1]:
+    for video in captioned or sorted(stems, key=len)[:1]:             # KEY.mp4 before KEY.v2.mp4
         stem = stems[video]
         texts = [name for name in (stem + "txt", "txt", stem + "caption.txt", "caption.txt") if name in clip]
         yield [clip[video], clip[texts[0]] if texts else -1, clip.get(stem + "json", clip.get("json", -1))]

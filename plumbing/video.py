@@ -1,11 +1,12 @@
 """Video files <-> uint8 clips (3, T, H, W): pictures as players show them, frames chosen by their timestamps.
 A tick is a timestamp as the file counts it; times are in seconds, fps in 1/second."""
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -18,12 +19,10 @@ from plumbing.errors import UserError, reading
 from plumbing.files import MARK, atomic
 
 READABLE = tuple(".mp4 .m4v .mov .3gp .mkv .webm .avi .wmv .flv .mpg .mpeg .ts .ogv .mxf .y4m".split())
-OPEN = dict(        # neither addresses in a network nor scripts that name further files
-    protocol_whitelist="file",
-    format_whitelist="mov,matroska,avi,asf,flv,mpeg,mpegts,mpegvideo,ogg,mxf,yuv4mpegpipe,gif")
+FORMATS = "mov,matroska,avi,asf,flv,mpeg,mpegts,mpegvideo,ogg,mxf,yuv4mpegpipe,gif"     # no lists of files
 INDEXED = ("mov", "matroska")           # containers that say when each frame is shown, and find key frames
-STATED = ("mov", "matroska", "avi", "flv")                  # whose header states a length
-HDR = {16: "PQ", 18: "HLG"}             # transfer functions by their numbers in ITU-T H.273
+SEGMENT = bytes.fromhex("1853806701")   # in an .mkv, precedes the size of what follows
+ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")     # in a .wmv, 24 bytes before the size of the file
 SLACK = 2e-3                            # containers round timestamps, some to a millisecond
 ENLARGED = "enlarged x4 to {}x{}"       # ends the comment of a small clip that was enlarged for players
 
@@ -37,8 +36,7 @@ def read_video(source: str | Path | bytes, frames: int, fps: float, height: int,
     if ticks[0] == ticks[-1]:
         raise ValueError(f"not a clip: {len(ticks)} frames, all of one timestamp")
     chosen, rate = pick(ticks * seconds, frames, fps, generator)
-    pictures = decode_at(source, ticks, keys, chosen, lambda frame: resize_crop(frame, height, width))
-    return torch.stack(pictures, dim=1), rate
+    return decode_at(source, ticks, keys, chosen, lambda frame: resize_crop(frame, height, width)), rate
 
 
 def read_clip(path: str | Path, frames: int | None = None,
@@ -56,12 +54,17 @@ def read_clip(path: str | Path, frames: int | None = None,
     with reading(path, "a clip"):
         if folder.is_dir():
             files = sorted(folder.glob("[!.]*.png"), key=lambda file: (len(file.name), file.name))
-            arrays = (np.array(Image.open(files[i]).convert("RGB")) for i in middles(len(files)))
-            pictures = [fit(torch.from_numpy(array).permute(2, 0, 1)) for array in arrays]
-        else:
-            ticks, keys, _ = timeline(path)
-            pictures = decode_at(path, ticks, keys, middles(len(ticks)), fit)
-        return torch.stack(pictures, dim=1)
+            return torch.stack([fit(read_picture(files[i])) for i in middles(len(files))], dim=1)
+        ticks, keys, _ = timeline(path)
+        return decode_at(path, ticks, keys, middles(len(ticks)), fit)
+
+
+def read_picture(path: Path) -> Tensor:
+    """A picture -> uint8 RGB (3, H, W)."""
+    picture = Image.open(path)
+    if picture.mode.startswith("I"):                                # 16 bits of gray, which PIL would clip
+        picture = Image.fromarray((np.array(picture) >> 8).astype(np.uint8))
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
 def pick(times: np.ndarray, frames: int, fps: float,
@@ -84,112 +87,106 @@ def pick(times: np.ndarray, frames: int, fps: float,
 @contextmanager
 def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Yields (container, its best video stream). Raises ValueError, without the file's name."""
-    if isinstance(source, bytes):
-        file = io.BytesIO(source)
-    elif not Path(source).is_file():
-        raise ValueError("no file, but a folder, pipe or device" if Path(source).exists() else "No such file")
-    else:
-        file = f"file:{Path(source).absolute()}"
-    try:
-        with av.open(file, options=OPEN, metadata_errors="replace") as container:  # a title need not be utf-8
-            stream = container.streams.best("video")
-            if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
-                raise ValueError("no video in it")
-            if stream.codec_context is None:
-                raise ValueError("its codec is not known here; convert it to h264")
-            stream.codec_context.thread_count = 1       # with more, damaged frames are not marked reliably
-            stream.codec_context.flags |= av.codec.context.Flags.unaligned          # crops to the pixel
-            yield container, stream
-    except av.FFmpegError as error:
-        raise ValueError(f"not a readable video: {error.strerror}") from error
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise ValueError("No such file, or a folder, pipe or device")
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        check_end(file)
+        try:                                                # a title need not be utf-8
+            with av.open(file, options={"format_whitelist": FORMATS}, metadata_errors="replace") as container:
+                stream = container.streams.best("video")
+                if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+                    raise ValueError("no video in it")
+                if stream.codec_context is None:
+                    raise ValueError("its codec is not known here; convert it to h264")
+                stream.codec_context.thread_count = 1       # more do not mark damaged frames reliably
+                stream.codec_context.flags |= av.codec.context.Flags.unaligned      # crops to the pixel
+                yield container, stream
+        except (av.FFmpegError, OSError) as error:
+            raise ValueError(f"not a readable video: {error.strerror}") from error
+
+
+def check_end(file: BinaryIO) -> None:
+    """Raises ValueError for a file that is shorter than it says: ffmpeg would make a shorter clip of it."""
+    head, size = file.read(4096) + bytes(8), file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - 4096))
+    tail = file.read()                                              # of a gif; zeros or words may follow it
+    file.seek(0)
+
+    stated_size = 0
+    if head.startswith(b"RIFF"):                                                        # .avi
+        stated_size = 8 + int.from_bytes(head[4:8], "little")
+    elif SEGMENT in head:                                                               # .mkv, .webm
+        start = head.index(SEGMENT) + len(SEGMENT)                  # of a number of 7 bytes
+        stated_size = start + 7 + int.from_bytes(head[start:start + 7], "big")
+    elif ASF in head:                                                                   # .wmv
+        stated_size = int.from_bytes(head.split(ASF, 1)[1][24:32], "little")
+    elif b"filesize\0" in head:                                                         # .flv
+        stated_size = np.frombuffer(head.split(b"filesize\0")[1][:8], ">f8").item()
+
+    cut_gif = head.startswith(b"GIF8") and not re.search(rb"\0;[\0\t-~]*\Z", tail)
+    if cut_gif or size < stated_size < 2 ** 32:                     # larger: written to a pipe, not known
+        raise ValueError("truncated: its end is missing")
 
 
 def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
     """When a video's frames are shown -> their ticks, ascending; those of key frames; seconds per tick.
 
     Without an index there are no key frames, and the k-th frame that is decoded is shown at the k-th tick."""
-    ticks, keys, spans = [], [], []                                 # spans: in seconds, of each packet
+    ticks, keys = [], []
     with open_video(source) as (container, stream):
-        indexed = container.format.name.startswith(INDEXED)         # then a packet, undecoded, tells its time
-        for packet in container.demux():
-            is_ours = packet.stream.index == stream.index
-            if packet.pts is not None and (is_ours or not stream.duration):
-                end = packet.pts + (packet.duration or 0)
-                spans.append((float(packet.pts * packet.time_base), float(end * packet.time_base)))
-            if not is_ours:
-                continue
-            for item in [packet] if indexed else decoded(packet):
-                if item.is_corrupt:
-                    raise ValueError("truncated or damaged: a frame is incomplete")
-                if indexed and item.pts is not None and item.is_keyframe:
-                    keys.append(item.pts)
-                if not indexed or item.pts is not None and not item.is_discard:  # discarded by an edit list
-                    ticks.append(item.pts)
-        check_length(container, stream, spans)
+        name = container.format.name
+        indexed = name.startswith(INDEXED)                          # then packets, undecoded, tell the times
+        for packet in container.demux(stream):
+            frames = [packet] if indexed else packet.decode()
+            if any(frame.is_corrupt for frame in frames):
+                raise ValueError("truncated or damaged: a frame is incomplete")
+            if not indexed:
+                ticks += [frame.pts for frame in frames]
+            elif packet.pts is not None:
+                if packet.is_keyframe:
+                    keys.append(packet.pts)
+                if not packet.is_discard:                           # by an edit list
+                    ticks.append(packet.pts)
+
+        if any(entry.pos + entry.size > container.size for entry in stream.index_entries):
+            raise ValueError("truncated: its last frames are missing")
         if not ticks or None in ticks:
             raise ValueError("not a clip: no frames, or some without a timestamp; convert it to mp4")
-        if not indexed and container.format.name != "avi" and ticks != sorted(ticks):   # an avi's: of packets
+        if not indexed and name != "avi" and ticks != sorted(ticks):                    # an avi's: of packets
             raise ValueError("its timestamps run backwards (files joined?); convert it to mp4")
         return np.array(sorted(ticks)), sorted(keys), float(stream.time_base)
 
 
-def check_length(container: av.container.InputContainer, stream: av.VideoStream, spans: list) -> None:
-    """Raises ValueError for a file that was cut off between two packets: its header states a length, of the
-    video or else of all streams; spans: when their packets begin and end."""
-    name = container.format.name
-    if not spans or not name.startswith(STATED) or stream.frames >= 2 ** 30:        # an avi from a pipe
-        return
-    start, end = min(spans)[0], max(end for _, end in spans)
-    length = (container.duration or 0) / av.time_base
-    if stream.duration:
-        length = float(stream.duration * stream.time_base)
-    if name == "avi":                                               # where ffmpeg guesses durations
-        length = float(stream.frames / stream.average_rate)
-    if name.startswith("matroska"):
-        length -= start                                             # its header states the end
-    gap = (end - start) / len(spans)                                # some do not tell how long the last takes
-    if length > end - start + gap + max(0.25, 0.05 * length):
-        raise ValueError(f"truncated: {end - start:.2f} s of the {length:.2f} s that its header states")
-
-
-def decoded(packet: av.Packet) -> list[av.VideoFrame]:
-    """A packet's frames. One that is empty, and not the last, repeats a frame (Theora)."""
-    return packet.decode() if packet.size or packet.dts is None else []
-
-
 def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], chosen: Sequence[int],
-              fit: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """What `fit` makes of the frames whose indices in a timeline (ticks, keys) are `chosen`, ascending.
+              fit: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `fit` makes of the frames whose indices in a timeline (ticks, keys) are `chosen`, along dim 1.
 
     Decoding begins at the last key frame before the first of them, or without `keys` at the first frame."""
-    needed, pictures, last = [int(ticks[index]) for index in chosen], {}, None
+    needed, pictures, last = [int(ticks[index]) for index in chosen], {}, -np.inf
     with open_video(source) as (container, stream):
         if keys:
             container.seek(max((key for key in keys if key <= needed[0]), default=needed[0]), stream=stream)
-        frames = chain.from_iterable(map(decoded, container.demux(stream)))
-        for order, frame in enumerate(frames):
-            if frame.is_corrupt:                      # others are predicted from it, and are not marked
-                raise ValueError("damaged: a frame cannot be decoded")
+        for order, frame in enumerate(container.decode(stream)):
             tick = frame.pts if keys else int(ticks[order])
-            if None not in (tick, last) and tick < last:
-                raise ValueError("its timestamps are out of order; convert it to mp4 anew")
+            if frame.is_corrupt or tick is None or tick < last:     # what is predicted from it is not marked
+                raise ValueError("damaged: a frame cannot be decoded, or is out of order")
             if tick in needed:
                 pictures[tick] = fit(pixels(frame, container, stream))
-            if tick is not None and tick >= needed[-1]:
+            if needed[-1] in pictures:
                 break
             last = tick
 
     if not pictures.keys() >= set(needed):
         raise ValueError("damaged: frames are missing")
-    return [pictures[tick] for tick in needed]
+    return torch.stack([pictures[tick] for tick in needed], dim=1)
 
 
 def pixels(frame: av.VideoFrame, container: av.container.InputContainer, stream: av.VideoStream) -> Tensor:
     """Decoded frame -> uint8 RGB (3, H, W) as players show it: with square pixels, upright, not mirrored.
 
     ffmpeg converts the colours by the file's matrix and range; where it names none, as BT.601, limited."""
-    if frame.color_trc in HDR:
-        raise ValueError(f"an HDR video ({HDR[frame.color_trc]}); convert it to SDR")
+    if frame.color_trc in (16, 18):                                 # in ITU-T H.273
+        raise ValueError("an HDR video (PQ or HLG); convert it to SDR")
     width = round(frame.width * (stream.sample_aspect_ratio or 1))
     x = frame.to_ndarray(format="rgb24", width=width, interpolation="BICUBIC", threads=1)
     x = torch.from_numpy(x).permute(2, 0, 1)
@@ -237,7 +234,6 @@ def write_video(path: str | Path, clip: Tensor, fps: float) -> None:
 
     A clip of less than 128 pixels is enlarged in mp4 and gif, which read_clip takes back: players show its
     pixels, and yuv420p, which halves the planes of colour, keeps the edges."""
-    assert clip.dtype == torch.uint8 and clip.dim() == 4, (clip.dtype, clip.shape)
     check_output(path, fps)
     suffix, pictures, comment = Path(path).suffix.lower(), clip.cpu().permute(1, 2, 3, 0).numpy(), MARK
     if suffix == ".png":

@@ -4,7 +4,7 @@
 import sys
 import tempfile
 import time
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from statistics import median
 
@@ -30,13 +30,13 @@ def moving_clip(seed: int, T: int = 60, height: int = 720, width: int = 1280) ->
 
 
 class Draws:
-    """What a process of PyTorch's DataLoader needs: dataset[(position, index)]."""
+    """What a process of PyTorch's DataLoader needs: dataset[position]."""
 
     def __init__(self, dataset):
         self.dataset = dataset
 
-    def __getitem__(self, place: tuple[int, int]):
-        return data.draw(self.dataset, 0, *place)[0]["clip"]
+    def __getitem__(self, position: int):
+        return data.draw(self.dataset, 0, position)[0]["clip"]
 
 
 def rate(clips) -> float:
@@ -57,8 +57,7 @@ def main(workers: int) -> None:
         dataset = data.open_dataset(folder, 16, 16, 320, 512)
 
         for _ in range(ROUNDS):
-            places = data.order(len(dataset), 1, 0, 1, 0, 0)
-            processes = DataLoader(Draws(dataset), None, sampler=places, num_workers=workers)
+            processes = DataLoader(Draws(dataset), None, sampler=count(), num_workers=workers)
             rates["processes"].append(rate(iter(processes)))
             rates["threads"].append(rate(data.loader(dataset, 1, workers=workers)))
             rates["one"].append(rate(data.loader(dataset, 1, workers=0)))

@@ -70,7 +70,7 @@ def test_brace_patterns():
 
 
 def test_a_users_mistakes(tmp_path):
-    for spec, message in ((tmp_path, r"no clips in .*: expected \*.mp4 with .txt beside them, e.g. 0001.mp4"),
+    for spec, message in ((tmp_path, r"no clips in .*: expected files, or members of shards, KEY.mp4"),
                           (tmp_path / "{0..2}.tar", "no data at .*{0..2}.tar: expected a folder")):
         with pytest.raises(UserError, match=message):
             open_dataset(str(spec))
@@ -83,7 +83,7 @@ def test_a_users_mistakes(tmp_path):
         with pytest.raises(UserError, match=message):
             open_dataset(str(tmp_path / name))
     tar_of(tmp_path / "00.tar", [("readme", b"hello")])
-    with pytest.raises(UserError, match="a shard has members KEY.mp4"):
+    with pytest.raises(UserError, match="expected files, or members of shards, KEY.mp4"):
         open_dataset(str(tmp_path / "00.tar"))
 
 
@@ -113,7 +113,7 @@ def test_csv_rows_that_lose_words_are_bad_and_named(here):
                                 'b.mp4,"a dog, running",\n\nd.mp4\n,lonely,\n')
     assert texts(open_dataset("a.csv", **SHAPE)) == [
         "BAD a.mp4: a caption is no text, or has commas and no quotation marks: ['a dog', 'fast']",
-        ("a dog, running", None), "BAD d.mp4: no caption", "BAD : no file, but a folder, pipe or device"]
+        ("a dog, running", None), "BAD d.mp4: no caption", "BAD : No such file, or a folder, pipe or device"]
 
 
 def test_long_captions_line_breaks_byte_order_marks_and_latin(here):
@@ -135,8 +135,9 @@ def test_captions_that_are_no_strings(here, mp4):
             dict(path=["c.mp4"], caption="c"), dict(path="d.mp4", caption="d", reward_caption="")]
     (here / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     no = "a caption is no text, or has commas and no quotation marks"
-    assert texts(open_dataset("a.jsonl", **SHAPE)) == [
-        f"BAD a.mp4: {no}: ['a']", f"BAD b.mp4: {no}: 7", "BAD ['c.mp4']: No such file", ("d", None)]
+    *bad, good = texts(open_dataset("a.jsonl", **SHAPE))
+    assert bad[:2] == [f"BAD a.mp4: {no}: ['a']", f"BAD b.mp4: {no}: 7"] and good == ("d", None)
+    assert bad[2].startswith("BAD ['c.mp4']: No such file")
     tar_of(here / "a.tar", [("a.mp4", mp4), ("a.txt", b"\xef\xbb\xbfa"),
                             ("a.json", b'{"reward_caption": {}}'), ("b.mp4", mp4), ("b.json", b"{")])
     first, second = texts(open_dataset("a.tar", **SHAPE))
@@ -145,13 +146,12 @@ def test_captions_that_are_no_strings(here, mp4):
 
 # ---- shards ------------------------------------------------------------------------------------------------
 
-def test_bad_members_are_named_in_full_on_one_line(here):
-    names = ["f\u00e9lix/\u732b.mp4", "a\nb\x1b[31m.mp4", "folder/" * 18 + "clip.mp4", "x" * 200 + ".mp4"]
+def test_bad_members_are_named_in_full(here):
+    names = ["f\u00e9lix/\u732b.mp4", "folder/" * 18 + "clip.mp4", "x" * 200 + ".mp4"]
     members = [(member, b"words") for name in names for member in (name, name[:-3] + "txt")]
     tar_of(here / "a.tar", members)
     for text, name in zip(texts(open_dataset("a.tar", **SHAPE)), names, strict=True):
-        printed = name.replace("\n", "\ufffd").replace("\x1b", "\ufffd")
-        assert text.startswith(f"BAD a.tar:{printed}: not a readable")
+        assert text.startswith(f"BAD a.tar:{name}: not a readable")
 
 
 def test_index_is_kept_and_made_anew_when_a_shard_changes(sources, tmp_path, monkeypatch, mp4):
@@ -221,16 +221,15 @@ def test_the_global_batch_is_the_same_on_1_2_3_ranks(bad):
         options = dict(world_size=world, workers=workers)
         ranks = [take(Numbers(11, bad), 7, 12 // world, rank=rank, **options) for rank in range(world)]
         return [torch.cat([rank[n][key] for rank in ranks])
-                for n in range(7) for key in ("clip", "index", "position")]
+                for n in range(7) for key in ("clip", "index")]
 
     want = run(1)
-    assert torch.cat(want[2::3]).tolist() == list(range(84))
     for world, workers in ((2, 0), (3, 0), (2, 2)):
         for a, b in zip(want, run(world, workers), strict=True):
             assert torch.equal(a, b)
-    assert not set(bad) & set(torch.cat(want[1::3]).tolist())
+    assert not set(bad) & set(torch.cat(want[1::2]).tolist())
     clean = torch.cat([out["index"] for out in take(Numbers(11), 7, 12)])
-    got = torch.cat(want[1::3])
+    got = torch.cat(want[1::2])
     replaced = torch.isin(clean, torch.tensor(bad or [-1]))          # only the bad ones
     assert ((got == clean) | replaced).all()
 
@@ -285,7 +284,7 @@ def test_threads_keep_the_order_and_end_with_the_loader():
 REASONS = dict(codec="its codec is not known here; convert it to h264", corrupt="damaged|not a readable",
                truncated="truncated", cut="truncated|not a clip|readable", empty="not a readable video",
                junk="not a readable video", sound="no video", no_caption="no caption", blank="no caption",
-               latin="utf-8", still="not a clip: 1 frame", pipe="no file, but a folder, pipe")
+               latin="utf-8", still="not a clip: 1 frame", pipe="No such file, or a folder, pipe")
 
 
 @pytest.fixture

@@ -128,11 +128,11 @@ def test_colours_against_the_definition_and_ffmpeg(matrix, color_range, bits, tm
         assert difference.max() <= (8 if bits > 8 else 1)
 
 
-@pytest.mark.parametrize("color_trc, name", [(16, "PQ"), (18, "HLG")])
-def test_hdr_is_refused_by_its_name(color_trc, name, tmp_path):
+@pytest.mark.parametrize("color_trc", [16, 18])                      # PQ, HLG
+def test_hdr_is_refused(color_trc, tmp_path):
     planes = grey_planes(np.full((48, 64), 480), np.uint16)
     write_planes(tmp_path / "a.mp4", planes, "yuv420p10le", color_trc=color_trc, colorspace=9)
-    with pytest.raises(ValueError, match=rf"an HDR video \({name}\); convert it to SDR"):
+    with pytest.raises(ValueError, match="an HDR video .*; convert it to SDR"):
         read_video(tmp_path / "a.mp4", 2, 8, 48, 64)
 
 
@@ -178,7 +178,7 @@ def test_nothing_but_files_is_opened(tmp_path, monkeypatch):
     os.mkfifo("pipe.mp4")
     for source in ("script.mp4", "list.mp4", Path("script.mp4").read_bytes(), "http://127.0.0.1:9/a.mp4",
                    "concat:in.mp4|in.mp4", "file:in.mp4", "pipe:0", "pipe.mp4", "/dev/zero"):
-        with pytest.raises(ValueError, match="not a readable video|No such file|no file, but a folder"):
+        with pytest.raises(ValueError, match="not a readable video|No such file"):
             read_video(source, 4, 8, 32, 48)
     for path in ("pipe.mp4", "/dev/zero"):
         with pytest.raises(UserError, match=f"{path} .*is a pipe or a device"):
@@ -189,24 +189,25 @@ def test_nothing_but_files_is_opened(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, codec, options", [
-    ("a.webm", "libvpx-vp9", {}), ("a.mkv", "libx264", {}), ("a.flv", "flv1", {}),
-    ("a.mp4", "libx264", {"movflags": "faststart"})])
-def test_a_file_cut_off_between_two_packets_is_not_a_shorter_clip(name, codec, options, tmp_path):
-    """A download that broke off. All packets are whole, but the header states another length."""
+    ("a.webm", "libvpx-vp9", {}), ("a.mkv", "libx264", {}), ("a.flv", "flv1", {}), ("a.wmv", "wmv2", {}),
+    ("a.avi", "mpeg4", {}), ("a.gif", "gif", {}), ("a.mp4", "libx264", {"movflags": "faststart"})])
+def test_a_file_that_is_cut_off_is_not_a_shorter_clip(name, codec, options, tmp_path):
+    """A download that broke off, within a packet or between two, where all that are left are whole."""
     path = tmp_path / name
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=8)
-        stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = 64, 64, "rgb8" if codec == "gif" else "yuv420p"
         for picture in counting_clip(24).permute(1, 2, 3, 0).numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
+    path.write_bytes(path.read_bytes() + bytes(9))                   # zeros behind it are usual
     assert len(video.timeline(path)[0]) == 24
 
     with av.open(str(path)) as container:
         places = [packet.pos for packet in container.demux(video=0) if packet.size]
-    for place in places[16], places[8]:
+    for place in places[16] + 20, places[16], places[8]:
         path.write_bytes(path.read_bytes()[:place])
-        with pytest.raises(UserError, match="truncated: .* of the 3.00 s that its header states"):
+        with pytest.raises(UserError, match="truncated: |truncated or damaged"):
             read_clip(path)
 
 

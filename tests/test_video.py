@@ -175,8 +175,8 @@ def test_every_fps_that_may_be_written_is_read(name, fps, smooth_clip, tmp_path)
 
 
 def test_pngs_in_the_order_of_their_numbers(tmp_path):
-    for t in (10, 9, 2):
-        Image.new("L", (4, 4), t).save(tmp_path / f"{t}.png")        # grey ones are read as RGB
+    for t, mode, level in ((10, "L", 10), (9, "I;16", 9 * 256 + 200), (2, "I", 2 * 256)):    # 8 or 16 bits
+        Image.new(mode, (4, 4), level).save(tmp_path / f"{t}.png")
     assert read_clip(tmp_path)[0, :, 0, 0].tolist() == [2, 9, 10]
 
 
