@@ -8,6 +8,7 @@ import json
 import os
 import re
 import warnings
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -46,7 +47,7 @@ def open_sources(spec: str | Sequence[str | Path], cache: str | None = None, col
 
         for path in paths:
             if os.path.isdir(path):
-                files = sorted(glob.glob(f"{glob.escape(path)}/**", recursive=True))
+                files = files_below(path)
                 clips = (os.path.relpath(file, path) for file in files if file.lower().endswith(READABLE))
                 sources.append(Files(path, ([clip, None, None] for clip in clips)))
                 shards += [file for file in files if file.lower().endswith(".tar") and os.path.isfile(file)]
@@ -63,6 +64,8 @@ def open_sources(spec: str | Sequence[str | Path], cache: str | None = None, col
 def expand(pattern: str) -> list[str]:
     """'{00..02}{x,y}/*.tar' -> the paths that a shell makes of it, or the pattern where nothing fits it."""
     brace = re.search(r"\{([^{}]*)\}", pattern)
+    if os.path.exists(pattern):
+        return [pattern]
     if not brace:
         return sorted(glob.glob(pattern, recursive=True)) or [pattern]
 
@@ -73,18 +76,32 @@ def expand(pattern: str) -> list[str]:
     return [path for name in names for path in expand(pattern[:brace.start()] + name + pattern[brace.end():])]
 
 
+def files_below(folder: str) -> list[str]:
+    """The paths of all files below a folder; in linked folders too. Raises UserError."""
+    def refuse(error: OSError) -> None:
+        raise error
+
+    with reading(folder, "a folder"):
+        tree = os.walk(folder, onerror=refuse, followlinks=True)
+        return sorted(os.path.join(base, name) for base, _, names in tree
+                      for name in names if not name.startswith("."))
+
+
 class Files:
     """Clips in files of their own, from rows [path in `folder`, caption (None: in the .txt beside the clip),
-    reward caption], which are held as JSON in bytes: ten million take 2 GB."""
+    reward caption], which are held as bytes: ten million are no Python objects."""
 
     def __init__(self, folder: str, rows: Iterable[list]):
-        self.folder, self.rows = folder, [json.dumps(row).encode() for row in rows]
+        self.folder, self.buffer, self.ends = folder, bytearray(), array("q", [0])
+        for row in rows:
+            self.buffer += json.dumps(row).encode()
+            self.ends.append(len(self.buffer))
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.ends) - 1
 
     def row(self, i: int) -> list:
-        path, *captions = json.loads(self.rows[i])
+        path, *captions = json.loads(self.buffer[self.ends[i]:self.ends[i + 1]])
         return [os.path.join(self.folder, os.path.expanduser(path)), *captions]
 
     def name(self, i: int) -> str:
@@ -152,4 +169,7 @@ def records_of(path: str, file: TextIO) -> tuple[Iterable[dict], str]:
     file.seek(0)
     columns = ["path", "caption"] if is_clip else None              # None: the first row names them
     records = csv.DictReader(file, columns, restval="", delimiter=mark, skipinitialspace=True, strict=True)
+    titles = [title for title in records.fieldnames or () if title.strip()]     # some end in empty ones
+    if len({*titles}) < len(titles):
+        raise UserError(f"{path}: two of its columns have one name ({', '.join(titles)})")
     return records, f", separated by {SEPARATORS[mark]}"

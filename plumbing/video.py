@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -120,7 +121,7 @@ def check_end(file: BinaryIO) -> None:
         stated_size = start + 7 + int.from_bytes(head[start:start + 7], "big")
     elif ASF in head:                                                                   # .wmv
         stated_size = int.from_bytes(head.split(ASF, 1)[1][24:32], "little")
-    elif b"filesize\0" in head:                                                         # .flv
+    elif head.startswith(b"FLV") and b"filesize\0" in head:
         stated_size = np.frombuffer(head.split(b"filesize\0")[1][:8], ">f8").item()
 
     cut_gif = head.startswith(b"GIF8") and not re.search(rb"\0;[\0\t-~]*\Z", tail)
@@ -137,7 +138,7 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
         name = container.format.name
         indexed = name.startswith(INDEXED)                          # then packets, undecoded, tell the times
         for packet in container.demux(stream):
-            frames = [packet] if indexed else packet.decode()
+            frames = [packet] if indexed else decoded(packet)
             if any(frame.is_corrupt for frame in frames):
                 raise ValueError("truncated or damaged: a frame is incomplete")
             if not indexed:
@@ -157,6 +158,11 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
         return np.array(sorted(ticks)), sorted(keys), float(stream.time_base)
 
 
+def decoded(packet: av.Packet) -> list[av.VideoFrame]:
+    """A packet's frames. One that is empty, and not the last, repeats a frame (Theora)."""
+    return packet.decode() if packet.size or packet.dts is None else []
+
+
 def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], chosen: Sequence[int],
               fit: Callable[[Tensor], Tensor]) -> Tensor:
     """What `fit` makes of the frames whose indices in a timeline (ticks, keys) are `chosen`, along dim 1.
@@ -166,7 +172,8 @@ def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], ch
     with open_video(source) as (container, stream):
         if keys:
             container.seek(max((key for key in keys if key <= needed[0]), default=needed[0]), stream=stream)
-        for order, frame in enumerate(container.decode(stream)):
+        frames = chain.from_iterable(map(decoded, container.demux(stream)))
+        for order, frame in enumerate(frames):
             tick = frame.pts if keys else int(ticks[order])
             if frame.is_corrupt or tick is None or tick < last:     # what is predicted from it is not marked
                 raise ValueError("damaged: a frame cannot be decoded, or is out of order")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from clips import SHAPE, make_mp4, tar_of
 
-from data import BadClip, open_dataset
+from data import BadClip, ClipDataset
 from plumbing.errors import UserError
 from plumbing.manifests import open_sources
 
@@ -52,6 +52,7 @@ REFUSED = [
     ("own.json", '[{"a": "1.mp4", "b": "A dog"}]', {}, r"\('a', 'b'\)"),
     ("own.csv", "path,caption\n1.mp4,A dog\n", dict(columns="caption=words"), r"\('path', 'caption', sep"),
     ("own.csv", "path,caption\n1.mp4,A dog\n", dict(columns="captions=a"), "--columns captions=a: expected"),
+    ("own.csv", "path,caption,caption\n1.mp4,A,B\n", {}, "two of its columns have one name"),
     ("own.json", '{"path": "1.mp4"}', {}, "own.json is not a manifest"),
     ("quotes.csv", 'path,caption\n1.mp4,"A dog\n2.mp4,A cat\n', {}, "quotes.csv, near line"),
 ]
@@ -83,7 +84,7 @@ def test_names_of_sources(spec, count, warning, here, monkeypatch, recwarn):
     for name in ("s/0", "s/2", "s/a", "s/b", "dogs, cats/0", "[12]"):
         (here / name).parent.mkdir(exist_ok=True)
         tar_of(here / f"{name}.tar", [("0.mp4", b"x"), ("0.txt", b"A dog")])
-    assert len(open_dataset(spec)) == count
+    assert len(ClipDataset(spec)) == count
     assert [str(each.message) for each in recwarn] == ([warning] if warning else [])
 
 
@@ -92,11 +93,11 @@ def test_what_is_no_file(here):
     os.mkfifo("a.csv"), os.mkfifo("a.tar"), os.mkfifo("pipe.mp4")
     for name in ("a.csv", "a.tar", "/dev/null"):
         with pytest.raises(UserError, match="is no data, or a pipe or device"):
-            open_dataset(name)
+            ClipDataset(name)
     (here / "b.csv").write_text("path,caption\nhttp://localhost/a.mp4,A dog\npipe.mp4,A dog\n")
     for i, reason in enumerate(["a.mp4: No such file", "pipe.mp4: No such file, or a folder, pipe"]):
         with pytest.raises(BadClip, match=reason):
-            open_dataset("b.csv").get(i)
+            ClipDataset("b.csv").get(i)
 
 
 # ---- members of shards: what the tar holds -> captions of its clips, or why one is bad ---------------------
@@ -116,7 +117,7 @@ KEYS = [
 
 
 def captions(name: str) -> list[str]:
-    dataset, answers = open_dataset(name, **SHAPE), []
+    dataset, answers = ClipDataset(name, **SHAPE), []
     for i in range(len(dataset)):
         try:
             answers.append(dataset.get(i)["caption"])
@@ -169,4 +170,4 @@ def test_a_bad_member_costs_one_clip(mp4, here):
     for content in (b"", b"x" * 2000):                # no tar: the others are read all the same
         Path("junk.tar").write_bytes(content)
         with pytest.warns(UserWarning, match="1 of 2 shards hold no clip, e.g. junk.tar"):
-            assert len(open_dataset("{0,junk}.tar")) == 1
+            assert len(ClipDataset("{0,junk}.tar")) == 1
