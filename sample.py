@@ -383,10 +383,9 @@ class Take(NamedTuple):
     scores: dict                        # of each reward; their weighted "total"; "climb" of --refine's steps
 
 
-def caption_of(prompt: str, seed: int, config: Config) -> tuple[str, list[str]]:
-    """What the networks are told, and notes on it: the toy's captions say what a prompt leaves unsaid."""
-    complete = config.is_toy and not config.as_typed
-    return grammar.fill_in(prompt, seed) if complete else (prompt, [])
+def caption_of(prompt: str, seed: int, config: Config) -> str:
+    """What the networks are told: the toy's captions say what a prompt leaves unsaid."""
+    return grammar.fill_in(prompt, seed) if config.is_toy and not config.as_typed else prompt
 
 
 def make(captions: list[str], seeds: list[int], models: Models, terms: list[RewardTerm], sampling: Sampling,
@@ -420,9 +419,9 @@ def make_all(jobs: list[Job], models: Models, terms: list[RewardTerm], config: C
     """All clips in batches; of each job's takes the best is written, and all are shown by the sheet."""
     from tqdm import tqdm
     captions = [caption_of(job.prompt, job.seed, config) for job in jobs]
-    for job, (_, notes) in list(zip(jobs, captions))[:8]:
-        if notes:
-            print(f"{job.path.name}: {'; '.join(notes)}", file=sys.stderr)
+    for job, caption in list(zip(jobs, captions))[:8]:
+        if caption != job.prompt:
+            print(f"{job.path.name}: {caption}", file=sys.stderr)
 
     sampling, reference = sampling_of(models, config), reference_of(models, config)
     count, batch = config.best_of or 1, config.batch or (16 if config.is_toy else 1)
@@ -430,14 +429,14 @@ def make_all(jobs: list[Job], models: Models, terms: list[RewardTerm], config: C
     bar, clips = tqdm(total=len(jobs) * count, desc="clips", disable=len(jobs) * count <= batch), []
     for start in range(0, len(jobs), together):
         group = list(zip(jobs, captions))[start:start + together]
-        to_make = [(caption, job.seed + i) for job, (caption, _) in group for i in range(count)]
+        to_make = [(caption, job.seed + i) for job, caption in group for i in range(count)]
         takes = []
         for first in range(0, len(to_make), batch):
             texts, seeds = map(list, zip(*to_make[first:first + batch]))
             takes += make(texts, seeds, models, terms, sampling, config, reference)
             bar.update(len(texts))
 
-        for n, (job, (caption, _)) in enumerate(group):
+        for n, (job, caption) in enumerate(group):
             ranked = sorted(takes[n * count:(n + 1) * count], key=lambda take: -take.scores["total"])
             write(job, caption, ranked, config.fps or models.fps, config)
             clips += [take.clip for take in ranked] if config.sheet else []
