@@ -98,9 +98,8 @@ class Config:
 
 def model_of(config: Config) -> str:
     """The family: as typed, else what the student's own file says, else the toy."""
-    turbo = config.turbo if config.method != "teacher" else None
-    stated = shapes.STUDENTS.get(turbo)
-    if turbo and not stated:
+    turbo, stated = config.turbo, None
+    if turbo:
         place = Path(turbo)
         file = place / "turbo.safetensors" if place.is_dir() else place
         if file.is_file():
@@ -301,6 +300,7 @@ def load_models(config: Config) -> Models:
     student = None if config.method == "teacher" else config.turbo or config.method
     where = (device, getattr(torch, dtype), 1.0 if config.lora_scale is None else config.lora_scale)
     if config.is_toy:
+        student = Path(config.turbo) if config.turbo else student
         models = shapes.load(student, config.teacher, *where, config.model)
     else:
         student = f"{config.model}-turbo" if student == "turbo" else student            # the released one
@@ -482,8 +482,6 @@ def write_sheet(path: Path, clips: list[Tensor]) -> None:
 def main(argv=None):
     """Prompts -> clips in files; on demand the best of several, refined by rewards, and a sheet of them."""
     config = cli.parse(Config, argv, __doc__, positional="prompt")
-    if config.turbo in shapes.STUDENTS and Path(config.turbo).exists():
-        config = replace(config, turbo=f"./{config.turbo}")             # not the embedded one of that name
     config = replace(config, model=model_of(config))
     check(config)
     jobs = plan_clips(config)

@@ -231,7 +231,7 @@ def load_text(folder: str | Path = WEIGHTS) -> CaptionEncoder:
 def load(turbo: str | Path | None = None, folder: str | Path | None = None,
          device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, lora_scale: float = 1.0,
          name: str = "shapes", **conditions) -> model.Models:
-    """The toy's networks: the teacher's, or with `turbo` (a file, or one of STUDENTS) a student's.
+    """The toy's networks: the teacher's, or with `turbo` (a Path, or one of STUDENTS) a student's.
 
     name: whose teacher, one of FAMILIES. folder: where pretrain.py wrote, instead of the embedded weights."""
     # Two threads gain a third on an idle machine; on a busy one they mostly wait for each other.
@@ -241,7 +241,7 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     family, (teacher, _) = FAMILIES[name], read(folder / f"{FILES[name]}.safetensors")
     config, whole, lora, header = replace(family.unet, **conditions), None, None, {}
     if turbo is not None:
-        turbo = student(turbo, folder) if str(turbo) in STUDENTS else turbo
+        turbo = student(turbo, folder) if turbo in STUDENTS else turbo
         config, whole, lora, header = model.read_turbo(turbo, config, name, lora_scale)
         header = model.complete(header, family)
     layers = model.condition_layers(config).items()
