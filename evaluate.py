@@ -52,9 +52,6 @@ def shapes_table(config: ShapesConfig) -> list[dict]:
 
 # ---- python evaluate.py score ------------------------------------------------------------------------------
 
-FRAMES = 16                             # of an image reward at once
-
-
 @dataclass(frozen=True)
 class ScoreConfig:
     """The options of `evaluate.py score`."""
@@ -76,16 +73,15 @@ def score(config: ScoreConfig) -> dict:
     clips_of = {row["prompt"]: [] for row in rows}                      # {prompt: numbers of its clips}
     for number, row in enumerate(rows):
         clips_of[row["prompt"]].append(number)
-    if config.diversity and len(clips_of) == len(rows):
-        raise UserError("--diversity compares clips of one prompt, and no prompt has two")
 
     import rewards
     from plumbing.run import pick_device
     files_of = {name: path for name, path, _ in map(rewards.parse_spec, config.reward)}
     if len(files_of) < len(config.reward):
         raise UserError(f"--reward {' '.join(config.reward)}: give each reward once")
-    if config.diversity and not any(rewards.RECIPES[name].kind == "video" for name in files_of):
-        raise UserError("--diversity compares features of a video reward, e.g. --reward viclip=FILE")
+    by_video = any(rewards.RECIPES[name].kind == "video" for name in files_of)
+    if config.diversity and not (by_video and len(clips_of) < len(rows)):
+        raise UserError("--diversity compares clips of one prompt by a video reward, e.g. viclip=FILE")
 
     device, result = pick_device(config.device), dict(clips=rows, means={}, diversity={})
     for name, path in files_of.items():                                 # one reward in memory at a time
@@ -146,7 +142,7 @@ def score_clips(reward: Reward, rows: list[dict], with_features: bool) -> list[T
     features = []
     for row in tqdm(rows, reward.name, leave=False):
         frames = frames_of(reward, row["clip"])
-        parts = frames.split(FRAMES, 1) if reward.kind == "image" else [frames]
+        parts = frames.split(16, 1) if reward.kind == "image" else [frames]     # as many at once
         with torch.no_grad():
             sums = [reward(part, [row["prompt"]]).item() * part.shape[1] for part in parts]
             features += [reward.features(frames)[0].cpu()] if with_features else []
@@ -260,7 +256,7 @@ def with_totals(shares: dict[str, float]) -> dict[str, float]:
 
 def read_results(arguments: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """{model: {dimension: share}}. A model is called NAME, of NAME=PATH, else after its files' folder."""
-    models, folders = {}, {}                                # folders: of the models that go without NAME
+    models = {}
     for argument in arguments:
         name, separator, text = argument.partition("=")
         if Path(argument).exists() or not separator:
@@ -269,13 +265,7 @@ def read_results(arguments: tuple[str, ...]) -> dict[str, dict[str, float]]:
         files = sorted(path.glob("[!.]*eval_results.json")) if path.is_dir() else [path]
         if not files:
             raise UserError(f"{path}: no result files (*_eval_results.json) in this folder")
-        folder = (path if path.is_dir() else path.parent).resolve()
-        if not name and folders.setdefault(folder.name, folder) != folder:
-            raise UserError(f"{path} and {folders[folder.name]} have one name; use NAME=PATH")
-        name = name or folder.name
-        if f"{name.removesuffix(' (paper)')} (paper)" in published():
-            raise UserError(f"{name} is a paper's row; call your own model otherwise: NAME={path}")
-
+        name = name or (path if path.is_dir() else path.parent).resolve().name
         shares = models.setdefault(name, {})
         for file in files:
             with reading(file, "a VBench result"):          # {dimension: [share, [single clips]]}

@@ -274,8 +274,8 @@ MISTAKES = [                            # what is typed behind evaluate.py -> wh
     ("score", "score takes clips and at least one --reward"),
     ("score {empty} --reward shapes-clip", "{empty}: expected clips (.mp4, .gif, ...) or png frames"),
     ("score {clips} --reward shapes-clip --reward shapes-clip", "give each reward once"),
-    ("score {clips} --reward shapes-clip --diversity", "--diversity compares clips of one prompt"),
-    ("score {clips} --prompt x --reward shapes-clip --diversity", "--diversity compares features"),
+    ("score {clips} --reward shapes-viclip --diversity", "--diversity compares clips of one prompt"),
+    ("score {clips} --prompt x --reward shapes-clip --diversity", "--diversity compares clips of one prompt"),
     ("score {short} --reward shapes-viclip", "{short}"),
     ("score {cut} --reward shapes-clip", "-0.mp4: its name is a part of its prompt; give --prompt"),
     ("vbench", "vbench takes VBench's result files"),
@@ -286,8 +286,6 @@ MISTAKES = [                            # what is typed behind evaluate.py -> wh
     ("vbench {percent}", "{percent}: color is 93.5; VBench writes shares, at most 1"),
     ("vbench {true}", "{true}: color is True; VBench writes shares, at most 1"),
     ("vbench m={color1} m={color2}", "color is 0.6, in another file of m 0.5; tell two models apart"),
-    ("vbench {color1} {x}/evaluate0", "have one name; use NAME=PATH"),
-    ("vbench VideoCrafter2,~50~steps={color1}", "VideoCrafter2, 50 steps is a paper's row"),
 ]
 
 
@@ -301,8 +299,6 @@ def places(tmp_path_factory):
     (root / "cut").mkdir()
     (root / "cut" / f"{sample.file_name('a red circle ' * 40)}-0.mp4").touch()
     (root / "empty").mkdir()
-    (root / "x/evaluate0").mkdir(parents=True)
-    (root / "x/evaluate0/_eval_results.json").touch()
     contents = {"list": [], "i2v": {"i2v_subject": [0.5, []]}, "percent": {"color": [93.5, []]},
                 "true": {"color": [True, []]}, "color1": {"color": [0.5, []]}, "color2": {"color": [0.6, []]}}
     for name, content in contents.items():
@@ -315,7 +311,7 @@ def test_mistakes_end_in_one_line(typed, message, places, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     contents = {path: path.read_bytes() for path in places.values() if path.is_file()}
     with pytest.raises(SystemExit) as stop:
-        evaluate.main([word.replace("~", " ").format(**places) for word in typed.split()])
+        evaluate.main([word.format(**places) for word in typed.split()])
     printed = capsys.readouterr().err
     assert stop.value.code == 2 and message.format(**places) in printed and printed.count("\n") == 1
     assert not list(tmp_path.iterdir()) and all(path.read_bytes() == old for path, old in contents.items())
