@@ -114,8 +114,11 @@ ALSO = {
 }
 MEANS = {phrase: means for means, phrases in ALSO.items() for phrase in phrases.split(", ")}
 PHRASES = re.compile(r"\b(" + "|".join(sorted(["standing still", *MEANS], key=len, reverse=True)) + r")\b")
-MOTION_WORDS = {motion: motion for motion in MOTIONS} | {
-    "rising": "up", "falling": "down", "rest": "still", "bigger": "growing"}
+KNOWN = {                               # attribute -> {word: value}
+    "colour": {colour: colour for colour in COLOURS},
+    "shape": {word: shape for shape, words in SHAPES.items() for word in words},
+    "motion": {motion: motion for motion in MOTIONS} | {
+        "rising": "up", "falling": "down", "rest": "still", "bigger": "growing"}}
 BACKGROUND = re.compile(r"\b(?:on )?(?:a )?({0}) background\b|\bon (?:a )?({0})\b(?! (?:{1}))".format(
     "|".join(BACKGROUNDS), "|".join(SHAPE_WORDS)))
 
@@ -151,26 +154,20 @@ def clauses(text: str) -> list[list[str]]:
     return things
 
 
-def only(kind: str, clause: list[str], known) -> str | None:
-    """The one value of `known` that a clause names, or None. Raises UserError when it names two."""
-    values = {word for word in clause if word in known}
-    if len(values) > 1:
-        raise UserError(f"{' '.join(clause)!r} names more than one {kind}")
-    return values.pop() if values else None
-
-
 def read_thing(clause: list[str]) -> Thing:
     """The thing that a clause asks for. Raises UserError when it asks for none, or for two at once."""
     if {"on", "background", *BACKGROUNDS} & {*clause}:
         raise UserError(f"{' '.join(clause)!r}: things are {', '.join(COLOURS)}; there is one background, "
                         f"{' or '.join(BACKGROUNDS)}")
-    colour, shape_word = only("colour", clause, COLOURS), only("shape", clause, SHAPE_WORDS)
-    motion_word = only("motion", clause, MOTION_WORDS)
-    if not (colour or shape_word or motion_word):
+    values = {}
+    for attribute, known in KNOWN.items():
+        named = {known[word] for word in clause if word in known}
+        if len(named) > 1:
+            raise UserError(f"{' '.join(clause)!r} names more than one {attribute}")
+        values[attribute] = named.pop() if named else None
+    if not any(values.values()):
         raise UserError(f"{' '.join(clause)!r} names no colour, no shape and no motion" + HINT)
-
-    shape = next((name for name, texts in SHAPES.items() if shape_word in texts), None)
-    return Thing(colour, shape, MOTION_WORDS.get(motion_word))
+    return Thing(**values)
 
 
 def complete(thing: Thing, taken: set[str], rng: random.Random | None) -> Thing:
