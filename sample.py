@@ -9,9 +9,7 @@
 """
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import re
@@ -176,19 +174,13 @@ class Job(NamedTuple):
 def read_prompts(path: str) -> list[Prompt]:
     """Text, a prompt per line; .csv and .tsv with a header; .json and .jsonl of strings or of objects with
     one of COLUMNS, perhaps `name`, and `dimension` of VBench's lists, which tells how many clips are made."""
-    suffix = Path(path).suffix.lower()
-    with reading(path, "a list of prompts in utf-8"):
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        rows = [line for line in re.split("\r\n?|\n", text) if line.strip()]   # splitlines cuts at U+2028
-        if suffix in (".csv", ".tsv"):
-            comma = "," if suffix == ".csv" else "\t"
-            rows = [*csv.DictReader(io.StringIO(text, newline=""), delimiter=comma, strict=True)]
-        elif suffix == ".json":
-            rows = json.loads(text)
-            if not isinstance(rows, list):
-                raise ValueError("it holds no list")
-        elif suffix == ".jsonl":
-            rows = list(map(json.loads, rows))
+    from plumbing.manifests import MANIFESTS, records_of
+    with reading(path, "a list of prompts in utf-8"), open(path, newline="", encoding="utf-8-sig") as file:
+        is_text = not path.lower().endswith(MANIFESTS)
+        rows = [line for line in file if line.strip()] if is_text else records_of(path, file)[0]
+        if isinstance(rows, dict):
+            raise ValueError("it holds no list")
+        rows = list(rows)
 
     prompts: dict[tuple, Prompt] = {}                       # a prompt of several dimensions of VBench is one
     for number, row in enumerate(rows, 1):
