@@ -153,13 +153,13 @@ def measure(row: Row, count: int, pairs: float, folder: Path, device: torch.devi
     clips, climbs = [], []
     sample = sampler(row, folder, device, scorers, climbs)
     splits = [shapes.Clips(split, pairs=pairs) for split in ("train", "held-out")]
+    asked = [(split, grammar.TABLE + i) for i in range(count) for split in splits][:count]
     for start in tqdm(range(0, count, BATCH), row.name, leave=False):
-        indices = range(start, min(start + BATCH, count))
-        seeds = [grammar.TABLE + i // 2 for i in indices]
-        captions = [splits[i % 2].caption(seed) for i, seed in zip(indices, seeds)]
+        captions = [split.caption(seed) for split, seed in asked[start:start + BATCH]]
+        seeds = [seed for _, seed in asked[start:start + BATCH]]
         verdicts = judge(captions, sample(captions, seeds), scorers)
-        clips += [dict(split=splits[i % 2].split, seed=seed, **verdict)
-                  for i, seed, verdict in zip(indices, seeds, verdicts, strict=True)]
+        clips += [dict(split=split.split, seed=seed, **verdict)
+                  for (split, seed), verdict in zip(asked[start:], verdicts)]
     climb = torch.cat(climbs, dim=1).mean(1)[::5].tolist() if climbs else []
     return dict(name=row.name, steps=row.steps, passes=row.passes, **means(clips), variety=variety(sample),
                 climb=climb, clips=clips)
