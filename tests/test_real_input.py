@@ -42,7 +42,6 @@ TYPED = {                               # command -> what is typed behind it -> 
         f"{RED} --turbo unet_lora.pt": "unet_lora.pt: no such file or folder",
         f"{RED} --turbo red.txt": "red.txt does not say whose student it is; add --model vc2, ms",
         f"{RED} --out ~nosuch/x.mp4": "'~nosuch/x.mp4' is neither a file's name nor a folder's",
-        f"{RED} --turbo vc2.safetensors --model shapes": "vc2.safetensors is a student of vc2, not of shapes",
         f"{RED} --turbo pipe": "--turbo: 'pipe' is neither a file's name nor a folder's",
         "--prompts empty.txt": "empty.txt: no prompts in it",
         "--prompts latin.txt": "latin.txt is not a list of prompts in utf-8",
@@ -71,7 +70,6 @@ def inputs(tmp_path, monkeypatch):
     (tmp_path / "clips.mp4").mkdir()
     (tmp_path / "latin.txt").write_bytes("ein grüner".encode("latin-1"))
     os.mkfifo(tmp_path / "pipe")
-    weights.save(tmp_path / "vc2.safetensors", {"x": torch.ones(1)}, {"model": "vc2"})
     return tmp_path
 
 
