@@ -127,25 +127,25 @@ def sampler(row: Row, folder: Path, device: torch.device, scorers: dict, climbs:
     if row.motion:
         terms.append(RewardTerm(rewards.load("motion"), row.motion, 8, video=True, name="motion"))
 
-    @torch.no_grad()
-    def take(captions: list[str], seeds: list[int]) -> Tensor:
-        sampling = replace(models.sampling, steps=row.steps, guidance=row.guidance)
-        how = models, captions, seeds, models.size, sampling
-        if row.refine:
-            z, climb = generate_refined(*how, terms, row.refine, chunk=0)
-            climbs.append(torch.stack(climb).cpu())
-        else:
-            z = generate(*how)
-        return to_clip(models.vae, z).cpu()
+    sampling = replace(models.sampling, steps=row.steps, guidance=row.guidance)
 
     @torch.no_grad()
-    def best(captions: list[str], seeds: list[int]) -> Tensor:
-        takes = [take(captions, [seed + TAKE * k for seed in seeds]) for k in range(row.best_of)]
+    def sample(captions: list[str], seeds: list[int]) -> Tensor:
+        takes = []
+        for k in range(row.best_of):
+            how = models, captions, [seed + TAKE * k for seed in seeds], models.size, sampling
+            if row.refine:
+                z, climb = generate_refined(*how, terms, row.refine, chunk=0)
+                climbs.append(torch.stack(climb).cpu())
+            else:
+                z = generate(*how)
+            takes.append(to_clip(models.vae, z).cpu())
+
         scores = torch.stack([sum(term.weight * term.reward(rewards.frames_for(term.reward, clips), captions)
                                   for term in terms) for clips in takes])           # (takes, B)
         return torch.stack([takes[k][i] for i, k in enumerate(scores.argmax(0).tolist())])
 
-    return best if row.best_of > 1 else take
+    return sample
 
 
 def measure(row: Row, count: int, pairs: float, folder: Path, device: torch.device, scorers: dict) -> dict:
@@ -225,12 +225,11 @@ def means(clips: list[dict]) -> dict:
 
 def cells(row: dict) -> list[str]:
     """The printed cells of a row, as in COLUMNS."""
-    all_right, low, high, one, two, motion, variety = (100 * share for share in (
-        row["all"], *row["interval"], row["one"], row["two"], row["motion"], row["variety"]))
-    figures = [f"{one:.0f}", f"{two:.0f}", f"{motion:.0f}", f"{row['quality']:.3f}", f"{row['travel']:.1f}",
-               f"{variety:.0f}"]
-    right = f"{all_right:.1f} ({low:.1f}-{high:.1f})"
-    return [row["name"], str(row["passes"]), right, *("-" if x == "nan" else x for x in figures)]
+    low, high = row["interval"]
+    right = f"{100 * row['all']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+    one, two, motion, variety = (f"{100 * row[key]:.0f}" for key in ("one", "two", "motion", "variety"))
+    figures = [one, two, motion, f"{row['quality']:.3f}", f"{row['travel']:.1f}", variety]
+    return [row["name"], str(row["passes"]), right, *(x.replace("nan", "-") for x in figures)]
 
 
 def difference(row: dict, other: dict) -> str:
