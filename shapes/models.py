@@ -253,7 +253,6 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     if lora:
         model.check_teacher(header, fingerprint, turbo)
     weights.fill(unet, state, turbo or folder, device, dtype, lora).out.float()          # see UNet3D.last
-    unet.schedule = Schedule(device=device)
     vae, text = load_vae(folder).to(device, dtype), load_text(folder).to(device)    # text stays in float32
     speed_up(model.CPU_LAYERS, unet, vae)
     return model.Models(name, unet, vae, text, family, header, fingerprint)
