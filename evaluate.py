@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import re
 import sys
 from dataclasses import dataclass
@@ -159,7 +158,7 @@ def distance(features: list[Tensor]) -> float:
 def interval(values: list[float]) -> dict[str, float | None]:
     """Mean and half-width of its 95 % interval, None for a single value, which JSON can hold."""
     mean, half = stats.mean_interval(values)
-    return dict(mean=mean, half=None if math.isnan(half) else half)
+    return dict(mean=mean, half=half if len(values) > 1 else None)
 
 
 def score_table(result: dict) -> str:
