@@ -96,17 +96,15 @@ class Config:
 
 def model_of(config: Config) -> str:
     """The family: as typed, else what the student's own file says, else the toy."""
-    turbo, stated = config.turbo, None
-    if turbo:
-        place = Path(turbo)
-        file = place / "turbo.safetensors" if place.is_dir() else place
-        if file.is_file():
-            stated = read_header(file).get("model")
-        elif (place.suffix or len(place.parts) > 1) and not place.exists():     # not a public file's name
-            raise UserError(f"{turbo}: no such file or folder")
-    if turbo and not stated and not config.model:
-        raise UserError(f"{turbo} does not say whose student it is; add --model vc2, ms or shapes")
-    return config.model or stated or "shapes"
+    if config.model or not config.turbo:
+        return config.model or "shapes"
+    place = Path(config.turbo)
+    file = place / "turbo.safetensors" if place.is_dir() else place
+    stated = read_header(file).get("model") if file.is_file() else None
+    if not stated:
+        raise UserError(f"{place} is not there, or does not say whose student it is; add --model vc2, ms or "
+                        "shapes")
+    return stated
 
 
 def check(config: Config) -> None:

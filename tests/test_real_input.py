@@ -39,8 +39,8 @@ TYPED = {                               # command -> what is typed behind it -> 
         f"{RED} --best-of 2 --reward hpsv3": "no reward 'hpsv3'; there are hpsv2,",
         f"{RED} --model vc2 --best-of 2": "--best-of belongs to --reward NAME, e.g. --reward hpsv2",
         f"{RED} --best-of 2 --reward hpsv2=none.pt": "none.pt: no such file or folder",
-        f"{RED} --turbo unet_lora.pt": "unet_lora.pt: no such file or folder",
-        f"{RED} --turbo red.txt": "red.txt does not say whose student it is; add --model vc2, ms",
+        f"{RED} --turbo unet_lora.pt": "unet_lora.pt is not there, or does not say whose student it is",
+        f"{RED} --turbo red.txt": "red.txt is not there, or does not say whose student it is; add --model",
         f"{RED} --out ~nosuch/x.mp4": "'~nosuch/x.mp4' is neither a file's name nor a folder's",
         f"{RED} --turbo pipe": "--turbo: 'pipe' is neither a file's name nor a folder's",
         "--prompts empty.txt": "empty.txt: no prompts in it",
@@ -151,7 +151,7 @@ SHELL = {                               # a line of a shell, in which RUN makes 
     "RUN >/dev/full": "",
     "PYTHONIOENCODING=ascii python sample.py --help": "\\u03c9, 0 = none",
     "python sample.py --help | head -1": "usage: sample.py",
-    "python sample.py 'a ring' --turbo $'\\377.safetensors' 2>&1": "\\udcff.safetensors: no such file",
+    "python sample.py 'a ring' --turbo $'\\377.safetensors' 2>&1": "\\udcff.safetensors is not there",
 }
 
 
