@@ -109,15 +109,13 @@ def prompt_of(path: Path) -> str:
 
 def clips_at(path: Path) -> list[Path]:
     """A clip, or the clips of a folder that is not itself one of png frames."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
     if path.is_file():
         return [path]
     from plumbing.video import READABLE
     suffixes = {*READABLE, ".gif"}
     files = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in suffixes)
     if bool(files) == any(path.glob("[!.]*.png")):
-        raise UserError(f"{path}: expected clips (.mp4, .gif, ...) or png frames in this folder, one of both")
+        raise UserError(f"{path}: expected a clip, or a folder of clips (.mp4, .gif, ...) or of png frames")
     return files or [path]
 
 

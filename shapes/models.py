@@ -208,9 +208,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors (as float32) and header of one of the toy's weight files."""
     if not path.exists():
         raise UserError(f"{path} does not exist; make it with shapes/pretrain.py --out {path.parent}")
-    tensors = weights.read_tensors(path)
-    weights.check_numbers(tensors, path)
-    return {key: tensor.float() for key, tensor in tensors.items()}, read_header(path)
+    return {key: tensor.float() for key, tensor in weights.read_tensors(path).items()}, read_header(path)
 
 
 def load_vae(folder: str | Path = WEIGHTS) -> model.VAE:

@@ -28,7 +28,7 @@ import rewards
 import shapes
 from networks.fast_cpu import speed_up
 from plumbing import cli, folder, run, weights
-from plumbing.errors import UserError, reading
+from plumbing.errors import UserError
 from shapes import grammar, world
 from shapes.models import MOTION, TOY, TOY_VAE
 from solver import Schedule
@@ -73,8 +73,7 @@ def fit(network: nn.Module, loss_of: Callable, out: Path, steps: int, group: run
 
     if saved := folder.checkpoints(out):
         state = folder.read_checkpoint(saved[-1], group, "network")
-        with reading(saved[-1], f"a checkpoint of {out.name}"):
-            network.load_state_dict(state["network"])
+        network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         torch._foreach_copy_(average.average, state["average"])
         start = state["step"]

@@ -74,7 +74,7 @@ this share of the world's own, in %"""
 def make(config) -> list[dict]:
     """Measures, prints and stores the rows that an `evaluate.ShapesConfig` asks for; returns their means."""
     folder, device = Path(config.folder or shapes.WEIGHTS), pick_device(config.device)
-    rows, scorers, measured = chosen(config.rows, folder), shapes.rewards(device, folder), []
+    scorers, rows, measured = shapes.rewards(device, folder), chosen(config.rows, folder), []
     print(markdown(COLUMNS, []))
     for row in rows:
         pairs = config.pairs if row.model == "shapes" else 0.0          # the other teacher saw single things
@@ -100,8 +100,6 @@ def chosen(text: str, folder: Path) -> list[Row]:
             students += [Row(TITLES.get(name, name), steps, name, model) for steps in (1, 2, 4, 8)]
     rows = [row for row in [*TEACHERS, *students, *TEST_TIME]
             if shapes.student(row.student or shapes.FILES[row.model], folder).exists()]
-    if not rows:
-        raise UserError(f"{folder} holds no weights of a teacher; make them with shapes/pretrain.py")
 
     named = []
     for part in text.lower().split(","):

@@ -269,10 +269,11 @@ def test_variety_of_the_world_and_of_one_clip():
 MISTAKES = [                            # what is typed behind evaluate.py -> what the message says
     ("shape", "no command 'shape'; there are shapes, score, vbench"),
     ("shapes --rows nobody", "--rows 'nobody': no row has this in its name; there are DDIM, "),
-    ("shapes --folder {empty}", "{empty} holds no weights of a teacher"),
+    ("shapes --folder {empty}", "{empty}/clip.safetensors"),
     ("shapes --out {color1}", "--out {color1} exists, and was not made by this program"),
     ("score", "score takes clips and at least one --reward"),
-    ("score {empty} --reward shapes-clip", "{empty}: expected clips (.mp4, .gif, ...) or png frames"),
+    ("score {empty} --reward shapes-clip", "{empty}: expected a clip, or a folder of clips (.mp4, "),
+    ("score nowhere.mp4 --reward shapes-clip", "nowhere.mp4: expected a clip"),
     ("score {clips} --reward shapes-clip --reward shapes-clip", "give each reward once"),
     ("score {clips} --reward shapes-viclip --diversity", "--diversity compares clips of one prompt"),
     ("score {clips} --prompt x --reward shapes-clip --diversity", "--diversity compares clips of one prompt"),
