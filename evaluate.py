@@ -269,11 +269,10 @@ def read_results(arguments: tuple[str, ...]) -> dict[str, dict[str, float]]:
                 result = json.loads(file.read_text(encoding="utf-8"))
                 result = {key.replace(" ", "_").lower(): value[0] for key, value in result.items()}
             for dimension, share in result.items():
-                if dimension not in QUALITY | SEMANTIC:
-                    raise UserError(f"{file}: unknown dimension {dimension!r:.60}; VBench has "
-                                    f"{', '.join(QUALITY | SEMANTIC)}")
-                if type(share) not in (int, float) or not abs(share) <= 1:
-                    raise UserError(f"{file}: {dimension} is {share!r:.40}; VBench writes shares, at most 1")
+                is_share = type(share) in (int, float) and abs(share) <= 1
+                if not is_share or dimension not in QUALITY | SEMANTIC:
+                    raise UserError(f"{file}: {dimension} is {share!r:.40}; VBench writes shares, at most "
+                                    f"1, of {', '.join(QUALITY | SEMANTIC)}")
                 if shares.setdefault(dimension, share) != share:
                     raise UserError(f"{file}: {dimension} is {share:g}, in another file of {name} "
                                     f"{shares[dimension]:g}; tell two models apart with NAME=FILE")
