@@ -1,9 +1,4 @@
-"""The embedded toy: a world whose clips a program draws, and small models trained on it from scratch. No
-download.
-
-    grammar.py   captions and scenes        models.py     the networks, and how they are loaded
-    world.py     clips, and the oracle      pretrain.py   trains all of them but the students, from nothing
-"""
+"""The embedded toy: a world whose clips a program draws, and small models trained on it; see README.md."""
 from importlib import import_module
 from pathlib import Path
 
