@@ -404,13 +404,10 @@ def make_all(jobs: list[Job], models: Models, terms: list[RewardTerm], config: C
     sampling, reference = sampling_of(models, config), reference_of(models, config)
     count, batch = config.best_of or 1, config.batch or (16 if config.is_toy else 1)
     to_make = [(caption, job.seed + i) for job, caption in zip(jobs, captions) for i in range(count)]
-    bar = tqdm(total=len(to_make), desc="clips", disable=len(to_make) <= batch)
     unwritten, takes, clips = zip(jobs, captions), [], []
-    for start in range(0, len(to_make), batch):
+    for start in tqdm(range(0, len(to_make), batch), "batches", disable=len(to_make) <= batch):
         texts, seeds = map(list, zip(*to_make[start:start + batch]))
         takes += make(texts, seeds, models, terms, sampling, config, reference)
-        bar.update(len(texts))
-
         while len(takes) >= count:                          # all of the next job are there
             ranked, takes = sorted(takes[:count], key=lambda take: -take.scores["total"]), takes[count:]
             write(*next(unwritten), ranked, config.fps or models.fps, config)

@@ -33,7 +33,7 @@ Sampler = Callable[[list[str], list[int]], Tensor]          # captions, seeds ->
 @dataclass(frozen=True)
 class Row:
     """A network, how it is sampled, and in how many steps."""
-    title: str
+    name: str
     steps: int
     student: str | None = None          # its file's name, or its folder's; None: the teacher
     model: str = "shapes"               # one of shapes.FAMILIES
@@ -44,10 +44,6 @@ class Row:
     lora_scale: float = 1.0
 
     @property
-    def name(self) -> str:
-        return f"{self.title} {self.steps}"
-
-    @property
     def passes(self) -> int:
         """Evaluations of the UNet for a clip, backward passes not counted; guidance costs the teacher two a
         step, and each step of `refine` runs the sampler twice."""
@@ -56,12 +52,14 @@ class Row:
 
 
 TITLES = {"vcm": "VCM", "turbo": "T2V-Turbo", "v2": "T2V-Turbo-v2"}     # other students: by their names
-TEACHERS = [Row("DDIM", steps) for steps in (50, 8, 4, 2)] + [Row("DDIM without ω", 4, guidance=0.0)]
-TEACHERS += [Row("motion DDIM", steps, model="shapes-motion") for steps in (50, 8, 4)]
-TEST_TIME = [Row("VCM best-of-16", 4, "vcm", best_of=16)]
-TEST_TIME += [Row(f"{TITLES[name]} refine-15", 4, name, refine=15) for name in ("vcm", "turbo")]
-TEST_TIME += [Row("T2V-Turbo motion-15", 4, "turbo", refine=15, motion=1.0)]
-TEST_TIME += [Row(f"T2V-Turbo LoRA {x:g}", 4, "turbo", lora_scale=x) for x in (0, 0.25, 0.5, 0.75, 1.25)]
+TEACHERS = [Row(f"DDIM {steps}", steps) for steps in (50, 8, 4, 2)]
+TEACHERS += [Row("DDIM without ω 4", 4, guidance=0.0)]
+TEACHERS += [Row(f"motion DDIM {steps}", steps, model="shapes-motion") for steps in (50, 8, 4)]
+TEST_TIME = [
+    Row("VCM best-of-16 4", 4, "vcm", best_of=16), Row("VCM refine-15 4", 4, "vcm", refine=15),
+    Row("T2V-Turbo refine-15 4", 4, "turbo", refine=15),
+    Row("T2V-Turbo motion-15 4", 4, "turbo", refine=15, motion=1.0)]
+TEST_TIME += [Row(f"T2V-Turbo LoRA {x:g} 4", 4, "turbo", lora_scale=x) for x in (0, 0.25, 0.5, 0.75, 1.25)]
 
 COLUMNS = ("row", "NFE", "right % (95 %)", "one", "two", "mot.", "qual.", "px", "var.")
 LEGEND = """
@@ -97,7 +95,8 @@ def chosen(text: str, folder: Path) -> list[Row]:
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*/turbo.safetensors")], reverse=True):
         name, model = path.stem if path.parent == folder else path.parent.name, read_header(path).get("model")
         if model in shapes.FAMILIES:
-            students += [Row(TITLES.get(name, name), steps, name, model) for steps in (1, 2, 4, 8)]
+            title = TITLES.get(name, name)
+            students += [Row(f"{title} {steps}", steps, name, model) for steps in (1, 2, 4, 8)]
     rows = [row for row in [*TEACHERS, *students, *TEST_TIME]
             if shapes.student(row.student or shapes.FILES[row.model], folder).exists()]
 
@@ -105,9 +104,8 @@ def chosen(text: str, folder: Path) -> list[Row]:
     for part in text.lower().split(","):
         matches = [row for row in rows if part.strip() in row.name.lower()]
         if not matches:
-            titles = ", ".join(dict.fromkeys(row.title for row in rows))
-            raise UserError(f"--rows {part.strip()!r}: no row has this in its name; there are {titles}, each "
-                            "with its steps behind it: \"VCM 4\"")
+            names = ", ".join(row.name for row in rows)
+            raise UserError(f"--rows {part.strip()!r}: no row has this in its name; there are {names}")
         named += matches
     return list(dict.fromkeys(named))
 

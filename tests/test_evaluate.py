@@ -268,7 +268,7 @@ def test_variety_of_the_world_and_of_one_clip():
 
 MISTAKES = [                            # what is typed behind evaluate.py -> what the message says
     ("shape", "no command 'shape'; there are shapes, score, vbench"),
-    ("shapes --rows nobody", "--rows 'nobody': no row has this in its name; there are DDIM, "),
+    ("shapes --rows nobody", "--rows 'nobody': no row has this in its name; there are DDIM 50, "),
     ("shapes --folder {empty}", "{empty}/clip.safetensors"),
     ("shapes --out {color1}", "--out {color1} exists, and was not made by this program"),
     ("score", "score takes clips and at least one --reward"),
@@ -283,7 +283,7 @@ MISTAKES = [                            # what is typed behind evaluate.py -> wh
     ("vbench nowhere.json", "nowhere.json: no such file"),
     ("vbench {empty}", "{empty}: no result files"),
     ("vbench {list}", "{list} is not a VBench result"),
-    ("vbench {i2v}", "{i2v}: unknown dimension 'i2v_subject'; VBench has subject_consistency"),
+    ("vbench {i2v}", "{i2v}: i2v_subject is 0.5; VBench writes shares, at most 1, of subject_consistency"),
     ("vbench {percent}", "{percent}: color is 93.5; VBench writes shares, at most 1"),
     ("vbench {true}", "{true}: color is True; VBench writes shares, at most 1"),
     ("vbench m={color1} m={color2}", "color is 0.6, in another file of m 0.5; tell two models apart"),
