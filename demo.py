@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import sample
-from model import check_size, to_clip
+from model import to_clip
 from plumbing import cli, video
 from plumbing.errors import UserError
 
@@ -28,7 +28,6 @@ def load(config: sample.Config, method: str, lora_scale: float | None) -> tuple:
     config = replace(config, prompt="any", method=method, best_of=best_of, **own)
     sample.check(config)
     models = sample.load_models(config)
-    check_size(models.family, height=config.height, width=config.width)
     return config, models, sample.load_rewards(config, models)
 
 

@@ -264,12 +264,14 @@ def plan_clips(config: Config) -> list[Job]:
 # ---- load --------------------------------------------------------------------------------------------------
 
 def load_models(config: Config) -> Models:
-    """The networks that a command line asks for, on its device, frozen."""
+    """The networks that a command line asks for, on its device, frozen. Raises UserError for other sizes."""
     import torch
 
     import model
     from networks.vae import load_tiny_decoder
     from plumbing.run import pick_device
+    family = (shapes.FAMILIES if config.is_toy else model.FAMILIES)[config.model]
+    model.check_size(family, height=config.height, width=config.width)
     device, dtype = pick_device(config.device), config.dtype or "float32"
     if device.type in ("cuda", "xpu") and not config.dtype:
         since_ampere = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -460,13 +462,9 @@ def main(argv=None):
     if not jobs:
         return print("nothing to do: all clips are there")
 
-    from model import FAMILIES, check_size
     from plumbing import video
-    family = (shapes.FAMILIES if config.is_toy else FAMILIES)[config.model]
-    check_size(family, height=config.height, width=config.width)
     for job in jobs:
-        video.check_output(job.path, config.fps or family.fps)
-
+        video.check_output(job.path, config.fps or 0)
     models = load_models(config)
     terms = load_rewards(config, models)
     start = time.perf_counter()
