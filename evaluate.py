@@ -161,14 +161,12 @@ def interval(values: list[float]) -> dict[str, float | None]:
 
 def score_table(result: dict) -> str:
     """Clips, means and diversity as Markdown."""
-    def with_interval(mean: float, half: float | None) -> str:
-        return f"{mean:.4f}" if half is None else f"{mean:.4f} ± {half:.4f}"
-
     rows, names = result["clips"], list(result["means"])
     table = [[row["clip"], row["prompt"], *(f"{row[name]:.4f}" for name in names)] for row in rows]
     prompts = f"prompts: {len({row['prompt'] for row in rows})}"
     for title, key in (("mean (95 %)", "means"), ("diversity, 1 - cosine (95 %)", "diversity")):
-        cells = [with_interval(**result[key][name]) if name in result[key] else "-" for name in names]
+        intervals = [result[key].get(name, {}).values() for name in names]
+        cells = [" ± ".join(f"{x:.4f}" for x in interval if x is not None) for interval in intervals]
         table += [[title, prompts, *cells]] if result[key] else []
     return stats.markdown(["clip", "prompt", *names], table)
 

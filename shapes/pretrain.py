@@ -320,9 +320,8 @@ def main(argv=None):
     """Trains the stage of --stage; leaves weights in --out, log and checkpoints in a folder there."""
     config = cli.parse(Config, argv, __doc__)
     out, stage = Path(config.out), Path(config.out) / config.stage
-    saved = any(step >= SAVE_EVERY for step, _ in folder.whole_lines(stage / "log.jsonl"))
-    if (saved or (out / f"{config.stage}.safetensors").exists()) and not folder.checkpoints(stage):
-        raise UserError(f"{stage} has log or weights, but no checkpoints to go on from; choose another --out")
+    if (out / f"{config.stage}.safetensors").exists() and not folder.checkpoints(stage):
+        raise UserError(f"{stage} has weights, but no checkpoints to go on from; choose another --out")
     group = run.Group()                                     # first of all: it chooses this process's GPU
     with folder.locked(stage) if group.rank == 0 else nullcontext():
         torch.manual_seed(0)
