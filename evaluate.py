@@ -197,8 +197,6 @@ SEMANTIC = {
 }
 TOTALS = ("Total", "Quality", "Semantic")
 
-PAPERS = Path(__file__).parent / "docs" / "vbench.csv"      # rows that papers published, in percent
-
 
 @dataclass(frozen=True)
 class VBenchConfig:
@@ -228,9 +226,9 @@ def vbench_table(config: VBenchConfig) -> dict[str, dict[str, float]]:
 
 
 def published() -> dict[str, dict[str, float]]:
-    """The papers' rows, as `with_totals` returns one's own: {model: {column: share}}."""
+    """The rows that papers published, as `with_totals` returns one's own: {model: {column: share}}."""
     papers = {}
-    with open(PAPERS, newline="", encoding="utf-8") as file:
+    with open(Path(__file__).parent / "docs" / "vbench.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             name = f"{row.pop('model')} (paper)"
             papers[name] = {column: float(percent) / 100 for column, percent in row.items() if percent}

@@ -131,13 +131,11 @@ def check(config: Config) -> None:
             if getattr(config, option) not in (None, False, ()) and not effective:
                 raise UserError(f"{cli.flag_of(option)} belongs to {owner}")
 
-    reward_files = {}
+    reward_files = []
     if config.reward:
         import rewards
-        reward_files = {name: path for name, path, _ in map(rewards.parse_spec, config.reward)}
-        if len(reward_files) < len(config.reward):
-            raise UserError(f"--reward {' '.join(config.reward)}: give each reward once")
-    for path in (config.teacher, config.motion_from, config.vae, *reward_files.values()):
+        reward_files = [path for _, path, _ in map(rewards.parse_spec, config.reward)]
+    for path in (config.teacher, config.motion_from, config.vae, *reward_files):
         if path and not Path(path).expanduser().exists():
             raise UserError(f"{path}: no such file or folder")
 

@@ -106,8 +106,7 @@ ALSO = {
     "down": "downward, downwards, from top to bottom",
     "rising": "rise, rises, rises up, rising up, climb, climbs, climbing",
     "falling": "fall, falls, falls down, falling down, drop, drops, dropping, sinks, sinking",
-    "growing": "grow, grows, expands, expanding",
-    "getting": "get, gets, becomes, becoming",
+    "growing": "grow, grows, expands, expanding", "getting": "get, gets",
     "standing still": "stay, stays, staying, stand, stands, standing, rests, resting, motionless, not moving",
 }
 MEANS = {phrase: means for means, phrases in ALSO.items() for phrase in phrases.split(", ")}

@@ -268,5 +268,5 @@ def reward(name: str, path: str | Path | None, device: torch.device | str, folde
 def rewards(device: torch.device | str = "cpu", folder: str | Path | None = None
             ) -> dict[str, reward_models.Reward]:
     """R_img, the toy's CLIP, and R_vid, its ViCLIP."""
-    return {kind: reward(name, None, device, folder)
-            for kind, name in (("image", "shapes-clip"), ("video", "shapes-viclip"))}
+    return {"image": reward("shapes-clip", None, device, folder),
+            "video": reward("shapes-viclip", None, device, folder)}

@@ -26,7 +26,6 @@ from turbo import RewardTerm, generate, generate_refined
 
 BATCH = 50                              # clips sampled at once
 TAKE = 1_000_000                        # between the seeds of a clip's takes
-Sampler = Callable[[list[str], list[int]], Tensor]          # captions, seeds -> clips uint8 (B, 3, T, H, W)
 
 
 @dataclass(frozen=True)
@@ -107,9 +106,9 @@ def chosen(text: str, folder: Path) -> list[Row]:
 
 # ---- measuring ---------------------------------------------------------------------------------------------
 
-def sampler(row: Row, folder: Path, device: torch.device, scorers: dict, climbs: list[Tensor]) -> Sampler:
-    """The row as a function, with its network loaded. climbs: gets the rewards (steps + 1, B) that `refine`
-    met on its way."""
+def sampler(row: Row, folder: Path, device: torch.device, scorers: dict, climbs: list[Tensor]) -> Callable:
+    """The row as a function: captions, seeds -> clips uint8 (B, 3, T, H, W). climbs: gets the rewards
+    (steps + 1, B) that `refine` met on its way."""
     student = row.student and shapes.student(row.student, folder)
     models = shapes.load(student, folder, device, lora_scale=row.lora_scale, name=row.model)
     models.unet.requires_grad_(False)                       # as sample.py does: the same bits
@@ -181,7 +180,7 @@ def travel(scene: grammar.Scene, clip: Tensor) -> float | None:
 
 # ---- variety -----------------------------------------------------------------------------------------------
 
-def variety(sample: Sampler, captions: int = 8, seeds: int = 8) -> float:
+def variety(sample: Callable, captions: int = 8, seeds: int = 8) -> float:
     """How far clips of one caption differ in place (x, y) and size, as a share of the world's own clips: √
     of variances over seeds, captions of one thing together. NaN where nothing is shown twice."""
     variances = []
