@@ -138,34 +138,27 @@ def sampler(row: Row, folder: Path, device: torch.device, scorers: dict, climbs:
     return sample
 
 
+@torch.no_grad()
 def measure(row: Row, count: int, pairs: float, folder: Path, device: torch.device, scorers: dict) -> dict:
-    """Samples and judges `count` clips of a row, of trained and of held-out combinations in turn."""
+    """Samples and judges `count` clips of a row, of trained and of held-out combinations in turn: of each its
+    caption, how many things it asks for, the oracle's verdict (0..1 each) and both rewards."""
     clips, climbs = [], []
     sample = sampler(row, folder, device, scorers, climbs)
     splits = [shapes.Clips(split, pairs=pairs) for split in ("train", "held-out")]
     asked = [(split, grammar.TABLE + i) for i in range(count) for split in splits][:count]
     for start in tqdm(range(0, count, BATCH), row.name, leave=False):
         captions = [split.caption(seed) for split, seed in asked[start:start + BATCH]]
-        seeds = [seed for _, seed in asked[start:start + BATCH]]
-        verdicts = judge(captions, sample(captions, seeds), scorers)
-        clips += [dict(split=split.split, seed=seed, **verdict)
-                  for (split, seed), verdict in zip(asked[start:], verdicts)]
+        made = sample(captions, [seed for _, seed in asked[start:start + BATCH]])
+        image, video = (scorers[kind](rewards.frames_for(scorers[kind], made), captions).tolist()
+                        for kind in ("image", "video"))
+        for i, (caption, clip) in enumerate(zip(captions, made)):
+            scene, (split, seed) = grammar.understand(caption), asked[start + i]
+            clips.append(dict(
+                split=split.split, seed=seed, caption=caption, things=len(scene.things),
+                travel=travel(scene, clip), **world.judge(scene, clip), image=image[i], video=video[i]))
     climb = torch.cat(climbs, dim=1).mean(1)[::5].tolist() if climbs else []
     return dict(name=row.name, steps=row.steps, passes=row.passes, **means(clips), variety=variety(sample),
                 climb=climb, clips=clips)
-
-
-@torch.no_grad()
-def judge(captions: list[str], clips: Tensor, scorers: dict) -> list[dict]:
-    """A clip's caption, how many things it asks for, the oracle's verdict (0..1 each) and both rewards."""
-    scores = {kind: scorer(rewards.frames_for(scorer, clips), captions).tolist()
-              for kind, scorer in scorers.items()}
-    records = []
-    for i, scene in enumerate(map(grammar.understand, captions)):
-        records.append(dict(caption=captions[i], things=len(scene.things), travel=travel(scene, clips[i]),
-                            **world.judge(scene, clips[i]),
-                            **{kind: values[i] for kind, values in scores.items()}))
-    return records
 
 
 def travel(scene: grammar.Scene, clip: Tensor) -> float | None:
