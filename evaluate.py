@@ -65,8 +65,7 @@ class ScoreConfig:
 def score(config: ScoreConfig) -> dict:
     """Rewards of clips, their means with 95 % intervals, and diversity: how far a prompt's clips differ."""
     if not config.clips or not config.reward:
-        raise UserError("score takes clips and at least one --reward NAME=FILE, "
-                        "e.g. score out.mp4 --prompt \"a dog\" --reward hpsv2=FILE")
+        raise UserError("score takes clips and at least one --reward, e.g. score clips --reward hpsv2")
     files = dict.fromkeys(file for path in config.clips for file in clips_at(Path(path)))
     rows = [dict(clip=str(file), prompt=config.prompt or prompt_of(file)) for file in files]
     clips_of = {row["prompt"]: [] for row in rows}                      # {prompt: numbers of its clips}
@@ -289,8 +288,7 @@ def main(argv=None):
     """The first word chooses the command, the rest are its options."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return
+        return print(__doc__)
     if argv[0] not in COMMANDS:
         raise UserError(f"no command {argv[0]!r}; there are {', '.join(COMMANDS)}")
     command, config, positional = COMMANDS[argv[0]]

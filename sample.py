@@ -102,8 +102,7 @@ def model_of(config: Config) -> str:
     file = place / "turbo.safetensors" if place.is_dir() else place
     stated = read_header(file).get("model") if file.is_file() else None
     if not stated:
-        raise UserError(f"{place} is not there, or does not say whose student it is; add --model vc2, ms or "
-                        "shapes")
+        raise UserError(f"{place} is not there, or does not say whose student it is; add --model vc2 or ms")
     return stated
 
 

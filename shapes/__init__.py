@@ -5,8 +5,7 @@ from pathlib import Path
 WEIGHTS = Path(__file__).parent / "weights"
 STUDENTS = ("vcm", "turbo")             # the embedded ones
 NEEDS_TORCH = {"Clips": "world", "accuracy": "world"} | dict.fromkeys(
-    ("FAMILIES", "FAMILY", "FILES", "SAMPLING", "load", "load_text", "load_vae", "read", "reward",
-     "rewards"), "models")
+    ("FAMILIES", "FILES", "SAMPLING", "load", "load_text", "load_vae", "read", "reward", "rewards"), "models")
 
 
 def __getattr__(name: str):

@@ -292,4 +292,4 @@ def test_a_students_header_names_its_model(tmp_path, capsys):
     save(path, {"x.up": torch.ones(1, 1), "x.down": torch.ones(1, 1)}, {"model": "vc2"})
     assert sample.model_of(sample.Config(PROMPT, turbo=str(path))) == "vc2"
     assert "is a student of vc2, not of ms" in fails(capsys, "a dog", "--turbo", path, "--model", "ms")
-    assert "add --model vc2, ms or shapes" in fails(capsys, PROMPT, "--turbo", "vc2-turbo-v2")
+    assert "add --model vc2 or ms" in fails(capsys, PROMPT, "--turbo", "vc2-turbo-v2")
