@@ -15,7 +15,7 @@ import model
 import rewards as reward_models
 from networks.fast_cpu import speed_up
 from plumbing import weights
-from plumbing.errors import UserError, reading
+from plumbing.errors import reading
 from plumbing.files import read_header
 from shapes import STUDENTS, WEIGHTS, grammar, student, world
 from solver import Sampling, Schedule
@@ -206,8 +206,6 @@ class CaptionEncoder(nn.Module):
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors (as float32) and header of one of the toy's weight files."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist; make it with shapes/pretrain.py --out {path.parent}")
     return {key: tensor.float() for key, tensor in weights.read_tensors(path).items()}, read_header(path)
 
 
@@ -222,8 +220,7 @@ def load_vae(folder: str | Path = WEIGHTS) -> model.VAE:
 
 def load_text(folder: str | Path = WEIGHTS) -> CaptionEncoder:
     """The toy's caption encoder, frozen: parts of the CLIP and of the ViCLIP that also serve as rewards."""
-    clip, viclip = (reward.model for reward in rewards(folder=folder).values())
-    return CaptionEncoder(clip, viclip)
+    return CaptionEncoder(*(reward.model for reward in rewards(folder=folder).values()))
 
 
 def load(turbo: str | Path | None = None, folder: str | Path | None = None,

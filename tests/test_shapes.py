@@ -308,8 +308,8 @@ def test_a_group_of_processes_trains_the_same_weights(tmp_path):
 
 @pytest.mark.parametrize("typed, message", [
     ("--stage unet", "invalid choice"), ("--steps 5", "unknown option --steps"),
-    ("--stage viclip --out {0}", "{0}/clip.safetensors does not exist; make it with shapes/pretrain.py"),
-    ("--stage teacher --out {0}", "{0}/vae.safetensors does not"), ("--out {0}/file/runs", "{0}/file/runs")])
+    ("--stage viclip --out {0}", "{0}/clip.safetensors: no such file"),
+    ("--stage teacher --out {0}", "{0}/vae.safetensors: no such"), ("--out {0}/file/runs", "{0}/file/runs")])
 def test_pretraining_complains_in_one_line(typed, message, tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stop:
@@ -319,7 +319,7 @@ def test_pretraining_complains_in_one_line(typed, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("teacher", None, "teacher.safetensors does not exist; make it with shapes/pretrain.py"),
+    ("teacher", None, "teacher.safetensors: no such file"),
     ("vae", lambda whole: (shapes.WEIGHTS / "clip.safetensors").read_bytes(), "is not the toy's VAE"),
     ("vae", lambda whole: save(load(whole)), "vae.safetensors is not the toy's VAE"),       # without a header
     ("vae", lambda whole: whole[:-100], "vae.safetensors")])
