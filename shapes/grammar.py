@@ -115,6 +115,7 @@ KNOWN = {                               # attribute -> {word: value}
     "shape": {word: shape for shape, words in SHAPES.items() for word in words},
     "motion": {motion: motion for motion in MOTIONS} | {
         "rising": "up", "falling": "down", "rest": "still", "bigger": "growing"}}
+# "a white background", "on white", "on a white background"; but not "on a white circle"
 BACKGROUND = re.compile(r"\b(?:on )?(?:a )?({0}) background\b|\bon (?:a )?({0})\b(?! (?:{1}))".format(
     "|".join(BACKGROUNDS), "|".join(SHAPE_WORDS)))
 

@@ -87,7 +87,8 @@ def chosen(text: str, folder: Path) -> list[Row]:
     weights are in the folder."""
     students = []
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*/turbo.safetensors")], reverse=True):
-        name, model = path.stem if path.parent == folder else path.parent.name, read_header(path).get("model")
+        name = path.stem if path.parent == folder else path.parent.name
+        model = read_header(path).get("model")
         if model in shapes.FAMILIES:
             title = TITLES.get(name, name)
             students += [Row(f"{title} {steps}", steps, name, model) for steps in (1, 2, 4, 8)]
@@ -152,7 +153,8 @@ def measure(row: Row, count: int, pairs: float, folder: Path, device: torch.devi
         image, video = (scorers[kind](rewards.frames_for(scorers[kind], made), captions).tolist()
                         for kind in ("image", "video"))
         for i, (caption, clip) in enumerate(zip(captions, made)):
-            scene, (split, seed) = grammar.understand(caption), asked[start + i]
+            scene = grammar.understand(caption)
+            split, seed = asked[start + i]
             clips.append(dict(
                 split=split.split, seed=seed, caption=caption, things=len(scene.things),
                 travel=travel(scene, clip), **world.judge(scene, clip), image=image[i], video=video[i]))
