@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import sample
-from model import check_size, to_clip
+from model import to_clip
 from plumbing import cli, video
 from plumbing.errors import UserError
 
@@ -28,7 +28,6 @@ def load(config: sample.Config, method: str, lora_scale: float | None) -> tuple:
     config = replace(config, prompt="any", method=method, best_of=best_of, **own)
     sample.check(config)
     models = sample.load_models(config)
-    check_size(models.family, height=config.height, width=config.width)
     return config, models, sample.load_rewards(config, models)
 
 
@@ -38,7 +37,7 @@ def make(config: sample.Config, prompt: str, seed: int, best_of: int, method: st
     config, models, terms = load(config, method, lora_scale)
     config = replace(config, steps=steps, guidance=guidance)
     sampling, reference = sample.sampling_of(models, config), sample.reference_of(models, config)
-    caption, notes = sample.caption_of(prompt, seed, config)
+    caption = sample.caption_of(prompt, seed, config)
     folder, start = Path(tempfile.mkdtemp()), time.perf_counter()
 
     # the best of some takes, and what its steps answered
@@ -59,7 +58,7 @@ def make(config: sample.Config, prompt: str, seed: int, best_of: int, method: st
     stride = best.clip.shape[1] // COLUMNS or 1
     rows = [to_clip(models.vae, z0_hat[:, :, ::stride], 4)[0].cpu() for _, z0_hat in shown]
     sample.write_sheet(folder / "strip.png", rows or [best.clip[:, ::stride]])
-    text = [caption, *notes, ", ".join(facts), f"rows below: from t = {[t for t, _ in shown]}"]
+    text = [caption, ", ".join(facts), f"rows below: from t = {[t for t, _ in shown]}"]
     return str(folder / "clip.mp4"), str(folder / "strip.png"), "\n".join(text)
 
 

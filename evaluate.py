@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import re
 import sys
 from dataclasses import dataclass
@@ -44,8 +43,6 @@ class ShapesConfig:
 def shapes_table(config: ShapesConfig) -> list[dict]:
     """The toy's table: teacher against students, every clip judged by the world's oracle."""
     if config.out:
-        if Path(config.out).suffix != ".json":
-            raise UserError(f"--out {config.out}: the table is stored as .json")
         check_outputs({"--out": config.out}, {})
         check_writable(Path(config.out).parent)
     from shapes import table
@@ -53,9 +50,6 @@ def shapes_table(config: ShapesConfig) -> list[dict]:
 
 
 # ---- python evaluate.py score ------------------------------------------------------------------------------
-
-FRAMES = 16                             # of an image reward at once
-
 
 @dataclass(frozen=True)
 class ScoreConfig:
@@ -71,23 +65,21 @@ class ScoreConfig:
 def score(config: ScoreConfig) -> dict:
     """Rewards of clips, their means with 95 % intervals, and diversity: how far a prompt's clips differ."""
     if not config.clips or not config.reward:
-        raise UserError("score takes clips and at least one --reward NAME=FILE, "
-                        "e.g. score out.mp4 --prompt \"a dog\" --reward hpsv2=FILE")
+        raise UserError("score takes clips and at least one --reward, e.g. score clips --reward hpsv2")
     files = dict.fromkeys(file for path in config.clips for file in clips_at(Path(path)))
     rows = [dict(clip=str(file), prompt=config.prompt or prompt_of(file)) for file in files]
     clips_of = {row["prompt"]: [] for row in rows}                      # {prompt: numbers of its clips}
     for number, row in enumerate(rows):
         clips_of[row["prompt"]].append(number)
-    if config.diversity and len(clips_of) == len(rows):
-        raise UserError("--diversity compares clips of one prompt, and no prompt has two")
 
     import rewards
     from plumbing.run import pick_device
     files_of = {name: path for name, path, _ in map(rewards.parse_spec, config.reward)}
     if len(files_of) < len(config.reward):
         raise UserError(f"--reward {' '.join(config.reward)}: give each reward once")
-    if config.diversity and not any(rewards.RECIPES[name].kind == "video" for name in files_of):
-        raise UserError("--diversity compares features of a video reward, e.g. --reward viclip=FILE")
+    by_video = any(rewards.RECIPES[name].kind == "video" for name in files_of)
+    if config.diversity and not (by_video and len(clips_of) < len(rows)):
+        raise UserError("--diversity compares clips of one prompt by a video reward, e.g. viclip=FILE")
 
     device, result = pick_device(config.device), dict(clips=rows, means={}, diversity={})
     for name, path in files_of.items():                                 # one reward in memory at a time
@@ -116,15 +108,13 @@ def prompt_of(path: Path) -> str:
 
 def clips_at(path: Path) -> list[Path]:
     """A clip, or the clips of a folder that is not itself one of png frames."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
     if path.is_file():
         return [path]
     from plumbing.video import READABLE
     suffixes = {*READABLE, ".gif"}
     files = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in suffixes)
     if bool(files) == any(path.glob("[!.]*.png")):
-        raise UserError(f"{path}: expected clips (.mp4, .gif, ...) or png frames in this folder, one of both")
+        raise UserError(f"{path}: expected a clip, or a folder of clips (.mp4, .gif, ...) or of png frames")
     return files or [path]
 
 
@@ -148,7 +138,7 @@ def score_clips(reward: Reward, rows: list[dict], with_features: bool) -> list[T
     features = []
     for row in tqdm(rows, reward.name, leave=False):
         frames = frames_of(reward, row["clip"])
-        parts = frames.split(FRAMES, 1) if reward.kind == "image" else [frames]
+        parts = frames.split(16, 1) if reward.kind == "image" else [frames]     # as many at once
         with torch.no_grad():
             sums = [reward(part, [row["prompt"]]).item() * part.shape[1] for part in parts]
             features += [reward.features(frames)[0].cpu()] if with_features else []
@@ -165,19 +155,17 @@ def distance(features: list[Tensor]) -> float:
 def interval(values: list[float]) -> dict[str, float | None]:
     """Mean and half-width of its 95 % interval, None for a single value, which JSON can hold."""
     mean, half = stats.mean_interval(values)
-    return dict(mean=mean, half=None if math.isnan(half) else half)
+    return dict(mean=mean, half=half if len(values) > 1 else None)
 
 
 def score_table(result: dict) -> str:
     """Clips, means and diversity as Markdown."""
-    def with_interval(mean: float, half: float | None) -> str:
-        return f"{mean:.4f}" if half is None else f"{mean:.4f} ± {half:.4f}"
-
     rows, names = result["clips"], list(result["means"])
     table = [[row["clip"], row["prompt"], *(f"{row[name]:.4f}" for name in names)] for row in rows]
     prompts = f"prompts: {len({row['prompt'] for row in rows})}"
     for title, key in (("mean (95 %)", "means"), ("diversity, 1 - cosine (95 %)", "diversity")):
-        cells = [with_interval(**result[key][name]) if name in result[key] else "-" for name in names]
+        intervals = [result[key].get(name, {}).values() for name in names]
+        cells = [" ± ".join(f"{x:.4f}" for x in interval if x is not None) for interval in intervals]
         table += [[title, prompts, *cells]] if result[key] else []
     return stats.markdown(["clip", "prompt", *names], table)
 
@@ -208,8 +196,6 @@ SEMANTIC = {
 }
 TOTALS = ("Total", "Quality", "Semantic")
 
-PAPERS = Path(__file__).parent / "docs" / "vbench.csv"      # rows that papers published, in percent
-
 
 @dataclass(frozen=True)
 class VBenchConfig:
@@ -239,9 +225,9 @@ def vbench_table(config: VBenchConfig) -> dict[str, dict[str, float]]:
 
 
 def published() -> dict[str, dict[str, float]]:
-    """The papers' rows, as `with_totals` returns one's own: {model: {column: share}}."""
+    """The rows that papers published, as `with_totals` returns one's own: {model: {column: share}}."""
     papers = {}
-    with open(PAPERS, newline="", encoding="utf-8") as file:
+    with open(Path(__file__).parent / "docs" / "vbench.csv", newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             name = f"{row.pop('model')} (paper)"
             papers[name] = {column: float(percent) / 100 for column, percent in row.items() if percent}
@@ -262,7 +248,7 @@ def with_totals(shares: dict[str, float]) -> dict[str, float]:
 
 def read_results(arguments: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """{model: {dimension: share}}. A model is called NAME, of NAME=PATH, else after its files' folder."""
-    models, folders = {}, {}                                # folders: of the models that go without NAME
+    models = {}
     for argument in arguments:
         name, separator, text = argument.partition("=")
         if Path(argument).exists() or not separator:
@@ -271,24 +257,17 @@ def read_results(arguments: tuple[str, ...]) -> dict[str, dict[str, float]]:
         files = sorted(path.glob("[!.]*eval_results.json")) if path.is_dir() else [path]
         if not files:
             raise UserError(f"{path}: no result files (*_eval_results.json) in this folder")
-        folder = (path if path.is_dir() else path.parent).resolve()
-        if not name and folders.setdefault(folder.name, folder) != folder:
-            raise UserError(f"{path} and {folders[folder.name]} have one name; use NAME=PATH")
-        name = name or folder.name
-        if f"{name.removesuffix(' (paper)')} (paper)" in published():
-            raise UserError(f"{name} is a paper's row; call your own model otherwise: NAME={path}")
-
+        name = name or (path if path.is_dir() else path.parent).resolve().name
         shares = models.setdefault(name, {})
         for file in files:
             with reading(file, "a VBench result"):          # {dimension: [share, [single clips]]}
                 result = json.loads(file.read_text(encoding="utf-8"))
                 result = {key.replace(" ", "_").lower(): value[0] for key, value in result.items()}
             for dimension, share in result.items():
-                if dimension not in QUALITY | SEMANTIC:
-                    raise UserError(f"{file}: unknown dimension {dimension!r:.60}; VBench has "
-                                    f"{', '.join(QUALITY | SEMANTIC)}")
-                if type(share) not in (int, float) or not abs(share) <= 1:
-                    raise UserError(f"{file}: {dimension} is {share!r:.40}; VBench writes shares, at most 1")
+                is_share = type(share) in (int, float) and abs(share) <= 1
+                if not is_share or dimension not in QUALITY | SEMANTIC:
+                    raise UserError(f"{file}: {dimension} is {share!r:.40}; VBench writes shares, at most "
+                                    f"1, of {', '.join(QUALITY | SEMANTIC)}")
                 if shares.setdefault(dimension, share) != share:
                     raise UserError(f"{file}: {dimension} is {share:g}, in another file of {name} "
                                     f"{shares[dimension]:g}; tell two models apart with NAME=FILE")
@@ -309,8 +288,7 @@ def main(argv=None):
     """The first word chooses the command, the rest are its options."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return
+        return print(__doc__)
     if argv[0] not in COMMANDS:
         raise UserError(f"no command {argv[0]!r}; there are {', '.join(COMMANDS)}")
     command, config, positional = COMMANDS[argv[0]]

@@ -52,6 +52,7 @@ class Config(train.Config):
 
 # ---- one clip ----------------------------------------------------------------------------------------------
 
+@torch.no_grad()
 def prepare_clip(models: Models, recipe, clip: Tensor, caption: str,
                  generator: torch.Generator) -> dict[str, Tensor]:
     """All draws of a clip uint8 (3, T, H, W) -> tensors for a `data.CacheWriter`, and t (draws,)."""
@@ -59,9 +60,8 @@ def prepare_clip(models: Models, recipe, clip: Tensor, caption: str,
     schedule = Schedule(recipe.grid, device)
 
     # clean latents and caption states; t and ε of each draw
-    with torch.no_grad():
-        z0 = to_latents(models.vae, clip[None], [generator])
-        c, uncond = models.text([caption]), models.text([""])
+    z0 = to_latents(models.vae, clip[None], [generator])
+    c, uncond = models.text([caption]), models.text([""])
     t = schedule.grid[torch.randint(recipe.grid, (recipe.draws,), generator=generator).to(device)]
     eps = torch.randn(recipe.draws, *z0.shape[1:], generator=generator).to(device)
 
@@ -81,39 +81,31 @@ def prepare_clip(models: Models, recipe, clip: Tensor, caption: str,
 
 # ---- all clips ---------------------------------------------------------------------------------------------
 
-class Mixture:
-    """`count` clips, as many of each dataset (None: all of all), drawn from `seed`; the last one's carry
-    rewards. Their captions are short enough for reward models, which read 32 to 77 tokens."""
-
-    def __init__(self, datasets: list, count: int | None, seed: int):
-        self.datasets, self.places = datasets, []
-        for number, dataset in enumerate(datasets):
-            size = min(len(dataset), count // len(datasets)) if count else len(dataset)
-            chosen = np.random.default_rng([seed, number]).choice(len(dataset), size, replace=False)
-            self.places += [(number, int(place)) for place in sorted(chosen)]
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def get(self, index: int, generator: torch.Generator) -> dict:
-        """A clip of its dataset, and whether it carries rewards. Raises data.BadClip."""
-        number, place = self.places[index]
-        return self.datasets[number].get(place, generator) | {"rewards": number == len(self.datasets) - 1}
+def mixture(datasets: list, count: int | None, seed: int) -> list[tuple]:
+    """`count` clips, as many of each dataset (None: all of all), drawn from `seed` -> (dataset, index in it,
+    does it carry rewards) of each. The last dataset's do: their captions are short enough for reward models,
+    which read 32 to 77 tokens."""
+    clips = []
+    for number, dataset in enumerate(datasets):
+        size = min(len(dataset), count // len(datasets)) if count else len(dataset)
+        chosen = np.random.default_rng([seed, number]).choice(len(dataset), size, replace=False)
+        clips += [(dataset, int(index), number == len(datasets) - 1) for index in sorted(chosen)]
+    return clips
 
 
-def prepare(config: Config, models: Models, clips: Mixture, writer: data.CacheWriter) -> bool:
-    """Writes this process's clips until a signal comes -> are they all there?"""
+def prepare(config: Config, models: Models, clips: list[tuple], writer: data.CacheWriter) -> bool:
+    """Writes this process's clips of a mixture until a signal comes -> are they all there?"""
     missing, signals, bad = writer.missing(), stop_signals(), 0
     for done, index in enumerate(tqdm(missing, "clips prepared", disable=None), 1):
         if signals:
             return False
+        dataset, place, rewards = clips[index]
         try:
-            clip = clips.get(index, torch.Generator().manual_seed(data.seed_of(config.seed, index)))
+            clip = dataset.get(place, torch.Generator().manual_seed(data.seed_of(config.seed, index)))
             generator = torch.Generator().manual_seed(data.seed_of(config.seed, index, 1))
             tensors = prepare_clip(models, config, clip["clip"], clip["caption"], generator)
-            notes = {name: clip[name] for name in ("caption", "reward_caption", "rewards")}
-            notes["t"] = tensors.pop("t").tolist()
-            writer.write(index, tensors, notes)
+            notes = dict(caption=clip["caption"], reward_caption=clip["reward_caption"], rewards=rewards)
+            writer.write(index, tensors, notes | {"t": tensors.pop("t").tolist()})
         except data.BadClip as error:
             bad += 1
             data.append_rows(writer.folder / "bad_clips.jsonl", [dict(index=index, reason=str(error))])
@@ -122,20 +114,20 @@ def prepare(config: Config, models: Models, clips: Mixture, writer: data.CacheWr
     return True
 
 
-def header_of(config: Config, models: Models, clips: Mixture) -> dict:
+def header_of(config: Config, models: Models, clips: list[tuple]) -> dict:
     """What the samples of a cache depend on; training asks for a part of it (`train.cache_header`)."""
     recipe = train.cache_header(config) | {name: getattr(config, name) for name in (
         "draws", "inversion_steps", "motion_share", "seed", "data", "reward_data", "columns")}
     return recipe | {"clips": len(clips), "teacher": models.teacher}
 
 
-def open_mixture(config: Config, group: Group) -> Mixture:
+def open_mixture(config: Config, group: Group) -> list[tuple]:
     """The clips of --data and --reward-data; of the toy half of the clips carries rewards."""
     sources = [(), ()] if config.is_toy else [specs for specs in (config.data, config.reward_data) if specs]
     if not sources:
         raise UserError("no clips to prepare; name them with --data")
     datasets = [train.open_clips(config, specs, group) for specs in sources]
-    return Mixture(datasets, config.clips, config.seed)
+    return mixture(datasets, config.clips, config.seed)
 
 
 @cli.main
@@ -165,11 +157,8 @@ def main(argv: list[str] | None = None):
 
         complete = not group.any(not prepare(config, models, clips, writer))
         if group.rank == 0 and complete:
-            made = len(data.clip_files(writer.folder))
-            if not made:
-                raise UserError(f"no clip of {len(clips)} could be used; why: {config.out}/bad_clips.jsonl")
             writer.write_header(complete=True)
-            print(f"{config.out}: {made} of {len(clips)} clips")
+            print(f"{config.out}: {len(data.clip_files(writer.folder))} of {len(clips)} clips")
         group.close()
     if not complete:
         print(f"stopped by a signal; what is in {config.out} stays, and the same command goes on",

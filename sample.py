@@ -9,9 +9,7 @@
 """
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import re
@@ -98,20 +96,14 @@ class Config:
 
 def model_of(config: Config) -> str:
     """The family: as typed, else what the student's own file says, else the toy."""
-    turbo = config.turbo if config.method != "teacher" else None
-    stated = shapes.STUDENTS.get(turbo)
-    if turbo and not stated:
-        place = Path(turbo)
-        file = place / "turbo.safetensors" if place.is_dir() else place
-        if file.is_file():
-            stated = read_header(file).get("model")
-        elif (place.suffix or len(place.parts) > 1) and not place.exists():     # not a public file's name
-            raise UserError(f"{turbo}: no such file or folder")
-    if stated and config.model and stated != config.model:
-        raise UserError(f"{turbo} is a student of {stated}, not of {config.model}; use --model {stated}")
-    if turbo and not stated and not config.model:
-        raise UserError(f"{turbo} does not say whose student it is; add --model vc2, ms or shapes")
-    return config.model or stated or "shapes"
+    if config.model or not config.turbo:
+        return config.model or "shapes"
+    place = Path(config.turbo)
+    file = place / "turbo.safetensors" if place.is_dir() else place
+    stated = read_header(file).get("model") if file.is_file() else None
+    if not stated:
+        raise UserError(f"{place} is not there, or does not say whose student it is; add --model vc2 or ms")
+    return stated
 
 
 def check(config: Config) -> None:
@@ -138,23 +130,19 @@ def check(config: Config) -> None:
             if getattr(config, option) not in (None, False, ()) and not effective:
                 raise UserError(f"{cli.flag_of(option)} belongs to {owner}")
 
-    reward_files = {}
+    reward_files = []
     if config.reward:
         import rewards
-        reward_files = {name: path for name, path, _ in map(rewards.parse_spec, config.reward)}
-        if len(reward_files) < len(config.reward):
-            raise UserError(f"--reward {' '.join(config.reward)}: give each reward once")
-    for path in (config.teacher, config.motion_from, config.vae, *reward_files.values()):
+        reward_files = [path for _, path, _ in map(rewards.parse_spec, config.reward)]
+    for path in (config.teacher, config.motion_from, config.vae, *reward_files):
         if path and not Path(path).expanduser().exists():
             raise UserError(f"{path}: no such file or folder")
 
     out = Path(config.out or "")
     clip, other = out.suffix.lower() in SUFFIXES, out.suffix[1:2].isalpha()     # v2.0 is a folder
-    if (clip if config.prompts else other and not clip) or out.name.lower() in SUFFIXES:
+    if clip if config.prompts else other and not clip:
         raise UserError(f"--out {out}: choose a folder's name, or for one prompt one that ends in "
                         f"{', '.join(SUFFIXES)}")
-    if config.sheet and Path(config.sheet).suffix.lower() != ".png":
-        raise UserError(f"--sheet {config.sheet}: its name must end in .png")
     if config.sheet and cli.place()[1] > 1:
         raise UserError("--sheet shows the clips of one process; run without torchrun")
 
@@ -179,24 +167,13 @@ class Job(NamedTuple):
 def read_prompts(path: str) -> list[Prompt]:
     """Text, a prompt per line; .csv and .tsv with a header; .json and .jsonl of strings or of objects with
     one of COLUMNS, perhaps `name`, and `dimension` of VBench's lists, which tells how many clips are made."""
-    suffix = Path(path).suffix.lower()
-    with reading(path, "a list of prompts in utf-8"):
-        if suffix not in ("", ".txt", ".csv", ".tsv", ".json", ".jsonl"):
-            raise ValueError(f"{suffix} is no kind of list")
-        text = Path(path).read_bytes().decode("utf-8-sig")
-        rows = [line for line in re.split("\r\n?|\n", text) if line.strip()]   # splitlines cuts at U+2028
-        if suffix in (".csv", ".tsv"):
-            comma = "," if suffix == ".csv" else "\t"
-            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=comma, strict=True)
-            rows, columns = list(reader), [*filter(None, reader.fieldnames or ())]
-            if len({*columns}) < len(columns):
-                raise ValueError("two columns have one name")
-        elif suffix == ".json":
-            rows = json.loads(text)
-            if not isinstance(rows, list):
-                raise ValueError("it holds no list")
-        elif suffix == ".jsonl":
-            rows = list(map(json.loads, rows))
+    from plumbing.manifests import MANIFESTS, records_of
+    with reading(path, "a list of prompts in utf-8"), open(path, newline="", encoding="utf-8-sig") as file:
+        is_text = not path.lower().endswith(MANIFESTS)
+        rows = [line for line in file if line.strip()] if is_text else records_of(path, file)[0]
+        if isinstance(rows, dict):
+            raise ValueError("it holds no list")
+        rows = list(rows)
 
     prompts: dict[tuple, Prompt] = {}                       # a prompt of several dimensions of VBench is one
     for number, row in enumerate(rows, 1):
@@ -205,7 +182,7 @@ def read_prompts(path: str) -> list[Prompt]:
             raise UserError(f"{place}: neither a text nor a row of the header's columns; quote commas")
         row = {key.strip().lower(): value for key, value in row.items()}
         text = next((row[column] for column in COLUMNS if row.get(column)), None)
-        if not isinstance(text, str) or not text.strip() or "\0" in f"{text}{row.get('name')}":
+        if not isinstance(text, str) or not text.strip():
             raise UserError(f"{place}: no prompt in any of {', '.join(COLUMNS)}; it has {', '.join(row):.80}")
 
         name, dimensions, count = str(row.get("name") or text), row.get("dimension"), 1
@@ -223,13 +200,10 @@ def read_prompts(path: str) -> list[Prompt]:
 def file_name(text: str) -> str:
     """The text as a file's name; one that is too long is cut, and its hash keeps it apart from others."""
     name = re.sub(FORBIDDEN, " ", text)
-    try:
-        if len(os.fsencode(name)) <= NAME_BYTES:
-            return name
-    except UnicodeEncodeError as error:
-        raise UserError(f"{text!a:.80} cannot name a file here; set PYTHONUTF8=1") from error
+    if len(os.fsencode(name)) <= NAME_BYTES:
+        return name
     start = os.fsencode(name)[:NAME_BYTES - 9].decode(errors="ignore")
-    return f"{start} {hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    return f"{start} {hashlib.sha256(os.fsencode(text)).hexdigest()[:8]}"
 
 
 def jobs_of(prompts: list[Prompt], out: Path, config: Config) -> list[Job]:
@@ -287,12 +261,14 @@ def plan_clips(config: Config) -> list[Job]:
 # ---- load --------------------------------------------------------------------------------------------------
 
 def load_models(config: Config) -> Models:
-    """The networks that a command line asks for, on its device, frozen."""
+    """The networks that a command line asks for, on its device, frozen. Raises UserError for other sizes."""
     import torch
 
     import model
     from networks.vae import load_tiny_decoder
     from plumbing.run import pick_device
+    family = (shapes.FAMILIES if config.is_toy else model.FAMILIES)[config.model]
+    model.check_size(family, height=config.height, width=config.width)
     device, dtype = pick_device(config.device), config.dtype or "float32"
     if device.type in ("cuda", "xpu") and not config.dtype:
         since_ampere = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -301,6 +277,7 @@ def load_models(config: Config) -> Models:
     student = None if config.method == "teacher" else config.turbo or config.method
     where = (device, getattr(torch, dtype), 1.0 if config.lora_scale is None else config.lora_scale)
     if config.is_toy:
+        student = Path(config.turbo) if config.turbo else student
         models = shapes.load(student, config.teacher, *where, config.model)
     else:
         student = f"{config.model}-turbo" if student == "turbo" else student            # the released one
@@ -382,10 +359,9 @@ class Take(NamedTuple):
     scores: dict                        # of each reward; their weighted "total"; "climb" of --refine's steps
 
 
-def caption_of(prompt: str, seed: int, config: Config) -> tuple[str, list[str]]:
-    """What the networks are told, and notes on it: the toy's captions say what a prompt leaves unsaid."""
-    complete = config.is_toy and not config.as_typed
-    return grammar.fill_in(prompt, seed) if complete else (prompt, [])
+def caption_of(prompt: str, seed: int, config: Config) -> str:
+    """What the networks are told: the toy's captions say what a prompt leaves unsaid."""
+    return grammar.fill_in(prompt, seed) if config.is_toy and not config.as_typed else prompt
 
 
 def make(captions: list[str], seeds: list[int], models: Models, terms: list[RewardTerm], sampling: Sampling,
@@ -419,26 +395,20 @@ def make_all(jobs: list[Job], models: Models, terms: list[RewardTerm], config: C
     """All clips in batches; of each job's takes the best is written, and all are shown by the sheet."""
     from tqdm import tqdm
     captions = [caption_of(job.prompt, job.seed, config) for job in jobs]
-    for job, (_, notes) in list(zip(jobs, captions))[:8]:
-        if notes:
-            print(f"{job.path.name}: {'; '.join(notes)}", file=sys.stderr)
+    for job, caption in list(zip(jobs, captions))[:8]:
+        if caption != job.prompt:
+            print(f"{job.path.name}: {caption}", file=sys.stderr)
 
     sampling, reference = sampling_of(models, config), reference_of(models, config)
     count, batch = config.best_of or 1, config.batch or (16 if config.is_toy else 1)
-    together = max(1, batch // count)                       # jobs whose takes are one batch
-    bar, clips = tqdm(total=len(jobs) * count, desc="clips", disable=len(jobs) * count <= batch), []
-    for start in range(0, len(jobs), together):
-        group = list(zip(jobs, captions))[start:start + together]
-        to_make = [(caption, job.seed + i) for job, (caption, _) in group for i in range(count)]
-        takes = []
-        for first in range(0, len(to_make), batch):
-            texts, seeds = map(list, zip(*to_make[first:first + batch]))
-            takes += make(texts, seeds, models, terms, sampling, config, reference)
-            bar.update(len(texts))
-
-        for n, (job, (caption, _)) in enumerate(group):
-            ranked = sorted(takes[n * count:(n + 1) * count], key=lambda take: -take.scores["total"])
-            write(job, caption, ranked, config.fps or models.fps, config)
+    to_make = [(caption, job.seed + i) for job, caption in zip(jobs, captions) for i in range(count)]
+    unwritten, takes, clips = zip(jobs, captions), [], []
+    for start in tqdm(range(0, len(to_make), batch), "batches", disable=len(to_make) <= batch):
+        texts, seeds = map(list, zip(*to_make[start:start + batch]))
+        takes += make(texts, seeds, models, terms, sampling, config, reference)
+        while len(takes) >= count:                          # all of the next job are there
+            ranked, takes = sorted(takes[:count], key=lambda take: -take.scores["total"]), takes[count:]
+            write(*next(unwritten), ranked, config.fps or models.fps, config)
             clips += [take.clip for take in ranked] if config.sheet else []
     if config.sheet:
         write_sheet(Path(config.sheet), clips)
@@ -482,21 +452,15 @@ def write_sheet(path: Path, clips: list[Tensor]) -> None:
 def main(argv=None):
     """Prompts -> clips in files; on demand the best of several, refined by rewards, and a sheet of them."""
     config = cli.parse(Config, argv, __doc__, positional="prompt")
-    if config.turbo in shapes.STUDENTS and Path(config.turbo).exists():
-        config = replace(config, turbo=f"./{config.turbo}")             # not the embedded one of that name
     config = replace(config, model=model_of(config))
     check(config)
     jobs = plan_clips(config)
     if not jobs:
         return print("nothing to do: all clips are there")
 
-    from model import FAMILIES, check_size
     from plumbing import video
-    family = (shapes.FAMILIES if config.is_toy else FAMILIES)[config.model]
-    check_size(family, height=config.height, width=config.width)
     for job in jobs:
-        video.check_output(job.path, config.fps or family.fps)
-
+        video.check_output(job.path, config.fps or 0)
     models = load_models(config)
     terms = load_rewards(config, models)
     start = time.perf_counter()

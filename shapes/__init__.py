@@ -1,23 +1,11 @@
-"""The embedded toy: a world whose clips a program draws, and small models trained on it from scratch. No
-download.
-
-    grammar.py   captions and scenes        models.py     the networks, and how they are loaded
-    world.py     clips, and the oracle      pretrain.py   trains all of them but the students, from nothing
-"""
+"""The embedded toy: a world whose clips a program draws, and small models trained on it; see README.md."""
 from importlib import import_module
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
-STUDENTS = {                            # whose students they are, by their names
-    **dict.fromkeys((
-        "vcm", "vcm-1", "vcm-2", "vcm-longer", "vcm-longer-1", "vcm-longer-2", "vcm-img", "vcm-vid",
-        "vcm-both", "turbo", "turbo-1", "turbo-2", "turbo-beta-0.25", "turbo-beta-0.5", "turbo-beta-1",
-        "turbo-beta-2", "turbo-motion-0.5", "turbo-motion-10", "v2", "v2-no-mg"), "shapes"),
-    **dict.fromkeys(
-        ("motion-no-rewards", "motion-img", "motion-vid", "motion-no-mg", "motion-v2"), "shapes-motion")}
+STUDENTS = ("vcm", "turbo")             # the embedded ones
 NEEDS_TORCH = {"Clips": "world", "accuracy": "world"} | dict.fromkeys(
-    ("FAMILIES", "FAMILY", "FILES", "SAMPLING", "load", "load_text", "load_vae", "read", "reward",
-     "rewards"), "models")
+    ("FAMILIES", "FILES", "SAMPLING", "load", "load_text", "load_vae", "read", "reward", "rewards"), "models")
 
 
 def __getattr__(name: str):

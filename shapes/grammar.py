@@ -88,14 +88,15 @@ HINT = """
 # What people type -> words of this world; nothing at all for words that change nothing.
 ALSO = {
     "a": "an, the, some, this, something",
-    "": "one, thing, object, shape, is, are, that, which, it, its, s, both",
+    "": "one, thing, object, shape, is, are, that, which, it, its, s, both, please, show me, show, make, "
+        "create, video of, clip of, animation of, very, really, big, large, small, little, tiny, fast, slow, "
+        "quickly, slowly, bright, dark, light, beautiful",
     "and": "while, with, plus, beside, next to",
     "on": "against, over, in front of",
     "gray": "grey", "background": "backgrounds, backdrop",
     "circle": "circles, ball, balls, disc, discs, disk, disks, round",
     "ring": "rings, hoop, donut",
-    "square": "squares", "box": "boxes, cube, cubes, block, blocks",
-    "triangle": "triangles",
+    "square": "squares", "box": "boxes, cube, cubes, block, blocks", "triangle": "triangles",
     "moving": "move, moves, slide, slides, sliding, roll, rolls, rolling, fly, flies, flying, float, floats",
     "going": "go, goes", "bigger": "larger",
     "left": "to the left, leftward, leftwards, from right to left",
@@ -104,89 +105,63 @@ ALSO = {
     "down": "downward, downwards, from top to bottom",
     "rising": "rise, rises, rises up, rising up, climb, climbs, climbing",
     "falling": "fall, falls, falls down, falling down, drop, drops, dropping, sinks, sinking",
-    "growing": "grow, grows, expands, expanding",
-    "getting": "get, gets, becomes, becoming",
-    "standing still": "stay, stays, staying, stays still, staying still, stand, stands, standing, "
-                      "stands still, rests, resting, motionless, not moving",
+    "growing": "grow, grows, expands, expanding", "getting": "get, gets",
+    "standing still": "stay, stays, staying, stand, stands, standing, rests, resting, motionless, not moving",
 }
 MEANS = {phrase: means for means, phrases in ALSO.items() for phrase in phrases.split(", ")}
-DROPPED = set((                         # left out with a note: this world has no such differences
-    "please, show me, show, make, create, generate, video of, clip of, animation of, very, really, big, "
-    "large, small, little, tiny, fast, slow, quickly, slowly, bright, dark, light, simple, beautiful, "
-    "colourful, colorful, cinematic, realistic, highly detailed, high quality, hd, 4k, 3d").split(", "))
-LONGEST_FIRST = sorted(["standing still", *MEANS, *DROPPED], key=len, reverse=True)
-PHRASES = re.compile(r"\b(" + "|".join(LONGEST_FIRST) + r")\b")
-MOTION_WORDS = {motion: motion for motion in MOTIONS} | {
-    "rising": "up", "falling": "down", "rest": "still", "bigger": "growing"}
-MOVING = {*MOTION_WORDS, "moving", "going", "getting", "standing", "at"}     # the others alone say no motion
+PHRASES = re.compile(r"\b(" + "|".join(sorted(MEANS, key=len, reverse=True)) + r")\b")
+KNOWN = {                               # attribute -> {word: value}
+    "colour": {colour: colour for colour in COLOURS},
+    "shape": {word: shape for shape, words in SHAPES.items() for word in words},
+    "motion": {motion: motion for motion in MOTIONS} | {
+        "rising": "up", "falling": "down", "rest": "still", "bigger": "growing"}}
+# "a white background", "on white", "on a white background"; but not "on a white circle"
+BACKGROUND = re.compile(r"\b(?:on )?(?:a )?({0}) background\b|\bon (?:a )?({0})\b(?! (?:{1}))".format(
+    "|".join(BACKGROUNDS), "|".join(SHAPE_WORDS)))
 
 
-def words(caption: str) -> tuple[list[str], list[str]]:
-    """A caption in words of this world, without punctuation but commas, which mean "and"; and what of DROPPED
-    it held. Raises UserError for a word that this world lacks."""
-    plain = re.sub(r"[^\w\s]|_", " ", caption.lower().replace(",", " and "))
-    plain = " ".join(plain.split())
-    dropped = [phrase for phrase in PHRASES.findall(plain) if phrase in DROPPED]
-    plain = PHRASES.sub(lambda match: "" if match[0] in DROPPED else MEANS.get(match[0], match[0]), plain)
+def in_known_words(caption: str) -> str:
+    """A caption in words of this world, without punctuation but commas, which mean "and". Raises UserError
+    for a word that this world lacks."""
+    plain = " ".join(re.sub(r"[^\w\s]|_", " ", caption.lower().replace(",", " and ")).split())
+    plain = " ".join(PHRASES.sub(lambda match: MEANS[match[0]], plain).split())
     for word in plain.split():
         if word not in VOCABULARY:
             near = get_close_matches(word, {*VOCABULARY, *MEANS}, 1, 0.7)
             meant = f", did you mean {near[0]}?" if near else ""
             raise UserError(f"unknown word {word!r:.40}{meant}{HINT}")
-    mixed = re.search(r"\b({0}) and ({0})\b".format("|".join(COLOURS)), plain)
-    if mixed:
-        raise UserError(f"{mixed[0]!r}: a thing has one colour")
-    return plain.split(), dropped
+    return plain
 
 
-def clauses(words: list[str]) -> tuple[list[list[str]], list[str]]:
-    """A caption's words -> those of each thing, and those of the background; without "a", "and" and "on".
+def clauses(text: str) -> list[list[str]]:
+    """A caption without its background -> the words of each thing.
 
-    "and" and "a" begin a thing, "on" begins the background. What names neither a colour nor a shape, without
-    "a", goes with the thing before it ("a red circle on white, moving left")."""
-    parts, leading = [], []                                 # (the words that led to a part, the part)
-    for word in words:
-        if word in ("and", "on", "a"):
-            leading.append(word)
-        elif leading or not parts:
-            parts.append((leading, [word]))
-            leading = []
-        else:
-            parts[-1][1].append(word)
-
-    things, background = [], []
-    for leading, part in parts:
-        is_background = "on" in leading or "background" in part
-        if is_background:
-            background += [word for word in part if word not in MOVING]
-            part = [word for word in part if word in MOVING]
-        is_thing = "a" in leading and not is_background or {*COLOURS, *SHAPE_WORDS} & {*part}
-        if things and not is_thing:
-            things[-1] += part
-        elif part:
-            things.append(part)
-    return things, background
-
-
-def only(kind: str, clause: list[str], known) -> str | None:
-    """The one value of `known` that a clause names, or None. Raises UserError when it names two."""
-    values = {word for word in clause if word in known}
-    if len(values) > 1:
-        raise UserError(f"{' '.join(clause)!r} names more than one {kind}")
-    return values.pop() if values else None
+    "a" begins a thing, and so does "and" before a colour or a shape; what else follows "and" goes with the
+    thing before it ("a red circle on white, moving left")."""
+    things = []
+    for part in re.split(r"\b(?=a\b)|\band\b", text):
+        words = part.split()
+        if things and not {"a", *COLOURS, *SHAPE_WORDS} & {*words}:
+            things[-1] += words
+        elif words not in ([], ["a"]):
+            things.append(words)
+    return things
 
 
 def read_thing(clause: list[str]) -> Thing:
     """The thing that a clause asks for. Raises UserError when it asks for none, or for two at once."""
-    for word in {*BACKGROUNDS} & {*clause}:
-        raise UserError(f"{word} is a background's colour; those of things are {', '.join(COLOURS)}")
-    colour, shape_word = only("colour", clause, COLOURS), only("shape", clause, SHAPE_WORDS)
-    motion_word = only("motion", clause, MOTION_WORDS)
-    if not (colour or shape_word or motion_word):
+    if {"on", "background", *BACKGROUNDS} & {*clause}:
+        raise UserError(f"{' '.join(clause)!r}: things are {', '.join(COLOURS)}; there is one background, "
+                        f"{' or '.join(BACKGROUNDS)}")
+    values = {}
+    for attribute, known in KNOWN.items():
+        named = {known[word] for word in clause if word in known}
+        if len(named) > 1:
+            raise UserError(f"{' '.join(clause)!r} names more than one {attribute}")
+        values[attribute] = named.pop() if named else None
+    if not any(values.values()):
         raise UserError(f"{' '.join(clause)!r} names no colour, no shape and no motion" + HINT)
-
-    shape = next((name for name, texts in SHAPES.items() if shape_word in texts), None)
-    return Thing(colour, shape, MOTION_WORDS.get(motion_word))
+    return Thing(**values)
 
 
 def complete(thing: Thing, taken: set[str], rng: random.Random | None) -> Thing:
@@ -208,37 +183,29 @@ def say(thing: Thing, clause: list[str]) -> str:
     return f"a {thing.colour} {shape_word} {best}".strip()
 
 
-def read_caption(caption: str, rng: random.Random | None = None) -> tuple[Scene, str, list[str]]:
-    """A caption -> the scene it asks for; a caption for the networks, which were trained on whole things,
-    with what is unsaid drawn by rng; notes on what was left out and added. Raises UserError for others."""
-    known_words, dropped = words(caption)
-    thing_words, background_words = clauses(known_words)
-    if not thing_words:
-        raise UserError("the caption names no colour, no shape and no motion" + HINT)
+def read_caption(caption: str, rng: random.Random | None = None) -> tuple[Scene, str]:
+    """A caption -> the scene it asks for; and a caption for the networks, which were trained on whole things,
+    with what is unsaid drawn by rng. Raises UserError for others."""
+    text = in_known_words(caption)
+    ending = BACKGROUND.search(text)
+    background = ending and ending[ending.lastindex]
+    thing_words = clauses(BACKGROUND.sub("", text, 1)) or [[]]
     things = tuple(read_thing(clause) for clause in thing_words)
     colours = [thing.colour for thing in things if thing.colour]
     if len(things) > 2 or len(set(colours)) < len(colours):
         raise UserError(f"{'; '.join(map(' '.join, thing_words))}: at most two things, of different colours")
 
-    background = only("background", background_words, BACKGROUNDS)
-    for word in {*background_words} - {*BACKGROUNDS, "background"}:
-        raise UserError(f"{word} is not a background; those are {', '.join(BACKGROUNDS)}")
-
     # whole things for the networks
-    notes = [f"left out: {', '.join(dropped)}"] if dropped else []
     taken, phrases = set(colours), []
     for thing, clause in zip(things, thing_words):
         whole = complete(thing, taken, rng)
         taken.add(whole.colour)
         phrases.append(say(whole, clause))
-        added = [name for name, value in vars(whole).items() if value != getattr(thing, name)]
-        notes += [f"{' and '.join(added)} not given: {phrases[-1]}"] if added else []
-
-    shown = background or (rng and rng.choice(BACKGROUNDS))
-    notes += [f"background not given: {shown}"] if shown and not background else []
-    long = "background" in background_words or not background
-    ending = (f" on a {shown} background" if long else f" on {shown}") if shown else ""
-    return Scene(things, background), " and ".join(phrases) + ending, notes
+    whole_caption, shown = " and ".join(phrases), background or (rng and rng.choice(BACKGROUNDS))
+    if shown:
+        long = not background or "background" in ending[0]
+        whole_caption += f" on a {shown} background" if long else f" on {shown}"
+    return Scene(things, background), whole_caption
 
 
 def understand(caption: str) -> Scene:
@@ -246,10 +213,10 @@ def understand(caption: str) -> Scene:
     return read_caption(caption)[0]
 
 
-def fill_in(caption: str, seed: int) -> tuple[str, list[str]]:
-    """The caption in the networks' words, with what it leaves unsaid drawn from the seed; and a note for each
-    thing added or left out: "background not given: black". Raises UserError like `understand`."""
-    return read_caption(caption, random.Random(f"unsaid {seed} {read_caption(caption)[1]}"))[1:]
+def fill_in(caption: str, seed: int) -> str:
+    """The caption in the networks' words, with what it leaves unsaid drawn from the seed. Raises UserError
+    like `understand`."""
+    return read_caption(caption, random.Random(f"unsaid {seed} {read_caption(caption)[1]}"))[1]
 
 
 def token_ids(caption: str) -> list[int]:

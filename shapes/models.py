@@ -15,7 +15,7 @@ import model
 import rewards as reward_models
 from networks.fast_cpu import speed_up
 from plumbing import weights
-from plumbing.errors import UserError, reading
+from plumbing.errors import reading
 from plumbing.files import read_header
 from shapes import STUDENTS, WEIGHTS, grammar, student, world
 from solver import Sampling, Schedule
@@ -206,11 +206,7 @@ class CaptionEncoder(nn.Module):
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors (as float32) and header of one of the toy's weight files."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist; make it with shapes/pretrain.py --out {path.parent}")
-    tensors = weights.read_tensors(path)
-    weights.check_numbers(tensors, path)
-    return {key: tensor.float() for key, tensor in tensors.items()}, read_header(path)
+    return {key: tensor.float() for key, tensor in weights.read_tensors(path).items()}, read_header(path)
 
 
 def load_vae(folder: str | Path = WEIGHTS) -> model.VAE:
@@ -224,14 +220,13 @@ def load_vae(folder: str | Path = WEIGHTS) -> model.VAE:
 
 def load_text(folder: str | Path = WEIGHTS) -> CaptionEncoder:
     """The toy's caption encoder, frozen: parts of the CLIP and of the ViCLIP that also serve as rewards."""
-    clip, viclip = (reward.model for reward in rewards(folder=folder).values())
-    return CaptionEncoder(clip, viclip)
+    return CaptionEncoder(*(reward.model for reward in rewards(folder=folder).values()))
 
 
 def load(turbo: str | Path | None = None, folder: str | Path | None = None,
          device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, lora_scale: float = 1.0,
          name: str = "shapes", **conditions) -> model.Models:
-    """The toy's networks: the teacher's, or with `turbo` (a file, or one of STUDENTS) a student's.
+    """The toy's networks: the teacher's, or with `turbo` (a Path, or one of STUDENTS) a student's.
 
     name: whose teacher, one of FAMILIES. folder: where pretrain.py wrote, instead of the embedded weights."""
     # Two threads gain a third on an idle machine; on a busy one they mostly wait for each other.
@@ -241,7 +236,7 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     family, (teacher, _) = FAMILIES[name], read(folder / f"{FILES[name]}.safetensors")
     config, whole, lora, header = replace(family.unet, **conditions), None, None, {}
     if turbo is not None:
-        turbo = student(turbo, folder) if str(turbo) in STUDENTS else turbo
+        turbo = student(turbo, folder) if turbo in STUDENTS else turbo
         config, whole, lora, header = model.read_turbo(turbo, config, name, lora_scale)
         header = model.complete(header, family)
     layers = model.condition_layers(config).items()
@@ -253,7 +248,6 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     if lora:
         model.check_teacher(header, fingerprint, turbo)
     weights.fill(unet, state, turbo or folder, device, dtype, lora).out.float()          # see UNet3D.last
-    unet.schedule = Schedule(device=device)
     vae, text = load_vae(folder).to(device, dtype), load_text(folder).to(device)    # text stays in float32
     speed_up(model.CPU_LAYERS, unet, vae)
     return model.Models(name, unet, vae, text, family, header, fingerprint)
@@ -271,5 +265,5 @@ def reward(name: str, path: str | Path | None, device: torch.device | str, folde
 def rewards(device: torch.device | str = "cpu", folder: str | Path | None = None
             ) -> dict[str, reward_models.Reward]:
     """R_img, the toy's CLIP, and R_vid, its ViCLIP."""
-    return {kind: reward(name, None, device, folder)
-            for kind, name in (("image", "shapes-clip"), ("video", "shapes-viclip"))}
+    return {"image": reward("shapes-clip", None, device, folder),
+            "video": reward("shapes-viclip", None, device, folder)}

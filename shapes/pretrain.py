@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +28,7 @@ import rewards
 import shapes
 from networks.fast_cpu import speed_up
 from plumbing import cli, folder, run, weights
-from plumbing.errors import UserError, reading
+from plumbing.errors import UserError
 from shapes import grammar, world
 from shapes.models import MOTION, TOY, TOY_VAE
 from solver import Schedule
@@ -72,37 +73,34 @@ def fit(network: nn.Module, loss_of: Callable, out: Path, steps: int, group: run
 
     if saved := folder.checkpoints(out):
         state = folder.read_checkpoint(saved[-1], group, "network")
-        with reading(saved[-1], f"a checkpoint of {out.name}"):
-            network.load_state_dict(state["network"])
+        network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         torch._foreach_copy_(average.average, state["average"])
         start = state["step"]
 
     with folder.Log(out, start, steps, group) as log:
         for step in range(start, steps):
-            parts = run.Parts()
             optimizer.param_groups[0]["lr"] = lr * learning_rate(step / steps, cosines)
 
             # Gradient of this step's batch, over all processes
-            with parts("step"):
-                torch.manual_seed(step)
-                loss = loss_of(random.Random(f"0 {out.name} {step}"), step / steps)
-                gradient.zero_()
-                loss.backward()
-                group.sum(gradient).div_(group.world_size)
+            torch.manual_seed(step)
+            loss = loss_of(random.Random(f"0 {out.name} {step}"), step / steps)
+            gradient.zero_()
+            loss.backward()
+            group.sum(gradient).div_(group.world_size)
 
-                # Update of the weights and of their average; early averages forget the random start
-                gradient *= (1 / (gradient.norm() + 1e-6)).clamp(max=1)
-                optimizer.step()
-                average.decay = min(decay, (step + 1) / (step + 10))
-                average.update()
+            # Update of the weights and of their average; early averages forget the random start
+            gradient *= (1 / (gradient.norm() + 1e-6)).clamp(max=1)
+            optimizer.step()
+            average.decay = min(decay, (step + 1) / (step + 10))
+            average.update()
 
             done = step + 1
             if group.rank == 0 and (done % SAVE_EVERY == 0 or done == steps):
                 folder.save_checkpoint(out, done, dict(
                     step=done, network=network.state_dict(), optimizer=optimizer.state_dict(),
                     average=average.average))
-            log(done, dict(loss=loss.item()), parts)
+            log(done, dict(loss=loss.item()), run.Parts())
     for p, mean in zip(params, average.average):
         p.data = mean
 
@@ -261,29 +259,21 @@ def viclip(out: Path, group: run.Group) -> tuple[nn.Module, dict]:
     return network, asdict(VICLIP)
 
 
-@dataclass(frozen=True)
-class Course:
-    """How a teacher learns."""
-    unet: model.UNetConfig
-    pairs: float                        # share of clips with two things
-    # until which share of the steps; batch, frames; timesteps of the lesson, and one in how many is any other
-    phases: tuple[tuple, ...]
-    cosines: tuple[tuple[float, float], ...]        # of the learning rate
-
-
-TEACHER = Course(TOY, pairs=0.7, phases=(
+# How the teachers learn. pairs: share of clips with two things. phases: until which share of the steps;
+# batch, frames; timesteps of the lesson, and one in how many is any other. cosines: of the learning rate.
+TEACHER = dict(unet=TOY, pairs=0.7, phases=(
     (2 / 15, 96, 1, (200, 800), 2),                 # colours and shapes
     (0.21, 16, 8, (700, 1000), 2),                  # coherent clips
     (1, 16, 8, (600, 1000), 4),                     # what moves how
 ), cosines=((0, 0.6), (0.21, 0.39), (0.6, 0.4)))    # the rate starts over twice
-MOTION_TEACHER = Course(MOTION, pairs=0.0, phases=(
+MOTION_TEACHER = dict(unet=MOTION, pairs=0.0, phases=(
     (0.2, 96, 1, (200, 800), 2),                    # colours and shapes
     (1, 16, 8, (500, 1000), 3),                     # clips
 ), cosines=((0, 1),))
 
 
-def teacher(out: Path, group: run.Group, name: str = "teacher", course: Course = TEACHER
-            ) -> tuple[nn.Module, dict]:
+def teacher(out: Path, group: run.Group, name: str, unet: model.UNetConfig, pairs: float, phases: tuple,
+            cosines: tuple) -> tuple[nn.Module, dict]:
     """ε-prediction with the papers' schedule; one caption in ten is empty, for guidance.
 
     What moves where is decided at high noise, where ‖ε - ε_θ‖² hardly shows it: there z_t is almost ε itself.
@@ -292,15 +282,15 @@ def teacher(out: Path, group: run.Group, name: str = "teacher", course: Course =
     pixels, text = shapes.load_vae(out).to(group.device), shapes.load_text(out).to(group.device)
     schedule = Schedule(device=group.device)
     torch.manual_seed(0)                                    # whatever loading the others drew
-    network = course.unet.network(course.unet).to(group.device)
+    network = unet.network(unet).to(group.device)
     speed_up(model.CPU_LAYERS, network)
     for layer in network.modules():
         if isinstance(layer, nn.Conv3d):
             layer.weight.data[:, :, ::2] = 0            # what a frame takes from its neighbours
 
     def loss_of(rng, progress):
-        B, T, lesson, uniform = next(phase[1:] for phase in course.phases if progress < phase[0])
-        clips, captions, _ = draw(rng, B, max(T, 2), pairs=course.pairs)
+        B, T, lesson, uniform = next(phase[1:] for phase in phases if progress < phase[0])
+        clips, captions, _ = draw(rng, B, max(T, 2), pairs=pairs)
         if T == 1:
             clips = clips.unbind(2)[rng.randrange(2)][:, :, None]
 
@@ -317,16 +307,12 @@ def teacher(out: Path, group: run.Group, name: str = "teacher", course: Course =
         eps_hat = network(schedule.add_noise(z0, eps, t), t, c)
         return ((eps_hat - eps) / schedule.alpha[t].view(-1, 1, 1, 1, 1)).pow(2).mean()
 
-    fit(network, loss_of, out / name, STEPS[name], group, decay=0.997, cosines=course.cosines)
+    fit(network, loss_of, out / name, STEPS[name], group, decay=0.997, cosines=cosines)
     return network, asdict(network.config)
 
 
-def motion(out: Path, group: run.Group) -> tuple[nn.Module, dict]:
-    """The teacher of motion guidance."""
-    return teacher(out, group, "motion", MOTION_TEACHER)
-
-
-STAGES = {"vae": vae, "clip": clip, "viclip": viclip, "teacher": teacher, "motion": motion}
+STAGES = {"vae": vae, "clip": clip, "viclip": viclip, "teacher": partial(teacher, name="teacher", **TEACHER),
+          "motion": partial(teacher, name="motion", **MOTION_TEACHER)}      # the teacher of motion guidance
 
 
 @cli.main
@@ -334,9 +320,8 @@ def main(argv=None):
     """Trains the stage of --stage; leaves weights in --out, log and checkpoints in a folder there."""
     config = cli.parse(Config, argv, __doc__)
     out, stage = Path(config.out), Path(config.out) / config.stage
-    saved = any(step >= SAVE_EVERY for step, _ in folder.whole_lines(stage / "log.jsonl"))
-    if (saved or (out / f"{config.stage}.safetensors").exists()) and not folder.checkpoints(stage):
-        raise UserError(f"{stage} has log or weights, but no checkpoints to go on from; choose another --out")
+    if (out / f"{config.stage}.safetensors").exists() and not folder.checkpoints(stage):
+        raise UserError(f"{stage} has weights, but no checkpoints to go on from; choose another --out")
     group = run.Group()                                     # first of all: it chooses this process's GPU
     with folder.locked(stage) if group.rank == 0 else nullcontext():
         torch.manual_seed(0)

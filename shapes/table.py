@@ -3,11 +3,9 @@
 A row is a network, a sampler and a number of steps. All rows are asked the same captions with the same seeds,
 so that two of them can be compared clip by clip.
 """
-import itertools
 import json
 import math
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,38 +16,30 @@ from tqdm import tqdm
 
 import rewards
 import shapes
-from model import Models, to_clip
+from model import to_clip
 from plumbing.errors import UserError
-from plumbing.files import MARK, atomic
+from plumbing.files import MARK, atomic, read_header
 from plumbing.run import pick_device
-from plumbing.stats import mean_interval, paired_interval, wilson
+from plumbing.stats import markdown, mean_interval, paired_interval, wilson
 from shapes import grammar, world
-from shapes.models import SAMPLING
-from solver import Sampling
 from turbo import RewardTerm, generate, generate_refined
 
 BATCH = 50                              # clips sampled at once
 TAKE = 1_000_000                        # between the seeds of a clip's takes
-Sampler = Callable[[list[str], list[int]], Tensor]          # captions, seeds -> clips uint8 (B, 3, T, H, W)
 
 
 @dataclass(frozen=True)
 class Row:
     """A network, how it is sampled, and in how many steps."""
-    title: str
+    name: str
     steps: int
-    student: str | None = None          # one of shapes.STUDENTS; None: the teacher
+    student: str | None = None          # its file's name, or its folder's; None: the teacher
     model: str = "shapes"               # one of shapes.FAMILIES
-    method: str = "student"             # as in solver.Sampling
     guidance: float = 2.0               # ω
     best_of: int = 1                    # takes of a clip, of which rewards choose one
     refine: int = 0                     # steps in which rewards optimise its noises
     motion: float = 0.0                 # weight of the motion reward beside the other two, for `refine`
     lora_scale: float = 1.0
-
-    @property
-    def name(self) -> str:
-        return f"{self.title} {self.steps}"
 
     @property
     def passes(self) -> int:
@@ -58,136 +48,119 @@ class Row:
         once = self.steps * (1 if self.student or not self.guidance else 2)
         return once * self.best_of * (2 * self.refine + 2 if self.refine else 1)
 
-    def sampling(self, models: Models) -> Sampling:
-        """The row's `solver.Sampling`: as sample.py makes it, by default."""
-        default = models.sampling if self.student else SAMPLING["teacher"]
-        own = default.timesteps if len(default.timesteps) == self.steps else ()
-        return replace(default, steps=self.steps, guidance=self.guidance, timesteps=own)
 
+TITLES = {"vcm": "VCM", "turbo": "T2V-Turbo", "v2": "T2V-Turbo-v2"}     # other students: by their names
+TEACHERS = [Row(f"DDIM {steps}", steps) for steps in (50, 8, 4, 2)]
+TEACHERS += [Row("DDIM without ω 4", 4, guidance=0.0)]
+TEACHERS += [Row(f"motion DDIM {steps}", steps, model="shapes-motion") for steps in (50, 8, 4)]
+TEST_TIME = [
+    Row("VCM best-of-16 4", 4, "vcm", best_of=16), Row("VCM refine-15 4", 4, "vcm", refine=15),
+    Row("T2V-Turbo refine-15 4", 4, "turbo", refine=15),
+    Row("T2V-Turbo motion-15 4", 4, "turbo", refine=15, motion=1.0)]
+TEST_TIME += [Row(f"T2V-Turbo LoRA {x:g} 4", 4, "turbo", lora_scale=x) for x in (0, 0.25, 0.5, 0.75, 1.25)]
 
-TITLES = {"vcm": "VCM", "turbo": "T2V-Turbo", "v2": "T2V-Turbo-v2"}     # seeds and ablations: by their files
-ROWS = [Row("DDIM", steps, method="ddim") for steps in (50, 8, 4, 2)]
-ROWS += [Row("DDIM without ω", 4, method="ddim", guidance=0.0)]
-ROWS += [Row(TITLES.get(name, name), steps, name, owner) for name, owner in shapes.STUDENTS.items()
-         for steps in (1, 2, 4, 8)]
-ROWS += [Row("motion DDIM", steps, method="ddim", model="shapes-motion") for steps in (50, 8, 4)]
-ROWS += [Row(f"{TITLES[name]} best-of-16", 4, name, best_of=16) for name in ("vcm", "turbo")]
-ROWS += [Row(f"{TITLES[name]} refine-15", 4, name, refine=15) for name in ("vcm", "turbo")]
-ROWS += [Row(f"T2V-Turbo LoRA {x:g}", 4, "turbo", lora_scale=x) for x in (0, 0.25, 0.5, 0.75, 1.25)]
-ROWS += [Row("T2V-Turbo motion-15", 4, "turbo", refine=15, motion=1.0)]
-
-DIFFERENCES = [                         # compared clip by clip
-    ("VCM best-of-16 4", "VCM 4"), ("VCM refine-15 4", "VCM 4"), ("T2V-Turbo refine-15 4", "T2V-Turbo 4"),
-    ("T2V-Turbo motion-15 4", "T2V-Turbo 4"), ("T2V-Turbo motion-15 4", "T2V-Turbo refine-15 4"),
-    ("VCM 4", "DDIM 2"), ("VCM 4", "DDIM 4"), ("T2V-Turbo 4", "VCM 4"), ("T2V-Turbo 4", "DDIM 4"),
-    ("T2V-Turbo 4", "DDIM 50"), ("T2V-Turbo-v2 4", "T2V-Turbo 4"), ("T2V-Turbo-v2 4", "v2-no-mg 4"),
-    ("motion-v2 4", "motion-no-mg 4"), ("motion-v2 4", "motion-no-rewards 4"),
-    ("motion-img 4", "motion-no-rewards 4"), ("motion-vid 4", "motion-no-rewards 4")]
-
-COLUMNS = {"row": 22, "NFE": 4, "right % (95 %)": 18, "one": 3, "two": 3, "mot.": 4, "qual.": 5, "px": 4,
-           "var.": 4, "s": 4}
-LEGEND = """
-NFE: evaluations of the network; right: clips whose colours, shapes, motions and background are all as
-asked, by the oracle; one, two: of clips of one thing, of two; mot.: motions as asked, in %; qual.:
-overlap with ideal shapes; px: how far things move; var.: what a caption leaves open differs between seeds by
-this share of the world's own, in %; s: seconds a clip"""
+COLUMNS = ("", "passes", "right, % (95 %)", "one thing", "two things", "motions", "quality", "travel, px",
+           "variety, %")
 
 
 def make(config) -> list[dict]:
     """Measures, prints and stores the rows that an `evaluate.ShapesConfig` asks for; returns their means."""
     folder, device = Path(config.folder or shapes.WEIGHTS), pick_device(config.device)
-    rows, scorers, measured = chosen(config.rows, folder), shapes.rewards(device, folder), []
-    print(line(COLUMNS))
+    scorers, rows, measured = shapes.rewards(device, folder), chosen(config.rows, folder), []
+    print(markdown(COLUMNS, []))
     for row in rows:
         pairs = config.pairs if row.model == "shapes" else 0.0          # the other teacher saw single things
         measured.append(measure(row, config.clips, pairs, folder, device, scorers))
-        print(line(cells(measured[-1])), flush=True)
+        *_, line = markdown(COLUMNS, [cells(measured[-1])]).split("\n")
+        print(line, flush=True)
         if config.out:
             with atomic(config.out) as temporary:
                 temporary.write_text(json.dumps(dict(comment=MARK, rows=measured), indent=1))
     climbs = [f"{row['name']}: reward after 0, 5, ... steps " + ", ".join(map("{:.2f}".format, row["climb"]))
               for row in measured if row["climb"]]
-    print(LEGEND, *climbs, *differences({row["name"]: row["clips"] for row in measured}), sep="\n")
+    print("", *climbs, *(difference(measured[-1], row) for row in measured[:-1]), sep="\n")
     return measured
 
 
 def chosen(text: str, folder: Path) -> list[Row]:
-    """The rows whose name contains one of the texts between commas; of those whose weights are there."""
-    files = [shapes.student(row.student or shapes.FILES[row.model], folder) for row in ROWS]
-    rows = [row for row, file in zip(ROWS, files) if file.exists()]
-    if not rows:
-        raise UserError(f"{folder} holds no weights of a teacher; make them with shapes/pretrain.py")
-    texts = [part.strip().lower() for part in text.split(",")]
-    for part in texts:
-        if not any(part in row.name.lower() for row in rows):
-            titles = ", ".join(dict.fromkeys(row.title for row in rows))
-            raise UserError(f"--rows {part!r}: no row has this in its name; there are {titles}, each with "
-                            "its steps behind it: \"VCM 4\"")
-    return [row for row in rows if any(part in row.name.lower() for part in texts)]
+    """The rows whose name contains one of the texts between commas, in the texts' order; of those whose
+    weights are in the folder."""
+    students = []
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*/turbo.safetensors")], reverse=True):
+        name = path.stem if path.parent == folder else path.parent.name
+        model = read_header(path).get("model")
+        if model in shapes.FAMILIES:
+            title = TITLES.get(name, name)
+            students += [Row(f"{title} {steps}", steps, name, model) for steps in (1, 2, 4, 8)]
+    rows = [row for row in [*TEACHERS, *students, *TEST_TIME]
+            if shapes.student(row.student or shapes.FILES[row.model], folder).exists()]
+
+    named = []
+    for part in text.lower().split(","):
+        matches = [row for row in rows if part.strip() in row.name.lower()]
+        if not matches:
+            names = ", ".join(row.name for row in rows)
+            raise UserError(f"--rows {part.strip()!r}: no row has this in its name; there are {names}")
+        named += matches
+    return list(dict.fromkeys(named))
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
 
-def sampler(row: Row, folder: Path, device: torch.device, scorers: dict, climbs: list[Tensor]) -> Sampler:
-    """The row as a function, with its network loaded. climbs: gets the rewards (steps + 1, B) that `refine`
-    met on its way."""
-    models = shapes.load(row.student, folder, device, lora_scale=row.lora_scale, name=row.model)
+def sampler(row: Row, folder: Path, device: torch.device, scorers: dict, climbs: list[Tensor]) -> Callable:
+    """The row as a function: captions, seeds -> clips uint8 (B, 3, T, H, W). climbs: gets the rewards
+    (steps + 1, B) that `refine` met on its way."""
+    student = row.student and shapes.student(row.student, folder)
+    models = shapes.load(student, folder, device, lora_scale=row.lora_scale, name=row.model)
     models.unet.requires_grad_(False)                       # as sample.py does: the same bits
     image, video = scorers["image"], scorers["video"]
     terms = [RewardTerm(image, 1.0, 6, name="image"), RewardTerm(video, 2.0, 4, video=True, name="video")]
     if row.motion:
         terms.append(RewardTerm(rewards.load("motion"), row.motion, 8, video=True, name="motion"))
 
-    @torch.no_grad()
-    def take(captions: list[str], seeds: list[int]) -> Tensor:
-        how = models, captions, seeds, models.size, row.sampling(models)
-        if row.refine:
-            z, climb = generate_refined(*how, terms, row.refine, chunk=0)
-            climbs.append(torch.stack(climb).cpu())
-        else:
-            z = generate(*how)
-        return to_clip(models.vae, z).cpu()
+    sampling = replace(models.sampling, steps=row.steps, guidance=row.guidance)
 
     @torch.no_grad()
-    def best(captions: list[str], seeds: list[int]) -> Tensor:
-        takes = [take(captions, [seed + TAKE * k for seed in seeds]) for k in range(row.best_of)]
+    def sample(captions: list[str], seeds: list[int]) -> Tensor:
+        takes = []
+        for k in range(row.best_of):
+            how = models, captions, [seed + TAKE * k for seed in seeds], models.size, sampling
+            if row.refine:
+                z, climb = generate_refined(*how, terms, row.refine, chunk=0)
+                climbs.append(torch.stack(climb).cpu())
+            else:
+                z = generate(*how)
+            takes.append(to_clip(models.vae, z).cpu())
+
         scores = torch.stack([sum(term.weight * term.reward(rewards.frames_for(term.reward, clips), captions)
                                   for term in terms) for clips in takes])           # (takes, B)
         return torch.stack([takes[k][i] for i, k in enumerate(scores.argmax(0).tolist())])
 
-    return best if row.best_of > 1 else take
-
-
-def measure(row: Row, count: int, pairs: float, folder: Path, device: torch.device, scorers: dict) -> dict:
-    """Samples and judges `count` clips of a row, of trained and of held-out combinations in turn."""
-    clips, climbs, seconds = [], [], 0.0
-    sample = sampler(row, folder, device, scorers, climbs)
-    splits = [shapes.Clips(split, pairs=pairs) for split in ("train", "held-out")]
-    for start in tqdm(range(0, count, BATCH), row.name, leave=False):
-        indices = range(start, min(start + BATCH, count))
-        seeds = [grammar.TABLE + i // 2 for i in indices]
-        captions = [splits[i % 2].caption(seed) for i, seed in zip(indices, seeds)]
-        began = time.perf_counter()
-        shown = sample(captions, seeds)
-        seconds += time.perf_counter() - began
-        clips += [dict(split=splits[i % 2].split, seed=seed, **verdict)
-                  for i, seed, verdict in zip(indices, seeds, judge(captions, shown, scorers), strict=True)]
-    climb = torch.cat(climbs, dim=1).mean(1)[::5].tolist() if climbs else []
-    return dict(name=row.name, steps=row.steps, passes=row.passes, **means(clips), variety=variety(sample),
-                seconds=seconds / count, climb=climb, clips=clips)
+    return sample
 
 
 @torch.no_grad()
-def judge(captions: list[str], clips: Tensor, scorers: dict) -> list[dict]:
-    """A clip's caption, how many things it asks for, the oracle's verdict (0..1 each) and both rewards."""
-    scores = {kind: scorer(rewards.frames_for(scorer, clips), captions).tolist()
-              for kind, scorer in scorers.items()}
-    records = []
-    for i, scene in enumerate(map(grammar.understand, captions)):
-        records.append(dict(caption=captions[i], things=len(scene.things), travel=travel(scene, clips[i]),
-                            **world.judge(scene, clips[i]),
-                            **{kind: values[i] for kind, values in scores.items()}))
-    return records
+def measure(row: Row, count: int, pairs: float, folder: Path, device: torch.device, scorers: dict) -> dict:
+    """Samples and judges `count` clips of a row, of trained and of held-out combinations in turn: of each its
+    caption, how many things it asks for, the oracle's verdict (0..1 each) and both rewards."""
+    clips, climbs = [], []
+    sample = sampler(row, folder, device, scorers, climbs)
+    splits = [shapes.Clips(split, pairs=pairs) for split in ("train", "held-out")]
+    asked = [(split, grammar.TABLE + i) for i in range(count) for split in splits][:count]
+    for start in tqdm(range(0, count, BATCH), row.name, leave=False):
+        captions = [split.caption(seed) for split, seed in asked[start:start + BATCH]]
+        made = sample(captions, [seed for _, seed in asked[start:start + BATCH]])
+        image, video = (scorers[kind](rewards.frames_for(scorers[kind], made), captions).tolist()
+                        for kind in ("image", "video"))
+        for i, (caption, clip) in enumerate(zip(captions, made)):
+            scene = grammar.understand(caption)
+            split, seed = asked[start + i]
+            clips.append(dict(
+                split=split.split, seed=seed, caption=caption, things=len(scene.things),
+                travel=travel(scene, clip), **world.judge(scene, clip), image=image[i], video=video[i]))
+    climb = torch.cat(climbs, dim=1).mean(1)[::5].tolist() if climbs else []
+    return dict(name=row.name, steps=row.steps, passes=row.passes, **means(clips), variety=variety(sample),
+                climb=climb, clips=clips)
 
 
 def travel(scene: grammar.Scene, clip: Tensor) -> float | None:
@@ -202,12 +175,12 @@ def travel(scene: grammar.Scene, clip: Tensor) -> float | None:
 
 # ---- variety -----------------------------------------------------------------------------------------------
 
-def variety(sample: Sampler, captions: int = 8, seeds: int = 8) -> float:
+def variety(sample: Callable, captions: int = 8, seeds: int = 8) -> float:
     """How far clips of one caption differ in place (x, y) and size, as a share of the world's own clips: √
     of variances over seeds, captions of one thing together. NaN where nothing is shown twice."""
-    drawn = map(shapes.Clips("train", pairs=0).caption, itertools.count(grammar.TABLE + 10 ** 6))
     variances = []
-    for caption in itertools.islice(drawn, captions):
+    for index in range(captions):
+        caption = shapes.Clips("train", pairs=0).caption(grammar.TABLE + 10 ** 6 + index)
         scene = grammar.understand(caption)
         worlds = layouts([world.render(scene, random.Random(f"{caption} {i}")) for i in range(64)])
         ours = layouts(sample([caption] * seeds, [grammar.TABLE + i for i in range(seeds)]))
@@ -226,44 +199,33 @@ def layouts(clips) -> Tensor:
 # ---- averaging and printing --------------------------------------------------------------------------------
 
 def means(clips: list[dict]) -> dict:
-    """Means over a row's clips, by split and by number of things, too; Wilson's 95 % interval of `all`."""
+    """Means over a row's clips, by number of things, too; Wilson's 95 % interval of `all`."""
     groups = {key: [clip[key] for clip in clips if clip[key] is not None] for key in
               ("colour", "shape", "motion", "background", "all", "quality", "travel", "image", "video")}
-    for name, part in dict(one=1, two=2, train="train", **{"held-out": "held-out"}).items():
-        groups[name] = [clip["all"] for clip in clips if part in (clip["things"], clip["split"])]
+    for name, things in (("one", 1), ("two", 2)):
+        groups[name] = [clip["all"] for clip in clips if clip["things"] == things]
     averages = {name: sum(values) / len(values) if values else math.nan for name, values in groups.items()}
     return averages | dict(interval=wilson(averages["all"], len(clips)))
 
 
 def cells(row: dict) -> list[str]:
     """The printed cells of a row, as in COLUMNS."""
-    all_right, low, high, one, two, motion, variety = (100 * share for share in (
-        row["all"], *row["interval"], row["one"], row["two"], row["motion"], row["variety"]))
-    figures = [f"{one:.0f}", f"{two:.0f}", f"{motion:.0f}", f"{row['quality']:.3f}", f"{row['travel']:.1f}",
-               f"{variety:.0f}", f"{row['seconds']:.2f}"]
-    right = f"{all_right:.1f} ({low:.1f}-{high:.1f})"
-    return [row["name"], str(row["passes"]), right, *("-" if x == "nan" else x for x in figures)]
+    low, high = row["interval"]
+    right = f"{100 * row['all']:.1f} ({100 * low:.1f}-{100 * high:.1f})"
+    one, two, motion, variety = (f"{100 * row[key]:.0f}" for key in ("one", "two", "motion", "variety"))
+    figures = [one, two, motion, f"{row['quality']:.3f}", f"{row['travel']:.1f}", variety]
+    return [row["name"], str(row["passes"]), right, *(x.replace("nan", "-") for x in figures)]
 
 
-def line(texts) -> str:
-    """Cells under each other, in at most 80 columns."""
-    first, *others = zip(texts, COLUMNS.values(), strict=True)
-    return " ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)])
-
-
-def differences(clips: dict[str, list[dict]]) -> list[str]:
-    """How rows differ clip by clip in what is right, in motions and in travel, with 95 % intervals: a line
-    for each of DIFFERENCES that can be told."""
-    lines = []
-    for name, baseline in (names for names in DIFFERENCES if clips.keys() >= {*names}):
-        pairs = list(zip(clips[name], clips[baseline], strict=True))
-        gained, lost = (sum(a["all"] - b["all"] == sign for a, b in pairs) for sign in (1, -1))
-        low, high = paired_interval(gained, lost, len(pairs))
-        lines.append(f"{name} - {baseline}: {100 * (gained - lost) / len(pairs):+.1f} points right "
-                     f"({100 * low:+.1f} to {100 * high:+.1f})")
-        motions = [100 * (a["motion"] - b["motion"]) for a, b in pairs]
-        lines[-1] += ", {:+.1f} ± {:.1f} points of motions".format(*mean_interval(motions))
-        moved = [a["travel"] - b["travel"] for a, b in pairs if a["travel"] is not None]
-        if len(moved) > 1:
-            lines[-1] += ", {:+.1f} ± {:.1f} px".format(*mean_interval(moved))
-    return lines
+def difference(row: dict, other: dict) -> str:
+    """How a row differs from another one clip by clip in what is right, in motions and in travel, with 95 %
+    intervals."""
+    pairs = list(zip(row["clips"], other["clips"], strict=True))
+    gained, lost = (sum(a["all"] - b["all"] == sign for a, b in pairs) for sign in (1, -1))
+    low, high = paired_interval(gained, lost, len(pairs))
+    text = (f"{row['name']} - {other['name']}: {100 * (gained - lost) / len(pairs):+.1f} points right "
+            f"({100 * low:+.1f} to {100 * high:+.1f})")
+    motions = [100 * (a["motion"] - b["motion"]) for a, b in pairs]
+    text += ", {:+.1f} ± {:.1f} points of motions".format(*mean_interval(motions))
+    moved = [a["travel"] - b["travel"] for a, b in pairs if a["travel"] is not None]
+    return text + (", {:+.1f} ± {:.1f} px".format(*mean_interval(moved)) if len(moved) > 1 else "")

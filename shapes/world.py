@@ -45,9 +45,9 @@ def coverage(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
     return (0.5 - outside).clamp(0, 1)
 
 
-def pixel_grid(size: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+def pixel_grid(size: int) -> tuple[Tensor, Tensor]:
     """Column and row of every pixel's centre."""
-    axis = torch.arange(size, device=device) + 0.5
+    axis = torch.arange(size) + 0.5
     return axis[None, :], axis[:, None]
 
 
@@ -96,7 +96,7 @@ def things_in(clip: Tensor) -> tuple[dict[str, Tensor], float | None]:
     """The masks, bool (T, H, W), of the things in a clip by colour, told by hue; the gray level of the rest.
 
     A colour counts as a thing when it fills at least 40 pixels (of 64 x 64) in all frames but one."""
-    rgb = clip.float()
+    rgb = clip.cpu().float()
     high, low = rgb.amax(0), rgb.amin(0)
     chroma = high - low
 
@@ -105,7 +105,7 @@ def things_in(clip: Tensor) -> tuple[dict[str, Tensor], float | None]:
     green_or_blue = torch.where(high == g, (b - r) / span + 2, (r - g) / span + 4)
     hue = torch.where(high == r, (g - b) / span % 6, green_or_blue)
 
-    centres = torch.tensor([HUE[colour] for colour in COLOURS], device=clip.device)[:, None, None, None]
+    centres = torch.tensor([HUE[colour] for colour in COLOURS])[:, None, None, None]
     distance = ((hue - centres + 3) % 6 - 3).abs()
     masks = (chroma > 85) & (distance == distance.amin(0)) & (distance < 0.6)
 
@@ -118,7 +118,7 @@ def things_in(clip: Tensor) -> tuple[dict[str, Tensor], float | None]:
 
 def read_shape(mask: Tensor) -> tuple[str, float]:
     """The shape whose ideal picture, with the mask's area and centroid, overlaps it best; and the IoU."""
-    column, row = pixel_grid(mask.shape[-1], mask.device)
+    column, row = pixel_grid(mask.shape[-1])
     x, y, radius = (p[:, None, None] for p in track(mask))
     overlaps = {}
     for shape in SHAPES:
@@ -130,7 +130,7 @@ def read_shape(mask: Tensor) -> tuple[str, float]:
 
 def track(mask: Tensor) -> Tensor:
     """Centroid x, y and radius (of a disc of the same area) of a mask (T, H, W) per frame: (3, T), pixels."""
-    column, row = pixel_grid(mask.shape[-1], mask.device)
+    column, row = pixel_grid(mask.shape[-1])
     area = mask.sum((1, 2)).float().clamp(min=1)
     x, y = ((mask * axis).sum((1, 2)) / area for axis in (column, row))
     return torch.stack([x, y, (area / math.pi).sqrt()])
@@ -138,7 +138,7 @@ def track(mask: Tensor) -> Tensor:
 
 def change(path: Tensor) -> list[float]:
     """Change of x, y and radius of a track (3, T) from first to last frame, by least-squares lines."""
-    time = torch.linspace(-0.5, 0.5, path.shape[1], device=path.device)
+    time = torch.linspace(-0.5, 0.5, path.shape[1])
     return ((path * time).sum(1) / (time ** 2).sum()).tolist()
 
 
@@ -161,7 +161,7 @@ def read_motion(mask: Tensor) -> str:
 
 def read(clip: Tensor) -> tuple[Scene, float]:
     """What a clip uint8 (3, T, H, W) shows, and its quality: mean IoU of things with their ideal shapes."""
-    masks, level = things_in(clip.cpu())
+    masks, level = things_in(clip)
     shapes = {colour: read_shape(mask) for colour, mask in masks.items()}
     things = tuple(Thing(colour, shapes[colour][0], read_motion(mask)) for colour, mask in masks.items())
     quality = sum(overlap for _, overlap in shapes.values()) / max(len(shapes), 1)
@@ -171,7 +171,7 @@ def read(clip: Tensor) -> tuple[Scene, float]:
 
 def tracks(clip: Tensor) -> dict[str, Tensor]:
     """What captions leave free: `track` of each thing in a clip (3, T, H, W), by colour, in widths."""
-    return {colour: track(mask) / clip.shape[-1] for colour, mask in things_in(clip.cpu())[0].items()}
+    return {colour: track(mask) / clip.shape[-1] for colour, mask in things_in(clip)[0].items()}
 
 
 def judge(expected: Scene, clip: Tensor) -> dict[str, float]:

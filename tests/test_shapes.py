@@ -98,7 +98,7 @@ SAYS = {
 @pytest.mark.parametrize("caption", SAYS)
 def test_what_people_type_is_understood(caption):
     things, background = SAYS[caption]
-    scene, again, _ = grammar.read_caption(caption)
+    scene, again = grammar.read_caption(caption)
     assert scene == Scene(tuple(Thing(*thing) for thing in things), background)
     told = grammar.understand(again)
     assert told.background == background
@@ -112,10 +112,10 @@ def test_what_people_type_is_understood(caption):
     ("a red dog moving left", "unknown word 'dog'\n  things: red"), ("two circles", "unknown word 'two'"),
     ("a red circel rising", "'circel', did you mean circle?"), ("a red ball rigth", "did you mean right?"),
     ("a purple ring", "unknown word 'purple'\n  things: red"), ("a red ball shrinking", "'shrinking'"),
-    ("a red blue circle rising", "more than one colour"), ("a red and blue circle", "one colour"),
+    ("a red blue circle rising", "more than one colour"),
     ("a red circle moves left and grows", "more than one motion"), ("a circle square", "more than one shape"),
-    ("a red circle on black and white", "background's colour"), ("a white circle", "background's colour"),
-    ("a ball on red", "not a background"), ("a and a", "names no colour"), ("", "names no colour"),
+    ("a red circle on black and white", "one background, black"), ("a white circle", "one background, black"),
+    ("a ball on red", "things are red"), ("a and a", "names no colour"), ("", "names no colour"),
     ("a red circle rising and a red square rising", "different colours"),
     ("a red ball, a blue ball, a green ball", "at most two things")])
 def test_other_captions_get_a_hint(caption, complaint):
@@ -127,20 +127,16 @@ def test_other_captions_get_a_hint(caption, complaint):
 
 
 def test_what_is_unsaid_is_drawn_from_the_seed():
-    """All of it, nothing held-out, each value for some seed; what is said stays; and a note says it."""
+    """All of it, nothing held-out, each value for some seed; what is said stays."""
     drawn = set()
     for seed in range(200):
-        caption, notes = grammar.fill_in("show me something red and a very big triangle falling", seed)
+        caption = grammar.fill_in("show me something red and a very big triangle falling", seed)
         scene = grammar.understand(caption)
         first, second = scene.things
         assert first.colour == "red" != second.colour
         assert (second.shape, second.motion) == ("triangle", "down")
         assert not first.held_out and not second.held_out
-        assert notes == ["left out: show me, very, big",
-                         f"shape and motion not given: {caption.split(' and ')[0]}",
-                         f"colour not given: a {second.colour} triangle falling",
-                         f"background not given: {scene.background}"]
-        assert grammar.fill_in(caption, seed + 1) == (caption, [])
+        assert grammar.fill_in(caption, seed + 1) == caption
         drawn |= {first.shape, first.motion, second.colour, scene.background}
     assert drawn == {*grammar.SHAPES, *grammar.MOTIONS, *grammar.BACKGROUNDS, "yellow", "green", "blue"}
     assert grammar.fill_in("a red  RING", 3) == grammar.fill_in("the red ring.", 3)
@@ -312,8 +308,8 @@ def test_a_group_of_processes_trains_the_same_weights(tmp_path):
 
 @pytest.mark.parametrize("typed, message", [
     ("--stage unet", "invalid choice"), ("--steps 5", "unknown option --steps"),
-    ("--stage viclip --out {0}", "{0}/clip.safetensors does not exist; make it with shapes/pretrain.py"),
-    ("--stage teacher --out {0}", "{0}/vae.safetensors does not"), ("--out {0}/file/runs", "{0}/file/runs")])
+    ("--stage viclip --out {0}", "{0}/clip.safetensors: no such file"),
+    ("--stage teacher --out {0}", "{0}/vae.safetensors: no such"), ("--out {0}/file/runs", "{0}/file/runs")])
 def test_pretraining_complains_in_one_line(typed, message, tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stop:
@@ -323,7 +319,7 @@ def test_pretraining_complains_in_one_line(typed, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("teacher", None, "teacher.safetensors does not exist; make it with shapes/pretrain.py"),
+    ("teacher", None, "teacher.safetensors: no such file"),
     ("vae", lambda whole: (shapes.WEIGHTS / "clip.safetensors").read_bytes(), "is not the toy's VAE"),
     ("vae", lambda whole: save(load(whole)), "vae.safetensors is not the toy's VAE"),       # without a header
     ("vae", lambda whole: whole[:-100], "vae.safetensors")])

@@ -34,7 +34,7 @@ def make(folder, clips=24, draws=2, rank=0, world_size=1, models=None, before=la
     dataset.on_get = before
     config = dataclasses.replace(prepare.Config(), preset="shapes-v2", clips=clips, draws=draws,
                                  **SMALL, fps=8)
-    mixture = prepare.Mixture([dataset, dataset], clips, config.seed)
+    mixture = prepare.mixture([dataset, dataset], clips, config.seed)
     header = prepare.header_of(config, models, mixture)
     writer = data.CacheWriter(folder, header, rank, world_size)
     if prepare.prepare(config, models, mixture, writer) and world_size == 1:
