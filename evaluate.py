@@ -110,6 +110,8 @@ def clips_at(path: Path) -> list[Path]:
     """A clip, or the clips of a folder that is not itself one of png frames."""
     if path.is_file():
         return [path]
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
     from plumbing.video import READABLE
     suffixes = {*READABLE, ".gif"}
     files = sorted(file for file in path.glob("[!.]*") if file.suffix.lower() in suffixes)
@@ -248,7 +250,7 @@ def with_totals(shares: dict[str, float]) -> dict[str, float]:
 
 def read_results(arguments: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """{model: {dimension: share}}. A model is called NAME, of NAME=PATH, else after its files' folder."""
-    models = {}
+    models, folders = {}, {}                                # folders: of the models that go without NAME
     for argument in arguments:
         name, separator, text = argument.partition("=")
         if Path(argument).exists() or not separator:
@@ -257,7 +259,12 @@ def read_results(arguments: tuple[str, ...]) -> dict[str, dict[str, float]]:
         files = sorted(path.glob("[!.]*eval_results.json")) if path.is_dir() else [path]
         if not files:
             raise UserError(f"{path}: no result files (*_eval_results.json) in this folder")
-        name = name or (path if path.is_dir() else path.parent).resolve().name
+        folder = (path if path.is_dir() else path.parent).resolve()
+        if not name and folders.setdefault(folder.name, folder) != folder:
+            raise UserError(f"{path} and {folders[folder.name]} have one name; use NAME=PATH")
+        name = name or folder.name
+        if f"{name.removesuffix(' (paper)')} (paper)" in published():
+            raise UserError(f"{name} is a paper's row; call your own model otherwise: NAME={path}")
         shares = models.setdefault(name, {})
         for file in files:
             with reading(file, "a VBench result"):          # {dimension: [share, [single clips]]}

@@ -157,8 +157,11 @@ def main(argv: list[str] | None = None):
 
         complete = not group.any(not prepare(config, models, clips, writer))
         if group.rank == 0 and complete:
+            made = len(data.clip_files(writer.folder))
+            if not made:
+                raise UserError(f"no clip of {len(clips)} could be used; why: {config.out}/bad_clips.jsonl")
             writer.write_header(complete=True)
-            print(f"{config.out}: {len(data.clip_files(writer.folder))} of {len(clips)} clips")
+            print(f"{config.out}: {made} of {len(clips)} clips")
         group.close()
     if not complete:
         print(f"stopped by a signal; what is in {config.out} stays, and the same command goes on",

@@ -130,11 +130,13 @@ def check(config: Config) -> None:
             if getattr(config, option) not in (None, False, ()) and not effective:
                 raise UserError(f"{cli.flag_of(option)} belongs to {owner}")
 
-    reward_files = []
+    reward_files = {}
     if config.reward:
         import rewards
-        reward_files = [path for _, path, _ in map(rewards.parse_spec, config.reward)]
-    for path in (config.teacher, config.motion_from, config.vae, *reward_files):
+        reward_files = {name: path for name, path, _ in map(rewards.parse_spec, config.reward)}
+        if len(reward_files) < len(config.reward):
+            raise UserError(f"--reward {' '.join(config.reward)}: give each reward once")
+    for path in (config.teacher, config.motion_from, config.vae, *reward_files.values()):
         if path and not Path(path).expanduser().exists():
             raise UserError(f"{path}: no such file or folder")
 
@@ -143,6 +145,8 @@ def check(config: Config) -> None:
     if clip if config.prompts else other and not clip:
         raise UserError(f"--out {out}: choose a folder's name, or for one prompt one that ends in "
                         f"{', '.join(SUFFIXES)}")
+    if config.sheet and Path(config.sheet).suffix.lower() != ".png":
+        raise UserError(f"--sheet {config.sheet}: its name must end in .png")
     if config.sheet and cli.place()[1] > 1:
         raise UserError("--sheet shows the clips of one process; run without torchrun")
 
@@ -171,7 +175,7 @@ def read_prompts(path: str) -> list[Prompt]:
     with reading(path, "a list of prompts in utf-8"), open(path, newline="", encoding="utf-8-sig") as file:
         is_text = not path.lower().endswith(MANIFESTS)
         rows = [line for line in file if line.strip()] if is_text else records_of(path, file)[0]
-        if isinstance(rows, dict):
+        if isinstance(rows, dict | str):
             raise ValueError("it holds no list")
         rows = list(rows)
 

@@ -89,8 +89,9 @@ HINT = """
 ALSO = {
     "a": "an, the, some, this, something",
     "": "one, thing, object, shape, is, are, that, which, it, its, s, both, please, show me, show, make, "
-        "create, video of, clip of, animation of, very, really, big, large, small, little, tiny, fast, slow, "
-        "quickly, slowly, bright, dark, light, beautiful",
+        "create, generate, video of, clip of, animation of, very, really, big, large, small, little, tiny, "
+        "fast, slow, quickly, slowly, bright, dark, light, simple, beautiful, colourful, colorful, "
+        "cinematic, realistic, highly detailed, high quality, hd, 4k, 3d",
     "and": "while, with, plus, beside, next to",
     "on": "against, over, in front of",
     "gray": "grey", "background": "backgrounds, backdrop",
@@ -105,7 +106,7 @@ ALSO = {
     "down": "downward, downwards, from top to bottom",
     "rising": "rise, rises, rises up, rising up, climb, climbs, climbing",
     "falling": "fall, falls, falls down, falling down, drop, drops, dropping, sinks, sinking",
-    "growing": "grow, grows, expands, expanding", "getting": "get, gets",
+    "growing": "grow, grows, expands, expanding", "getting": "get, gets, becomes, becoming",
     "standing still": "stay, stays, staying, stand, stands, standing, rests, resting, motionless, not moving",
 }
 MEANS = {phrase: means for means, phrases in ALSO.items() for phrase in phrases.split(", ")}
@@ -130,6 +131,9 @@ def in_known_words(caption: str) -> str:
             near = get_close_matches(word, {*VOCABULARY, *MEANS}, 1, 0.7)
             meant = f", did you mean {near[0]}?" if near else ""
             raise UserError(f"unknown word {word!r:.40}{meant}{HINT}")
+    mixed = re.search(r"\b({0}) and ({0})\b".format("|".join(COLOURS)), plain)
+    if mixed:
+        raise UserError(f"{mixed[0]!r}: a thing has one colour")
     return plain
 
 

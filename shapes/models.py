@@ -206,7 +206,9 @@ class CaptionEncoder(nn.Module):
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors (as float32) and header of one of the toy's weight files."""
-    return {key: tensor.float() for key, tensor in weights.read_tensors(path).items()}, read_header(path)
+    tensors = weights.read_tensors(path)
+    weights.check_numbers(tensors, path)
+    return {key: tensor.float() for key, tensor in tensors.items()}, read_header(path)
 
 
 def load_vae(folder: str | Path = WEIGHTS) -> model.VAE:

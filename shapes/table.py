@@ -131,6 +131,8 @@ def sampler(row: Row, folder: Path, device: torch.device, scorers: dict, climbs:
             else:
                 z = generate(*how)
             takes.append(to_clip(models.vae, z).cpu())
+        if len(takes) == 1:
+            return takes[0]
 
         scores = torch.stack([sum(term.weight * term.reward(rewards.frames_for(term.reward, clips), captions)
                                   for term in terms) for clips in takes])           # (takes, B)

@@ -273,7 +273,7 @@ MISTAKES = [                            # what is typed behind evaluate.py -> wh
     ("shapes --out {color1}", "--out {color1} exists, and was not made by this program"),
     ("score", "score takes clips and at least one --reward"),
     ("score {empty} --reward shapes-clip", "{empty}: expected a clip, or a folder of clips (.mp4, "),
-    ("score nowhere.mp4 --reward shapes-clip", "nowhere.mp4: expected a clip"),
+    ("score nowhere.mp4 --reward shapes-clip", "nowhere.mp4: no such file or folder"),
     ("score {clips} --reward shapes-clip --reward shapes-clip", "give each reward once"),
     ("score {clips} --reward shapes-viclip --diversity", "--diversity compares clips of one prompt"),
     ("score {clips} --prompt x --reward shapes-clip --diversity", "--diversity compares clips of one prompt"),
@@ -286,6 +286,7 @@ MISTAKES = [                            # what is typed behind evaluate.py -> wh
     ("vbench {i2v}", "{i2v}: i2v_subject is 0.5; VBench writes shares, at most 1, of subject_consistency"),
     ("vbench {percent}", "{percent}: color is 93.5; VBench writes shares, at most 1"),
     ("vbench {true}", "{true}: color is True; VBench writes shares, at most 1"),
+    ("vbench VideoCrafter2,~50~steps={color1}", "VideoCrafter2, 50 steps is a paper's row"),
     ("vbench m={color1} m={color2}", "color is 0.6, in another file of m 0.5; tell two models apart"),
 ]
 
@@ -312,7 +313,7 @@ def test_mistakes_end_in_one_line(typed, message, places, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     contents = {path: path.read_bytes() for path in places.values() if path.is_file()}
     with pytest.raises(SystemExit) as stop:
-        evaluate.main([word.format(**places) for word in typed.split()])
+        evaluate.main([word.replace("~", " ").format(**places) for word in typed.split()])
     printed = capsys.readouterr().err
     assert stop.value.code == 2 and message.format(**places) in printed and printed.count("\n") == 1
     assert not list(tmp_path.iterdir()) and all(path.read_bytes() == old for path, old in contents.items())

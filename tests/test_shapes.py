@@ -112,7 +112,7 @@ def test_what_people_type_is_understood(caption):
     ("a red dog moving left", "unknown word 'dog'\n  things: red"), ("two circles", "unknown word 'two'"),
     ("a red circel rising", "'circel', did you mean circle?"), ("a red ball rigth", "did you mean right?"),
     ("a purple ring", "unknown word 'purple'\n  things: red"), ("a red ball shrinking", "'shrinking'"),
-    ("a red blue circle rising", "more than one colour"),
+    ("a red blue circle rising", "more than one colour"), ("a red and blue circle", "one colour"),
     ("a red circle moves left and grows", "more than one motion"), ("a circle square", "more than one shape"),
     ("a red circle on black and white", "one background, black"), ("a white circle", "one background, black"),
     ("a ball on red", "things are red"), ("a and a", "names no colour"), ("", "names no colour"),
