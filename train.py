@@ -623,7 +623,7 @@ def export(trainer: Trainer, out: Path) -> None:
         merged = turbo.merge(unet.float()).state_dict()
         weights.save(out / "merged.safetensors", merged, about)
         if about["model"] == "vc2":         # for the released code and others
-            weights.save_merged(out / "t2v_turbo_vc2.pt", config.teacher, merged)
+            weights.save_merged(out / "t2v_turbo_vc2.pt", config.teacher, merged, about)
         if about["model"] == "ms":          # for diffusers
             weights.save_diffusers(out / "unet", merged, about)
 

@@ -32,6 +32,9 @@ WRAPPERS = "ema", "ema_state_dict", "state_dict", "model_state_dict", "module", 
 PREFIXES = r"^(?:(?:module|model|_orig_mod)\.)+|\b_orig_mod\."      # DataParallel, Lightning, torch.compile
 KINDS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".fp16.safetensors",
          ".safetensors.index.fp16.json", ".fp16.bin", ".bin.index.fp16.json", ".pt")
+STUDENTS = ("turbo", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights", "t2v_turbo_vc2",
+            "unet_lora", "unet_mg", "unet_no_mg")           # names of files, a run's own first
+HEADER = "t2v_turbo"                                        # beside state_dict in a merged file of ours
 MODELSCOPE = "text2video_pytorch_model.pth", "VQGAN_autoencoder.pth", "open_clip_pytorch_model.bin"
 
 
@@ -134,16 +137,21 @@ def read_student(path: str | Path, model: str | None) -> tuple[State, dict, Path
     """A student's file or folder -> tensors by name; its header, {} if not ours; the file. Raises UserError
     where the header is of another model."""
     path = locate(path)
-    merged = (path / "unet").is_dir() and not (path / "turbo.safetensors").exists()
-    files = weight_files(path / "unet" if merged else path,
-                         "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights", "turbo",
-                         "t2v_turbo_vc2", "unet_lora", "unet_mg", "unet_no_mg")
-    tensors = read_tensors(*files)
-    header = read_header(files[0])
+    kinds = [stem for stem in STUDENTS if any((path / (stem + kind)).is_file() for kind in KINDS)]
+    kinds += ["unet"] if (path / "unet").is_dir() else []
+    if len(kinds) > 1 and kinds[0] != "turbo":              # beside it are the same student's other layouts
+        raise UserError(f"{path} holds several students: {', '.join(kinds)}; name one file or folder of them")
+    folder, stems = (path / "unet", STUDENTS) if kinds == ["unet"] else (path, kinds[:1] or STUDENTS)
+    file, *shards = weight_files(folder, *stems)
+
+    tensors, header = read_tensors(file, *shards), read_header(file)
+    content = {} if header else read_file(file)
+    if isinstance(content, dict):
+        header = header or content.get(HEADER, {})          # of `save_merged`
     if model and header.get("model", model) != model:
         raise UserError(f"{path} is a student of {header['model']}, not of {model}; "
                         f"use --model {header['model']}")
-    return tensors, header, files[0]
+    return tensors, header, file
 
 
 def save(path: str | Path, tensors: State, header: dict) -> None:
@@ -153,16 +161,16 @@ def save(path: str | Path, tensors: State, header: dict) -> None:
         safetensors.torch.save_file(tensors, temporary, {"format": "pt", "config": json.dumps(header)})
 
 
-def save_merged(path: str | Path, teacher: str | Path | None, unet: State) -> None:
+def save_merged(path: str | Path, teacher: str | Path | None, unet: State, header: dict) -> None:
     """Writes t2v_turbo_vc2.pt's layout: model.ckpt of VideoCrafter2 (teacher: that file, or its folder; None:
-    the public one) with a student's UNet in it."""
+    the public one) with a student's UNet in it, and beside the weights the student's header."""
     teacher = locate(teacher or layouts.fetch("vc2"))
     content = read_tensors(teacher / "model.ckpt" if teacher.is_dir() else teacher)
     rest = {key: x for key, x in content.items() if not key.startswith("diffusion_model.")}
     student = {f"model.diffusion_model.{key}": x.detach().cpu().contiguous()
                for key, x in to_public_names(unet).items()}
     with atomic(path) as temporary:
-        torch.save({"state_dict": student | rest}, temporary)
+        torch.save({"state_dict": student | rest, HEADER: header}, temporary)
 
 
 def save_diffusers(folder: str | Path, unet: State, header: dict) -> None:
