@@ -160,8 +160,8 @@ REFUSED = {             # what a student's file holds -> what the message says
     "integers": (lambda: student(**{"out.2.bias": torch.ones(4).long()}), "out.2.bias holds torch.int64"),
     "booleans": (lambda: student(**{"out.2.bias": torch.ones(4).bool()}), "out.2.bias holds torch.bool"),
     "NaN": (lambda: student(**{"out.2.bias": torch.ones(4).log().log() * 0}), "out.2.bias holds NaN"),
-    "LoHa": (lambda: {"lora_unet_out_2.hada_w1_a": torch.ones(4)}, "LoRA of out.2 holds hada_w1_a; it takes"),
-    "another UNet": (lambda: lora("lora_unet_mid_x.lora"), "LoRA for lora_unet_mid_x, a layer that"),
+    "LoHa": (lambda: {"lora_unet_conv_out.hada_w1_a": torch.ones(4)}, "LoRA of out.2 holds hada_w1_a"),
+    "another UNet": (lambda: lora("lora_unet_mid_x.lora"), "LoRA for mid_x, a layer that"),
     "a text encoder": (lambda: lora("text_encoder.q.lora"), "LoRA for text_encoder.q, a layer that"),
     "no alpha": (lambda: lora("base_model.model.out.2.lora"), "adapter_config.json: no such file"),
     "integers in LoRA": (lambda: lora("out.2.lora", dtype=torch.int32), "LoRA of out.2: up holds torch.int")}
