@@ -654,6 +654,7 @@ def loop(trainer: Trainer, clips, out: Path, record: dict) -> int | None:
             stopped = group.any(received)
             if group.rank == 0 and (is_due(config.save_every) or stopped):
                 folder.save_checkpoint(out, trainer.done, trainer.state(record))
+                folder.describe(config)
             finish_step()
     return (received or [signal.SIGTERM])[0] if stopped else None
 
@@ -702,8 +703,6 @@ def main(argv: list[str] | None = None):
         if state:
             trainer.load_state(state)
         del state                                                   # its file may be deleted from here on
-        if group.rank == 0:
-            folder.describe(config)
 
         # the steps, and the student
         stopped = loop(trainer, clips, out, record)
