@@ -5,7 +5,6 @@ import secrets
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import product
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -67,20 +66,14 @@ def read_header(path: str | Path, key: str = "config") -> dict:
 
 
 def check_outputs(outputs: dict, inputs: dict) -> None:
-    """Raises UserError where something could be lost: an output is no input, two options' outputs are not one
-    place, nor one within the other, and an existing file is replaced only if this program made it.
+    """Raises UserError where something could be lost: an output is no input, and an existing file is replaced
+    only if this program made it.
 
     outputs, inputs: {option: path, list of paths, or None}."""
-    outputs, inputs = pairs(outputs), pairs(inputs)
-    for (option, path), (source, source_path) in product(outputs, inputs):
-        if path.exists() and source_path.exists() and path.samefile(source_path):
-            raise UserError(f"{option} {path} is also {source}; an output never replaces an input")
-
-    owners = {path.resolve(): option for option, path in outputs}
-    for option, path in outputs:
-        for folder in (path.resolve(), *path.resolve().parents):
-            if owners.get(folder, option) != option:
-                raise UserError(f"{option} {path} and {owners[folder]} are one place; give each its own")
+    for option, path in pairs(outputs):
+        for source, source_path in pairs(inputs):
+            if path.exists() and source_path.exists() and path.samefile(source_path):
+                raise UserError(f"{option} {path} is also {source}; an output never replaces an input")
         if path.is_file() and not replaceable(path):
             raise UserError(f"{option} {path} exists, and was not made by this program; choose another name")
 
