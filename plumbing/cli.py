@@ -40,10 +40,9 @@ def number(kind: type, within: Within, text: str) -> float:
 
 
 def path(text: str) -> str:
-    """A path with ~ expanded; no pipe and no device, which can be read only once."""
+    """A path with ~ expanded."""
     place = os.path.expanduser(text)
-    special = os.path.exists(place) and not (os.path.isfile(place) or os.path.isdir(place))
-    if special or not text.strip() or place.startswith("~"):            # of nobody's home
+    if not text.strip() or place.startswith("~"):           # of nobody's home
         raise argparse.ArgumentTypeError(f"{text!r:.60} is neither a file's name nor a folder's")
     return place
 
@@ -130,12 +129,9 @@ def parse(cls, argv=None, description="", positional=None, defaults=None, prog=N
 
 def place() -> tuple[int, int, int]:
     """This process among those of torchrun: its rank, how many there are, its rank on this machine."""
-    defaults = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in defaults)
-    if not 0 <= rank < world_size:
-        raise UserError(f"the environment says RANK={rank}, WORLD_SIZE={world_size}; unset both, or start "
-                        "with torchrun, which sets them")
-    return rank, world_size, local_rank
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+    rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in names)
+    return (rank, world_size, local_rank) if world_size > 1 else (0, 1, 0)
 
 
 class Lenient(io.FileIO):
