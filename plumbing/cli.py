@@ -2,7 +2,6 @@
 import argparse
 import dataclasses
 import difflib
-import errno
 import inspect
 import io
 import os
@@ -164,11 +163,6 @@ def main(command):
             return command(argv)
         except UserError as error:
             status, message = 2, str(error)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG):
-                raise
-            status, message = 2, str(error)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # exit would write again to what is full
         except KeyboardInterrupt:
             status, message = 130, "interrupted"
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""   # a progress bar gives way to the message

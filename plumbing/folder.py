@@ -86,10 +86,8 @@ def read_checkpoint(path: Path, group: Group, key: str = "settings") -> dict:
                 if file.testzip():
                     raise ValueError("its checksums are wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        step, _ = state["step"], state[key]
-    if group.any(step != group.broadcast(step)):
-        raise UserError("the processes go on from different steps; all nodes must share the folder of "
-                        f"{path}")
+        if not {"step", key} <= state.keys():
+            raise ValueError(f"it holds no {key}")
     return state
 
 
@@ -135,8 +133,7 @@ class Log(ExitStack):
         line = {"step": step, **record, "memory_gib": round(memory(self.device), 3), "seconds": seconds}
         print(json.dumps(line), file=self.file, flush=True)
 
-        hidden = ("lr", "steps_skipped", "clips_skipped")
-        shown = {name: f"{value:.4g}" for name, value in record.items() if value and name not in hidden}
+        shown = {name: f"{value:.4g}" for name, value in record.items() if value}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n)
         for name, value in record.items() if self.board else ():

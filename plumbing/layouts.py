@@ -1,7 +1,7 @@
 """What is published: where the files are, and what the layers are called in them, as tables of names.
 
     VideoCrafter2         model.ckpt
-    ModelScopeT2V         a diffusers folder (unet/ vae/ text_encoder/), or one with its three first files
+    ModelScopeT2V         a diffusers folder (unet/ vae/ text_encoder/)
     T2V-Turbo             t2v_turbo_vc2.pt: VideoCrafter2's layout with a student's UNet in it;
                           unet_lora.pt: a list of LoRA matrices without names, in the order of the layers
     T2V-Turbo-v2          unet_mg.pt, unet_no_mg.pt: a whole UNet
@@ -99,17 +99,15 @@ def rows(pairs: list[tuple[str, str]], place: str = "", inverse: bool = False) -
     return [(rf"({place})\.{re.escape(name)}\.", rf"\1.{other}.") for name, other in pairs]
 
 
-IN_RESBLOCK = r"^(?:(?:in|out)put_blocks\.\d+\.0|middle_block\.[03])"
 IN_TRANSFORMER = r"^(?:(?:in|out)put_blocks\.\d+\.[12]|middle_block\.[12]|init_attn\.0)"
 PARTS = diffusers_parts()
 
 UNET = [                                                    # any layout -> ours; our own names are kept
     *((rf"^{re.escape(name)}\.", f"{ours}.") for name, ours in PARTS),
-    (r"^input_blocks\.0\.1\.", "init_attn.0."), (r"^(input_blocks\.\d+)\.op\.", r"\1.0.op."),   # ModelScope's
     (r"^input_blocks\.0\.0\.(?!conv)", "input_blocks.0.0.conv."),
-    *rows(RESBLOCK), *rows(DIFFUSERS_RESBLOCK), *rows(TRANSFORMER)]
+    *rows(RESBLOCK + DIFFUSERS_RESBLOCK + TRANSFORMER)]
 TO_DIFFUSERS = [                                            # longest parts first: temp_convs before resnets
-    *rows(DIFFUSERS_RESBLOCK, IN_RESBLOCK, inverse=True), *rows(TRANSFORMER, IN_TRANSFORMER, inverse=True),
+    *rows(DIFFUSERS_RESBLOCK, inverse=True), *rows(TRANSFORMER, IN_TRANSFORMER, inverse=True),
     *((rf"^{re.escape(ours)}\.", f"{name}.") for name, ours in sorted(PARTS, key=lambda row: -len(row[1])))]
 
 DIFFUSERS_VAE = [

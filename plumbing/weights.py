@@ -35,7 +35,6 @@ KINDS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", "
 STUDENTS = ("turbo", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights", "t2v_turbo_vc2",
             "unet_lora", "unet_mg", "unet_no_mg")           # names of files, a run's own first
 HEADER = "t2v_turbo"                                        # beside state_dict in a merged file of ours
-MODELSCOPE = "text2video_pytorch_model.pth", "VQGAN_autoencoder.pth", "open_clip_pytorch_model.bin"
 
 
 class Inert:
@@ -120,9 +119,6 @@ def read_teacher(path: str | Path, text_layers: int) -> tuple[State, State, Stat
         content = read_tensors(path)
         prefixes = "diffusion_model.", "first_stage_model.", "cond_stage_model.model."
         unet, vae, text = (under(content, prefix) for prefix in prefixes)
-    elif (path / MODELSCOPE[0]).is_file():
-        unet, vae, text = (read_tensors(path / name) for name in MODELSCOPE)
-        vae = under(vae, "first_stage_model.") or vae
     elif (path / "unet").is_dir():
         unet, vae = (read_tensors(*weight_files(path / folder, "diffusion_pytorch_model"))
                      for folder in ("unet", "vae"))

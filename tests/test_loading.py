@@ -168,27 +168,6 @@ def test_other_diffusers_folders(modelscope, tmp_path):
         assert torch.equal(x, y.half())
 
 
-def test_original_modelscope_files(tmp_path, deep):
-    """Other names of the first transformer and of downsampling, and Conv1d in all temporal ones."""
-    state = {}
-    for key, x in deterministic(original_shapes(SMALL)).items():
-        if re.search(r"(blocks\.\d+\.2|middle_block\.2)\.proj_(in|out)\.weight", key):
-            x = x[..., None]
-        state[re.sub(r"^init_attn\.0", "input_blocks.0.1", key).replace(".0.op.", ".op.")] = x
-    torch.save(state, tmp_path / "text2video_pytorch_model.pth")
-    auto = {"model." + key: x for key, x in vae().items()} | {"loss.logvar": torch.zeros(())}
-    torch.save({"state_dict": auto}, tmp_path / "VQGAN_autoencoder.pth")
-    torch.save(clip(vision=True), tmp_path / "open_clip_pytorch_model.bin")
-    models = load("ms", tmp_path)
-
-    write_teacher(tmp_path)
-    other = load("vc2", tmp_path / "model.ckpt")
-    for part in ("unet", "vae", "text"):
-        ours, theirs = getattr(models, part).state_dict(), getattr(other, part).state_dict()
-        assert ours.keys() == {key for key in theirs if not key.startswith("fps_embedding")}
-        assert all(torch.equal(x, theirs[key]) for key, x in ours.items())
-
-
 def test_dtype_and_memory_format(tmp_path):
     write_teacher(tmp_path)
     models = load("vc2", tmp_path, dtype=torch.bfloat16)

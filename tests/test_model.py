@@ -43,8 +43,9 @@ def close(a, b, tolerance=1e-5):
 @functools.cache
 def original_shapes(config):
     """{VideoCrafter2's name: shape}; test_names_and_shapes_of_the_public_files knows them independently."""
+    in_resblock = r"^(?:(?:in|out)put_blocks\.\d+\.0|middle_block\.[03])"
     to_public = [(r"^input_blocks\.0\.0\.conv", "input_blocks.0.0"),
-                 *rows(layouts.RESBLOCK, layouts.IN_RESBLOCK, inverse=True),
+                 *rows(layouts.RESBLOCK, in_resblock, inverse=True),
                  *rows(layouts.TRANSFORMER, layouts.IN_TRANSFORMER, inverse=True)]
     with torch.device("meta"):
         state = rename(UNet3D(config).state_dict(), to_public)
