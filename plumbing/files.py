@@ -74,7 +74,7 @@ def check_outputs(outputs: dict, inputs: dict) -> None:
         for source, source_path in pairs(inputs):
             if path.exists() and source_path.exists() and path.samefile(source_path):
                 raise UserError(f"{option} {path} is also {source}; an output never replaces an input")
-        if path.is_file() and not replaceable(path):
+        if path.is_file() and MARK.encode() not in path.read_bytes():
             raise UserError(f"{option} {path} exists, and was not made by this program; choose another name")
 
 
@@ -82,11 +82,3 @@ def pairs(options: dict) -> list[tuple[str, Path]]:
     """(option, path) of each path."""
     return [(option, Path(path).expanduser()) for option, paths in options.items()
             for path in ([paths] if isinstance(paths, (str, Path)) else paths or ()) if path]
-
-
-def replaceable(path: Path) -> bool:
-    """Does an existing file carry our mark? It stands near the beginning, in an mp4 at the end."""
-    with open(path, "rb") as file:
-        start = file.read(4096)
-        file.seek(max(0, path.stat().st_size - 4096))
-        return MARK.encode() in start + file.read()
