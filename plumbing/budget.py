@@ -40,7 +40,7 @@ class Counter(TorchDispatchMode):
 
     def __init__(self, device: str = "cpu"):
         super().__init__()
-        self.device, self.storages = device, set()
+        self.device, self.sizes = device, {}                    # bytes of the storages that are alive
         self.live = self.peak = self.flops = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -54,16 +54,15 @@ class Counter(TorchDispatchMode):
         return out
 
     def add(self, storage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.storages:
-            self.storages.add(key)
-            self.live += size
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.live += self.sizes[key]
             self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.drop, key, size)
+            weakref.finalize(storage, self.drop, key)
 
-    def drop(self, key: int, size: int) -> None:
-        self.storages.discard(key)
-        self.live -= size
+    def drop(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
 
 
 @contextmanager
