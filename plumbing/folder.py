@@ -1,5 +1,6 @@
 """The folder of a training run: its lock, its checkpoints and its log."""
 import dataclasses
+import fcntl
 import importlib.util
 import json
 import zipfile
@@ -24,12 +25,11 @@ def locked(out: str | Path) -> Iterator[None]:
     check_writable(out)
     with open(Path(out) / "lock", "a") as file:
         try:
-            import fcntl
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise UserError(f"{out} is in use by another run; wait until it ends, or choose another "
                             "--out") from error
-        except (ImportError, OSError):                          # Windows; a network folder without locks
+        except OSError:                                         # a network folder without locks
             pass
         yield
 
