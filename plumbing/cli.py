@@ -14,8 +14,7 @@ from functools import partial, wraps
 from plumbing.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class Within:
+class Within(typing.NamedTuple):
     """The range of a number, as a type annotation: `steps: Annotated[int, Within(1, 1000)]`."""
     low: float
     high: float = 1e9
@@ -102,9 +101,10 @@ def parser_for(cls, description="", positional=None, prog=None, defaults=None) -
     return parser
 
 
-def values_of(parser: argparse.ArgumentParser, words: list[str] | None) -> dict:
-    """{field: value} of what was typed."""
-    args, unknown = parser.parse_known_args(words)
+def typed(cls, argv=None, helps=False, **options) -> dict:
+    """{field: value} of what was typed, whatever the defaults. helps: --help is heeded, not passed over."""
+    words, parser = sys.argv[1:] if argv is None else argv, parser_for(cls, **options)
+    args, unknown = parser.parse_known_args([word for word in words if helps or word not in ("-h", "--help")])
     for word in unknown:
         flag = word.split("=")[0]
         near = difflib.get_close_matches(flag, list(parser._option_string_actions), 1)
@@ -114,16 +114,10 @@ def values_of(parser: argparse.ArgumentParser, words: list[str] | None) -> dict:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
 
 
-def typed(cls, argv=None) -> dict:
-    """{field: value} of what was typed, whatever the defaults; --help is passed over."""
-    words = sys.argv[1:] if argv is None else argv
-    return values_of(parser_for(cls), [word for word in words if word not in ("-h", "--help")])
-
-
 def parse(cls, argv=None, description="", positional=None, defaults=None, prog=None):
     """Command line -> instance of the dataclass. defaults: a preset's, also for inherited fields."""
-    parser = parser_for(cls, description, positional, prog, defaults)
-    return cls(**(defaults or {}) | values_of(parser, argv))
+    options = dict(description=description, positional=positional, prog=prog, defaults=defaults)
+    return cls(**(defaults or {}) | typed(cls, argv, helps=True, **options))
 
 
 def place() -> tuple[int, int, int]:

@@ -180,8 +180,7 @@ def save_diffusers(folder: str | Path, unet: State, header: dict) -> None:
         "block_out_channels": [len(unet[f"input_blocks.{b}.0.conv1.weight"]) for b in (1, 4, 7, 10)],
         "cross_attention_dim": unet["input_blocks.1.1.attn2.k.weight"].shape[1],
         "attention_head_dim": len(unet["init_attn.0.proj_in.weight"]) // 8}         # it has eight heads
-    tensors = rename(unet, layouts.TO_DIFFUSERS)
-    save(folder / "diffusion_pytorch_model.safetensors", tensors, header)
+    save(folder / "diffusion_pytorch_model.safetensors", rename(unet, layouts.TO_DIFFUSERS), header)
     with atomic(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
 
