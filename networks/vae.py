@@ -200,7 +200,6 @@ class TinyDecoder(nn.Sequential):
     """TAESD's decoder (O. B. Bohan), 1.2 M weights where the VAE's has 50 M: less exact, and next to no work.
 
     Scaled latents (N, 4, h, w) -> frames (N, 3, 8h, 8w) in [0, 1]. Layers are named by their places."""
-    config = KL_F8
 
     def __init__(self, width: int = 64):
         def level():
