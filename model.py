@@ -592,7 +592,7 @@ def read_turbo(path: str | Path, config: UNetConfig, name: str | None = None, lo
     state = layouts.rename(unet or content, layouts.UNET)
     weights.check_numbers(state, path, finite=True)
     is_v2 = config.motion or config.fps and not unet        # unet_mg.pt, unet_no_mg.pt; else t2v_turbo_vc2.pt
-    header = header or {"method": "turbo-v2" if is_v2 else "turbo", "whole": bool(vae)}
+    header = {"whole": bool(vae)} | (header or {"method": "turbo-v2" if is_v2 else "turbo"})
     return config, state, None, header if config.motion else header | {"motion": None}
 
 

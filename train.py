@@ -617,7 +617,7 @@ def export(trainer: Trainer, out: Path) -> None:
         merged = turbo.merge(unet.float()).state_dict()
         weights.save(out / "merged.safetensors", merged, about)
         if about["model"] == "vc2":         # for the released code and others
-            weights.save_merged(out / "t2v_turbo_vc2.pt", config.teacher, merged)
+            weights.save_merged(out / "t2v_turbo_vc2.pt", config.teacher, merged, about)
         if about["model"] == "ms":          # for diffusers
             weights.save_diffusers(out / "unet", merged, about)
     elif (out / "merged.safetensors").exists():
@@ -651,6 +651,7 @@ def loop(trainer: Trainer, clips, out: Path, record: dict) -> int | None:
             stopped = group.any(received)
             if group.rank == 0 and (is_due(config.save_every) or stopped):
                 folder.save_checkpoint(out, trainer.done, trainer.state(record))
+                folder.describe(config)
             finish_step()
     return (received or [signal.SIGTERM])[0] if stopped else None
 
@@ -699,8 +700,6 @@ def main(argv: list[str] | None = None):
         if state:
             trainer.load_state(state)
         del state                                                   # its file may be deleted from here on
-        if group.rank == 0:
-            folder.describe(config)
 
         # the steps, and the student
         stopped = loop(trainer, clips, out, record)

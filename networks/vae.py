@@ -5,14 +5,12 @@ Both work frame by frame. B clips of C channels and T frames of H x W pixels; N 
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks.clip import recompute
 from plumbing import weights
 
 
@@ -153,7 +151,6 @@ class VAE(nn.Module):
     def __init__(self, config: VAEConfig = KL_F8):
         super().__init__()
         self.config, latent = config, config.latent
-        self.checkpointing = False          # recompute each chunk of decoded frames in the backward pass
         self.encoder, self.decoder = encoder(config), decoder(config)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
@@ -162,18 +159,18 @@ class VAE(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.quant_conv.weight.dtype
 
-    def posterior(self, x: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, 3, T, H, W) -> mean and log-variance of q(z | x), (B, 4, T, H/8, W/8) each, unscaled"""
         def encode(frames):
             return self.quant_conv(self.encoder(F.pixel_unshuffle(frames, self.config.patch)))
 
         x = x.to(self.dtype, memory_format=torch.channels_last_3d)
-        mean, logvar = by_frames(encode, x, chunk).chunk(2, dim=1)
+        mean, logvar = by_frames(encode, x).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
-    def encode(self, x: Tensor, noise: Tensor | None = None, chunk: int | None = None) -> Tensor:
-        """The posterior's mean, or its sample with that noise; scaled. `chunk` frames at a time."""
-        mean, logvar = self.posterior(x, chunk)
+    def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The posterior's mean, or its sample with that noise; scaled."""
+        mean, logvar = self.posterior(x)
         z = mean if noise is None else mean + (0.5 * logvar).exp() * noise.to(mean)
         return z * self.config.scale
 
@@ -182,9 +179,8 @@ class VAE(nn.Module):
         def decode(z):
             return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.config.patch)
 
-        recomputed = partial(recompute, decode)
         z = (z / self.config.scale).to(self.dtype, memory_format=torch.channels_last_3d)
-        return by_frames(recomputed if self.checkpointing and torch.is_grad_enabled() else decode, z, chunk)
+        return by_frames(decode, z, chunk)
 
 
 # ---- TAESD -------------------------------------------------------------------------------------------------
@@ -208,7 +204,6 @@ class TinyDecoder(nn.Sequential):
     """TAESD's decoder (O. B. Bohan), 1.2 M weights where the VAE's has 50 M: less exact, and next to no work.
 
     Scaled latents (N, 4, h, w) -> frames (N, 3, 8h, 8w) in [0, 1]. Layers are named by their places."""
-    config = KL_F8
 
     def __init__(self, width: int = 64):
         def level():

@@ -35,12 +35,12 @@ CARDS = {"A100": 312e12, "H100": 989e12}    # FLOP a second in bf16, dense, from
 class Counter(TorchDispatchMode):
     """Counts what is done within the block, to real or to fake tensors.
 
-    `live`: bytes of the tensors made on the device and not yet freed; `peak`: the most of them since `reset`.
+    `live`: bytes of the tensors made on the device and not yet freed; `peak`: the most of them so far.
     `flops`: by torch's formulas, a multiplication and an addition are two."""
 
     def __init__(self, device: str = "cpu"):
         super().__init__()
-        self.device, self.storages, self.paused = device, set(), False
+        self.device, self.sizes = device, {}                    # bytes of the storages that are alive
         self.live = self.peak = self.flops = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -54,27 +54,15 @@ class Counter(TorchDispatchMode):
         return out
 
     def add(self, storage) -> None:
-        key, size = storage._cdata, 0 if self.paused else storage.nbytes()
-        if key not in self.storages:
-            self.storages.add(key)
-            self.live += size
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.live += self.sizes[key]
             self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self.drop, key, size).atexit = False
+            weakref.finalize(storage, self.drop, key)
 
-    def drop(self, key: int, size: int) -> None:
-        self.storages.discard(key)
-        self.live -= size
-
-    def reset(self) -> int:
-        self.peak = self.live
-        return self.live
-
-    def uncounted(self, x: torch.Tensor) -> torch.Tensor:
-        """A tensor like x that takes no bytes: in a simulation it plays one in host memory."""
-        self.paused = True
-        copy = torch.empty_like(x.detach())
-        self.paused = False
-        return copy
+    def drop(self, key: int) -> None:
+        self.live -= self.sizes.pop(key)
 
 
 @contextmanager
@@ -83,6 +71,7 @@ def simulation() -> Iterator[Counter]:
     as autocast has them there; what waits in host memory (--offload) is not counted."""
     fake, counter = FakeTensorMode(), Counter()
     fake.__deepcopy__ = lambda memo: fake                       # copies of fake tensors stay in the one mode
+    to_host = staticmethod(lambda x: torch.empty_like(x.detach(), device="cuda"))       # not counted
 
     def in_float32(norm: Callable) -> Callable:
         def called(x, size, w=None, b=None, eps=1e-5):
@@ -92,10 +81,9 @@ def simulation() -> Iterator[Counter]:
         return called
 
     norms = dict(group_norm=in_float32(F.group_norm), layer_norm=in_float32(F.layer_norm))
-    with patch.object(Offload, "to_host", counter.uncounted), patch.multiple(F, **norms), fake, counter:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")       # by deepcopy
-            yield counter
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")           # by deepcopy
+    with patch.object(Offload, "to_host", to_host), patch.multiple(F, **norms), fake, counter:
+        yield counter
 
 
 @contextmanager
@@ -119,7 +107,7 @@ class Budget(Parts):
     @contextmanager
     def __call__(self, name: str):
         counter, flops = self.counter, self.counter.flops
-        counter.reset()
+        counter.peak = counter.live
         with super().__call__(name):
             yield
             if counter.device == "cuda":
@@ -151,7 +139,8 @@ def report_step(config, group, load_world: Callable, trainer_class: type) -> Bud
         if not n:
             pick_worst(terms)
             trainer.to_host = lambda sums: [0.0] * len(sums)    # which have no contents
-        batch = random_batch(config, models, config.batch // group.world_size)
+        with trainer.offload(models.text):
+            batch = random_batch(config, models, config.batch // group.world_size)
         trainer.step(batch)
 
     budget.seconds.clear()

@@ -15,8 +15,7 @@ from functools import partial, wraps
 from plumbing.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class Within:
+class Within(typing.NamedTuple):
     """The range of a number, as a type annotation: `steps: Annotated[int, Within(1, 1000)]`."""
     low: float
     high: float = 1e9
@@ -40,10 +39,9 @@ def number(kind: type, within: Within, text: str) -> float:
 
 
 def path(text: str) -> str:
-    """A path with ~ expanded; no pipe and no device, which can be read only once."""
+    """A path with ~ expanded."""
     place = os.path.expanduser(text)
-    special = os.path.exists(place) and not (os.path.isfile(place) or os.path.isdir(place))
-    if special or not text.strip() or place.startswith("~"):            # of nobody's home
+    if not text.strip() or place.startswith("~"):           # of nobody's home
         raise argparse.ArgumentTypeError(f"{text!r:.60} is neither a file's name nor a folder's")
     return place
 
@@ -104,9 +102,10 @@ def parser_for(cls, description="", positional=None, prog=None, defaults=None) -
     return parser
 
 
-def values_of(parser: argparse.ArgumentParser, words: list[str] | None) -> dict:
-    """{field: value} of what was typed."""
-    args, unknown = parser.parse_known_args(words)
+def typed(cls, argv=None, helps=False, **options) -> dict:
+    """{field: value} of what was typed, whatever the defaults. helps: --help is heeded, not passed over."""
+    words, parser = sys.argv[1:] if argv is None else argv, parser_for(cls, **options)
+    args, unknown = parser.parse_known_args([word for word in words if helps or word not in ("-h", "--help")])
     for word in unknown:
         flag = word.split("=")[0]
         near = difflib.get_close_matches(flag, list(parser._option_string_actions), 1)
@@ -116,26 +115,17 @@ def values_of(parser: argparse.ArgumentParser, words: list[str] | None) -> dict:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
 
 
-def typed(cls, argv=None) -> dict:
-    """{field: value} of what was typed, whatever the defaults; --help is passed over."""
-    words = sys.argv[1:] if argv is None else argv
-    return values_of(parser_for(cls), [word for word in words if word not in ("-h", "--help")])
-
-
 def parse(cls, argv=None, description="", positional=None, defaults=None, prog=None):
     """Command line -> instance of the dataclass. defaults: a preset's, also for inherited fields."""
-    parser = parser_for(cls, description, positional, prog, defaults)
-    return cls(**(defaults or {}) | values_of(parser, argv))
+    options = dict(description=description, positional=positional, prog=prog, defaults=defaults)
+    return cls(**(defaults or {}) | typed(cls, argv, helps=True, **options))
 
 
 def place() -> tuple[int, int, int]:
     """This process among those of torchrun: its rank, how many there are, its rank on this machine."""
-    defaults = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in defaults)
-    if not 0 <= rank < world_size:
-        raise UserError(f"the environment says RANK={rank}, WORLD_SIZE={world_size}; unset both, or start "
-                        "with torchrun, which sets them")
-    return rank, world_size, local_rank
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+    rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in names)
+    return (rank, world_size, local_rank) if world_size > 1 else (0, 1, 0)
 
 
 class Lenient(io.FileIO):

@@ -2,7 +2,6 @@
 import dataclasses
 import importlib.util
 import json
-import re
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from plumbing import cli
 from plumbing.errors import UserError, reading
-from plumbing.files import atomic, check_writable, replaceable
+from plumbing.files import atomic, check_writable
 from plumbing.run import Group, Parts, memory
 
 KEPT = 2                # checkpoints
@@ -51,26 +50,26 @@ def check_unchanged(saved: dict, settings: dict) -> None:
 
 def checkpoints(out: str | Path) -> list[Path]:
     """This program's checkpoints in a folder, oldest first; copies under other names are not its own."""
-    paths = [path for path in Path(out).glob("checkpoint-*.pt")
-             if re.fullmatch(r"checkpoint-\d{7,}\.pt", path.name)]
-    return sorted(paths, key=lambda path: int(path.stem.rpartition("-")[2]))
+    return sorted(Path(out).glob("checkpoint-" + 7 * "[0-9]" + ".pt"))
 
 
 def open_folder(config) -> Path | None:
     """Checks that OUT is this run's, cleans it up -> the checkpoint to go on from."""
-    out, path = Path(config.out), Path(config.resume).expanduser()
-    *_, last = None, *checkpoints(out)
-    if last and not config.resume:
-        raise UserError(f"{out} already holds {last.name}; go on with --resume auto, or choose another --out")
-    if config.resume in ("", "auto"):
-        path = last
-    elif not path.is_file():
-        raise UserError(f"--resume {path}: no such file")
+    out, saved = Path(config.out), checkpoints(config.out)
+    if saved and not config.resume:
+        raise UserError(f"{out} already holds {saved[-1].name}; go on with --resume auto, or choose another "
+                        "--out")
+    path = saved[-1] if saved else None
+    if config.resume not in ("", "auto"):
+        path = Path(config.resume).expanduser()
 
-    if path is None or path.resolve().parent != out.resolve():  # nothing of another run is written over
-        if last:
-            raise UserError(f"--resume {path}: {out} has {last.name} of another run; choose another --out")
-        check_vacant(out, config.save_every)
+    # nothing is written over but the first steps of a run without a checkpoint
+    if path is None or path.resolve().parent != out.resolve():
+        students = *out.glob("*.safetensors"), *out.glob("t2v_turbo_vc2.pt"), *out.glob("unet")
+        foreign_log = any("memory_gib" not in line for _, line in whole_lines(out / "log.jsonl"))
+        if saved or students or foreign_log or (out / "config.json").exists():
+            raise UserError(f"{out} holds another run, one whose checkpoints are gone, or other files; "
+                            "choose another --out")
         (out / "log.jsonl").unlink(missing_ok=True)
     hidden = ".*.????????.part"                                 # of `atomic`, when its process was killed
     for leftover in (*out.glob(hidden), *out.glob(f"samples/{hidden}")):
@@ -78,20 +77,8 @@ def open_folder(config) -> Path | None:
     return path
 
 
-def check_vacant(out: Path, save_every: int) -> None:
-    """Raises UserError where a new run would write over anything but the first steps of one like it."""
-    about, log = out / "config.json", out / "log.jsonl"
-    has_run = about.exists() and '"save_every"' in about.read_text(errors="replace")
-    students = *out.glob("*.safetensors"), *out.glob("t2v_turbo_vc2.pt"), *out.glob("unet")
-    foreign_samples = [sample for sample in out.glob("samples/*.gif") if not replaceable(sample)]
-    saved_steps = [step for step, _ in whole_lines(log)[1:] if step % save_every == 0]  # first: resumed from
-    if students or foreign_samples or saved_steps or (about.exists() or log.exists()) and not has_run:
-        raise UserError(f"{out} holds files of something else, or log or weights of a run whose "
-                        "checkpoints are gone; choose another --out")
-
-
 def describe(config) -> None:
-    """Writes OUT/config.json, once nothing can refuse the run any more."""
+    """Writes OUT/config.json, once there is a checkpoint: what tells a run from the first steps of one."""
     with atomic(Path(config.out) / "config.json") as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(config), indent=1))
 

@@ -108,9 +108,6 @@ UNET = [                                                    # any layout -> ours
     (r"^input_blocks\.0\.1\.", "init_attn.0."), (r"^(input_blocks\.\d+)\.op\.", r"\1.0.op."),   # ModelScope's
     (r"^input_blocks\.0\.0\.(?!conv)", "input_blocks.0.0.conv."),
     *rows(RESBLOCK), *rows(DIFFUSERS_RESBLOCK), *rows(TRANSFORMER)]
-TO_VIDEOCRAFTER = [
-    (r"^input_blocks\.0\.0\.conv\.", "input_blocks.0.0."), *rows(RESBLOCK, IN_RESBLOCK, inverse=True),
-    *rows(TRANSFORMER, IN_TRANSFORMER, inverse=True)]
 TO_DIFFUSERS = [                                            # longest parts first: temp_convs before resnets
     *rows(DIFFUSERS_RESBLOCK, IN_RESBLOCK, inverse=True), *rows(TRANSFORMER, IN_TRANSFORMER, inverse=True),
     *((rf"^{re.escape(ours)}\.", f"{name}.") for name, ours in sorted(PARTS, key=lambda row: -len(row[1])))]
@@ -136,10 +133,10 @@ OPENCLIP_BLOCKS = [                                         # open_clip -> netwo
     (r"transformer\.resblocks", "blocks"), (r"\.ln_(\d)", r".norm\1"), (r"\.attn\.in_proj_", ".attn.qkv."),
     (r"\.attn\.out_proj", ".attn.proj"), (r"\.mlp\.c_fc", ".mlp.fc1"), (r"\.mlp\.c_proj", ".mlp.fc2")]
 
-LORA = [                                                    # peft, diffusers -> LAYER.up and LAYER.down
-    (r"^(?:(?:base_model\.model|diffusion_model|unet)\.)+", ""),
-    (r"\.processor\.to_out_lora\.", ".to_out.0."), (r"\.processor\.(to_[qkv])_lora\.", r".\1."),
-    (r"\.lora(?:_linear_layer)?\.", "."), (r"\.(?:lora_A|lora_down|down)(?:\.default)?\.weight$", ".down"),
+LORA = [                                                    # peft, diffusers, kohya -> LAYER.up, LAYER.down
+    (r"^(?:base_model\.model\.|diffusion_model\.|unet\.|lora_unet_)+", ""),
+    (r"\.lora(?:_linear_layer)?\.", "."),
+    (r"\.(?:lora_A|lora_down|down)(?:\.default)?\.weight$", ".down"),
     (r"\.(?:lora_B|lora_up|up)(?:\.default)?\.weight$", ".up")]
 
 
@@ -164,11 +161,3 @@ def text_tower(state: State, layers: int) -> State:
     state = rename(huggingface_text(state), OPENCLIP_BLOCKS)
     unused = rf"visual\.|text_projection|logit_scale|attn_mask|embeddings\.position|blocks\.{layers - 1}\."
     return {key: x for key, x in state.items() if not re.match(unused, key)}
-
-
-def to_public_names(state: State) -> State:
-    """Our UNet's tensors under VideoCrafter2's names, the first transformer's projections as its Conv1d."""
-    state = rename(state, TO_VIDEOCRAFTER)
-    for key in ("init_attn.0.proj_in.weight", "init_attn.0.proj_out.weight"):
-        state[key] = state[key][..., None]                  # (out, in) -> (out, in, 1)
-    return state

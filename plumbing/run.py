@@ -1,5 +1,4 @@
 """What carries a run: its device, its processes, what a step takes, and what waits in host memory."""
-import os
 import signal
 import time
 from collections import defaultdict
@@ -51,9 +50,6 @@ class Group:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")                  # TF32 for float32 networks
-        if self.world_size > 1 and "MASTER_ADDR" not in os.environ:
-            raise UserError(f"the environment says WORLD_SIZE={self.world_size}, but not MASTER_ADDR; start "
-                            "several processes with torchrun, or unset WORLD_SIZE")
         if self.world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=PATIENCE)
@@ -92,19 +88,18 @@ class Group:
 
 
 def stop_signals() -> list[int]:
-    """A list that gets the number of a stop signal. A second signal ends the process as it always does; one
-    that the process was started to ignore (nohup) stays ignored."""
-    numbers = {getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGHUP")}     # Windows: no HUP
-    handled = [number for number in numbers - {None} if signal.getsignal(number) != signal.SIG_IGN]
+    """A list that gets the number of a stop signal. The same signal once more ends the process as it always
+    does; one that the process was started to ignore (nohup) stays ignored."""
     received = []
 
     def receive(number, frame):
         received.append(number)
-        for each in handled:
-            signal.signal(each, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)
 
-    for number in handled:
-        signal.signal(number, receive)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        number = getattr(signal, name, None)                # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, receive)
     return received
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from plumbing import layouts
 from plumbing.errors import UserError, reading
 from plumbing.files import atomic, is_safetensors, read_header
-from plumbing.layouts import State, rename, to_public_names
+from plumbing.layouts import State, rename
 
 Shapes = dict[str, torch.Size]                  # {layer: shape of its weight}, in the network's order
 
@@ -32,6 +32,9 @@ WRAPPERS = "ema", "ema_state_dict", "state_dict", "model_state_dict", "module", 
 PREFIXES = r"^(?:(?:module|model|_orig_mod)\.)+|\b_orig_mod\."      # DataParallel, Lightning, torch.compile
 KINDS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".fp16.safetensors",
          ".safetensors.index.fp16.json", ".fp16.bin", ".bin.index.fp16.json", ".pt")
+STUDENTS = ("turbo", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights", "t2v_turbo_vc2",
+            "unet_lora", "unet_mg", "unet_no_mg")           # names of files, a run's own first
+HEADER = "t2v_turbo"                                        # beside state_dict in a merged file of ours
 MODELSCOPE = "text2video_pytorch_model.pth", "VQGAN_autoencoder.pth", "open_clip_pytorch_model.bin"
 
 
@@ -134,16 +137,21 @@ def read_student(path: str | Path, model: str | None) -> tuple[State, dict, Path
     """A student's file or folder -> tensors by name; its header, {} if not ours; the file. Raises UserError
     where the header is of another model."""
     path = locate(path)
-    merged = (path / "unet").is_dir() and not (path / "turbo.safetensors").exists()
-    files = weight_files(path / "unet" if merged else path,
-                         "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights", "turbo",
-                         "t2v_turbo_vc2", "unet_lora", "unet_mg", "unet_no_mg")
-    tensors = read_tensors(*files)
-    header = read_header(files[0])
+    kinds = [stem for stem in STUDENTS if any((path / (stem + kind)).is_file() for kind in KINDS)]
+    kinds += ["unet"] if (path / "unet").is_dir() else []
+    if len(kinds) > 1 and kinds[0] != "turbo":              # beside it are the same student's other layouts
+        raise UserError(f"{path} holds several students: {', '.join(kinds)}; name one file or folder of them")
+    folder, stems = (path / "unet", STUDENTS) if kinds == ["unet"] else (path, kinds[:1] or STUDENTS)
+    file, *shards = weight_files(folder, *stems)
+
+    tensors, header = read_tensors(file, *shards), read_header(file)
+    content = {} if header else read_file(file)
+    if isinstance(content, dict):
+        header = header or content.get(HEADER, {})          # of `save_merged`
     if model and header.get("model", model) != model:
         raise UserError(f"{path} is a student of {header['model']}, not of {model}; "
                         f"use --model {header['model']}")
-    return tensors, header, files[0]
+    return tensors, header, file
 
 
 def save(path: str | Path, tensors: State, header: dict) -> None:
@@ -153,16 +161,19 @@ def save(path: str | Path, tensors: State, header: dict) -> None:
         safetensors.torch.save_file(tensors, temporary, {"format": "pt", "config": json.dumps(header)})
 
 
-def save_merged(path: str | Path, teacher: str | Path | None, unet: State) -> None:
+def save_merged(path: str | Path, teacher: str | Path | None, unet: State, header: dict) -> None:
     """Writes t2v_turbo_vc2.pt's layout: model.ckpt of VideoCrafter2 (teacher: that file, or its folder; None:
-    the public one) with a student's UNet in it."""
+    the public one) with a student's UNet in it, and beside the weights the student's header."""
     teacher = locate(teacher or layouts.fetch("vc2"))
-    content = read_tensors(teacher / "model.ckpt" if teacher.is_dir() else teacher)
-    rest = {key: x for key, x in content.items() if not key.startswith("diffusion_model.")}
-    student = {f"model.diffusion_model.{key}": x.detach().cpu().contiguous()
-               for key, x in to_public_names(unet).items()}
+    published = read_tensors(teacher / "model.ckpt" if teacher.is_dir() else teacher)
+    names = rename({key: key for key in under(published, "diffusion_model.")}, layouts.UNET)  # {ours: theirs}
+    content = {key: x for key, x in published.items() if not key.startswith("diffusion_model.")}
+    for key, x in unet.items():
+        name = f"diffusion_model.{names.get(key, key)}"     # what only students have is called the same
+        shape = published.get(name, x).shape                # of a linear layer perhaps (out, in, 1)
+        content[f"model.{name}"] = x.detach().cpu().reshape(shape).contiguous()
     with atomic(path) as temporary:
-        torch.save({"state_dict": student | rest}, temporary)
+        torch.save({"state_dict": content, HEADER: header}, temporary)
 
 
 def save_diffusers(folder: str | Path, unet: State, header: dict) -> None:
@@ -173,8 +184,7 @@ def save_diffusers(folder: str | Path, unet: State, header: dict) -> None:
         "block_out_channels": [len(unet[f"input_blocks.{b}.0.conv1.weight"]) for b in (1, 4, 7, 10)],
         "cross_attention_dim": unet["input_blocks.1.1.attn2.k.weight"].shape[1],
         "attention_head_dim": len(unet["init_attn.0.proj_in.weight"]) // 8}         # it has eight heads
-    tensors = rename(unet, layouts.TO_DIFFUSERS)
-    save(folder / "diffusion_pytorch_model.safetensors", tensors, header)
+    save(folder / "diffusion_pytorch_model.safetensors", rename(unet, layouts.TO_DIFFUSERS), header)
     with atomic(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
 
@@ -277,45 +287,46 @@ def is_lora(state: State) -> bool:
 def read_lora(tensors: State, layers: Shapes, source, strength: float = 1.0) -> State:
     """LoRA by any names -> {LAYER.up: (out, r, 1, ...), LAYER.down: (r, in, kernel)}. Its alpha / r and the
     strength (1 as trained, 0 the teacher) go into `up`."""
-    order = lora_order(layers)
     if all(key.isdigit() for key in tensors):
-        names = [f"{layer}.{end}" for layer in order for end in ("up", "down")]
+        names = [f"{layer}.{end}" for layer in lora_order(layers) for end in ("up", "down")]
         if len(tensors) != len(names):
             raise UserError(f"{source}: {len(tensors)} LoRA tensors, this UNet takes {len(names)}")
         tensors = {name: tensors[str(i)] for i, name in enumerate(names)}
 
     # T2V-Turbo's list and our own files hold all layers, other programs' those that they were told
-    matrices, scale = by_layer(tensors, layers, source), peft_scale(Path(source), tensors)
-    missing = [layer for layer in order if layer not in matrices]
+    lora_of, scale = by_layer(tensors, layers, source), peft_scale(Path(source), tensors)
+    missing = [layer for layer in lora_order(layers) if layer not in lora_of]
     if missing and all(key.endswith((".up", ".down")) for key in tensors):
         raise UserError(f"{source}: not a LoRA of this UNet, or not all of it: "
                         f"{len(missing)} of {len(layers)} layers missing ({missing[0]}, ...)")
 
     # two matrices that fit the layer
     lora = {}
-    for layer, ends in matrices.items():
-        alpha = ends.pop("alpha", None)
-        if ends.keys() != {"up", "down"}:
-            raise UserError(f"{source}: LoRA of {layer} holds {', '.join(sorted(ends))}; it takes up and "
-                            "down, and other kinds are merged into weights first")
-        check_numbers(ends, f"{source}: LoRA of {layer}", finite=True)
-        (out, *rest), r = layers[layer], len(ends["down"])
-        for end, shape in (("up", (out, r)), ("down", (r, *rest))):
-            check_shape(ends[end], shape, f"{source}: LoRA of {layer}: {end}")
+    for layer, matrices in lora_of.items():
+        what, alpha = f"{source}: LoRA of {layer}", matrices.pop("alpha", None)
+        if matrices.keys() != {"up", "down"}:
+            raise UserError(f"{what} holds {', '.join(sorted(matrices))}; it takes up and down, and other "
+                            "kinds are merged into weights first")
+        check_numbers(matrices, what, finite=True)
+        (out, *rest), r = layers[layer], len(matrices["down"])
+        check_shape(matrices["up"], (out, r), f"{what}: up")
+        check_shape(matrices["down"], (r, *rest), f"{what}: down")
+
         factor = strength * (scale if alpha is None else alpha.item() / r)
-        lora |= {f"{layer}.up": factor * ends["up"], f"{layer}.down": ends["down"]}
+        lora |= {f"{layer}.up": factor * matrices["up"], f"{layer}.down": matrices["down"]}
     return lora
 
 
 def by_layer(tensors: State, layers: Shapes, source) -> dict[str, State]:
     """LoRA of this project, peft, diffusers or kohya -> {layer: {"up", "down", perhaps "alpha": tensor}}."""
-    underscores = {key[:-1].replace(".", "_"): layer                                # kohya's names
-                   for table in ([], layouts.TO_VIDEOCRAFTER, layouts.TO_DIFFUSERS)
-                   for key, layer in rename({f"{layer}.": layer for layer in layers}, table).items()}
+    # kohya's names of layers: diffusers', with underscores for dots
+    names = rename({f"{layer}.": layer for layer in layers}, layouts.TO_DIFFUSERS)
+    kohya = {name[:-1].replace(".", "_"): layer for name, layer in names.items()}
+
     matrices = {}
     for key, x in rename(tensors, layouts.LORA + layouts.UNET).items():
         name, _, end = key.rpartition(".")
-        layer = underscores.get(name.removeprefix("lora_unet_"), name)
+        layer = kohya.get(name, name)
         if layer not in layers:
             raise UserError(f"{source}: LoRA for {layer}, a layer that this UNet does not have")
         matrices.setdefault(layer, {})[end] = x
@@ -332,5 +343,4 @@ def peft_scale(path: Path, tensors: State) -> float:
         kinds = "alpha_pattern", "rank_pattern", "use_dora", "use_rslora", "fan_in_fan_out"
         if any(config.get(kind) for kind in kinds):
             raise UserError(f"{path}: a kind of LoRA that is not read; merge it into weights with peft first")
-        default = 8 if peft else 1                          # peft's own, of both
-        return config.get("lora_alpha", default) / config.get("r", default)
+        return config["lora_alpha"] / config["r"] if config else 1.0

@@ -137,7 +137,7 @@ def count(which, what, args) -> tuple[int, int]:
         if is_ours(which) and args.device == "cpu":
             speed_up(CPU_LAYERS, net)
         run = one_pass(net, which, what, simulated)
-        before = counter.reset()
+        counter.peak = before = counter.live
         run()
     return counter.flops, counter.peak - before
 

@@ -61,6 +61,9 @@ def test_students_in_any_wrapping(student, tmp_path):
     for file in ["x.safetensors", "x.ckpt", "hub", *(f"{name}.bin" for name in WRAPS)]:
         models = model.load("vc2", tmp_path, tmp_path / file)
         assert same(models, expected) and models.sampling == expected.sampling, file
+    (tmp_path / "hub/snapshots/1/unet_lora.pt").touch()
+    with pytest.raises(UserError, match="holds several students: .*unet_"):
+        model.load("vc2", tmp_path, tmp_path / "hub")
 
 
 def test_folders_in_shards_and_in_the_hubs_cache(tmp_path, modelscope):
@@ -157,8 +160,8 @@ REFUSED = {             # what a student's file holds -> what the message says
     "integers": (lambda: student(**{"out.2.bias": torch.ones(4).long()}), "out.2.bias holds torch.int64"),
     "booleans": (lambda: student(**{"out.2.bias": torch.ones(4).bool()}), "out.2.bias holds torch.bool"),
     "NaN": (lambda: student(**{"out.2.bias": torch.ones(4).log().log() * 0}), "out.2.bias holds NaN"),
-    "LoHa": (lambda: {"lora_unet_out_2.hada_w1_a": torch.ones(4)}, "LoRA of out.2 holds hada_w1_a; it takes"),
-    "another UNet": (lambda: lora("lora_unet_mid_x.lora"), "LoRA for lora_unet_mid_x, a layer that"),
+    "LoHa": (lambda: {"lora_unet_conv_out.hada_w1_a": torch.ones(4)}, "LoRA of out.2 holds hada_w1_a"),
+    "another UNet": (lambda: lora("lora_unet_mid_x.lora"), "LoRA for mid_x, a layer that"),
     "a text encoder": (lambda: lora("text_encoder.q.lora"), "LoRA for text_encoder.q, a layer that"),
     "no alpha": (lambda: lora("base_model.model.out.2.lora"), "adapter_config.json: no such file"),
     "integers in LoRA": (lambda: lora("out.2.lora", dtype=torch.int32), "LoRA of out.2: up holds torch.int")}
@@ -180,14 +183,14 @@ def test_diffusers_loads_a_merged_student(tmp_path, modelscope):
     shapes = model.lora_shapes(config)
     torch.save(lora_list([shapes[name] for name in weights.lora_order(shapes)]), tmp_path / "unet_lora.pt")
     ours = model.load("ms", modelscope[0], tmp_path / "unet_lora.pt")
-    weights.save_diffusers(tmp_path / "unet", ours.unet.state_dict(), HEADER | {"grid": 100})
-    theirs = diffusers.UNet3DConditionModel.from_pretrained(tmp_path / "unet").eval()
+    weights.save_diffusers(tmp_path / "run/unet", ours.unet.state_dict(), HEADER | {"grid": 100})
+    theirs = diffusers.UNet3DConditionModel.from_pretrained(tmp_path / "run/unet").eval()
     assert theirs.config.time_cond_proj_dim == 256
     (z, t, c), w = INPUTS, torch.tensor([7.5, 14.2])
     with torch.no_grad():
         sample = theirs(z, t, encoder_hidden_states=c, timestep_cond=model.guidance_embedding(w)).sample
         assert close(ours.unet(z, t, c, w=w), sample)
-    again = model.load("ms", modelscope[0], tmp_path)
+    again = model.load("ms", modelscope[0], tmp_path / "run")
     assert same(again, ours) and again.sampling.grid == 100
 
 

@@ -356,7 +356,7 @@ def test_live_bytes_counts_storages_once():
         a = torch.zeros(1000)
         b = a[10:].view(-1, 2)
         assert memory.live == 4000
-        memory.reset()
+        memory.peak = 0
         c = (b * 2).sum()
         assert memory.peak == 4000 + 990 * 4 + 4 and memory.live == 4004
         del a, c
@@ -435,14 +435,17 @@ def test_results_load_where_they_are_needed(tmp_path, capsys):
     assert "merged.safetensors is of an earlier step" in capsys.readouterr().err
 
 
-def test_merged_weights_are_also_written_as_released(tmp_path):
-    """`--merge` leaves t2v_turbo_vc2.pt with the UNet's released names."""
+@pytest.mark.parametrize("preset, method", [("turbo-vc2", "turbo"), ("turbo-v2", "turbo-v2")])
+def test_merged_weights_are_also_written_as_released(preset, method, tmp_path):
+    """`--merge` leaves t2v_turbo_vc2.pt with the UNet's released names, and says how it was trained."""
     teacher = {"model.diffusion_model.out.2.bias": torch.zeros(4), "first_stage_model.x": torch.ones(1)}
     torch.save({"state_dict": teacher}, tmp_path / "model.ckpt")
     made = trainer("--merge", unet=dataclasses.replace(tiny.UNET, fps=True))
     made.optimizer.state["a step"] = {}
-    made.config = dataclasses.replace(made.config, preset="turbo-vc2", teacher=str(tmp_path))
+    made.config = dataclasses.replace(made.config, preset=preset, motion=0, teacher=str(tmp_path))
     train.export(made, tmp_path)
+    *_, header = model.read_turbo(tmp_path / "t2v_turbo_vc2.pt", made.models.unet.config)
+    assert (header["method"], header["whole"]) == (method, True)
     written = torch.load(tmp_path / "t2v_turbo_vc2.pt")["state_dict"]
     assert written["first_stage_model.x"] == 1
     assert torch.equal(written["model.diffusion_model.out.2.bias"], made.models.unet.out[2].bias)
