@@ -179,8 +179,7 @@ def random_batch(config, models, n: int) -> dict:
     T, H, W = config.frames, config.height, config.width
     if not config.preset.endswith("v2"):
         return captions | dict(clip=torch.zeros(n, 3, T, H, W, dtype=torch.uint8), bad=0)
-    vae = models.vae.config
-    z = torch.zeros(n, vae.latent, T, H // vae.factor, W // vae.factor)
+    z = torch.zeros(n, *models.vae.config.shape(T, H, W))
     c = models.text(captions["caption"]).to("cpu")
     sample = captions | dict(t=torch.full((n,), 999), z_t=z, eps_c=z, eps_u=z, gradient=z, c=c)
     return dict(distill=sample, rewards=sample, bad=0)

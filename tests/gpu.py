@@ -115,8 +115,8 @@ class Bench:
 
     def inputs(self, size: tuple[int, int, int]) -> tuple:
         """z, t, c of a clip."""
-        (T, H, W), vae, device = size, self.models.vae.config, self.device
-        z = torch.randn(1, vae.latent, T, H // vae.factor, W // vae.factor, device=device)
+        device = self.device
+        z = torch.randn(1, *self.models.vae.config.shape(*size), device=device)
         c = torch.randn(1, self.models.text.config.context_length, self.models.unet.config.context_dim)
         return z, torch.tensor([499], device=device), c.to(device, torch.bfloat16)
 

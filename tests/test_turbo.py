@@ -342,7 +342,7 @@ def models():
     def text(captions):
         return torch.tensor([len(caption) / 10 for caption in captions]).view(-1, 1, 1).expand(-1, 5, 8)
 
-    vae = SimpleNamespace(config=SimpleNamespace(latent=4, factor=8))
+    vae = SimpleNamespace(config=model.KL_F8)
     return SimpleNamespace(unet=Told(), vae=vae, text=text)
 
 
@@ -406,7 +406,7 @@ def test_motion_transfer_is_guidance_towards_another_clip():
         how = Sampling("ddim", 2, 2.0, on_grid=True, motion=1e4, motion_share=share, fps=8)
         return turbo.generate(made, ["a"], [3], (3, 4, 4), how, reference=reference)
 
-    vae = SimpleNamespace(config=SimpleNamespace(latent=4, factor=1))
+    vae = SimpleNamespace(config=replace(model.KL_F8, mult=(1,)))
     made = SimpleNamespace(unet=network, vae=vae, text=text)
     plain, guided = transferred(0.4, None), transferred(0.4, reference)
     assert torch.equal(plain, transferred(0.0, reference))
