@@ -49,19 +49,26 @@ class BadClip(ValueError):
 
 # ---- the dataset -------------------------------------------------------------------------------------------
 
-class ClipDataset:
-    """All clips of `spec` (see the head of this file); the loader takes any dataset with len() and get().
+def open_dataset(spec: str | Sequence[str | Path], frames: int = 16, fps: float = 16, height: int = 320,
+                 width: int = 512, cache: str | None = None, columns: str = "",
+                 video_root: str = "") -> "ClipDataset":
+    """All clips of `spec` (see the head of this file) as one dataset. Raises UserError.
 
     cache: folder for the index of shards where it cannot be written beside them; of several processes one
-    should come first and make it. columns, video_root: see plumbing/manifests.py. Raises UserError."""
+    should come first and make it. columns, video_root: see plumbing/manifests.py."""
+    dataset = ClipDataset(open_sources(spec, cache, columns, video_root), frames, fps, height, width)
+    if not len(dataset):
+        raise UserError(f"no clips in {spec}: expected files, or members of shards, KEY.mp4 and KEY.txt")
+    return dataset
 
-    def __init__(self, spec: str | Sequence[str | Path], frames: int = 16, fps: float = 16, height: int = 320,
-                 width: int = 512, cache: str | None = None, columns: str = "", video_root: str = ""):
-        self.sources = open_sources(spec, cache, columns, video_root)
+
+class ClipDataset:
+    """The clips of all sources under one index; the loader takes any dataset with len() and get()."""
+
+    def __init__(self, sources: list, frames: int, fps: float, height: int, width: int):
+        self.sources = sources
         self.frames, self.fps, self.height, self.width = frames, fps, height, width
-        self.starts = np.cumsum([0, *map(len, self.sources)])       # of each source's clips, and the end
-        if not len(self):
-            raise UserError(f"no clips in {spec}: expected files, or members of shards, KEY.mp4 and KEY.txt")
+        self.starts = np.cumsum([0, *map(len, sources)])        # of each source's clips, and the end
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -546,7 +546,7 @@ def open_clips(config: Config, specs: tuple[str, ...], group: run.Group) -> data
     if config.is_toy:
         return shapes.Clips(frames=config.frames, size=config.height, pairs=config.pairs)
     with group.rank0_first():               # it indexes shards, the others read the index
-        return data.ClipDataset(specs, config.frames, config.fps, config.height, config.width, config.out,
+        return data.open_dataset(specs, config.frames, config.fps, config.height, config.width, config.out,
                                  config.columns, config.video_root)
 
 

@@ -54,7 +54,7 @@ def main(workers: int) -> None:
         for k in range(2):
             write_video(f"{folder}/{k}.mp4", moving_clip(k), 30)
             Path(folder, f"{k}.txt").write_text("a texture")
-        dataset = data.ClipDataset(folder, 16, 16, 320, 512)
+        dataset = data.open_dataset(folder, 16, 16, 320, 512)
 
         for _ in range(ROUNDS):
             processes = DataLoader(Draws(dataset), None, sampler=count(), num_workers=workers)

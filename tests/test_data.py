@@ -12,7 +12,7 @@ import pytest
 import torch
 from clips import SHAPE, make_mp4, numbers, read_video, tar_of, write_at, write_sound
 
-from data import BadClip, ClipDataset, loader
+from data import BadClip, loader, open_dataset
 from plumbing import shards
 from plumbing.errors import UserError
 from plumbing.manifests import expand
@@ -52,7 +52,7 @@ def sources(mp4, tmp_path) -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", ["folder", "csv", "jsonl", "tar"])
 def test_every_source_gives_the_same_clips(kind, sources, mp4):
-    dataset = ClipDataset(sources[kind], **SHAPE)
+    dataset = open_dataset(sources[kind], **SHAPE)
     assert len(dataset) == 3
     for k in range(3):
         item = dataset.get(k, torch.Generator().manual_seed(k))
@@ -73,7 +73,7 @@ def test_a_users_mistakes(tmp_path):
     for spec, message in ((tmp_path, r"no clips in .*: expected files, or members of shards, KEY.mp4"),
                           (tmp_path / "{0..2}.tar", "no data at .*{0..2}.tar: expected a folder")):
         with pytest.raises(UserError, match=message):
-            ClipDataset(str(spec))
+            open_dataset(str(spec))
     for name, content, message in (
         ("b.jsonl", '{"path": "a.mp4", "caption": "a"}\n{"pa', "b.jsonl is not a manifest, or is damaged"),
         ("d.csv", "", "no clips in"),
@@ -81,10 +81,10 @@ def test_a_users_mistakes(tmp_path):
     ):
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=message):
-            ClipDataset(str(tmp_path / name))
+            open_dataset(str(tmp_path / name))
     tar_of(tmp_path / "00.tar", [("readme", b"hello")])
     with pytest.raises(UserError, match="expected files, or members of shards, KEY.mp4"):
-        ClipDataset(str(tmp_path / "00.tar"))
+        open_dataset(str(tmp_path / "00.tar"))
 
 
 def texts(dataset) -> list:
@@ -111,7 +111,7 @@ def here(mp4, tmp_path, monkeypatch):
 def test_csv_rows_that_lose_words_are_bad_and_named(here):
     (here / "a.csv").write_text('path,caption,reward_caption\na.mp4,a dog, running, fast\n'
                                 'b.mp4,"a dog, running",\n\nd.mp4\n,lonely,\n')
-    assert texts(ClipDataset("a.csv", **SHAPE)) == [
+    assert texts(open_dataset("a.csv", **SHAPE)) == [
         "BAD a.mp4: a caption is no text, or has commas and no quotation marks: ['a dog', 'fast']",
         ("a dog, running", None), "BAD d.mp4: no caption", "BAD : No such file, or a folder, pipe or device"]
 
@@ -122,12 +122,12 @@ def test_long_captions_line_breaks_byte_order_marks_and_latin(here):
                                 encoding="utf-8-sig")
     with open(here / "a.csv", "ab") as file:
         file.write(b"d.mp4,caf\xe9\n")
-    first, second, third, fourth = texts(ClipDataset("a.csv", **SHAPE))
+    first, second, third, fourth = texts(open_dataset("a.csv", **SHAPE))
     assert first == (long.strip(), None) and second == ("two\nlines", None) and third == ("a cow", None)
     assert fourth.startswith("BAD d.mp4: 'utf-8' codec")
     (here / "a.csv").unlink()
     (here / "a.txt").write_text("a dog", encoding="utf-8-sig")
-    assert texts(ClipDataset(str(here), **SHAPE))[0] == ("a dog", None)
+    assert texts(open_dataset(str(here), **SHAPE))[0] == ("a dog", None)
 
 
 def test_captions_that_are_no_strings(here, mp4):
@@ -135,12 +135,12 @@ def test_captions_that_are_no_strings(here, mp4):
             dict(path=["c.mp4"], caption="c"), dict(path="d.mp4", caption="d", reward_caption="")]
     (here / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     no = "a caption is no text, or has commas and no quotation marks"
-    *bad, good = texts(ClipDataset("a.jsonl", **SHAPE))
+    *bad, good = texts(open_dataset("a.jsonl", **SHAPE))
     assert bad[:2] == [f"BAD a.mp4: {no}: ['a']", f"BAD b.mp4: {no}: 7"] and good == ("d", None)
     assert bad[2].startswith("BAD ['c.mp4']: No such file")
     tar_of(here / "a.tar", [("a.mp4", mp4), ("a.txt", b"\xef\xbb\xbfa"),
                             ("a.json", b'{"reward_caption": {}}'), ("b.mp4", mp4), ("b.json", b"{")])
-    first, second = texts(ClipDataset("a.tar", **SHAPE))
+    first, second = texts(open_dataset("a.tar", **SHAPE))
     assert first == f"BAD a.tar:a.mp4: {no}: {{}}" and second.startswith("BAD a.tar:b.mp4: ")
 
 
@@ -150,36 +150,36 @@ def test_bad_members_are_named_in_full(here):
     names = ["f\u00e9lix/\u732b.mp4", "folder/" * 18 + "clip.mp4", "x" * 200 + ".mp4"]
     members = [(member, b"words") for name in names for member in (name, name[:-3] + "txt")]
     tar_of(here / "a.tar", members)
-    for text, name in zip(texts(ClipDataset("a.tar", **SHAPE)), names, strict=True):
+    for text, name in zip(texts(open_dataset("a.tar", **SHAPE)), names, strict=True):
         assert text.startswith(f"BAD a.tar:{name}: not a readable")
 
 
 def test_index_is_kept_and_made_anew_when_a_shard_changes(sources, tmp_path, monkeypatch, mp4):
     scans, scan = [], shards.scan
     monkeypatch.setattr(shards, "scan", lambda path: scans.append(path) or scan(path))
-    first, again = (ClipDataset(sources["tar"], **SHAPE).sources[0].index for _ in range(2))
+    first, again = (open_dataset(sources["tar"], **SHAPE).sources[0].index for _ in range(2))
     assert len(scans) == 2 and isinstance(again, np.memmap) and np.array_equal(first, again)
 
     tar_of(tmp_path / "s-09.tar", [("x.mp4", mp4), ("x.txt", b"new"), ("y.mp4", mp4), ("y.txt", b"newer")])
-    assert len(ClipDataset(sources["tar"], **SHAPE)) == 4 and len(scans) == 4           # another size
+    assert len(open_dataset(sources["tar"], **SHAPE)) == 4 and len(scans) == 4           # another size
     os.utime(tmp_path / "s-09.tar", (1, 1))                                              # another time
-    assert ClipDataset(sources["tar"], **SHAPE).get(3)["caption"] == "newer" and len(scans) == 6
+    assert open_dataset(sources["tar"], **SHAPE).get(3)["caption"] == "newer" and len(scans) == 6
     for index in tmp_path.glob("clips-*.npy"):
         index.write_bytes(index.read_bytes()[:-8])                                       # damage
-    assert len(ClipDataset(sources["tar"], **SHAPE)) == 4 and len(scans) == 8
+    assert len(open_dataset(sources["tar"], **SHAPE)) == 4 and len(scans) == 8
     assert not list(tmp_path.glob(".*"))
 
 
 def test_index_in_the_cache_folder_where_the_shards_are_not_writable(sources, tmp_path, monkeypatch):
-    (name,) = (ClipDataset(sources["tar"], **SHAPE), *tmp_path.glob("clips-*.npy"))[1:]
+    (name,) = (open_dataset(sources["tar"], **SHAPE), *tmp_path.glob("clips-*.npy"))[1:]
     name.unlink()
     name.mkdir()                                     # root may write anywhere, but not over a folder
     cache = tmp_path / "cache"
-    assert len(ClipDataset(sources["tar"], **SHAPE)) == 3
-    assert len(ClipDataset(sources["tar"], **SHAPE, cache=str(cache))) == 3
+    assert len(open_dataset(sources["tar"], **SHAPE)) == 3
+    assert len(open_dataset(sources["tar"], **SHAPE, cache=str(cache))) == 3
     assert [path.name for path in cache.iterdir()] == [name.name]
     monkeypatch.setattr(shards, "scan", None)
-    assert ClipDataset(sources["tar"], **SHAPE, cache=str(cache)).get(1)["reward_caption"] == "short"
+    assert open_dataset(sources["tar"], **SHAPE, cache=str(cache)).get(1)["reward_caption"] == "short"
 
 
 # ---- order -------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_resume_goes_on_with_the_very_next_clip():
 def test_epochs_start_clips_at_different_frames(sources):
     """Drawn from generators of their own: the global random state is left alone."""
     before = torch.get_rng_state()
-    dataset = ClipDataset(sources["folder"], **SHAPE)
+    dataset = open_dataset(sources["folder"], **SHAPE)
     starts = {(int(out["index"]), numbers(out["clip"][0])[0]) for out in take(dataset, 12, 1)}
     assert len(starts) > 6 and torch.equal(before, torch.get_rng_state())
 
@@ -253,9 +253,9 @@ def test_epochs_start_clips_at_different_frames(sources):
 def test_a_short_clip_says_at_what_rate_it_is_played(mp4, here):
     """60 frames at 30 fps: 1.97 s from the first to the last. 16 frames at 4 fps span 3.75 s."""
     (here / "a.txt").write_text("a")
-    assert ClipDataset(str(here), 16, 16, 16, 24).get(0)["fps"] == 16
+    assert open_dataset(str(here), 16, 16, 16, 24).get(0)["fps"] == 16
     with pytest.warns(UserWarning, match="clips shorter than 16 frames at 4 fps are stretched"):
-        assert ClipDataset(str(here), 16, 4, 16, 24).get(0)["fps"] == pytest.approx(15 / (59 / 30), rel=1e-3)
+        assert open_dataset(str(here), 16, 4, 16, 24).get(0)["fps"] == pytest.approx(15 / (59 / 30), rel=1e-3)
 
 
 class Slow(Numbers):
@@ -318,7 +318,7 @@ def bad_folder(mp4, tmp_path) -> str:
 
 def test_bad_files_are_skipped_counted_and_named(bad_folder, tmp_path):
     log = tmp_path / "bad.jsonl"
-    dataset = ClipDataset(bad_folder, **SHAPE)
+    dataset = open_dataset(bad_folder, **SHAPE)
     names = [Path(dataset.sources[0].name(i)).stem for i in range(len(dataset))]
     outs = take(dataset, 14, 4, bad_file=log, workers=2)             # an epoch meets each of them
 

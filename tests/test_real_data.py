@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from clips import SHAPE, make_mp4, tar_of
 
-from data import BadClip, ClipDataset
+from data import BadClip, open_dataset
 from plumbing.errors import UserError
 from plumbing.manifests import open_sources
 
@@ -84,7 +84,7 @@ def test_names_of_sources(spec, count, warning, here, monkeypatch, recwarn):
     for name in ("s/0", "s/2", "s/a", "s/b", "dogs, cats/0", "[12]"):
         (here / name).parent.mkdir(exist_ok=True)
         tar_of(here / f"{name}.tar", [("0.mp4", b"x"), ("0.txt", b"A dog")])
-    assert len(ClipDataset(spec)) == count
+    assert len(open_dataset(spec)) == count
     assert [str(each.message) for each in recwarn] == ([warning] if warning else [])
 
 
@@ -93,11 +93,11 @@ def test_what_is_no_file(here):
     os.mkfifo("a.csv"), os.mkfifo("a.tar"), os.mkfifo("pipe.mp4")
     for name in ("a.csv", "a.tar", "/dev/null"):
         with pytest.raises(UserError, match="is no data, or a pipe or device"):
-            ClipDataset(name)
+            open_dataset(name)
     (here / "b.csv").write_text("path,caption\nhttp://localhost/a.mp4,A dog\npipe.mp4,A dog\n")
     for i, reason in enumerate(["a.mp4: No such file", "pipe.mp4: No such file, or a folder, pipe"]):
         with pytest.raises(BadClip, match=reason):
-            ClipDataset("b.csv").get(i)
+            open_dataset("b.csv").get(i)
 
 
 # ---- members of shards: what the tar holds -> captions of its clips, or why one is bad ---------------------
@@ -117,7 +117,7 @@ KEYS = [
 
 
 def captions(name: str) -> list[str]:
-    dataset, answers = ClipDataset(name, **SHAPE), []
+    dataset, answers = open_dataset(name, **SHAPE), []
     for i in range(len(dataset)):
         try:
             answers.append(dataset.get(i)["caption"])
@@ -170,4 +170,4 @@ def test_a_bad_member_costs_one_clip(mp4, here):
     for content in (b"", b"x" * 2000):                # no tar: the others are read all the same
         Path("junk.tar").write_bytes(content)
         with pytest.warns(UserWarning, match="1 of 2 shards hold no clip, e.g. junk.tar"):
-            assert len(ClipDataset("{0,junk}.tar")) == 1
+            assert len(open_dataset("{0,junk}.tar")) == 1
