@@ -1,6 +1,6 @@
 """Captioned clips: every source becomes one indexed dataset; step n's batch is a function of (seed, n) alone.
 
-ClipDataset(spec) takes any of these, or several (a list, or commas between them):
+open_dataset(spec) takes any of these, or several (a list, or commas between them):
 
     folder        clips/0001.mp4 with its caption in clips/0001.txt, subfolders too; or a folder of shards
     manifest.csv  path,caption,reward_caption      paths are relative to the manifest; reward_caption is a
