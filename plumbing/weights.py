@@ -145,9 +145,8 @@ def read_student(path: str | Path, model: str | None) -> tuple[State, dict, Path
     file, *shards = weight_files(folder, *stems)
 
     tensors, header = read_tensors(file, *shards), read_header(file)
-    content = {} if header else read_file(file)
-    if isinstance(content, dict):
-        header = header or content.get(HEADER, {})          # of `save_merged`
+    if not is_safetensors(file) and isinstance(content := read_file(file), dict):
+        header = content.get(HEADER, {})                    # of `save_merged`
     if model and header.get("model", model) != model:
         raise UserError(f"{path} is a student of {header['model']}, not of {model}; "
                         f"use --model {header['model']}")
