@@ -78,7 +78,9 @@ def make(config) -> list[dict]:
                 temporary.write_text(json.dumps(dict(comment=MARK, rows=measured), indent=1))
     climbs = [f"{row['name']}: reward after 0, 5, ... steps " + ", ".join(map("{:.2f}".format, row["climb"]))
               for row in measured if row["climb"]]
-    print("", *climbs, *(difference(measured[-1], row) for row in measured[:-1]), sep="\n")
+    captions = [[clip["caption"] for clip in row["clips"]] for row in measured]
+    others = [row for row, asked in zip(measured[:-1], captions) if asked == captions[-1]]
+    print("", *climbs, *(difference(measured[-1], row) for row in others), sep="\n")
     return measured
 
 
