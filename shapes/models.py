@@ -170,6 +170,11 @@ class UNet(VelocityUNet):
         return [m.attn1 for m in self.output_blocks.modules() if isinstance(m, ClipTransformer)]
 
 
+def tokenize(captions: list[str]) -> Tensor:
+    """Captions -> ids (B, L)."""
+    return torch.tensor([grammar.token_ids(caption) for caption in captions])
+
+
 class CaptionEncoder(nn.Module):
     """Captions -> c (B, 51, 128): the states of 24 tokens in CLIP's text tower, the same in ViCLIP's, and one
     for each thing and for the background: small text towers blur whose motion is whose."""
@@ -180,7 +185,7 @@ class CaptionEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, captions: list[str]) -> Tensor:
-        ids = world.tokenize(captions).to(self.clip.ln_final.weight.device)
+        ids = tokenize(captions).to(self.clip.ln_final.weight.device)
         return torch.cat([self.clip.penultimate(ids), self.viclip.states(ids), self.things(ids)], 1)
 
     def things(self, ids: Tensor) -> Tensor:
@@ -261,7 +266,7 @@ def reward(name: str, path: str | Path | None, device: torch.device | str, folde
     if not name.startswith("shapes-"):
         return reward_models.load(name, path, device, **options)
     path = path or Path(folder or WEIGHTS) / f"{name.removeprefix('shapes-')}.safetensors"
-    return reward_models.load(name, path, device, tokenizer=world.tokenize)
+    return reward_models.load(name, path, device, tokenizer=tokenize)
 
 
 def rewards(device: torch.device | str = "cpu", folder: str | Path | None = None

@@ -30,7 +30,7 @@ from networks.fast_cpu import speed_up
 from plumbing import cli, folder, run, weights
 from plumbing.errors import UserError
 from shapes import grammar, world
-from shapes.models import MOTION, TOY, TOY_VAE
+from shapes.models import MOTION, TOY, TOY_VAE, tokenize
 from solver import Schedule
 from turbo import EMA
 
@@ -221,7 +221,7 @@ def clip(out: Path, group: run.Group) -> tuple[nn.Module, dict]:
         clips, captions, scenes = draw(rng, 64, 2, "colour shape")
         frames = roughen(clips[:, :, rng.randrange(2)], progress)
         images = network.encode_image(frames.to(group.device))
-        texts = network.encode_text(world.tokenize(captions).to(group.device))
+        texts = network.encode_text(tokenize(captions).to(group.device))
         return network.contrast(images, texts, scenes, network.logit_scale)
 
     fit(network, loss_of, out / "clip", STEPS["clip"], group)
@@ -251,7 +251,7 @@ def viclip(out: Path, group: run.Group) -> tuple[nn.Module, dict]:
         clips, captions, scenes = draw(rng, 32, world.FRAMES, "colour shape motion motion")
         clips = roughen(clips[:, :, rng.randrange(2)::2], progress)     # strided, as the reward will see them
         videos = network.encode_video(clips.transpose(1, 2).to(group.device))
-        texts = network.text(world.tokenize(captions).to(group.device))
+        texts = network.text(tokenize(captions).to(group.device))
         return network.contrast(videos, texts, scenes, logit_scale)
 
     fit(network, loss_of, out / "viclip", STEPS["viclip"], group)

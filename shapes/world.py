@@ -23,11 +23,6 @@ DIRECTION = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1),
              "still": (0, 0), "growing": (0, 0)}
 
 
-def tokenize(captions: list[str]) -> Tensor:
-    """Captions -> ids (B, L)."""
-    return torch.tensor([grammar.token_ids(caption) for caption in captions])
-
-
 # ---- drawing -----------------------------------------------------------------------------------------------
 
 def coverage(shape: str, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from plumbing.errors import UserError
 from plumbing.run import Group
 from shapes import grammar, pretrain, world
 from shapes.grammar import Scene, Thing
-from shapes.models import TOY, SpaceTime, UNet
+from shapes.models import TOY, SpaceTime, UNet, tokenize
 
 
 def scenes(count, held_out):
@@ -149,7 +149,7 @@ def test_networks_get_the_words_they_know():
             assert grammar.read_caption(caption)[1] == caption
     ids = grammar.token_ids("a red circle moving left")
     assert grammar.token_ids("The red ball slides to the left.") == ids
-    ids = world.tokenize(["a red circle rising", ""])
+    ids = tokenize(["a red circle rising", ""])
     assert ids.shape == (2, 24) and ids[0, 0] == ids[1, 0] == 1
     assert ids[0].argmax() == 5 and ids[1].argmax() == 1                # the end has the largest id
     assert ids.max() == grammar.VOCABULARY_SIZE - 1 and (ids[0, 6:] == 0).all()
@@ -252,7 +252,7 @@ def test_the_rewards_know_this_world(kind, question):
 def test_each_thing_has_a_state_of_its_own():
     """Whatever stands beside it and wherever it stands, and so has the background; articles say nothing."""
     def states(caption):
-        return text.things(world.tokenize([caption]))[0]
+        return text.things(tokenize([caption]))[0]
 
     text = shapes.load_text()
     circle, square = "a red circle moving right", "a blue square rising"
