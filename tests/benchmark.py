@@ -349,7 +349,6 @@ def sampled_clip(options: str) -> Budget:
 
 def cached_clip(options: str) -> Budget:
     """What prepare.py takes for a clip whose motion guides, in one draw of t and ε."""
-    from prepare import encode
     from train import PRESETS, Config
     recipe = Config(**PRESETS["turbo-v2"])
     with simulation() as counter, torch.no_grad():
@@ -359,8 +358,9 @@ def cached_clip(options: str) -> Budget:
             models.unet.requires_grad_(False).checkpointing = True
         part.held = counter.live
         with part("encode"):
-            clip = torch.zeros(3, recipe.frames, recipe.height, recipe.width, dtype=torch.uint8)
-            z0, c, uncond = encode(models, clip, "a prompt", torch.Generator())
+            clip = torch.zeros(1, 3, recipe.frames, recipe.height, recipe.width, dtype=torch.uint8)
+            z0 = model.to_latents(models.vae, clip, [torch.Generator()])
+            c, uncond = models.text(["a prompt"]), models.text([""])
         with part("inversion"):
             t = torch.full((1,), 999)
             z_ref = models.unet(z0, t, c, fps=recipe.fps).float()
