@@ -43,8 +43,10 @@ class BadClip(ValueError):
     """This clip cannot be used. get() of a dataset raises it; the loader logs it and draws another clip."""
 
     def __init__(self, name: str, reason: str):
-        self.name, self.reason = name, reason
-        super().__init__(f"{name}: {reason}")
+        """What would break the line or a terminal is replaced: the file may be damaged."""
+        self.name, self.reason = ("".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+                                  for text in (name, reason))
+        super().__init__(f"{self.name}: {self.reason}")
 
 
 # ---- the dataset -------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def check(config: Config) -> None:
 
     out = Path(config.out or "")
     clip, other = out.suffix.lower() in SUFFIXES, out.suffix[1:2].isalpha()     # v2.0 is a folder
-    if clip if config.prompts else other and not clip:
+    if (clip if config.prompts else other and not clip) or out.name.lower() in SUFFIXES:
         raise UserError(f"--out {out}: choose a folder's name, or for one prompt one that ends in "
                         f"{', '.join(SUFFIXES)}")
     if config.sheet and Path(config.sheet).suffix.lower() != ".png":
@@ -173,7 +173,9 @@ def read_prompts(path: str) -> list[Prompt]:
     one of COLUMNS, perhaps `name`, and `dimension` of VBench's lists, which tells how many clips are made."""
     from plumbing.manifests import MANIFESTS, records_of
     with reading(path, "a list of prompts in utf-8"), open(path, newline="", encoding="utf-8-sig") as file:
-        is_text = not path.lower().endswith(MANIFESTS)
+        is_text = Path(path).suffix.lower() in ("", ".txt")
+        if not is_text and not path.lower().endswith(MANIFESTS):
+            raise ValueError("its name must end in .txt, " + ", ".join(MANIFESTS))
         rows = [line for line in file if line.strip()] if is_text else records_of(path, file)[0]
         if isinstance(rows, dict | str):
             raise ValueError("it holds no list")
@@ -186,7 +188,7 @@ def read_prompts(path: str) -> list[Prompt]:
             raise UserError(f"{place}: neither a text nor a row of the header's columns; quote commas")
         row = {key.strip().lower(): value for key, value in row.items()}
         text = next((row[column] for column in COLUMNS if row.get(column)), None)
-        if not isinstance(text, str) or not text.strip():
+        if not isinstance(text, str) or not text.strip() or "\0" in f"{text}{row.get('name')}":
             raise UserError(f"{place}: no prompt in any of {', '.join(COLUMNS)}; it has {', '.join(row):.80}")
 
         name, dimensions, count = str(row.get("name") or text), row.get("dimension"), 1

@@ -123,9 +123,12 @@ def parse(cls, argv=None, description="", positional=None, defaults=None, prog=N
 
 def place() -> tuple[int, int, int]:
     """This process among those of torchrun: its rank, how many there are, its rank on this machine."""
-    names = "RANK", "WORLD_SIZE", "LOCAL_RANK"
-    rank, world_size, local_rank = (int(os.environ.get(name, 0)) for name in names)
-    return (rank, world_size, local_rank) if world_size > 1 else (0, 1, 0)
+    defaults = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
+    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in defaults)
+    if not 0 <= rank < world_size:
+        raise UserError(f"the environment says RANK={rank}, WORLD_SIZE={world_size}; unset both, or start "
+                        "with torchrun, which sets them")
+    return rank, world_size, local_rank
 
 
 class Lenient(io.FileIO):

@@ -10,6 +10,7 @@ import re
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TextIO
 
@@ -117,8 +118,9 @@ class Files:
 
 def open_manifest(path: str, columns: str = "", root: str = "") -> Files:
     """columns: "path=COLUMN,caption=COLUMN" for what KNOWN lacks; root: what its paths are relative to."""
-    named = dict(pair.partition("=")[::2] for pair in re.split(OUTSIDE_BRACES, columns) if pair)
-    if named.keys() - KNOWN.keys() or not all(named.values()):
+    pairs = [pair.partition("=")[::2] for pair in re.split(OUTSIDE_BRACES, columns) if pair]
+    named = dict(pairs)
+    if named.keys() - KNOWN.keys() or not all(named.values()) or len(named) < len(pairs):
         raise UserError(f"--columns {columns}: expected path=COLUMN,caption=COLUMN,reward_caption=COLUMN")
     with reading(path, "a manifest"):
         with open(path, "rb") as file:
@@ -163,12 +165,14 @@ def records_of(path: str, file: TextIO) -> tuple[Iterable[dict], str]:
     if path.lower().endswith(".jsonl"):
         return (json.loads(line) for line in file if line.strip()), ""
 
-    header = file.readline()
-    mark = re.search(f"[{''.join(SEPARATORS)}]|$", header)[0] or ","
-    is_clip = header.split(mark)[0].strip('"').lower().endswith(READABLE)       # there is no header
-    file.seek(0)
-    columns = ["path", "caption"] if is_clip else None              # None: the first row names them
-    records = csv.DictReader(file, columns, restval="", delimiter=mark, skipinitialspace=True, strict=True)
+    header = next((line for line in iter(file.readline, "") if line.strip()), "")
+    mark = re.search(r"\t|$", header)[0] or re.search(f"[{''.join(SEPARATORS)}]|$", header)[0]
+    mark = mark or ("\t" if path.lower().endswith(".tsv") else ",")
+    first = next(csv.reader([header.strip()], delimiter=mark), [])
+    has_header = len(first) != 2 or not first[0].lower().endswith(READABLE)
+    columns = None if has_header else ["path", "caption"]           # None: the first row names them
+    records = csv.DictReader(chain([header], file), columns, restval="", delimiter=mark,
+                             skipinitialspace=True, strict=True)
     titles = [title for title in records.fieldnames or () if title.strip()]     # some end in empty ones
     if len({*titles}) < len(titles):
         raise UserError(f"{path}: two of its columns have one name ({', '.join(titles)})")

@@ -1,4 +1,5 @@
 """What carries a run: its device, its processes, what a step takes, and what waits in host memory."""
+import os
 import signal
 import time
 from collections import defaultdict
@@ -50,6 +51,9 @@ class Group:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high")                  # TF32 for float32 networks
+        if self.world_size > 1 and "MASTER_ADDR" not in os.environ:
+            raise UserError(f"the environment says WORLD_SIZE={self.world_size}, but not MASTER_ADDR; start "
+                            "several processes with torchrun, or unset WORLD_SIZE")
         if self.world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=PATIENCE)

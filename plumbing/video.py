@@ -125,7 +125,7 @@ def check_end(file: BinaryIO) -> None:
         stated_size = np.frombuffer(head.split(b"filesize\0")[1][:8], ">f8").item()
 
     cut_gif = head.startswith(b"GIF8") and not re.search(rb"\0;[\0\t-~]*\Z", tail)
-    if cut_gif or size < stated_size < 2 ** 32:                     # larger: written to a pipe, not known
+    if cut_gif or size + 16 < stated_size < 2 ** 32:                # larger: written to a pipe, not known
         raise ValueError("truncated: its end is missing")
 
 
@@ -133,7 +133,7 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
     """When a video's frames are shown -> their ticks, ascending; those of key frames; seconds per tick.
 
     Without an index there are no key frames, and the k-th frame that is decoded is shown at the k-th tick."""
-    ticks, keys = [], []
+    ticks, keys, ends = [], [], []                                  # ends: of each packet, in ticks
     with open_video(source) as (container, stream):
         name = container.format.name
         indexed = name.startswith(INDEXED)                          # then packets, undecoded, tell the times
@@ -141,6 +141,8 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
             frames = [packet] if indexed else decoded(packet)
             if any(frame.is_corrupt for frame in frames):
                 raise ValueError("truncated or damaged: a frame is incomplete")
+            if packet.pts is not None:
+                ends += [packet.pts, packet.pts + (packet.duration or 0)]
             if not indexed:
                 ticks += [frame.pts for frame in frames]
             elif packet.pts is not None:
@@ -149,13 +151,26 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
                 if not packet.is_discard:                           # by an edit list
                     ticks.append(packet.pts)
 
-        if any(entry.pos + entry.size > container.size for entry in stream.index_entries):
-            raise ValueError("truncated: its last frames are missing")
         if not ticks or None in ticks:
             raise ValueError("not a clip: no frames, or some without a timestamp; convert it to mp4")
+        outside = any(entry.pos + entry.size > container.size for entry in stream.index_entries)
+        if outside or is_cut(name, stream, ends):
+            raise ValueError("truncated: its last frames are missing")
         if not indexed and name != "avi" and ticks != sorted(ticks):                    # an avi's: of packets
             raise ValueError("its timestamps run backwards (files joined?); convert it to mp4")
         return np.array(sorted(ticks)), sorted(keys), float(stream.time_base)
+
+
+def is_cut(name: str, stream: av.VideoStream, ends: list[int]) -> bool:
+    """Are packets that begin and end at these ticks fewer than the header says? Fragments (mp4) and pipes
+    state no number of frames."""
+    if not name.startswith(("mov", "avi")) or not 0 < stream.frames < 2 ** 30:
+        return False
+    stated = stream.frames / stream.average_rate            # of an avi, where ffmpeg guesses durations
+    if name != "avi":
+        stated = (stream.duration or 0) * stream.time_base
+    span = (max(ends) - min(ends)) * stream.time_base * (1 + 2 / len(ends))     # some do not tell durations
+    return stated - span > max(0.25, 0.02 * stated)
 
 
 def decoded(packet: av.Packet) -> list[av.VideoFrame]:

@@ -116,9 +116,10 @@ KNOWN = {                               # attribute -> {word: value}
     "shape": {word: shape for shape, words in SHAPES.items() for word in words},
     "motion": {motion: motion for motion in MOTIONS} | {
         "rising": "up", "falling": "down", "rest": "still", "bigger": "growing"}}
-# "a white background", "on white", "on a white background"; but not "on a white circle"
-BACKGROUND = re.compile(r"\b(?:on )?(?:a )?({0}) background\b|\bon (?:a )?({0})\b(?! (?:{1}))".format(
-    "|".join(BACKGROUNDS), "|".join(SHAPE_WORDS)))
+# "a white background", "background white", "on white", "on a white background"; but not "on a white circle"
+BACKGROUND = re.compile(
+    r"\b(?:on )?(?:a )?({0}) background\b|\bbackground ({0})\b|\bon (?:a )?({0})\b(?! (?:{1}))".format(
+        "|".join(BACKGROUNDS), "|".join(SHAPE_WORDS)))
 
 
 def in_known_words(caption: str) -> str:
@@ -142,7 +143,7 @@ def clauses(text: str) -> list[list[str]]:
 
     "a" begins a thing, and so does "and" before a colour or a shape; what else follows "and" goes with the
     thing before it ("a red circle on white, moving left")."""
-    things = []
+    things, text = [], re.sub(r"\b({}) a\b".format("|".join(COLOURS)), r"\1", text)     # "red something"
     for part in re.split(r"\b(?=a\b)|\band\b", text):
         words = part.split()
         if things and not {"a", *COLOURS, *SHAPE_WORDS} & {*words}:

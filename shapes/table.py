@@ -91,6 +91,8 @@ def chosen(text: str, folder: Path) -> list[Row]:
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*/turbo.safetensors")], reverse=True):
         name = path.stem if path.parent == folder else path.parent.name
         model = read_header(path).get("model")
+        if any(row.student == name for row in students):
+            raise UserError(f"{folder} holds two students called {name}; rename one")
         if model in shapes.FAMILIES:
             title = TITLES.get(name, name)
             students += [Row(f"{title} {steps}", steps, name, model) for steps in (1, 2, 4, 8)]

@@ -52,6 +52,7 @@ REFUSED = [
     ("own.json", '[{"a": "1.mp4", "b": "A dog"}]', {}, r"\('a', 'b'\)"),
     ("own.csv", "path,caption\n1.mp4,A dog\n", dict(columns="caption=words"), r"\('path', 'caption', sep"),
     ("own.csv", "path,caption\n1.mp4,A dog\n", dict(columns="captions=a"), "--columns captions=a: expected"),
+    ("own.csv", "\npath,caption\n", dict(columns="path=a,path=b"), "--columns path=a,path=b: expected"),
     ("own.csv", "path,caption,caption\n1.mp4,A,B\n", {}, "two of its columns have one name"),
     ("own.json", '{"path": "1.mp4"}', {}, "own.json is not a manifest"),
     ("quotes.csv", 'path,caption\n1.mp4,"A dog\n2.mp4,A cat\n', {}, "quotes.csv, near line"),

@@ -51,3 +51,11 @@ def test_a_mistake_ends_in_one_line(typed, tmp_path, monkeypatch, capsys):
         train.main(typed.split())
     message, = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2 and MISTAKES[typed] in message
+
+
+def test_processes_without_an_address_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path / "run")])
+    assert "WORLD_SIZE=2, but not MASTER_ADDR; start several" in capsys.readouterr().err

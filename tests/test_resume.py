@@ -195,6 +195,10 @@ def test_what_a_run_left_is_not_written_over(undisturbed, two_steps, tmp_path):
             code, text = tiny.run(run, *options)
             assert code == 2 and "whose checkpoints are gone" in text.splitlines()[-1]
         assert (run / "log.jsonl").read_text() == before
+    for name, text in (("log.jsonl", '{"step": 1}'), ("samples/step-000002-0.gif", "a holiday")):
+        (tmp_path / name / "samples").mkdir(parents=True)
+        (tmp_path / name / name).write_text(text)
+        assert tiny.run(tmp_path / name)[0] == 2 and (tmp_path / name / name).read_text() == text
     run = two_steps("student")
     student = "--init", run / "turbo.safetensors", "--resume", "auto"
     for options, message in (((), "--resume auto"), (student, "an output never replaces an input")):

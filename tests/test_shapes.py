@@ -89,6 +89,8 @@ SAYS = {
         ([("red", "circle", "left"), ("blue", "square", "up")], "white"),
     "a red circle on a white background moving left": ([("red", "circle", "left")], "white"),
     "white background, a red circle, rising": ([("red", "circle", "up")], "white"),
+    "a red circle rising, background white": ([("red", "circle", "up")], "white"),
+    "red something on black going left": ([("red", None, "left")], "black"),
     "red left": ([("red", None, "left")], None),
     "boxes rise": ([(None, "square", "up")], None),
     "a red circle moving": ([("red", "circle", None)], None),
