@@ -175,7 +175,7 @@ def test_every_fps_that_may_be_written_is_read(name, fps, smooth_clip, tmp_path)
 
 
 def test_pngs_in_the_order_of_their_numbers(tmp_path):
-    for t, mode, level in ((10, "L", 10), (9, "I;16", 9 * 256 + 200), (2, "I", 2 * 256)):    # 8 or 16 bits
+    for t, mode, level in ((10, "L", 10), (9, "I;16", 9 * 256 + 200), (2, "I;16", 2 * 256)):    # 8 or 16 bits
         Image.new(mode, (4, 4), level).save(tmp_path / f"{t}.png")
     assert read_clip(tmp_path)[0, :, 0, 0].tolist() == [2, 9, 10]
 
