@@ -133,16 +133,20 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
     """When a video's frames are shown -> their ticks, ascending; those of key frames; seconds per tick.
 
     Without an index there are no key frames, and the k-th frame that is decoded is shown at the k-th tick."""
-    ticks, keys, ends = [], [], []                                  # ends: of each packet, in ticks
+    ticks, keys, ends = [], [], []                                  # ends: of each packet, in seconds
     with open_video(source) as (container, stream):
         name = container.format.name
         indexed = name.startswith(INDEXED)                          # then packets, undecoded, tell the times
-        for packet in container.demux(stream):
+        streams = [*container.streams] if name.startswith("matroska") else [stream]     # see is_cut
+        for packet in container.demux(streams):
+            if packet.pts is not None:
+                start, end = packet.pts, packet.pts + (packet.duration or 0)
+                ends += [float(start * packet.time_base), float(end * packet.time_base)]
+            if packet.stream is not stream:
+                continue
             frames = [packet] if indexed else decoded(packet)
             if any(frame.is_corrupt for frame in frames):
                 raise ValueError("truncated or damaged: a frame is incomplete")
-            if packet.pts is not None:
-                ends += [packet.pts, packet.pts + (packet.duration or 0)]
             if not indexed:
                 ticks += [frame.pts for frame in frames]
             elif packet.pts is not None:
@@ -154,22 +158,24 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
         if not ticks or None in ticks:
             raise ValueError("not a clip: no frames, or some without a timestamp; convert it to mp4")
         outside = any(entry.pos + entry.size > container.size for entry in stream.index_entries)
-        if outside or is_cut(name, stream, ends):
+        if outside or is_cut(container, stream, ends):
             raise ValueError("truncated: its last frames are missing")
         if not indexed and name != "avi" and ticks != sorted(ticks):                    # an avi's: of packets
             raise ValueError("its timestamps run backwards (files joined?); convert it to mp4")
         return np.array(sorted(ticks)), sorted(keys), float(stream.time_base)
 
 
-def is_cut(name: str, stream: av.VideoStream, ends: list[int]) -> bool:
-    """Are packets that begin and end at these ticks fewer than the header says? Fragments (mp4) and pipes
-    state no number of frames."""
-    if not name.startswith(("mov", "avi")) or not 0 < stream.frames < 2 ** 30:
-        return False
-    stated = stream.frames / stream.average_rate            # of an avi, where ffmpeg guesses durations
-    if name != "avi":
-        stated = (stream.duration or 0) * stream.time_base
-    span = (max(ends) - min(ends)) * stream.time_base * (1 + 2 / len(ends))     # some do not tell durations
+def is_cut(container: av.container.InputContainer, stream: av.VideoStream, ends: list[float]) -> bool:
+    """Do packets that begin and end at these seconds stop before the header says? An .mkv says when its last
+    stream ends, mov and avi how long each one is; fragments (mp4) and live recordings say nothing."""
+    stated, span = 0.0, max(ends) - min(ends)
+    span *= 1 + 2 / len(ends)                                       # some do not tell durations
+    if container.format.name.startswith("matroska"):
+        stated, span = (container.duration or 0) / av.time_base, max(ends)
+    elif 0 < stream.frames < 2 ** 30 and container.format.name == "avi":
+        stated = float(stream.frames / stream.average_rate)         # where ffmpeg guesses durations
+    elif 0 < stream.frames < 2 ** 30 and container.format.name.startswith("mov"):
+        stated = float((stream.duration or 0) * stream.time_base)
     return stated - span > max(0.25, 0.02 * stated)
 
 
