@@ -146,6 +146,7 @@ SHELL = {                               # a line of a shell, in which RUN makes 
     "RUN >/dev/full": "",
     "PYTHONIOENCODING=ascii python sample.py --help": "\\u03c9, 0 = none",
     "python sample.py --help | head -1": "usage: sample.py",
+    "RANK=1 python sample.py 'a ring' 2>&1": "RANK=1, WORLD_SIZE=1; unset both, or start with torchrun",
     "python sample.py 'a ring' --turbo $'\\377.safetensors' 2>&1": "\\udcff.safetensors is not there",
 }
 

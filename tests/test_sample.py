@@ -13,7 +13,7 @@ import plumbing.run
 import sample
 import turbo
 from model import to_clip
-from plumbing import cli, video
+from plumbing import video
 from plumbing.errors import UserError
 from plumbing.weights import save
 from shapes import grammar, world
@@ -278,12 +278,6 @@ def test_networks_work_in_what_the_gpu_multiplies_in(monkeypatch, native, usual)
     for dtype, expected in ((None, usual), ("float32", "float32")):
         models = sample.load_models(sample.Config(PROMPT, model="shapes", dtype=dtype))
         assert models.unet.weight.dtype == getattr(torch, expected)
-
-
-def test_options_of_every_kind_are_read():
-    words = "--num 2 --dtype bfloat16 --as-typed --guidance 0.5 --reward hpsv2 --reward clip=F:2".split()
-    assert cli.parse(sample.Config, [*words, "a b"], positional="prompt") == sample.Config(
-        "a b", num=2, dtype="bfloat16", as_typed=True, guidance=0.5, reward=("hpsv2", "clip=F:2"))
 
 
 def test_a_students_header_names_its_model(tmp_path, capsys):
