@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from networks import fast_cpu
+from networks import fast_cpu, layouts
 from networks.clip import TextTower, bpe, recompute, say_cut
+from networks.layouts import fetch
 from networks.vae import KL_F8, VAE, Upsample, VAEConfig, VAEResBlock
-from plumbing import layouts, weights
+from plumbing import weights
 from plumbing.errors import UserError
-from plumbing.layouts import fetch
 from solver import Sampling
 
 # The published UNets: blocks on the way down, on the way up (from below) beside those they take as skips,

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from networks.bert import BERT, BERTConfig, WordPiece
 from networks.clip import BlockStack, LayerNorm, QuickGELU, TextTower, TowerBlock, attend, bpe, say_cut
+from networks.layouts import OPENCLIP_BLOCKS, PUBLIC, State, fetch, huggingface_text, rename
 from plumbing.errors import UserError, reading
 from plumbing.files import read_header
-from plumbing.layouts import OPENCLIP_BLOCKS, PUBLIC, State, fetch, huggingface_text, rename
 from plumbing.weights import fill, locate, read_tensors, weight_files, without_memory
 
 Generators = Sequence[torch.Generator] | None           # on the CPU, one per clip: they draw its crop window

@@ -1,1 +1,1 @@
-"""Published networks that more than one module is made of: text towers, BERT, the VAE."""
+"""Published networks that more than one module is made of, and what public files call their layers."""

@@ -1,4 +1,4 @@
-"""Weight files: reading and writing them, strict filling of networks, LoRA. Their layouts are in layouts.py.
+"""Weight files: reading and writing them, strict filling of networks, LoRA (layouts: networks/layouts.py).
 
 The names of its tensors decide which layout a file has, not its own name. Networks are made without memory,
 and filled tensor by tensor from memory-mapped files. Files are data, never code.
@@ -19,10 +19,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from plumbing import layouts
+from networks import layouts
+from networks.layouts import State, rename
 from plumbing.errors import UserError, reading
 from plumbing.files import atomic, is_safetensors, read_header
-from plumbing.layouts import State, rename
 
 Shapes = dict[str, torch.Size]                  # {layer: shape of its weight}, in the network's order
 

@@ -18,11 +18,10 @@ from oracles import diffusers, sizes, transformers
 import model
 import solver
 from model import MODELSCOPE, VAE, VC2, TextConfig, TextEncoder, UNet3D, UNetConfig, VAEConfig
-from networks import fast_cpu
+from networks import fast_cpu, layouts
 from networks.fast_cpu import speed_up
+from networks.layouts import DIFFUSERS_VAE, OPENCLIP_BLOCKS, UNET, huggingface_text, rename, rows
 from networks.vae import load_tiny_decoder
-from plumbing import layouts
-from plumbing.layouts import DIFFUSERS_VAE, OPENCLIP_BLOCKS, UNET, huggingface_text, rename, rows
 from plumbing.weights import fill
 
 SMALL = UNetConfig(**sizes(32, (1, 2, 2, 2)), head_dim=8, context_dim=24)

@@ -26,7 +26,8 @@ from test_model import INPUTS, close, deterministic, original_shapes
 from torch import nn
 
 import model
-from plumbing import layouts, weights
+from networks import layouts
+from plumbing import weights
 from plumbing.errors import UserError
 
 __all__ = ["modelscope", "small_families"]                  # fixtures
