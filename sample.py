@@ -309,7 +309,7 @@ def load_rewards(config: Config, models: Models) -> list[RewardTerm]:
             raise UserError(f"--reward {name} looks at {reward.frames} frames, the clips have {T}")
         video = reward.kind == "video"
         weight = (2.0 if video else 1.0) if weight is None else weight          # β of the papers
-        terms.append(RewardTerm(reward, weight, reward.frames or min(T, 6), video, name))
+        terms.append(RewardTerm(reward, weight, reward.frames or min(T, 8 if video else 6), video, name))
     return terms
 
 
@@ -382,7 +382,8 @@ def make(captions: list[str], seeds: list[int], models: Models, terms: list[Rewa
     common = (models, captions, seeds, size_of(models, config), sampling)
     steps, climb = partial(tqdm, leave=False), []           # climb: R (B,) in each step of --refine
     if config.refine:
-        z, climb = turbo.generate_refined(*common, terms, config.refine, progress=steps)
+        chunk = 0 if config.is_toy else 1
+        z, climb = turbo.generate_refined(*common, terms, config.refine, chunk, steps)
     else:
         z = turbo.generate(*common, steps, reference, watch)
     clips = to_clip(models.vae, z, None if config.is_toy else 4).cpu()

@@ -7,7 +7,7 @@ import json
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,14 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rewards
+import sample
 import shapes
-from model import to_clip
 from plumbing.errors import UserError
 from plumbing.files import MARK, atomic, read_header
 from plumbing.run import pick_device
 from plumbing.stats import markdown, mean_interval, paired_interval, wilson
 from shapes import grammar, world
-from turbo import RewardTerm, generate, generate_refined
 
 BATCH = 50                              # clips sampled at once
 TAKE = 1_000_000                        # between the seeds of a clip's takes
@@ -111,38 +110,27 @@ def chosen(text: str, folder: Path) -> list[Row]:
 
 # ---- measuring ---------------------------------------------------------------------------------------------
 
-def sampler(row: Row, folder: Path, device: torch.device, scorers: dict, climbs: list[Tensor]) -> Callable:
-    """The row as a function: captions, seeds -> clips uint8 (B, 3, T, H, W). climbs: gets the rewards
-    (steps + 1, B) that `refine` met on its way."""
-    student = row.student and shapes.student(row.student, folder)
-    models = shapes.load(student, folder, device, lora_scale=row.lora_scale, name=row.model)
-    models.unet.requires_grad_(False)                       # as sample.py does: the same bits
-    image, video = scorers["image"], scorers["video"]
-    terms = [RewardTerm(image, 1.0, 6, name="image"), RewardTerm(video, 2.0, 4, video=True, name="video")]
-    if row.motion:
-        terms.append(RewardTerm(rewards.load("motion"), row.motion, 8, video=True, name="motion"))
+def sampler(row: Row, folder: Path, device: torch.device, climbs: list[Tensor]) -> Callable:
+    """The row as a function: captions, seeds -> clips uint8 (B, 3, T, H, W), made as sample.py makes them.
+    climbs: gets the rewards (steps + 1, B) that `refine` met on its way."""
+    student = str(shapes.student(row.student, folder)) if row.student else None
+    motion = [f"motion:{row.motion}"] * (row.motion > 0)
+    config = sample.Config(
+        model=row.model, method="turbo" if student else "teacher", teacher=str(folder), turbo=student,
+        lora_scale=row.lora_scale, steps=row.steps, guidance=row.guidance, refine=row.refine,
+        best_of=row.best_of if row.best_of > 1 else None, reward=("shapes-clip", "shapes-viclip", *motion),
+        device=str(device), dtype="float32")
+    models = sample.load_models(config)
+    terms, sampling = sample.load_rewards(config, models), sample.sampling_of(models, config)
 
-    sampling = replace(models.sampling, steps=row.steps, guidance=row.guidance)
+    def make(captions: list[str], seeds: list[int]) -> Tensor:
+        takes = [sample.make(captions, [seed + TAKE * k for seed in seeds], models, terms, sampling, config)
+                 for k in range(row.best_of)]
+        best = [max(of_one, key=lambda take: take.scores["total"]) for of_one in zip(*takes)]
+        climbs.append(torch.tensor([take.scores["climb"] for take in best]).T)
+        return torch.stack([take.clip for take in best])
 
-    @torch.no_grad()
-    def sample(captions: list[str], seeds: list[int]) -> Tensor:
-        takes = []
-        for k in range(row.best_of):
-            how = models, captions, [seed + TAKE * k for seed in seeds], models.size, sampling
-            if row.refine:
-                z, climb = generate_refined(*how, terms, row.refine, chunk=0)
-                climbs.append(torch.stack(climb).cpu())
-            else:
-                z = generate(*how)
-            takes.append(to_clip(models.vae, z).cpu())
-        if len(takes) == 1:
-            return takes[0]
-
-        scores = torch.stack([sum(term.weight * term.reward(rewards.frames_for(term.reward, clips), captions)
-                                  for term in terms) for clips in takes])           # (takes, B)
-        return torch.stack([takes[k][i] for i, k in enumerate(scores.argmax(0).tolist())])
-
-    return sample
+    return make
 
 
 @torch.no_grad()
@@ -150,12 +138,12 @@ def measure(row: Row, count: int, pairs: float, folder: Path, device: torch.devi
     """Samples and judges `count` clips of a row, of trained and of held-out combinations in turn: of each its
     caption, how many things it asks for, the oracle's verdict (0..1 each) and both rewards."""
     clips, climbs = [], []
-    sample = sampler(row, folder, device, scorers, climbs)
+    make = sampler(row, folder, device, climbs)
     splits = [shapes.Clips(split, pairs=pairs) for split in ("train", "held-out")]
     asked = [(split, grammar.TABLE + i) for i in range(count) for split in splits][:count]
     for start in tqdm(range(0, count, BATCH), row.name, leave=False):
         captions = [split.caption(seed) for split, seed in asked[start:start + BATCH]]
-        made = sample(captions, [seed for _, seed in asked[start:start + BATCH]])
+        made = make(captions, [seed for _, seed in asked[start:start + BATCH]])
         image, video = (scorers[kind](rewards.frames_for(scorers[kind], made), captions).tolist()
                         for kind in ("image", "video"))
         for i, (caption, clip) in enumerate(zip(captions, made)):
@@ -165,7 +153,7 @@ def measure(row: Row, count: int, pairs: float, folder: Path, device: torch.devi
                 split=split.split, seed=seed, caption=caption, things=len(scene.things),
                 travel=travel(scene, clip), **world.judge(scene, clip), image=image[i], video=video[i]))
     climb = torch.cat(climbs, dim=1).mean(1)[::5].tolist() if climbs else []
-    return dict(name=row.name, steps=row.steps, passes=row.passes, **means(clips), variety=variety(sample),
+    return dict(name=row.name, steps=row.steps, passes=row.passes, **means(clips), variety=variety(make),
                 climb=climb, clips=clips)
 
 
@@ -181,7 +169,7 @@ def travel(scene: grammar.Scene, clip: Tensor) -> float | None:
 
 # ---- variety -----------------------------------------------------------------------------------------------
 
-def variety(sample: Callable, captions: int = 8, seeds: int = 8) -> float:
+def variety(make: Callable, captions: int = 8, seeds: int = 8) -> float:
     """How far clips of one caption differ in place (x, y) and size, as a share of the world's own clips: √
     of variances over seeds, captions of one thing together. NaN where nothing is shown twice."""
     variances = []
@@ -189,7 +177,7 @@ def variety(sample: Callable, captions: int = 8, seeds: int = 8) -> float:
         caption = shapes.Clips("train", pairs=0).caption(grammar.TABLE + 10 ** 6 + index)
         scene = grammar.understand(caption)
         worlds = layouts([world.render(scene, random.Random(f"{caption} {i}")) for i in range(64)])
-        ours = layouts(sample([caption] * seeds, [grammar.TABLE + i for i in range(seeds)]))
+        ours = layouts(make([caption] * seeds, [grammar.TABLE + i for i in range(seeds)]))
         if len(ours) > 1:
             variances.append(torch.stack([ours.var(0), worlds.var(0)]))
     ours, worlds = sum(variances) if variances else torch.full((2, 3), math.nan)

@@ -201,12 +201,12 @@ def world_for_samples(monkeypatch):
     """The world's own clips in place of samples, no network loaded: {caption: clip} may spoil VCM's."""
     shown = {}
 
-    def sampler(row, folder, device, scorers, climbs):
-        def sample(captions, seeds):
+    def sampler(row, folder, device, climbs):
+        def make(captions, seeds):
             spoiled = shown if row.name == "VCM 4" else {}
             return torch.stack([spoiled.get(caption, drawn(caption, f"other {seed}"))
                                 for caption, seed in zip(captions, seeds)])
-        return sample
+        return make
 
     monkeypatch.setattr(table, "sampler", sampler)
     return shown
@@ -240,7 +240,7 @@ def test_the_table_counts_right(world_for_samples, capsys, tmp_path):
 def test_the_table_samples_what_the_commands_sample(tmp_path, row, options):
     """The real networks: a student's row and a teacher's give the clip that sample.py gives."""
     caption = shapes.Clips("train").caption(grammar.TABLE)
-    clips = table.sampler(row, shapes.WEIGHTS, torch.device("cpu"), shapes.rewards(), [])([caption], [7])
+    clips = table.sampler(row, shapes.WEIGHTS, torch.device("cpu"), [])([caption], [7])
     sample.main([caption, "--as-typed", "--seed", "7", "--out", str(tmp_path / "a.png"), *options])
     assert torch.equal(clips[0], video.read_clip(tmp_path / "a.png"))
 
