@@ -291,7 +291,7 @@ def load_models(config: Config) -> Models:
     if config.vae:
         models.vae.decode = load_tiny_decoder(config.vae, *where[:2]).decode
     models.unet.requires_grad_(False)
-    models.unet.checkpointing = bool(config.refine or config.motion_from)       # these need a gradient
+    models.unet.checkpointing = not config.is_toy       # for the gradients of --refine and --motion-from
     return models
 
 
