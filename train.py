@@ -316,6 +316,9 @@ class Trainer:
         if bool(lora) != bool(rank):
             raise UserError(f"--init {path} holds {'LoRA' if lora else 'all weights'}, not for --lora {rank}")
         own = turbo.lora_state(unet) if rank else unet.state_dict()
+        optional = {f"{name}.weight" for name in model.condition_layers(unet.config)}
+        if whole and own.keys() - whole.keys() - optional:
+            raise UserError(f"--init {path} holds a part of a student's weights; give all of its files")
         for name, x in (lora or whole).items():
             if name not in own or x.shape[:2] != own[name].shape[:2] or x.numel() != own[name].numel():
                 raise UserError(f"--init {path}: {name} is of another UNet, or its rank is not --lora")

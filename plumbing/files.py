@@ -63,7 +63,11 @@ def read_header(path: str | Path, key: str = "config") -> dict:
         if not is_safetensors(path):
             return {}
         with safe_open(path, "np") as file:
-            return {**json.loads((file.metadata() or {}).get(key, "{}"))}
+            text = (file.metadata() or {}).get(key, "{}")
+        with suppress(json.JSONDecodeError):
+            content = json.loads(text)
+            return content if isinstance(content, dict) else {}
+    return {}
 
 
 def check_outputs(outputs: dict, inputs: dict) -> None:

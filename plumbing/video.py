@@ -168,14 +168,14 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
 def is_cut(container: av.container.InputContainer, stream: av.VideoStream, ends: list[float]) -> bool:
     """Do packets that begin and end at these seconds stop before the header says? An .mkv says when its last
     stream ends, mov and avi how long each one is; fragments (mp4) and live recordings say nothing."""
-    stated, span = 0.0, max(ends) - min(ends)
-    span *= 1 + 2 / len(ends)                                       # some do not tell durations
+    stated, span = 0.0, max(ends)
     if container.format.name.startswith("matroska"):
-        stated, span = (container.duration or 0) / av.time_base, max(ends)
+        stated = (container.duration or 0) / av.time_base
     elif 0 < stream.frames < 2 ** 30 and container.format.name == "avi":
         stated = float(stream.frames / stream.average_rate)         # where ffmpeg guesses durations
     elif 0 < stream.frames < 2 ** 30 and container.format.name.startswith("mov"):
         stated = float((stream.duration or 0) * stream.time_base)
+        span = (max(ends) - min(ends)) * (1 + 2 / len(ends))        # some do not tell durations
     return stated - span > max(0.25, 0.02 * stated)
 
 

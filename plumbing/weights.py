@@ -28,7 +28,8 @@ Shapes = dict[str, torch.Size]                  # {layer: shape of its weight}, 
 
 # ---- reading and writing -----------------------------------------------------------------------------------
 
-WRAPPERS = "ema", "ema_state_dict", "state_dict", "model_state_dict", "module", "model", "unet"
+WRAPPERS = ("ema", "ema_state_dict", "model_ema", "params_ema", "state_dict", "model_state_dict", "module",
+            "model", "unet")
 PREFIXES = r"^(?:(?:module|model|_orig_mod)\.)+|\b_orig_mod\."      # DataParallel, Lightning, torch.compile
 KINDS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".fp16.safetensors",
          ".safetensors.index.fp16.json", ".fp16.bin", ".bin.index.fp16.json", ".pt")
@@ -56,7 +57,10 @@ def read_tensors(*paths: str | Path) -> State:
             tensors = {str(key): x for key, x in entries if isinstance(x, Tensor)}
         if not tensors:
             raise UserError(f"{path}: holds no named tensors; it is not a weight file")
-        state |= rename(tensors, [(PREFIXES, "")])
+        renamed = rename(tensors, [(PREFIXES, "")])
+        if len(renamed) < len(tensors):
+            raise UserError(f"{path}: some of its weights are there twice, with a prefix and without it")
+        state |= renamed
     return state
 
 
@@ -215,9 +219,10 @@ def without_memory() -> Iterator[None]:
 
 
 def check_numbers(tensors: State, source, finite: bool = False) -> None:
-    """Raises UserError for integers, which a cast would hide, and on demand for NaN and infinity."""
+    """Raises UserError for integers and floats of 8 bits, which a cast would hide, and on demand for NaN and
+    infinity."""
     for name, x in tensors.items():
-        if not x.is_floating_point():
+        if not x.is_floating_point() or x.itemsize < 2:
             raise UserError(f"{source}: {name} holds {x.dtype} numbers; "
                             "take the file as it was published, in float32, float16 or bfloat16")
         if finite and not x.isfinite().all():
@@ -311,8 +316,10 @@ def read_lora(tensors: State, layers: Shapes, source, strength: float = 1.0) -> 
         check_shape(matrices["up"], (out, r), f"{what}: up")
         check_shape(matrices["down"], (r, *rest), f"{what}: down")
 
+        if alpha is not None and (alpha.numel() > 1 or not alpha.isfinite()):
+            raise UserError(f"{what}: its alpha is not one number")
         factor = strength * (scale if alpha is None else alpha.item() / r)
-        lora |= {f"{layer}.up": factor * matrices["up"], f"{layer}.down": matrices["down"]}
+        lora |= {f"{layer}.up": factor * matrices["up"].float(), f"{layer}.down": matrices["down"]}
     return lora
 
 
@@ -333,13 +340,17 @@ def by_layer(tensors: State, layers: Shapes, source) -> dict[str, State]:
 
 
 def peft_scale(path: Path, tensors: State) -> float:
-    """alpha / r: of peft in adapter_config.json beside the file, of diffusers in its metadata; else 1."""
-    peft = any(key.startswith("base_model.") for key in tensors)
-    path = path.with_name("adapter_config.json") if peft else path
+    """alpha / r: of diffusers in the file's metadata, of peft in adapter_config.json beside it; else 1."""
+    names, config = " ".join(tensors), read_header(path, "lora_adapter_metadata")
+    beside = path.with_name("adapter_config.json")
+    if "base_model." in names or not config and ".lora_A." in names and beside.is_file():
+        path, config = beside, None
     with reading(path, "a LoRA that says alpha"):
-        config = json.loads(path.read_text()) if peft else read_header(path, "lora_adapter_metadata")
-        config = {key.removeprefix("unet."): value for key, value in config.items()}
+        config = json.loads(path.read_text()) if config is None else config
+        config = {key.removeprefix("unet."): value for key, value in config.items() if "encoder" not in key}
         kinds = "alpha_pattern", "rank_pattern", "use_dora", "use_rslora", "fan_in_fan_out"
-        if any(config.get(kind) for kind in kinds):
+        start = str(config.get("init_lora_weights")).lower()
+        of_residual = start.startswith(("pissa", "olora", "corda", "loftq"))    # not of the weight itself
+        if config.get("peft_type", "LORA") != "LORA" or of_residual or any(map(config.get, kinds)):
             raise UserError(f"{path}: a kind of LoRA that is not read; merge it into weights with peft first")
         return config["lora_alpha"] / config["r"] if config else 1.0

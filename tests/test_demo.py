@@ -1,9 +1,10 @@
 """demo.py: what its button makes, without gradio; and the page in a browser."""
+import re
+import shutil
 import tempfile
 from dataclasses import replace
 from importlib.util import find_spec
 
-import chrome
 import imageio.v3 as iio
 import pytest
 import torch
@@ -15,6 +16,7 @@ from plumbing.errors import UserError
 from shapes import grammar
 
 PROMPT = "a red circle rising and a blue square falling on white"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CONFIG = replace(sample.Config(), model="shapes", lora_scale=1.0)
 
 
@@ -65,27 +67,30 @@ def test_words_are_filled_in_or_refused():
         demo.load(replace(CONFIG, model="vc2"), "vcm", 1.0)
 
 
-@pytest.mark.skipif(not chrome.PROGRAM, reason="no Chromium on this machine (apt-get install chromium)")
+@pytest.mark.skipif(not (CHROMIUM and find_spec("playwright")), reason="no Chromium, or no playwright")
 @pytest.mark.skipif(not find_spec("gradio"), reason='no gradio (pip install -e ".[demo]")')
-def test_the_page_in_a_browser(tmp_path):
+def test_the_page_in_a_browser():
     """On a phone: a clip that plays in a loop; the teacher's own steps; a word that the toy lacks."""
-    page, last_text = demo.page(CONFIG), "[...document.querySelectorAll('textarea')].at(-1).value"
-    _, address, _ = page.launch(prevent_thread_lock=True, quiet=True)
+    from playwright.sync_api import expect, sync_playwright
+    demo_page = demo.page(CONFIG)
+    _, address, _ = demo_page.launch(prevent_thread_lock=True, quiet=True)
     try:
-        with chrome.browser(tmp_path) as browser:
-            browser.open(address)
-            browser.wait("!!document.querySelector('button.primary')")
-            browser.run("document.querySelector('button.primary').click()")
-            browser.wait("document.querySelector('video')?.readyState > 1")
-            assert browser.run("(video => video.loop && video.autoplay)(document.querySelector('video'))")
-            browser.wait(f"{last_text}.includes('rows below') && document.images.length")
-            assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+        with sync_playwright() as tools:
+            browser = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            page = browser.new_page(**tools.devices["iPhone 13"])
+            page.goto(address)
+            button, notes = page.get_by_role("button", name="Make a clip"), page.get_by_label("What was made")
+            button.click()
+            page.wait_for_function("document.querySelector('video')?.readyState > 1", timeout=60_000)
+            assert page.evaluate("(video => video.loop && video.autoplay)(document.querySelector('video'))")
+            expect(notes).to_have_value(re.compile("rows below"), timeout=60_000)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
-            browser.run("document.querySelectorAll('input[type=radio]')[2].click()")
-            browser.wait("document.querySelector('input[type=number]').value === '50'")
-            browser.run("document.querySelector('textarea').focus()")
-            browser.call("Input.insertText", text=" dog")
-            browser.run("document.querySelector('button.primary').click()")
-            browser.wait(f"{last_text}.startsWith('unknown word')")
+            page.get_by_label("the teacher").check()
+            expect(page.locator("input[type=number]").first).to_have_value("50")
+            page.get_by_label("Prompt").fill("a red circle, dog")
+            button.click()
+            expect(notes).to_have_value(re.compile("^unknown word 'dog'"))
+            browser.close()
     finally:
-        page.close()
+        demo_page.close()

@@ -1,6 +1,7 @@
 """Weight files as people have them: wrapped, in shards, from the hub's cache, of other programs."""
 import copy
 import json
+import math
 import os
 import pickle
 import shutil
@@ -39,6 +40,7 @@ WRAPS = {
     "nothing": lambda state: state,
     "state_dict": lambda state: {"state_dict": state, "epoch": 3},
     "ema": lambda state: {"model": {key: 0 * x for key, x in state.items()}, "ema": state, "optimizer": {}},
+    "timm": lambda state: {"model": {key: 0 * x for key, x in state.items()}, "model_ema": state},
     "module": lambda state: {"module": {f"module.{key}": x for key, x in state.items()}},
     "compiled": lambda state: {f"_orig_mod.{key}": x for key, x in state.items()},
     "a compiled block": lambda state: {key.replace("input_blocks.1.", "input_blocks.1._orig_mod."): x
@@ -108,6 +110,7 @@ def by_hand(unet, lora, scale):
 NAMES = {"kohya": ("lora_unet_{}.lora_up.weight", "lora_unet_{}.lora_down.weight"),
          "diffusers": ("unet.{}.lora.up.weight", "unet.{}.lora.down.weight"),
          "diffusers, new": ("unet.{}.lora_B.weight", "unet.{}.lora_A.weight"),
+         "peft, injected": ("{}.lora_B.weight", "{}.lora_A.weight"),
          "peft": ("base_model.model.{}.lora_B.weight", "base_model.model.{}.lora_A.weight")}
 
 
@@ -147,6 +150,12 @@ def test_lora_that_peft_wrote(tmp_path, modelscope):
     state = model.load("ms", folder, tmp_path / "adapter").unet.state_dict()
     assert all(torch.allclose(state[key], x.view_as(state[key]), atol=1e-5) for key, x in expected.items())
 
+    about = tmp_path / "adapter/adapter_config.json"
+    for change in ({"init_lora_weights": "pissa_niter_4"}, {"use_dora": True}, {"peft_type": "LOHA"}):
+        about.write_text(json.dumps({"r": 2, "lora_alpha": 6, "peft_type": "LORA"} | change))
+        with pytest.raises(UserError, match="adapter_config.json: a kind of LoRA that is not read"):
+            model.load("ms", folder, tmp_path / "adapter")
+
 
 def student(**changes):
     return deterministic(original_shapes(replace(FPS, guidance=True))) | changes
@@ -161,6 +170,9 @@ REFUSED = {             # what a student's file holds -> what the message says
     "integers": (lambda: student(**{"out.2.bias": torch.ones(4).long()}), "out.2.bias holds torch.int64"),
     "booleans": (lambda: student(**{"out.2.bias": torch.ones(4).bool()}), "out.2.bias holds torch.bool"),
     "NaN": (lambda: student(**{"out.2.bias": torch.ones(4).log().log() * 0}), "out.2.bias holds NaN"),
+    "8 bits": (lambda: student(**{"out.2.bias": torch.ones(4).to(torch.float8_e5m2)}), "holds torch.float8"),
+    "two names": (lambda: student(**{"model.out.2.bias": torch.ones(4)}), "are there twice, with a prefix"),
+    "NaN alpha": (lambda: lora("out.2.lora") | {"out.2.alpha": torch.tensor(math.nan)}, "is not one number"),
     "LoHa": (lambda: {"lora_unet_conv_out.hada_w1_a": torch.ones(4)}, "LoRA of out.2 holds hada_w1_a"),
     "another UNet": (lambda: lora("lora_unet_mid_x.lora"), "LoRA for mid_x, a layer that"),
     "a text encoder": (lambda: lora("text_encoder.q.lora"), "LoRA for text_encoder.q, a layer that"),
@@ -172,7 +184,7 @@ REFUSED = {             # what a student's file holds -> what the message says
 def test_students_that_are_refused(name, tmp_path):
     content, message = REFUSED[name]
     write_teacher(tmp_path)
-    safetensors.torch.save_file(content(), tmp_path / "x.safetensors")
+    safetensors.torch.save_file(content(), tmp_path / "x.safetensors", {"config": "configs/train.yaml"})
     with pytest.raises(UserError, match=message) as error:
         model.load("vc2", tmp_path, tmp_path / "x.safetensors")
     assert "\n" not in str(error.value) and len(str(error.value)) < 260

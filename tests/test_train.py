@@ -203,6 +203,11 @@ def test_a_student_starts_from_another_one(tmp_path, lora):
             (4, "holds all weights, not for --lora 4"),):
         with pytest.raises(UserError, match=message):
             train.Trainer(tiny.configure("--lora", rank, "--init", path), tiny.networks(), [], Group())
+    if not lora:
+        del state["out.2.bias"]
+        weights.save(path, state, header)
+        with pytest.raises(UserError, match="holds a part of a student's weights"):
+            train.Trainer(tiny.configure("--lora", 0, "--init", path), tiny.networks(), [], Group())
 
 
 # ---- processes ---------------------------------------------------------------------------------------------
