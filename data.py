@@ -17,6 +17,7 @@ Short   A clip that is too short is stretched over the frames asked for; its ite
         networks are told the preset's rate all the same, as in the released code: 16 (MS, v2: 8).
 """
 import json
+import re
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -264,7 +265,8 @@ class Cache:
 
 def clip_files(folder: Path, kind: str = "") -> list[Path]:
     """The files of a cache's clips, or of a kind of them, in their order."""
-    return sorted(folder.glob(f"[0-9]*{kind}.safetensors"))
+    files = folder.glob(f"*{kind}.safetensors")
+    return sorted(file for file in files if re.fullmatch(r"\d+(\.rewards)?\.safetensors", file.name))
 
 
 def check_header(folder: Path, expected: dict) -> dict:

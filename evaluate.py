@@ -74,9 +74,10 @@ def score(config: ScoreConfig) -> dict:
 
     import rewards
     from plumbing.run import pick_device
-    files_of = {name: path for name, path, _ in map(rewards.parse_spec, config.reward)}
-    if len(files_of) < len(config.reward):
-        raise UserError(f"--reward {' '.join(config.reward)}: give each reward once")
+    specs = list(map(rewards.parse_spec, config.reward))
+    files_of = {name: path for name, path, _ in specs}
+    if len(files_of) < len(specs) or any(weight is not None for *_, weight in specs):
+        raise UserError(f"--reward {' '.join(config.reward)}: give each reward once, and without a :WEIGHT")
     by_video = any(rewards.RECIPES[name].kind == "video" for name in files_of)
     if config.diversity and not (by_video and len(clips_of) < len(rows)):
         raise UserError("--diversity compares clips of one prompt by a video reward, e.g. viclip=FILE")

@@ -10,6 +10,7 @@ the clip's draws of (t, ε). Per draw: z_t, ε(c), ε(∅) and, where motion gui
 stays random in every step. Interrupted, the same command goes on.
 """
 import dataclasses
+import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -93,12 +94,12 @@ def mixture(datasets: list, count: int | None, seed: int) -> list[tuple]:
     return clips
 
 
-def prepare(config: Config, models: Models, clips: list[tuple], writer: data.CacheWriter) -> bool:
-    """Writes this process's clips of a mixture until a signal comes -> are they all there?"""
+def prepare(config: Config, models: Models, clips: list[tuple], writer: data.CacheWriter) -> int | None:
+    """Writes this process's clips of a mixture until a signal comes -> its number, or None."""
     missing, signals, bad = writer.missing(), stop_signals(), 0
     for done, index in enumerate(tqdm(missing, "clips prepared", disable=None), 1):
         if signals:
-            return False
+            return signals[0]
         dataset, place, rewards = clips[index]
         try:
             clip = dataset.get(place, torch.Generator().manual_seed(data.seed_of(config.seed, index)))
@@ -111,7 +112,7 @@ def prepare(config: Config, models: Models, clips: list[tuple], writer: data.Cac
             data.append_rows(writer.folder / "bad_clips.jsonl", [dict(index=index, reason=str(error))])
             if bad >= 20 and bad > 0.05 * done:
                 raise UserError(f"too many bad clips: {bad} of {done}; the last one: {error}") from error
-    return True
+    return None
 
 
 def header_of(config: Config, models: Models, clips: list[tuple]) -> dict:
@@ -127,7 +128,13 @@ def open_mixture(config: Config, group: Group) -> list[tuple]:
     if not sources:
         raise UserError("no clips to prepare; name them with --data")
     datasets = [train.open_clips(config, specs, group) for specs in sources]
-    return mixture(datasets, config.clips, config.seed)
+    clips = mixture(datasets, config.clips, config.seed)
+    if not clips:
+        raise UserError(f"--clips {config.clips}: at least one of each data set, so {len(datasets)}")
+    if len(clips) < (config.clips or 0) and group.rank == 0:
+        print(f"{len(clips)} clips, not {config.clips}: as many of each data set, where it has them",
+              file=sys.stderr)
+    return clips
 
 
 @cli.main
@@ -155,7 +162,8 @@ def main(argv: list[str] | None = None):
             header = header_of(config, models, clips)
             writer = data.CacheWriter(config.out, header, group.rank, group.world_size)
 
-        complete = not group.any(not prepare(config, models, clips, writer))
+        received = prepare(config, models, clips, writer)
+        complete = not group.any(received)
         if group.rank == 0 and complete:
             made = len(data.clip_files(writer.folder))
             if not made:
@@ -166,7 +174,7 @@ def main(argv: list[str] | None = None):
     if not complete:
         print(f"stopped by a signal; what is in {config.out} stays, and the same command goes on",
               file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (received or signal.SIGTERM))
 
 
 if __name__ == "__main__":

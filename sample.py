@@ -191,7 +191,8 @@ def read_prompts(path: str) -> list[Prompt]:
         if not isinstance(text, str) or not text.strip() or "\0" in f"{text}{row.get('name')}":
             raise UserError(f"{place}: no prompt in any of {', '.join(COLUMNS)}; it has {', '.join(row):.80}")
 
-        name, dimensions, count = str(row.get("name") or text), row.get("dimension"), 1
+        name, dimensions, count = row.get("name"), row.get("dimension"), 1
+        name = text if name in (None, "") else str(name)
         if dimensions and isinstance(dimensions, list):
             second = dimensions[0][:1].isupper()            # VBench-2.0 writes Camera_Motion, and cuts names
             name = name[:180] if second else name
@@ -200,6 +201,8 @@ def read_prompts(path: str) -> list[Prompt]:
         prompts[prompt[:2]] = max(prompt, prompts.get(prompt[:2], prompt))
     if not prompts:
         raise UserError(f"{path}: no prompts in it")
+    if len(prompts) < len(rows):
+        print(f"{path}: {len(rows)} entries, {len(prompts)} different prompts", file=sys.stderr)
     return list(prompts.values())
 
 
@@ -261,7 +264,11 @@ def plan_clips(config: Config) -> list[Job]:
     # this process's own, and what is left to do; a sheet is of all clips
     rank, world_size, _ = cli.place()
     again = config.sheet or not config.prompts
-    return [job for job in jobs[rank::world_size] if again or not job.path.exists()]
+    own = jobs[rank::world_size]
+    missing = [job for job in own if again or not job.path.exists()]
+    if len(missing) < len(own):
+        print(f"{len(own) - len(missing)} clips are there already, and stay", file=sys.stderr)
+    return missing
 
 
 # ---- load --------------------------------------------------------------------------------------------------

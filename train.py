@@ -30,7 +30,7 @@ import model
 import rewards
 import shapes
 import turbo
-from plumbing import budget, cli, files, folder, run, video, weights
+from plumbing import budget, cli, files, folder, manifests, run, video, weights
 from plumbing.cli import Count, File, Folder, Seed, Share, Size, Within
 from plumbing.errors import UserError
 from shapes import grammar
@@ -175,6 +175,7 @@ def check_options(config: Config, typed: set[str]) -> None:
             raise UserError(f"{cli.flag_of(name)} has no effect with --preset {config.preset} "
                             f"--lora {config.lora}")
 
+    manifests.check_columns([*config.data, *getattr(config, "reward_data", ())], config)
     family = (shapes.FAMILIES if toy else model.FAMILIES)[config.model]
     model.check_size(family, height=config.height, width=config.width)
     if toy and config.height != config.width:
@@ -222,7 +223,7 @@ def settings(config: Config) -> dict:
     """What holds for the whole of a run, and may not change when it is resumed."""
     fixed = {name: value for name, value in dataclasses.asdict(config).items() if name not in MAY_CHANGE}
     terms = " ".join(f"{term.name}:{term.weight:g}" for term in planned_rewards(config))
-    return fixed | {"init": Path(config.init).name, "reward": terms}
+    return {"preset": config.preset} | fixed | {"init": Path(config.init).name, "reward": terms}
 
 
 # ---- the trainer -------------------------------------------------------------------------------------------
@@ -588,8 +589,7 @@ def show(trainer: Trainer, out: Path) -> dict[str, float]:
     for i in range(group.rank, len(config.prompts), group.world_size):
         path = out / "samples" / f"step-{trainer.done:06d}-{i}.gif"
         video.write_video(path, make([config.prompts[i]], [i])[0], config.fps)
-    pairs = min(config.pairs, grammar.PAIRS)
-    return {"oracle": shapes.accuracy(make, pairs=pairs)} if config.is_toy else {}
+    return {"oracle": shapes.accuracy(make, pairs=min(config.pairs, grammar.PAIRS))} if config.is_toy else {}
 
 
 def header(trainer: Trainer) -> dict:
@@ -624,7 +624,7 @@ def export(trainer: Trainer, out: Path) -> None:
         if about["model"] == "ms":          # for diffusers
             weights.save_diffusers(out / "unet", merged, about)
     elif (out / "merged.safetensors").exists():
-        print(f"{out}/merged.safetensors is of an earlier step; --resume auto --merge renews it",
+        print(f"{out}/merged.safetensors may be of an earlier step; --resume auto --merge renews it",
               file=sys.stderr)
 
 

@@ -24,10 +24,11 @@ SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 OUTSIDE_BRACES = r",(?![^{]*\})"        # a comma that separates sources or columns
 
 # Where public sets have the path and the captions: a column, or a template of columns in braces; the first
-# whose columns are there. The last two paths are WebVid's and VidGen's.
+# whose columns are there. WebVid's last caption is its `name`, which elsewhere is no caption: ".0" leaves
+# nothing of page_dir.
 KNOWN = {"path": ("path", "video", "video_path", "video_name", "file_name", "filename", "file", "filepath",
                   "file_path", "relpath", "clip", "{page_dir}/{videoid}.mp4", "{vid}.mp4"),
-         "caption": ("caption", "text", "prompt", "description", "name"),
+         "caption": ("caption", "text", "prompt", "description", "{page_dir:.0}{name}"),
          "reward_caption": ("reward_caption",)}
 
 
@@ -62,13 +63,21 @@ def open_sources(spec: str | Sequence[str | Path], cache: str | None = None, col
     return sources
 
 
+def check_columns(specs: Sequence[str], config) -> None:
+    """Raises UserError for --columns and --video-root where no spec is, or may be, one of a manifest."""
+    may_be_manifest = re.compile(r"\.(csv|tsv|jsonl?)\b|\*$", re.I)
+    if (config.columns or config.video_root) and not any(map(may_be_manifest.search, specs)):
+        raise UserError("--columns and --video-root are for manifests, and --data names none")
+
+
 def expand(pattern: str) -> list[str]:
     """'{00..02}{x,y}/*.tar' -> the paths that a shell makes of it, or the pattern where nothing fits it."""
     brace = re.search(r"\{([^{}]*)\}", pattern)
     if os.path.exists(pattern):
         return [pattern]
     if not brace:
-        return sorted(glob.glob(pattern, recursive=True)) or [pattern]
+        names = glob.glob(pattern, recursive=True)
+        return sorted(name for name in names if not name.endswith(".npy")) or [pattern]     # Shards' indexes
 
     names = []
     for name in brace[1].split(","):
@@ -83,9 +92,13 @@ def files_below(folder: str) -> list[str]:
         raise error
 
     with reading(folder, "a folder"):
-        tree = os.walk(folder, onerror=refuse, followlinks=True)
-        return sorted(os.path.join(base, name) for base, _, names in tree
-                      for name in names if not name.startswith("."))
+        files = []
+        for base, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+            files += [os.path.join(base, name) for name in names if not name.startswith(".")]
+            below = os.path.realpath(base)
+            folders[:] = [name for name in folders          # without links to where they stand themselves
+                          if not Path(below).is_relative_to(os.path.realpath(os.path.join(base, name)))]
+        return sorted(files)
 
 
 class Files:
@@ -153,7 +166,7 @@ def value_of(row: dict, columns: Sequence[str]) -> object:
     for column in columns:
         if column in row:
             return row[column] or ""
-        if "{" in column and row.keys() >= {*re.findall(r"\{(.*?)\}", column)}:
+        if "{" in column and row.keys() >= {*re.findall(r"\{(.*?)(?::.*?)?\}", column)}:
             return column.format_map(row)
     return None
 

@@ -92,6 +92,13 @@ def test_another_cache_and_no_cache_are_refused(complete_cache, tmp_path):
         Cache(tmp_path)
 
 
+def test_copies_of_clips_are_no_clips(tmp_path):
+    prepare(tmp_path).write_header(complete=True)
+    whole = len(Cache(tmp_path))
+    (tmp_path / "0000001 (1).safetensors").write_bytes((tmp_path / "0000001.safetensors").read_bytes())
+    assert len(Cache(tmp_path)) == whole and not {*prepare(tmp_path).missing()} - {*BAD}
+
+
 def test_a_damaged_clip_is_a_bad_clip(tmp_path):
     prepare(tmp_path).write_header(complete=True)
     path = data.clip_files(tmp_path)[1]

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from clips import SHAPE, make_mp4, tar_of
 
+import train
 from data import BadClip, open_dataset
 from plumbing.errors import UserError
-from plumbing.manifests import open_sources
+from plumbing.manifests import check_columns, open_sources
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,7 @@ READ = [
 REFUSED = [
     ("own.csv", "file name;words\n1.mp4;A dog\n", {}, r"\('file name', 'words', separated by semicolons\)"),
     ("own.tsv", "a\tb\n1.mp4\tA dog\n", {}, r"\('a', 'b', separated by tabs\).*--columns path=COLUMN"),
+    ("ids.csv", "name,path\n0001,1.mp4\n", {}, r"\('name', 'path', separated by commas\)"),
     ("own.json", '[{"a": "1.mp4", "b": "A dog"}]', {}, r"\('a', 'b'\)"),
     ("own.csv", "path,caption\n1.mp4,A dog\n", dict(columns="caption=words"), r"\('path', 'caption', sep"),
     ("own.csv", "path,caption\n1.mp4,A dog\n", dict(columns="captions=a"), "--columns captions=a: expected"),
@@ -64,6 +66,26 @@ def test_manifests_of_public_sets(name, text, options, want, here):
     (here / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     (source,) = open_sources(name, **options)
     assert tuple(source.row(0)) == want
+
+
+def test_columns_without_a_manifest_are_refused():
+    config = train.Config(columns="caption=long")
+    for specs in (["a/*.tar"], ["clips"], ["a.tar", "b"]):
+        with pytest.raises(UserError, match="are for manifests, and --data names none"):
+            check_columns(specs, config)
+    for specs in (["a/*.tar", "b.CSV"], ["b.json,c"], ["lists/*"]):
+        check_columns(specs, config)
+    check_columns(["a.tar"], train.Config())
+
+
+def test_everything_in_a_folder_of_shards_twice_and_a_link_to_the_folder_itself(here):
+    """The second time the index of the first lies among them."""
+    (here / "all/more").mkdir(parents=True)
+    tar_of(here / "all/a.tar", [("1.mp4", b"x"), ("1.txt", b"A dog")])
+    assert [sum(map(len, open_sources("all/*"))) for _ in range(2)] == [1, 1]
+    (here / "all/more/2.mp4").write_bytes(b"x")
+    (here / "all/more/up").symlink_to("..")
+    assert sum(map(len, open_sources("all"))) == 2
 
 
 @pytest.mark.parametrize("name, text, options, message", REFUSED)

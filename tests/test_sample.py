@@ -181,6 +181,7 @@ LISTS = {                               # name and content of a list -> (prompt,
         [("x" * 200, "x" * 180, 3), ("b", "b", 20)],
     ("a.jsonl", '{"prompt": "a long/one", "name": "short"}\n\n{"caption": "b/c"}'):
         [("a long/one", "short", 1), ("b/c", "b c", 1)],
+    ("a.jsonl", '{"prompt": "a", "name": 0}\n{"prompt": "b", "name": ""}'): [("a", "0", 1), ("b", "b", 1)],
     ("a.csv", 'Index,Prompt\n1,"a dog, running"\n2,"a\ncat"\n'):
         [("a dog, running", "a dog, running", 1), ("a\ncat", "a cat", 1)],
     ("a.tsv", 'text\tkind\na dog, running\tx\n'): [("a dog, running", "a dog, running", 1)],
@@ -217,6 +218,7 @@ def test_a_list_goes_on_where_it_ended(tmp_path, capsys):
     before = clips[0].stat().st_mtime_ns
     clips[3].unlink()
     run(*argv)
+    assert "3 clips are there already, and stay" in capsys.readouterr().err
     assert clips[3].exists() and clips[0].stat().st_mtime_ns == before
     run(*argv)
     assert "nothing to do" in capsys.readouterr().out

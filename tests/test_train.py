@@ -437,7 +437,7 @@ def test_results_load_where_they_are_needed(tmp_path, capsys):
     later = trainer(unet=unet)
     later.optimizer.state["a step"] = {}
     train.export(later, tmp_path)
-    assert "merged.safetensors is of an earlier step" in capsys.readouterr().err
+    assert "merged.safetensors may be of an earlier step" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("preset, method", [("turbo-vc2", "turbo"), ("turbo-v2", "turbo-v2")])

@@ -37,7 +37,7 @@ def make(folder, clips=24, draws=2, rank=0, world_size=1, models=None, before=la
     mixture = prepare.mixture([dataset, dataset], clips, config.seed)
     header = prepare.header_of(config, models, mixture)
     writer = data.CacheWriter(folder, header, rank, world_size)
-    if prepare.prepare(config, models, mixture, writer) and world_size == 1:
+    if prepare.prepare(config, models, mixture, writer) is None and world_size == 1:
         writer.write_header(complete=True)
     return models, config
 
