@@ -24,8 +24,8 @@ SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 OUTSIDE_BRACES = r",(?![^{]*\})"        # a comma that separates sources or columns
 
 # Where public sets have the path and the captions: a column, or a template of columns in braces; the first
-# whose columns are there. WebVid's last caption is its `name`, which elsewhere is no caption: ".0" leaves
-# nothing of page_dir.
+# whose columns are there. A `name` is a caption in WebVid alone, so beside a page_dir (":.0" takes nothing of
+# that); the paths with braces are WebVid's and VidGen's.
 KNOWN = {"path": ("path", "video", "video_path", "video_name", "file_name", "filename", "file", "filepath",
                   "file_path", "relpath", "clip", "{page_dir}/{videoid}.mp4", "{vid}.mp4"),
          "caption": ("caption", "text", "prompt", "description", "{page_dir:.0}{name}"),
