@@ -12,6 +12,7 @@ import sample
 import shapes
 from evaluate import QUALITY, SEMANTIC, TOTALS
 from plumbing import stats, video
+from plumbing.errors import UserError
 from shapes import grammar, table, world
 
 # ---- VBench ------------------------------------------------------------------------------------------------
@@ -252,6 +253,9 @@ def test_rows_are_of_the_weights_in_a_folder(tmp_path):
         (tmp_path / file).symlink_to(shapes.WEIGHTS / f"{name}.safetensors")
     passes = {row.name: row.passes for row in table.chosen("mine 4,ddim", tmp_path)}
     assert [*passes.values()] == [4, 100, 16, 8, 4, 4] and "mine 4" in passes
+    (tmp_path / "mine.safetensors").symlink_to(shapes.WEIGHTS / "vcm.safetensors")
+    with pytest.raises(UserError, match="two students called mine; rename one"):
+        table.chosen("", tmp_path)
 
 
 def test_variety_of_the_world_and_of_one_clip():
