@@ -180,6 +180,7 @@ def read_prompts(path: str) -> list[Prompt]:
         if isinstance(rows, dict | str):
             raise ValueError("it holds no list")
         rows = list(rows)
+        json.dumps(rows, ensure_ascii=False).encode()       # raises for halves of characters
 
     prompts: dict[tuple, Prompt] = {}                       # a prompt of several dimensions of VBench is one
     for number, row in enumerate(rows, 1):

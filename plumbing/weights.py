@@ -161,7 +161,7 @@ def save(path: str | Path, tensors: State, header: dict) -> None:
     """Writes tensors and a JSON-able header to one .safetensors file; a crash leaves the old one."""
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     with atomic(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, {"format": "pt", "config": json.dumps(header)})
+        safetensors.torch.save_file(tensors, temporary, {"config": json.dumps(header)})
 
 
 def save_merged(path: str | Path, teacher: str | Path | None, unet: State, header: dict) -> None:

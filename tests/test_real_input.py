@@ -47,6 +47,7 @@ TYPED = {                               # command -> what is typed behind it -> 
         "--prompts empty.txt": "empty.txt: no prompts in it",
         "--prompts latin.txt": "latin.txt is not a list of prompts in utf-8",
         "--prompts broken.json": "broken.json is not a list of prompts",
+        "--prompts half.jsonl": "half.jsonl is not a list of prompts in utf-8",
         "--prompts columns.csv": "entry 1: no prompt in any of prompt_en, prompt, caption, text; ",
         "--prompts commas.csv": "commas.csv, entry 2: neither a text nor a row of the header's columns",
         "--prompts red.txt --out x.mp4": "--out x.mp4: choose a folder's name",
@@ -65,7 +66,7 @@ def inputs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     texts = {"red.txt": "a red circle\n", "empty.txt": "\n\n", "broken.json": "[",
              "slash.txt": "a red/ring\na red ring", "columns.csv": "file,words\na.mp4,a dog\n",
-             "commas.csv": "prompt\na ring\na ring, rising\n"}
+             "half.jsonl": r'{"prompt": "\ud83d"}', "commas.csv": "prompt\na ring\na ring, rising\n"}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "clips.mp4").mkdir()

@@ -172,6 +172,7 @@ def test_options_of_the_whole_run_do_not_change(undisturbed, tmp_path):
         tiny.networks = lambda seed=0, unet=tiny.UNET: made(1, unet)
 
     for options, before, message in (
+        (("--preset", "shapes"), None, "this run began with --preset shapes-vcm, not shapes"),
         (("--batch", 12), None, "this run began with --batch 6, not 12"),
         (("--dtype", "bfloat16"), None, "this run began with --dtype float32, not bfloat16"),
         (("--reward", "shapes-clip:3", "--reward", "shapes-viclip"), None,

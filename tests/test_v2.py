@@ -112,7 +112,7 @@ def test_the_command_makes_a_cache_killed_or_not(tmp_path, monkeypatch, capsys):
 
     Clips.on_get = staticmethod(lambda index: os.kill(os.getpid(), signal.SIGTERM))
     try:
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match="143"):
             prepare.main([*argv, str(tmp_path / "stopped")])
     finally:
         Clips.on_get = staticmethod(lambda index: None)
