@@ -27,6 +27,9 @@ ASF = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")     # in a .wmv, 24 byte
 SLACK = 2e-3                            # containers round timestamps, some to a millisecond
 ENLARGED = "enlarged x4 to {}x{}"       # ends the comment of a small clip that was enlarged for players
 
+# PyAV refuses frames with kinds of side data that it does not know: EXIF, the views of a spatial video
+av.sidedata.sidedata.Type._missing_ = classmethod(lambda kinds, number: kinds.VIDEO_HINT)
+
 
 def read_video(source: str | Path | bytes, frames: int, fps: float, height: int, width: int,
                generator: torch.Generator | None = None) -> tuple[Tensor, float]:
@@ -86,12 +89,13 @@ def pick(times: np.ndarray, frames: int, fps: float,
 
 
 @contextmanager
-def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Yields (container, its best video stream). Raises ValueError, without the file's name."""
+def open_video(source: str | Path | bytes) -> Iterator[tuple]:
+    """Yields (PyAV's container, its best video stream, does the file say how long it is, and is that long).
+    Raises ValueError, without the file's name."""
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise ValueError("No such file, or a folder, pipe or device")
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-        check_end(file)
+        is_whole = check_end(file)
         try:                                                # a title need not be utf-8
             with av.open(file, options={"format_whitelist": FORMATS}, metadata_errors="replace") as container:
                 stream = container.streams.best("video")
@@ -101,19 +105,22 @@ def open_video(source: str | Path | bytes) -> Iterator[tuple[av.container.InputC
                     raise ValueError("its codec is not known here; convert it to h264")
                 stream.codec_context.thread_count = 1       # more do not mark damaged frames reliably
                 stream.codec_context.flags |= av.codec.context.Flags.unaligned      # crops to the pixel
-                yield container, stream
+                yield container, stream, is_whole
         except (av.FFmpegError, OSError) as error:
             raise ValueError(f"not a readable video: {error.strerror}") from error
 
 
-def check_end(file: BinaryIO) -> None:
-    """Raises ValueError for a file that is shorter than it says: ffmpeg would make a shorter clip of it."""
+def check_end(file: BinaryIO) -> bool:
+    """Does a file say how long it is? Raises ValueError for one that is shorter, of which ffmpeg would make a
+    shorter clip."""
     head, size = file.read(4096) + bytes(8), file.seek(0, io.SEEK_END)
     file.seek(max(0, size - 4096))
     tail = file.read()                                              # of a gif; zeros or words may follow it
 
     boxes = top_level(file, size)
-    stated_size = boxes.get(b"RIFF", 0) - 16                                            # .avi; some add 8
+    stated_size = boxes.get(b"RIFF", 0)                                                 # .avi
+    if stated_size == size + 8:                                     # without the 8 of its head, as some write
+        stated_size = size
     if b"moov" in boxes:                                                                # .mp4, .mov
         stated_size = max(boxes[b"moov"], boxes.get(b"moof", 0))
     elif SEGMENT in head:                                                               # .mkv, .webm
@@ -126,8 +133,9 @@ def check_end(file: BinaryIO) -> None:
 
     file.seek(0)
     cut_gif = head.startswith(b"GIF8") and not re.search(rb"\0;[\0\t-~]*\Z", tail)
-    if cut_gif or size < stated_size < 2 ** 48:                     # larger: written to a pipe, not known
+    if cut_gif or size < stated_size < 2 ** 48:
         raise ValueError("truncated: its end is missing")
+    return 0 < stated_size < 2 ** 48                                # larger: written to a pipe, not known
 
 
 def top_level(file: BinaryIO, size: int) -> dict[bytes, int]:
@@ -139,13 +147,13 @@ def top_level(file: BinaryIO, size: int) -> dict[bytes, int]:
         name, length = header[4:8], int.from_bytes(header[:4], "big")
         if header.startswith(b"RIFF"):
             name, length = b"RIFF", 8 + int.from_bytes(header[4:8], "little")
-            if length >= 2 ** 32:                                   # written to a pipe, not known
+            if length in (8, 2 ** 32 + 7):                          # written to a pipe, not known
                 break
-            length += length % 2
         elif length == 1:
             length = int.from_bytes(header[8:], "big")
         position += length or size - position                       # 0: to the end
         ends[name] = position
+        position += position % 2 if name == b"RIFF" else 0
     return ends
 
 
@@ -154,9 +162,10 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
 
     Without an index there are no key frames, and the k-th frame that is decoded is shown at the k-th tick."""
     ticks, keys, ends = [], [], []                                  # ends: of each packet, in seconds
-    with open_video(source) as (container, stream):
-        name = container.format.name
+    with open_video(source) as (container, stream, is_whole):
+        name, context = container.format.name, stream.codec_context
         indexed = name.startswith(INDEXED)                          # then packets, undecoded, tell the times
+        indexed &= context.pix_fmt != "pal8"                        # a palette comes with the first one alone
         streams = [*container.streams] if name.startswith("matroska") else [stream]     # see is_cut
         for packet in container.demux(streams):
             if packet.pts is not None:
@@ -172,17 +181,20 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
             elif packet.pts is not None:
                 if packet.is_keyframe:
                     keys.append(packet.pts)
-                if not packet.is_discard:                           # by an edit list
+                shown = context.name != "vp8" or packet.size and memoryview(packet)[0] & 16    # RFC 6386, 9.1
+                if shown and not packet.is_discard:                 # by an edit list
                     ticks.append(packet.pts)
 
         if not ticks or None in ticks:
             raise ValueError("not a clip: no frames, or some without a timestamp; convert it to mp4")
         outside = any(entry.pos + entry.size > container.size for entry in stream.index_entries)
-        if outside or is_cut(container, stream, ends):
+        if outside or not is_whole and is_cut(container, stream, ends):
             raise ValueError("truncated: its last frames are missing")
         in_order = keys if indexed else [] if name == "avi" else ticks                  # an avi's: of packets
         if in_order != sorted(in_order):
             raise ValueError("its timestamps run backwards (files joined?); convert it to mp4")
+        if keys:                                                    # what leads the first one may need more
+            ticks = {tick for tick in ticks if tick >= keys[0]}
         return np.array(sorted(ticks)), keys, float(stream.time_base)
 
 
@@ -190,7 +202,7 @@ def is_cut(container: av.container.InputContainer, stream: av.VideoStream, ends:
     """Do packets that begin and end at these seconds stop before the header says? An .mkv says when its last
     stream ends, an avi how many frames there are; fragments (mp4) and live recordings say nothing."""
     stated, span = 0.0, max(ends)
-    if container.format.name.startswith("matroska"):
+    if container.format.name.startswith(("matroska", "mxf")):
         stated = (container.duration or 0) / av.time_base
     elif 0 < stream.frames < 2 ** 30 and container.format.name == "avi":
         stated = float(stream.frames / stream.average_rate)         # where ffmpeg guesses durations
@@ -210,22 +222,26 @@ def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], ch
     their beginning how they are coded) it begins at the first one, and without `keys` at the first frame."""
     needed, pictures, last = [int(ticks[index]) for index in chosen], {}, -np.inf
     try:
-        with open_video(source) as (container, stream):
+        with open_video(source) as (container, stream, _):
             if keys:
                 start = max((key for key in keys if key <= needed[0]), default=needed[0])
                 container.seek(start, stream=stream)
             frames = chain.from_iterable(map(decoded, container.demux(stream)))
+            aspect = stream.codec_context.sample_aspect_ratio or 1
             for order, frame in enumerate(frames):
                 tick = frame.pts if keys else int(ticks[order])
                 if frame.is_corrupt or tick is None or tick < last:     # what follows it is not marked
                     raise ValueError("damaged: a frame cannot be decoded, or is out of order")
                 if tick in needed:
-                    pictures[tick] = fit(pixels(frame, container, stream))
+                    change = (stream.codec_context.sample_aspect_ratio or 1) / aspect
+                    pictures[tick] = fit(pixels(frame, container, stream, change))
                 if needed[-1] in pictures:
                     break
                 last = tick
         if not pictures.keys() >= set(needed):
             raise ValueError("damaged: frames are missing")
+        if len({picture.shape for picture in pictures.values()}) > 1:
+            raise ValueError("its pictures change their size; split it there")
     except ValueError:
         if len(keys) < 2:
             raise
@@ -233,13 +249,15 @@ def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], ch
     return torch.stack([pictures[tick] for tick in needed], dim=1)
 
 
-def pixels(frame: av.VideoFrame, container: av.container.InputContainer, stream: av.VideoStream) -> Tensor:
+def pixels(frame: av.VideoFrame, container: av.container.InputContainer, stream: av.VideoStream,
+           change: Fraction = Fraction(1)) -> Tensor:
     """Decoded frame -> uint8 RGB (3, H, W) as players show it: with square pixels, upright, not mirrored.
+    change: of the pixels' aspect since the stream began.
 
     ffmpeg converts the colours by the file's matrix and range; where it names none, as BT.601, limited."""
     if frame.color_trc in (16, 18):                                 # in ITU-T H.273
         raise ValueError("an HDR video (PQ or HLG); convert it to SDR")
-    width = round(frame.width * (stream.sample_aspect_ratio or 1))
+    width = round(frame.width * (stream.sample_aspect_ratio or 1) * change)
     x = frame.to_ndarray(format="rgb24", width=width, interpolation="BICUBIC", threads=1)
     x = torch.from_numpy(x).permute(2, 0, 1)
 
