@@ -1,17 +1,20 @@
 """Videos as people have them (plumbing/video.py): mirrored, anamorphic, HDR, covers, segments, odd names."""
+import io
 import os
 import re
 import struct
 import sysconfig
 from fractions import Fraction
 from glob import glob
+from itertools import dropwhile
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from clips import counting_clip, numbers, read_video
+from clips import counting_clip, numbers, read_video, write_at
+from PIL import Image
 
 from plumbing import video
 from plumbing.errors import UserError
@@ -225,14 +228,64 @@ def test_an_mp4_that_is_cut_in_its_index(missing, tmp_path):
         read_clip(tmp_path / "b.mp4")
 
 
-def test_files_that_were_joined_are_refused(tmp_path):
+@pytest.mark.parametrize("suffix", ["mkv", "ts"])
+def test_files_that_were_joined_are_refused(suffix, tmp_path):
     """cat a.mkv a.mkv > b.mkv: its second half has the timestamps of the first."""
-    write_planes(tmp_path / "a.mkv", grey_planes(np.full((48, 64), 99)), codec="mpeg4", frames=24)
-    content = (tmp_path / "a.mkv").read_bytes()
-    content = re.sub(video.SEGMENT + b".{7}", video.SEGMENT + b"\xff" * 7, content, count=1, flags=re.S)
-    (tmp_path / "b.mkv").write_bytes(content * 2)
+    a, b = tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
+    write_planes(a, grey_planes(np.full((48, 64), 99)), codec="mpeg4", frames=24)
+    b.write_bytes(2 * re.sub(video.SEGMENT + b"(?s:.{7})", video.SEGMENT + b"\xff" * 7, a.read_bytes()))
+    assert read_clip(a).shape == (3, 24, 48, 64)
     with pytest.raises(UserError, match="run backwards .files joined.*; convert it to mp4"):
-        read_clip(tmp_path / "b.mkv")
+        read_clip(b)
+
+
+def remux(old, new, change) -> None:
+    """Copies a video with the packets that `change` makes of its own."""
+    with av.open(str(old)) as source, av.open(str(new), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in change(packet for packet in source.demux(video=0) if packet.size):
+            packet.stream = stream
+            container.mux(packet)
+
+
+def packet_of(content, like, early=0) -> av.Packet:
+    packet = av.Packet(content)
+    packet.pts, packet.dts, packet.time_base = like.pts - early, like.dts - early, like.time_base
+    return packet
+
+
+def test_frames_before_the_first_key_frame(tmp_path):
+    """Of a file cut at an open group without decoding; players begin at its key frame."""
+    options = {"x264-params": "open-gop=1:keyint=12:bframes=3:b-adapt=0:scenecut=0"}
+    write_at(tmp_path / "a.mkv", range(0, 1000, 25), options)
+    remux(tmp_path / "a.mkv", tmp_path / "b.mkv",
+          lambda packets: dropwhile(lambda packet: not packet.is_keyframe, list(packets)[1:]))
+    assert numbers(read_clip(tmp_path / "b.mkv")) == [*range(12, 40)]
+
+
+def test_a_packet_without_a_picture(tmp_path):
+    """VP8 has frames that are only referred to; here a copy of one, which is 1 ms early."""
+    def with_hidden(packets):
+        for t, packet in enumerate(packets):
+            if t == 9:
+                yield packet_of(bytes([bytes(packet)[0] & ~16]) + bytes(packet)[1:], packet, early=1)
+            yield packet
+
+    write_planes(tmp_path / "a.webm", grey_planes(np.full((48, 64), 99)), codec="libvpx", frames=24)
+    remux(tmp_path / "a.webm", tmp_path / "b.webm", with_hidden)
+    assert read_clip(tmp_path / "b.webm").shape == (3, 24, 48, 64)
+
+
+def test_a_palette_and_frames_with_exif(tmp_path):
+    """A palette comes with the first packet alone; EXIF is unknown to PyAV, and may turn the picture."""
+    write_planes(tmp_path / "a.mov", [np.full((48, 64), 99, np.uint8)], "gray", "qtrle", frames=24)
+    assert (read_clip(tmp_path / "a.mov") == 99).all()
+    exif, picture = Image.Exif(), io.BytesIO()
+    exif[0x112] = 6
+    Image.new("L", (64, 48), 99).save(picture, "jpeg", exif=exif)
+    write_planes(tmp_path / "b.mov", grey_planes(np.full((48, 64), 99)), "yuvj420p", "mjpeg", frames=1)
+    remux(tmp_path / "b.mov", tmp_path / "c.mkv", lambda packets: [packet_of(picture.getvalue(), *packets)])
+    assert read_clip(tmp_path / "c.mkv").shape == (3, 1, 64, 48)
 
 
 def test_a_key_frame_that_is_none(tmp_path):
