@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from plumbing.errors import UserError, reading
-from plumbing.files import atomic
+from plumbing.files import atomic, remove_leftovers
 from plumbing.manifests import open_sources
 from plumbing.video import read_video
 
@@ -200,6 +200,8 @@ class CacheWriter:
     def __init__(self, folder: str | Path, header: dict, rank: int = 0, world_size: int = 1):
         self.folder, self.header = Path(folder), header
         self.clips = range(rank, header["clips"], world_size)
+        if rank == 0:
+            remove_leftovers(self.folder)
         if (self.folder / "header.json").exists():
             check_header(self.folder, self.header)
         elif any(self.folder.glob("*.safetensors")):
@@ -239,11 +241,12 @@ class Cache:
         self.header = check_header(self.folder, expected or {})
         self.files = clip_files(self.folder, ".rewards" if only_rewards else "")
         if not self.header["complete"]:
-            raise UserError(f"the cache in {folder} is not complete: go on with prepare.py --out {folder}")
+            raise UserError(f"the cache in {folder} is not complete: run the same prepare.py once more")
+        if (count := len(clip_files(self.folder))) != self.header.get("files", count):
+            raise UserError(f"the cache in {folder} had {self.header['files']} clips, and now has {count}; "
+                            "the same prepare.py makes them again")
         if not self.files:
             raise UserError(f"no clip of {folder} carries rewards; prepare.py --reward-data says which do")
-        if (count := len(clip_files(self.folder))) != self.header.get("files", count):
-            raise UserError(f"the cache in {folder} had {self.header['files']} clips, and now has {count}")
 
     def __len__(self) -> int:
         return len(self.files) * self.header["draws"]

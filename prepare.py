@@ -1,7 +1,7 @@
 """T2V-Turbo-v2, Algorithm 1: what the teacher says about each clip is computed once, before training.
 
-    torchrun --nproc_per_node=8 prepare.py --teacher model.ckpt --out CACHE \\
-        --data vidgen.csv --reward-data '/data/webvid/{00000..09999}.tar'
+    torchrun --nproc_per_node=8 prepare.py --teacher model.ckpt --out CACHE --clips 24000 \\
+        --data VidGen_1M_video_caption.json --reward-data '/data/webvid/{00000..09999}.tar'
     python prepare.py --preset shapes-v2 --out CACHE                                # the toy's, on a laptop
 
 Per clip: latents z0, caption states c, and one DDIM inversion of z0 with its own caption, which serves all of
@@ -14,6 +14,8 @@ import signal
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -97,7 +99,8 @@ def mixture(datasets: list, count: int | None, seed: int) -> list[tuple]:
 def prepare(config: Config, models: Models, clips: list[tuple], writer: data.CacheWriter) -> int | None:
     """Writes this process's clips of a mixture until a signal comes -> its number, or None."""
     missing, signals, bad = writer.missing(), stop_signals(), 0
-    for done, index in enumerate(tqdm(missing, "clips prepared", disable=None), 1):
+    earlier = len(writer.clips) - len(missing)              # clips, before this start
+    for done, index in enumerate(tqdm(missing, "clips prepared", disable=None), earlier + 1):
         if signals:
             return signals[0]
         dataset, place, rewards = clips[index]
@@ -116,10 +119,14 @@ def prepare(config: Config, models: Models, clips: list[tuple], writer: data.Cac
 
 
 def header_of(config: Config, models: Models, clips: list[tuple]) -> dict:
-    """What the samples of a cache depend on; training asks for a part of it (`train.cache_header`)."""
+    """What the samples of a cache depend on; training asks for a part of it (`train.cache_header`). Of data
+    the names and sizes, as a job may find them in another folder than the last one."""
     recipe = train.cache_header(config) | {name: getattr(config, name) for name in (
-        "draws", "inversion_steps", "motion_share", "seed", "data", "reward_data", "columns")}
-    return recipe | {"clips": len(clips), "teacher": models.teacher}
+        "draws", "inversion_steps", "motion_share", "seed", "columns")}
+    names = {option: [Path(name).name for name in getattr(config, option)]
+             for option in ("data", "reward_data")}
+    sizes = list({id(dataset): len(dataset) for dataset, *_ in clips}.values())
+    return recipe | names | {"sizes": sizes, "clips": len(clips), "teacher": models.teacher}
 
 
 def open_mixture(config: Config, group: Group) -> list[tuple]:
@@ -149,7 +156,7 @@ def main(argv: list[str] | None = None):
         raise UserError("--data and --reward-data belong to --preset turbo-v2; the toy draws its own clips")
     check_outputs({"--out": config.out}, {
         "--teacher": config.teacher, "--data": config.data, "--reward-data": config.reward_data})
-    group = Group(config.device)
+    group = Group(config.device, timedelta(days=7))         # its processes meet when all clips are done
     torch.manual_seed(config.seed)
 
     # clips, teacher, cache

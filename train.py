@@ -162,6 +162,10 @@ def configure(argv: list[str] | None = None, description: str = "") -> Config:
     preset = typed.get("preset", Config.preset)
     config = cli.parse(Config, argv, description, defaults={"out": f"runs/{preset}"} | PRESETS[preset])
     check_options(config, set(typed))
+    processes = cli.place()[1]
+    unit = processes * (config.reward_every if config.is_v2 else 1)
+    if processes > 1 and config.batch % unit:
+        raise UserError(f"--batch {config.batch}, {processes} processes: try a multiple of {unit}")
     return config
 
 
@@ -169,11 +173,10 @@ def check_options(config: Config, typed: set[str]) -> None:
     """Refuses options that have no effect here, or do not fit each other."""
     toy, v2 = config.is_toy, config.is_v2
     useless = {"data": toy and not v2, "columns": toy or v2, "video_root": toy or v2, "ema": v2,
-               "motion": not v2, "merge": not config.lora}
+               "motion": not v2}
     for name in typed:
         if useless.get(name):
-            raise UserError(f"{cli.flag_of(name)} has no effect with --preset {config.preset} "
-                            f"--lora {config.lora}")
+            raise UserError(f"{cli.flag_of(name)} has no effect with --preset {config.preset}")
 
     manifests.check_columns([*config.data, *getattr(config, "reward_data", ())], config)
     family = (shapes.FAMILIES if toy else model.FAMILIES)[config.model]
@@ -251,9 +254,6 @@ class Trainer:
     to_host = staticmethod(Tensor.tolist)   # of a step's sums; a simulation, of empty tensors, has its own
 
     def __init__(self, config: Config, models: model.Models, terms: list[RewardTerm], group: run.Group):
-        unit = group.world_size * (config.reward_every if config.is_v2 else 1)
-        if group.world_size > 1 and config.batch % unit:
-            raise UserError(f"--batch {config.batch}, {group.world_size} processes: try a multiple of {unit}")
         self.config, self.models, self.terms, self.group = config, models, terms, group
         self.schedule, self.w_range = Schedule(config.grid, group.device), (config.w_min, config.w_max)
         self.parts = run.Parts()
@@ -599,7 +599,7 @@ def header(trainer: Trainer) -> dict:
     return {name: getattr(config, name) for name in fields} | {
         "motion": config.motion if config.has_motion else None,
         "motion_share": config.motion_share if config.has_motion else None,
-        "version": 2, "method": "turbo-v2" if config.is_v2 else method, "teacher": trainer.models.teacher,
+        "method": "turbo-v2" if config.is_v2 else method, "teacher": trainer.models.teacher,
         "rank": config.lora, "rewards": [term.name for term in trainer.terms],
         "train": {name: value for name, value in dataclasses.asdict(config).items() if name not in PATHS}}
 

@@ -426,7 +426,7 @@ class LoRA(nn.Module):
             r = min(rank, base.in_channels, base.out_channels)
             self.down = type(base)(base.in_channels, r, base.kernel_size, base.stride, base.padding, **at)
             self.up = type(base)(r, base.out_channels, 1, **at)
-        start = torch.empty(self.down.weight.shape)         # drawn on the CPU, so that all devices agree
+        start = torch.empty(self.down.weight.shape)         # drawn on the CPU: alike for all processes
         nn.init.normal_(start, std=1 / rank)
         self.down.weight.data.copy_(start)
         nn.init.zeros_(self.up.weight)

@@ -41,6 +41,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
             temporary.unlink()
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes what `atomic`, and safetensors within it, left in a folder when their process was killed."""
+    for leftover in (*folder.glob(".*.????????.part"), *folder.glob(".tmp??????")):
+        leftover.unlink()
+
+
 def check_writable(folder: str | Path) -> None:
     """Makes a folder, if it is not there, and raises UserError where no file can be made in it."""
     try:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from plumbing import cli
 from plumbing.errors import UserError, reading
-from plumbing.files import atomic, check_writable, replaceable
+from plumbing.files import atomic, check_writable, remove_leftovers, replaceable
 from plumbing.run import Group, Parts, memory
 
 KEPT = 2                # checkpoints
@@ -63,21 +63,20 @@ def open_folder(config) -> Path | None:
     if config.resume not in ("", "auto"):
         path = Path(config.resume).expanduser()
         if not path.is_file():
-            raise UserError(f"--resume {path}: no such file")
+            raise UserError(f"--resume {path}: no such file; auto takes the newest of --out")
 
     # nothing is written over but the first steps of a run without a checkpoint
     if path is None or path.resolve().parent != out.resolve():
         students = *out.glob("*.safetensors"), *out.glob("t2v_turbo_vc2.pt"), *out.glob("unet")
         log = (out / "log.jsonl").read_text(errors="replace") if (out / "log.jsonl").exists() else ""
-        long_or_foreign = log.count("\n") > config.save_every or log and "memory_gib" not in log
+        foreign_log = log and "memory_gib" not in log
         foreign_samples = [sample for sample in out.glob("samples/*.gif") if not replaceable(sample)]
-        if saved or students or long_or_foreign or foreign_samples or (out / "config.json").exists():
+        if saved or students or foreign_log or foreign_samples or (out / "config.json").exists():
             raise UserError(f"{out} holds another run, one whose checkpoints are gone, or other files; "
                             "choose another --out")
         (out / "log.jsonl").unlink(missing_ok=True)
-    hidden = ".*.????????.part"                                 # of `atomic`, when its process was killed
-    for leftover in (*out.glob(hidden), *out.glob(f"samples/{hidden}")):
-        leftover.unlink()
+    remove_leftovers(out)
+    remove_leftovers(out / "samples")
     return path
 
 

@@ -1,6 +1,7 @@
 """What carries a run: its device, its processes, what a step takes, and what waits in host memory."""
 import os
 import signal
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -44,7 +45,7 @@ class Group:
     Gradients meet in one explicit all-reduce: of a step's four passes through the UNet only one has a
     gradient, so there is next to nothing that DistributedDataParallel could overlap."""
 
-    def __init__(self, device: str = ""):
+    def __init__(self, device: str = "", patience: timedelta = PATIENCE):
         self.rank, self.world_size, _ = cli.place()
         self.device = pick_device(device)
         if self.device.type == "cuda":
@@ -56,7 +57,7 @@ class Group:
                             "several processes with torchrun, or unset WORLD_SIZE")
         if self.world_size > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=PATIENCE)
+            dist.init_process_group(backend, timeout=patience)
 
     def sum(self, x: Tensor) -> Tensor:
         """Adds x up over all processes, in place; the same bits on each."""
@@ -128,7 +129,8 @@ def memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated() / 2 ** 30
     with suppress(ImportError):
         import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20     # Linux counts KiB
+        unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20                 # bytes; Linux counts KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return 0.0
 
 

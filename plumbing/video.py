@@ -2,6 +2,7 @@
 A tick is a timestamp as the file counts it; times are in seconds, fps in 1/second."""
 import io
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -293,7 +294,7 @@ def png_folder(path: str | Path) -> Path:
 def check_output(path: str | Path, fps: float) -> None:
     """Raises UserError where `write_video` would: before there is a clip to lose."""
     folder = png_folder(path)
-    if folder.is_dir() and (folder == Path(path) or any(folder.glob("*.png"))):
+    if folder.is_dir() and (folder == Path(path) or any(folder.iterdir())):
         raise UserError(f"{path}: the folder {folder} is there already; choose another name")
     if Path(path).suffix.lower() == ".gif" and fps > 50:
         raise UserError(f"fps {fps:g} for {path}: a .gif has at most 50")
@@ -307,9 +308,13 @@ def write_video(path: str | Path, clip: Tensor, fps: float) -> None:
     check_output(path, fps)
     suffix, pictures, comment = Path(path).suffix.lower(), clip.cpu().permute(1, 2, 3, 0).numpy(), MARK
     if suffix == ".png":
+        folder = png_folder(path)
+        hidden = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(hidden, ignore_errors=True)
         for t, picture in enumerate(pictures):
-            with atomic(png_folder(path) / f"{t:04d}.png") as temporary:
+            with atomic(hidden / f"{t:04d}.png") as temporary:
                 Image.fromarray(picture).save(temporary, format="png")
+        hidden.rename(folder)
         return
 
     if max(clip.shape[2:]) < 128:

@@ -11,7 +11,6 @@ MISTAKES = {
     "--reward hpsv2=HPS.pt": "--reward hpsv2=HPS.pt is not for --preset shapes",
     "--reward shapes-clip=x.pt": "--reward shapes-clip=x.pt is not for --preset shapes",
     "--preset turbo-vc2 --reward shapes-clip": "--reward shapes-clip is not for --preset turbo-vc2",
-    "--lora 0 --merge": "--merge has no effect with --preset shapes --lora 0",
     "--lr inf": "--lr: 'inf' is not a number from 1e-12 to 1",
     "--lr 1e30": "--lr: '1e30' is not a number from 1e-12 to 1",
     "--ema nan": "--ema: 'nan' is not a number from 0 to 1",

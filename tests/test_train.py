@@ -103,11 +103,10 @@ def test_states_of_a_caption_that_comes_again_are_kept():
     assert sorted(calls) == sorted({*batch()["caption"]})
 
 
-def test_a_batch_that_cannot_be_split_is_refused():
-    group = Group()
-    group.world_size = 4
+def test_a_batch_that_cannot_be_split_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError, match="--batch 6, 4 processes: try a multiple of 4"):
-        train.Trainer(tiny.configure(), tiny.networks(), [], group)
+        tiny.configure()
 
 
 # ---- Algorithm 1 -------------------------------------------------------------------------------------------

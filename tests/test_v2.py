@@ -75,7 +75,7 @@ def test_a_sample_is_what_the_teacher_says(cache):
 def test_two_processes_make_the_cache_of_one(cache, tmp_path):
     for rank in (0, 1):
         make(tmp_path, rank=rank, world_size=2)
-    with pytest.raises(UserError, match=r"not complete: go on with prepare.py --out"):
+    with pytest.raises(UserError, match=r"not complete: run the same prepare.py once more"):
         data.Cache(tmp_path)
     make(tmp_path)
     assert content(tmp_path) == content(cache)
@@ -88,7 +88,7 @@ def test_all_draws_of_a_clip_share_one_inversion(tmp_path, monkeypatch):
     assert len(calls) == 4
 
 
-def test_bad_clips_are_named_and_too_many_end_it(tmp_path):
+def test_bad_clips_are_named_and_too_many_end_it(tmp_path, monkeypatch):
     def bad(index):
         raise data.BadClip(f"{index}.mp4", "it is bad")
 
@@ -98,6 +98,11 @@ def test_bad_clips_are_named_and_too_many_end_it(tmp_path):
     make(tmp_path, clips=24, before=lambda index: bad(index) if index == 5 else None)
     made = data.Cache(tmp_path)
     assert 0 < 48 - len(made) <= 4 and made.get(len(made) - 1)["z_t"].any()
+
+    monkeypatch.setattr(Clips, "__len__", lambda self: 400)
+    monkeypatch.setattr(prepare, "prepare_clip", lambda *args: dict(t=torch.zeros(1), c=torch.zeros(1)))
+    for _ in range(2):                                      # 4 % are not too many, nor when it goes on
+        make(tmp_path / "many", clips=800, before=lambda index: bad(index) if index % 26 == 0 else None)
 
 
 def test_the_command_makes_a_cache_killed_or_not(tmp_path, monkeypatch, capsys):
