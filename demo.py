@@ -1,4 +1,4 @@
-"""A page to play with, in the browser. It takes sample.py's options but --prompts, --num and those of output.
+"""A page to play with, in the browser. Its options are sample.py's; those of lists and output do nothing.
 
     pip install -e ".[demo]" && python demo.py      # the toy, nothing downloaded
     python demo.py --model vc2 --reward hpsv2       # T2V-Turbo, and a reward that chooses among clips
@@ -66,7 +66,9 @@ def page(config: sample.Config):
     """The page, as gradio's Blocks; the networks are loaded first, so that mistakes are said at once."""
     import gradio as gr
     examples = TOY if config.is_toy else ["An astronaut riding a horse.", "Waves at sunset."]
-    scored = bool(load(config, config.method, config.lora_scale)[2])
+    _, models, terms = load(config, config.method, config.lora_scale)
+    has_lora = config.is_toy or "whole" not in models.header            # t2v_turbo_vc2.pt has none
+    methods = [pair for pair in METHODS if pair[1] != "vcm" or config.is_toy or config.method == "vcm"]
 
     def sliders(method, lora):                              # with a method's own steps and guidance
         _, models, _ = load(config, method, lora)
@@ -88,12 +90,13 @@ def page(config: sample.Config):
             with gr.Column():
                 prompt = gr.Textbox(config.prompt or examples[0], label="Prompt")
                 gr.Examples(examples, prompt)
-                method = gr.Radio(METHODS, value=config.method, label="Method")
+                method = gr.Radio(methods, value=config.method, label="Method")
                 with gr.Row():
                     steps, guidance = sliders(config.method, config.lora_scale)
-                    lora = gr.Slider(0, 2, config.lora_scale, step=0.25, label="LoRA")
+                    lora = gr.Slider(0, 2, config.lora_scale, step=0.25, label="LoRA",
+                                     visible=has_lora)
                     seed = gr.Number(config.seed, label="Seed", precision=0, minimum=0, maximum=2 ** 31)
-                    best = gr.Slider(1, 16, config.best_of or 1, step=1, label="Best of", visible=scored)
+                    best = gr.Slider(1, 16, config.best_of or 1, step=1, label="Best of", visible=bool(terms))
                 button = gr.Button("Make a clip", variant="primary")
             with gr.Column():
                 clip = gr.Video(label="Clip", autoplay=True, loop=True, height=360)

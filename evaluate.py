@@ -1,6 +1,6 @@
 """Measuring: the papers' Section 4, and the toy's own.
 
-    python evaluate.py shapes                                           # the toy's table, by its oracle
+    python evaluate.py shapes --rows "ddim 4,turbo 4"                   # the toy's table, by its oracle
     python evaluate.py score CLIP... --reward hpsv2=FILE                # rewards of clips, their diversity
     python evaluate.py vbench results/vcm results/turbo --papers        # Quality, Semantic, Total of VBench
 """

@@ -52,7 +52,7 @@ class UNetConfig:
     """Sizes of a UNet3D; the defaults are VideoCrafter2's and ModelScopeT2V's."""
     layout: str = LAYOUT
     in_channels: int = 4
-    channels: int = 320                     # of the first features, and of the sinusoids of t
+    channels: int = 320                     # of the first features, as in layout, and of the sinusoids of t
     head_dim: int = 64
     context_dim: int = 1024                 # width of the caption states
     init_heads: int = 8                     # of the temporal transformer right after the first convolution
@@ -585,7 +585,8 @@ def read_turbo(path: str | Path, config: UNetConfig, name: str | None = None, lo
         lora = weights.read_lora(content, lora_shapes(config), path, lora_scale)
         return config, None, lora, header or {"method": "turbo"}
     if lora_scale != 1:
-        raise UserError(f"--lora-scale {lora_scale:g}: {path} holds whole weights, no LoRA to scale")
+        raise UserError(f"--lora-scale {lora_scale:g}: {path} holds whole weights, no LoRA to scale; "
+                        "try --turbo vc2-turbo-lora")
 
     # a whole UNet: alone, or in a whole model
     unet, vae = (weights.under(content, prefix) for prefix in ("diffusion_model.", "first_stage_model."))

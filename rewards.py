@@ -184,8 +184,8 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
          grad_checkpointing: bool = False) -> Reward:
     """A `Reward`, frozen.
 
-    path: a file, a folder, None = the public file. dtype: None = bfloat16 on CUDA, else float32. tokenizer:
-    which the toy's rewards need. frames: 4 or 8 for internvideo2."""
+    path: a file, a folder, None = the public file. dtype: None = bfloat16 where a GPU has it, else float32.
+    tokenizer: which the toy's rewards need. frames: 4 or 8 for internvideo2."""
     recipe, device = recipe_of(name), torch.device(device)
     if not (tokenizer or recipe.tokenizer):
         raise UserError(f"{name} reads the toy's captions; it goes with the toy alone")
@@ -200,7 +200,8 @@ def load(name: str, path: str | Path | None = None, device: str | torch.device =
             state = recipe.convert(state, model)
         fill(model, state, path, device, allow_unused=not recipe.whole)
 
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = dtype or (torch.bfloat16 if has_bfloat16 else torch.float32)
     reward = Reward(name, freeze(model, device, dtype), tokenizer, device, dtype)
     reward.checkpoint(grad_checkpointing)
     return reward

@@ -60,12 +60,12 @@ class Config:
     model: Literal["shapes", "shapes-motion", "vc2", "ms"] | None = None  # whose networks [--turbo's; shapes]
     method: Literal["turbo", "vcm", "teacher"] = "turbo"  # a student, one without rewards, the teacher's DDIM
     teacher: File | None = None         # weights: model.ckpt or a folder [downloaded; shapes: embedded]
-    turbo: File | None = None           # a student's weights: turbo.safetensors, unet_lora.pt [as --teacher]
+    turbo: File | None = None           # a student: FILE, vc2-turbo-v2, vc2-turbo-lora, ... [as --teacher]
     lora_scale: Strength | None = None  # strength of the student's LoRA; 0: its teacher [1, as trained]
     vae: File | None = None             # vc2, ms: a small decoder's weights (TAESD) in place of the VAE's own
 
     # ---- how
-    steps: Number | None = None         # of sampling; a teacher's takes two passes [turbo 4; v2 16; else 50]
+    steps: Number | None = None         # of sampling [students 4, v2 16; teachers 50, with --motion-from 200]
     guidance: Strength | None = None    # ω, 0 = none [students: 7.5; teachers: vc2 11, ms 8; shapes: 2]
     motion: Annotated[float, Within(0, 1000)] | None = None  # λ' of guidance [v2: 0.05; --motion-from: 1]
     motion_from: File | None = None     # teacher: a clip whose motion the new one takes, without training
@@ -73,7 +73,7 @@ class Config:
     frames: Annotated[int, Within(1, 256)] | None = None  # of a clip [as trained: shapes 8, else 16]
     height: Pixels | None = None        # height of the clip in pixels [as trained: toy 64, vc2 320, ms 256]
     width: Pixels | None = None         # width of the clip in pixels [as trained: toy 64, vc2 512, ms 256]
-    fps: Annotated[int, Within(1, 240)] | None = None  # frames a second; vc2 is told [8; vc2 16, teacher 28]
+    fps: Annotated[int, Within(1, 240)] | None = None  # frames a second [vc2 16, its teacher 28; else 8]
 
     # ---- rewards at test time
     best_of: Number | None = None       # takes of each clip, by seed; the one with the highest reward is kept

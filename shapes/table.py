@@ -51,7 +51,7 @@ class Row:
 TITLES = {"vcm": "VCM", "turbo": "T2V-Turbo", "v2": "T2V-Turbo-v2"}     # other students: by their names
 TEACHERS = [Row(f"DDIM {steps}", steps) for steps in (50, 8, 4, 2)]
 TEACHERS += [Row("DDIM without ω 4", 4, guidance=0.0)]
-TEACHERS += [Row(f"motion DDIM {steps}", steps, model="shapes-motion") for steps in (50, 8, 4)]
+TEACHERS += [Row(f"motion teacher {steps}", steps, model="shapes-motion") for steps in (50, 8, 4)]
 TEST_TIME = [
     Row("VCM best-of-16 4", 4, "vcm", best_of=16), Row("VCM refine-15 4", 4, "vcm", refine=15),
     Row("T2V-Turbo refine-15 4", 4, "turbo", refine=15),
@@ -65,7 +65,7 @@ COLUMNS = ("", "passes", "right, % (95 %)", "one thing", "two things", "motions"
 def make(config) -> list[dict]:
     """Measures, prints and stores the rows that an `evaluate.ShapesConfig` asks for; returns their means."""
     folder, device = Path(config.folder or shapes.WEIGHTS), pick_device(config.device)
-    scorers, rows, measured = shapes.rewards(device, folder), chosen(config.rows, folder), []
+    rows, scorers, measured = chosen(config.rows, folder), shapes.rewards(device, base_of(folder)), []
     print(markdown(COLUMNS, []))
     for row in rows:
         pairs = config.pairs if row.model == "shapes" else 0.0          # the other teacher saw single things
@@ -83,6 +83,11 @@ def make(config) -> list[dict]:
     return measured
 
 
+def base_of(folder: Path) -> Path:
+    """Where teachers, VAE and rewards are: there, or for a folder of students alone the embedded ones."""
+    return folder if (folder / "vae.safetensors").exists() else shapes.WEIGHTS
+
+
 def chosen(text: str, folder: Path) -> list[Row]:
     """The rows whose name contains one of the texts between commas, in the texts' order; of those whose
     weights are in the folder."""
@@ -95,8 +100,12 @@ def chosen(text: str, folder: Path) -> list[Row]:
         if model in shapes.FAMILIES:
             title = TITLES.get(name, name)
             students += [Row(f"{title} {steps}", steps, name, model) for steps in (1, 2, 4, 8)]
-    rows = [row for row in [*TEACHERS, *students, *TEST_TIME]
-            if shapes.student(row.student or shapes.FILES[row.model], folder).exists()]
+    if not students and folder != base_of(folder):
+        raise UserError(f"{folder} holds no students of the toy (NAME/turbo.safetensors)")
+    rows = []
+    for row in (*TEACHERS, *students, *TEST_TIME):
+        place = (row.student, folder) if row.student else (shapes.FILES[row.model], base_of(folder))
+        rows += [row] if shapes.student(*place).exists() else []
 
     named = []
     for part in text.lower().split(","):
@@ -116,7 +125,8 @@ def sampler(row: Row, folder: Path, device: torch.device, climbs: list[Tensor]) 
     student = str(shapes.student(row.student, folder)) if row.student else None
     motion = [f"motion:{row.motion}"] * (row.motion > 0)
     config = sample.Config(
-        model=row.model, method="turbo" if student else "teacher", teacher=str(folder), turbo=student,
+        model=row.model, method="turbo" if student else "teacher", teacher=str(base_of(folder)),
+        turbo=student,
         lora_scale=row.lora_scale, steps=row.steps, guidance=row.guidance, refine=row.refine,
         best_of=row.best_of if row.best_of > 1 else None, reward=("shapes-clip", "shapes-viclip", *motion),
         device=str(device), dtype="float32")

@@ -270,7 +270,7 @@ def test_variety_of_the_world_and_of_one_clip():
 MISTAKES = [                            # what is typed behind evaluate.py -> what the message says
     ("shape", "no command 'shape'; there are shapes, score, vbench"),
     ("shapes --rows nobody", "--rows 'nobody': no row has this in its name; there are DDIM 50, "),
-    ("shapes --folder {empty}", "{empty}/clip.safetensors"),
+    ("shapes --folder {empty}", "{empty} holds no students of the toy"),
     ("shapes --out {color1}", "--out {color1} exists, and was not made by this program"),
     ("score", "score takes clips and at least one --reward"),
     ("score {empty} --reward shapes-clip", "{empty}: expected a clip, or a folder of clips (.mp4, "),
