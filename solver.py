@@ -111,25 +111,22 @@ def ddim_sample(schedule: Schedule, eps_model: EpsModel, z: Tensor, timesteps: l
     eta > 0 is stochastic DDIM (VideoCrafter2: 1) and takes `noise()`, shaped like z, in each step.
     scale: `z0_scale()` for VideoCrafter2. push(z, t): what motion guidance takes from ε, None where it is
     off. progress wraps the list of timesteps (tqdm). watch(t, ẑ0) is called in each step."""
+    scale = torch.ones(1000) if scale is None else scale
     for t, s in zip(progress(timesteps), [*timesteps[1:], 0]):
         times = torch.full((len(z),), t, device=z.device)
-        at_t, (alpha_s, sigma_s) = schedule.at(times), schedule.at(torch.full_like(times, s))
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.at(times), schedule.at(torch.full_like(times, s))
         eps = eps_model(z, times)
         taken = push(z, times) if push else None
+        z0 = predict_z0(z, eps, alpha_t, sigma_t) / scale[t]
         if watch:
-            watch(t, predict_z0(z, eps, *at_t) / (1 if scale is None else scale[t]))
+            watch(t, z0)
 
         # η: fresh noise takes the place of a part of the predicted noise; the variance stays sigma_s²
-        alpha_t, sigma_t = at_t
         fresh = eta * sigma_s / sigma_t * (1 - (alpha_t / alpha_s) ** 2).sqrt()
         kept = (sigma_s ** 2 - fresh ** 2).sqrt()
 
         # the step; VideoCrafter2 divides ẑ0 by the scale of t and multiplies it by that of s
-        if scale is None:
-            z = ddim_step(z, eps, at_t, (alpha_s, kept))
-        else:
-            z0 = predict_z0(z, eps, *at_t) / scale[t]
-            z = alpha_s * scale[s] * z0 + kept * eps
+        z = alpha_s * scale[s] * z0 + kept * eps
         if taken is not None:
             z = z - kept * taken                            # v2 Eq. 8: from the noise of s, not from ẑ0
         if noise is not None:

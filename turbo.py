@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from solver import (
     Sampling,
@@ -264,9 +265,9 @@ def clip_gradient(z0: Tensor, caption: str, decode, terms: list[RewardTerm], gen
     frames = sorted({frame for pick in picks for frame in pick})            # that any reward looks at
 
     # 1 decode
+    run = partial(checkpoint, decode, use_reentrant=False, preserve_rng_state=False) if chunk else decode
     latents = [z[None].requires_grad_() for z in z0[:, frames].split(chunk or len(frames), dim=1)]
-    with torch.set_grad_enabled(not chunk):
-        decoded = [decode(z).to(z.dtype) for z in latents]
+    decoded = [run(z).to(z.dtype) for z in latents]
     pixels = torch.cat(decoded, dim=2).detach().requires_grad_()            # (1, 3, P, H, W)
 
     # 2 rewards -> pixels, one after the other
@@ -278,11 +279,8 @@ def clip_gradient(z0: Tensor, caption: str, decode, terms: list[RewardTerm], gen
         scores[term.name] = score.detach()
 
     # 3 pixels -> ẑ0, through the decoder
-    g, g_latents = torch.zeros_like(z0), []
-    for z, x, g_x in zip(latents, decoded, g_pixels.split(chunk or len(frames), dim=2), strict=True):
-        if chunk:
-            x = decode(z).to(z.dtype)
-        g_latents.append(torch.autograd.grad(x, z, g_x)[0])
+    g, g_decoded = torch.zeros_like(z0), g_pixels.split(chunk or len(frames), dim=2)
+    g_latents = [torch.autograd.grad(x, z, g_x)[0] for x, z, g_x in zip(decoded, latents, g_decoded)]
     g[:, frames] = torch.cat(g_latents, dim=2)[0]
     return g, scores
 

@@ -126,8 +126,7 @@ def sampler(row: Row, folder: Path, device: torch.device, climbs: list[Tensor]) 
     motion = [f"motion:{row.motion}"] * (row.motion > 0)
     config = sample.Config(
         model=row.model, method="turbo" if student else "teacher", teacher=str(base_of(folder)),
-        turbo=student,
-        lora_scale=row.lora_scale, steps=row.steps, guidance=row.guidance, refine=row.refine,
+        turbo=student, lora_scale=row.lora_scale, steps=row.steps, guidance=row.guidance, refine=row.refine,
         best_of=row.best_of if row.best_of > 1 else None, reward=("shapes-clip", "shapes-viclip", *motion),
         device=str(device), dtype="float32")
     models = sample.load_models(config)
