@@ -162,16 +162,14 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
     """When a video's frames are shown -> their ticks, ascending; those of key frames; seconds per tick.
 
     Without an index there are no key frames, and the k-th frame that is decoded is shown at the k-th tick."""
-    ticks, keys, ends = [], [], []                                  # ends: of each packet, in seconds
+    ticks, keys, end = [], [], 0.0                                  # end: of the last packet, in seconds
     with open_video(source) as (container, stream, is_whole):
         name, context = container.format.name, stream.codec_context
         indexed = name.startswith(INDEXED)                          # then packets, undecoded, tell the times
         indexed &= context.pix_fmt != "pal8"                        # a palette comes with the first one alone
-        streams = [*container.streams] if name.startswith("matroska") else [stream]     # see is_cut
-        for packet in container.demux(streams):
+        for packet in container.demux([*container.streams]):
             if packet.pts is not None:
-                start, end = packet.pts, packet.pts + (packet.duration or 0)
-                ends += [float(start * packet.time_base), float(end * packet.time_base)]
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if packet.stream is not stream:
                 continue
             frames = [packet] if indexed else decoded(packet)
@@ -189,7 +187,8 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
         if not ticks or None in ticks:
             raise ValueError("not a clip: no frames, or some without a timestamp; convert it to mp4")
         outside = any(entry.pos + entry.size > container.size for entry in stream.index_entries)
-        if outside or not is_whole and is_cut(container, stream, ends):
+        stated_end = 0 if is_whole or name == "avi" else (container.duration or 0) / av.time_base
+        if outside or stated_end - end > 0.25:                      # of all streams; browsers' are not exact
             raise ValueError("truncated: its last frames are missing")
         in_order = keys if indexed else [] if name == "avi" else ticks                  # an avi's: of packets
         if in_order != sorted(in_order):
@@ -197,17 +196,6 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
         if keys:                                                    # what leads the first one may need more
             ticks = {tick for tick in ticks if tick >= keys[0]}
         return np.array(sorted(ticks)), keys, float(stream.time_base)
-
-
-def is_cut(container: av.container.InputContainer, stream: av.VideoStream, ends: list[float]) -> bool:
-    """Do packets that begin and end at these seconds stop before the header says? An .mkv says when its last
-    stream ends, an avi how many frames there are; fragments (mp4) and live recordings say nothing."""
-    stated, span = 0.0, max(ends)
-    if container.format.name.startswith(("matroska", "mxf")):
-        stated = (container.duration or 0) / av.time_base
-    elif 0 < stream.frames < 2 ** 30 and container.format.name == "avi":
-        stated = float(stream.frames / stream.average_rate)         # where ffmpeg guesses durations
-    return stated - span > 0.25
 
 
 def decoded(packet: av.Packet) -> list[av.VideoFrame]:
