@@ -185,11 +185,8 @@ def test_diversity(capsys, tmp_path):
         scored = score(capsys, tmp_path / name, "--reward", "shapes-viclip", "--diversity")
         found[name] = scored["diversity"]["shapes-viclip"]["mean"]
     assert abs(found["same"]) < 1e-5 < 1e-3 < found["seeds"] < found["mixed"]
-
-
-def test_mean_distance_by_hand():
-    features = torch.tensor([[1.0, 0], [0, 1], [-1, 0]])
-    assert evaluate.distance([*features]) == pytest.approx((1 + 2 + 1) / 3)
+    east, north, west = torch.tensor([[1.0, 0], [0, 1], [-1, 0]])
+    assert evaluate.distance([east, north, west]) == pytest.approx((1 + 2 + 1) / 3)
 
 
 # ---- the toy's table ---------------------------------------------------------------------------------------

@@ -188,11 +188,6 @@ def first_batch(made, clips):
     return next(train.batches_of(made, clips, None))
 
 
-def test_no_second_copy_of_the_weights(cache):
-    made, _ = trainer(cache, "--lora", "0")
-    assert made.teacher is made.student and made.ema is None
-
-
 def test_the_strength_of_guidance_is_an_input_of_the_student(cache, monkeypatch):
     made, clips = trainer(cache, "--motion", "0.05")
     inputs, forward = [], made.models.unet.forward
