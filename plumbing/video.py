@@ -120,8 +120,6 @@ def check_end(file: BinaryIO) -> bool:
 
     boxes = top_level(file, size)
     stated_size = boxes.get(b"RIFF", 0)                                                 # .avi
-    if stated_size == size + 8:                                     # without the 8 of its head, as some write
-        stated_size = size
     if b"moov" in boxes:                                                                # .mp4, .mov
         stated_size = max(boxes[b"moov"], boxes.get(b"moof", 0))
     elif SEGMENT in head:                                                               # .mkv, .webm
