@@ -43,7 +43,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what `atomic`, and safetensors within it, left in a folder when their process was killed."""
-    for leftover in (*folder.glob(".*.????????.part"), *folder.glob(".tmp??????")):
+    unnamed = [file for file in folder.glob(".tmp??????") if is_safetensors(file)]
+    for leftover in (*folder.glob(".*.????????.part"), *unnamed):
         leftover.unlink()
 
 
