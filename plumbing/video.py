@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -191,9 +191,14 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
         in_order = keys if indexed else [] if name == "avi" else ticks                  # an avi's: of packets
         if in_order != sorted(in_order):
             raise ValueError("its timestamps run backwards (files joined?); convert it to mp4")
-        if keys:                                                    # what leads the first one may need more
-            ticks = {tick for tick in ticks if tick >= keys[0]}
-        return np.array(sorted(ticks)), keys, float(stream.time_base)
+
+        # of a file that was cut: what is shown before its first key frame may need more than that
+        if keys and min(ticks) < keys[0]:
+            container.seek(keys[0], stream=stream)
+            leading = takewhile(lambda frame: frame.pts < keys[0], container.decode(stream))
+            decodable = {frame.pts for frame in leading if not frame.is_corrupt}
+            ticks = [tick for tick in ticks if tick >= keys[0] or tick in decodable]
+        return np.array(sorted(set(ticks) if keys else ticks)), keys, float(stream.time_base)
 
 
 def decoded(packet: av.Packet) -> list[av.VideoFrame]:
