@@ -179,8 +179,8 @@ def records_of(path: str, file: TextIO) -> tuple[Iterable[dict], str]:
         return (json.loads(line) for line in file if line.strip()), ""
 
     header = next((line for line in iter(file.readline, "") if line.strip()), "")
-    mark = re.search(r"\t|$", header)[0] or re.search(f"[{''.join(SEPARATORS)}]|$", header)[0]
-    mark = mark or ("\t" if path.lower().endswith(".tsv") else ",")
+    marks = re.findall(f"[{''.join(SEPARATORS)}]", header) or ["\t" if path.lower().endswith(".tsv") else ","]
+    mark = "\t" if "\t" in marks else marks[0]
     first = next(csv.reader([header.strip()], delimiter=mark), [])
     has_header = len(first) != 2 or not first[0].lower().endswith(READABLE)
     columns = None if has_header else ["path", "caption"]           # None: the first row names them

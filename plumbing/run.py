@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from plumbing import cli
 from plumbing.errors import UserError
 
-PATIENCE = timedelta(hours=2)   # of collectives: others wait while one downloads, indexes, writes 22 GB
-
-
 # ---- devices -----------------------------------------------------------------------------------------------
 
 def pick_device(text: str = "") -> torch.device:
@@ -43,9 +40,10 @@ class Group:
     """The processes of a run, as torchrun started them; without torchrun, one.
 
     Gradients meet in one explicit all-reduce: of a step's four passes through the UNet only one has a
-    gradient, so there is next to nothing that DistributedDataParallel could overlap."""
+    gradient, so there is next to nothing that DistributedDataParallel could overlap. patience: how long the
+    others wait while one downloads, indexes, writes 22 GB."""
 
-    def __init__(self, device: str = "", patience: timedelta = PATIENCE):
+    def __init__(self, device: str = "", patience: timedelta = timedelta(hours=2)):
         self.rank, self.world_size, _ = cli.place()
         self.device = pick_device(device)
         if self.device.type == "cuda":
