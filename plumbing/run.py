@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from plumbing import cli
 from plumbing.errors import UserError
 
+
 # ---- devices -----------------------------------------------------------------------------------------------
 
 def pick_device(text: str = "") -> torch.device:
