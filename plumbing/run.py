@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from plumbing import cli
 from plumbing.errors import UserError
 
-
 # ---- devices -----------------------------------------------------------------------------------------------
 
 def pick_device(text: str = "") -> torch.device:
