@@ -185,8 +185,9 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
         if not ticks or None in ticks:
             raise ValueError("not a clip: no frames, or some without a timestamp; convert it to mp4")
         outside = any(entry.pos + entry.size > container.size for entry in stream.index_entries)
-        stated_end = 0 if is_whole or name == "avi" else (container.duration or 0) / av.time_base
-        if outside or stated_end - end > 0.25:                      # of all streams; browsers' are not exact
+        states_end = not is_whole and name.startswith(("matroska", "mxf", "flv"))       # browsers not exactly
+        stated_end = (container.duration or 0) / av.time_base if states_end else 0
+        if outside or stated_end - end > 0.25:
             raise ValueError("truncated: its last frames are missing")
         in_order = keys if indexed else [] if name == "avi" else ticks                  # an avi's: of packets
         if in_order != sorted(in_order):
