@@ -117,7 +117,6 @@ def check_end(file: BinaryIO) -> bool:
     head, size = file.read(4096) + bytes(8), file.seek(0, io.SEEK_END)
     file.seek(max(0, size - 4096))
     tail = file.read()                                              # of a gif; zeros or words may follow it
-
     boxes = top_level(file, size)
     stated_size = boxes.get(b"RIFF", 0)                                                 # .avi
     if b"moov" in boxes:                                                                # .mp4, .mov
@@ -152,7 +151,6 @@ def top_level(file: BinaryIO, size: int) -> dict[bytes, int]:
             length = int.from_bytes(header[8:], "big")
         position += length or size - position                       # 0: to the end
         ends[name] = position
-        position += position % 2 if name == b"RIFF" else 0
     return ends
 
 
@@ -250,6 +248,8 @@ def pixels(frame: av.VideoFrame, container: av.container.InputContainer, stream:
     ffmpeg converts the colours by the file's matrix and range; where it names none, as BT.601, limited."""
     if frame.color_trc in (16, 18):                                 # in ITU-T H.273
         raise ValueError("an HDR video (PQ or HLG); convert it to SDR")
+    if frame.format.name in ("rgb555be", "rgb565be"):               # which swscale mistakes
+        frame = frame.reformat(format=frame.format.name.replace("be", "le"))
     width = round(frame.width * (stream.sample_aspect_ratio or 1) * change)
     x = frame.to_ndarray(format="rgb24", width=width, interpolation="BICUBIC", threads=1)
     x = torch.from_numpy(x).permute(2, 0, 1)
