@@ -200,14 +200,14 @@ class CacheWriter:
     def __init__(self, folder: str | Path, header: dict, rank: int = 0, world_size: int = 1):
         self.folder, self.header = Path(folder), header
         self.clips = range(rank, header["clips"], world_size)
-        if rank == 0:
-            remove_leftovers(self.folder)
         if (self.folder / "header.json").exists():
             check_header(self.folder, self.header)
         elif any(self.folder.glob("*.safetensors")):
             raise UserError(f"{folder} holds .safetensors files of something else; choose another folder")
         elif rank == 0:
             self.write_header(complete=False)
+        if rank == 0:
+            remove_leftovers(self.folder)
 
     def missing(self) -> list[int]:
         """This process's clips that are not on the disk yet."""
@@ -278,7 +278,7 @@ def check_header(folder: Path, expected: dict) -> dict:
     with reading(path, "the header of a cache, which prepare.py makes"):
         header = json.loads(path.read_text())
         for name, value in json.loads(json.dumps(expected)).items():
-            if header[name] != value:
-                raise UserError(f"the cache in {folder} was made with {name} = {header[name]}, not {value}: "
-                                "choose another folder or those options")
+            if header.get(name) != value:
+                raise UserError(f"the cache in {folder} was made with {name} = {header.get(name)}, not "
+                                f"{value}: choose another folder or those options")
     return header

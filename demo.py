@@ -1,4 +1,4 @@
-"""A page to play with, in the browser. Its options are sample.py's; those of lists and output do nothing.
+"""A page to play with, in the browser. Its options are sample.py's but for those of lists and output.
 
     pip install -e ".[demo]" && python demo.py      # the toy, nothing downloaded
     python demo.py --model vc2 --reward hpsv2       # T2V-Turbo, and a reward that chooses among clips

@@ -585,8 +585,7 @@ def read_turbo(path: str | Path, config: UNetConfig, name: str | None = None, lo
         lora = weights.read_lora(content, lora_shapes(config), path, lora_scale)
         return config, None, lora, header or {"method": "turbo"}
     if lora_scale != 1:
-        raise UserError(f"--lora-scale {lora_scale:g}: {path} holds whole weights, no LoRA to scale; "
-                        "try --turbo vc2-turbo-lora")
+        raise UserError(f"--lora-scale {lora_scale:g}: {path} holds whole weights, no LoRA to scale")
 
     # a whole UNet: alone, or in a whole model
     unet, vae = (weights.under(content, prefix) for prefix in ("diffusion_model.", "first_stage_model."))

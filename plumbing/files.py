@@ -43,9 +43,9 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes what `atomic`, and safetensors within it, left in a folder when their process was killed."""
-    unnamed = [file for file in folder.glob(".tmp??????") if is_safetensors(file)]
-    for leftover in (*folder.glob(".*.????????.part"), *unnamed):
-        leftover.unlink()
+    for file in (*folder.glob(".*.????????.part"), *folder.glob(".tmp??????")):
+        if file.is_file() and (file.suffix == ".part" or is_safetensors(file)):
+            file.unlink()
 
 
 def check_writable(folder: str | Path) -> None:

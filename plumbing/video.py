@@ -1,6 +1,7 @@
 """Video files <-> uint8 clips (3, T, H, W): pictures as players show them, frames chosen by their timestamps.
 A tick is a timestamp as the file counts it; times are in seconds, fps in 1/second."""
 import io
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -91,12 +92,12 @@ def pick(times: np.ndarray, frames: int, fps: float,
 
 @contextmanager
 def open_video(source: str | Path | bytes) -> Iterator[tuple]:
-    """Yields (PyAV's container, its best video stream, does the file say how long it is, and is that long).
-    Raises ValueError, without the file's name."""
+    """Yields (PyAV's container, its best video stream, what check_end says). Raises ValueError, without the
+    file's name."""
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise ValueError("No such file, or a folder, pipe or device")
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
-        is_whole = check_end(file)
+        has_end = check_end(file)
         try:                                                # a title need not be utf-8
             with av.open(file, options={"format_whitelist": FORMATS}, metadata_errors="replace") as container:
                 stream = container.streams.best("video")
@@ -106,19 +107,19 @@ def open_video(source: str | Path | bytes) -> Iterator[tuple]:
                     raise ValueError("its codec is not known here; convert it to h264")
                 stream.codec_context.thread_count = 1       # more do not mark damaged frames reliably
                 stream.codec_context.flags |= av.codec.context.Flags.unaligned      # crops to the pixel
-                yield container, stream, is_whole
+                yield container, stream, has_end
         except (av.FFmpegError, OSError) as error:
             raise ValueError(f"not a readable video: {error.strerror}") from error
 
 
 def check_end(file: BinaryIO) -> bool:
-    """Does a file say how long it is? Raises ValueError for one that is shorter, of which ffmpeg would make a
-    shorter clip."""
+    """Does a file say when it ends, but not its size? Raises ValueError for one that is shorter than its
+    size, of which ffmpeg would make a shorter clip."""
     head, size = file.read(4096) + bytes(8), file.seek(0, io.SEEK_END)
     file.seek(max(0, size - 4096))
     tail = file.read()                                              # of a gif; zeros or words may follow it
     boxes = top_level(file, size)
-    stated_size = boxes.get(b"RIFF", 0)                                                 # .avi
+    stated_size = boxes.get(b"RIFF", 8) - 8                         # .avi; some count the 8 of its head
     if b"moov" in boxes:                                                                # .mp4, .mov
         stated_size = max(boxes[b"moov"], boxes.get(b"moof", 0))
     elif SEGMENT in head:                                                               # .mkv, .webm
@@ -133,7 +134,9 @@ def check_end(file: BinaryIO) -> bool:
     cut_gif = head.startswith(b"GIF8") and not re.search(rb"\0;[\0\t-~]*\Z", tail)
     if cut_gif or size < stated_size < 2 ** 48:
         raise ValueError("truncated: its end is missing")
-    return 0 < stated_size < 2 ** 48                                # larger: written to a pipe, not known
+    has_size = 0 < stated_size < 2 ** 48                            # larger: written to a pipe, not known
+    mkv_has_end = SEGMENT in head and re.search(rb"\x44\x89[\x84\x88]", head)
+    return not has_size and bool(mkv_has_end or head.startswith(b"\x06\x0e\x2b\x34"))     # of an .mxf
 
 
 def top_level(file: BinaryIO, size: int) -> dict[bytes, int]:
@@ -158,11 +161,10 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
     """When a video's frames are shown -> their ticks, ascending; those of key frames; seconds per tick.
 
     Without an index there are no key frames, and the k-th frame that is decoded is shown at the k-th tick."""
-    ticks, keys, end = [], [], 0.0                                  # end: of the last packet, in seconds
-    with open_video(source) as (container, stream, is_whole):
+    ticks, keys, shown_keys, end = [], [], [], 0.0          # end: of the last packet of all, in seconds
+    with open_video(source) as (container, stream, has_end):
         name, context = container.format.name, stream.codec_context
-        indexed = name.startswith(INDEXED)                          # then packets, undecoded, tell the times
-        indexed &= context.pix_fmt != "pal8"                        # a palette comes with the first one alone
+        indexed = name.startswith(INDEXED) and context.pix_fmt != "pal8"        # a palette comes but once
         for packet in container.demux([*container.streams]):
             if packet.pts is not None:
                 end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
@@ -179,25 +181,25 @@ def timeline(source: str | Path | bytes) -> tuple[np.ndarray, list[int], float]:
                 shown = context.name != "vp8" or packet.size and memoryview(packet)[0] & 16    # RFC 6386, 9.1
                 if shown and not packet.is_discard:                 # by an edit list
                     ticks.append(packet.pts)
+                    shown_keys += [packet.pts] if packet.is_keyframe else []
 
         if not ticks or None in ticks:
             raise ValueError("not a clip: no frames, or some without a timestamp; convert it to mp4")
         outside = any(entry.pos + entry.size > container.size for entry in stream.index_entries)
-        states_end = not is_whole and name.startswith(("matroska", "mxf", "flv"))       # browsers not exactly
-        stated_end = (container.duration or 0) / av.time_base if states_end else 0
-        if outside or stated_end - end > 0.25:
+        stated_end = (container.duration or 0) / av.time_base if has_end else 0         # not quite exact
+        if outside or stated_end - end > max(0.25, 0.02 * stated_end):
             raise ValueError("truncated: its last frames are missing")
-        in_order = keys if indexed else [] if name == "avi" else ticks                  # an avi's: of packets
-        if in_order != sorted(in_order):
+        order = shown_keys if indexed else ticks
+        if name != "avi" and order != sorted(order):                # an avi's are of packets
             raise ValueError("its timestamps run backwards (files joined?); convert it to mp4")
 
         # of a file that was cut: what is shown before its first key frame may need more than that
         if keys and min(ticks) < keys[0]:
             container.seek(keys[0], stream=stream)
-            leading = takewhile(lambda frame: frame.pts < keys[0], container.decode(stream))
+            leading = takewhile(lambda frame: (frame.pts or 0) < keys[0], container.decode(stream))
             decodable = {frame.pts for frame in leading if not frame.is_corrupt}
             ticks = [tick for tick in ticks if tick >= keys[0] or tick in decodable]
-        return np.array(sorted(set(ticks) if keys else ticks)), keys, float(stream.time_base)
+        return np.array(sorted(set(ticks) if keys else ticks)), sorted(keys), float(stream.time_base)
 
 
 def decoded(packet: av.Packet) -> list[av.VideoFrame]:
@@ -212,31 +214,29 @@ def decode_at(source: str | Path | bytes, ticks: np.ndarray, keys: list[int], ch
     Decoding begins at the last key frame before the first of them. Where that fails (some files say only at
     their beginning how they are coded) it begins at the first one, and without `keys` at the first frame."""
     needed, pictures, last = [int(ticks[index]) for index in chosen], {}, -np.inf
-    try:
-        with open_video(source) as (container, stream, _):
-            if keys:
-                start = max((key for key in keys if key <= needed[0]), default=needed[0])
-                container.seek(start, stream=stream)
-            frames = chain.from_iterable(map(decoded, container.demux(stream)))
-            aspect = stream.codec_context.sample_aspect_ratio or 1
-            for order, frame in enumerate(frames):
-                tick = frame.pts if keys else int(ticks[order])
-                if frame.is_corrupt or tick is None or tick < last:     # what follows it is not marked
-                    raise ValueError("damaged: a frame cannot be decoded, or is out of order")
-                if tick in needed:
-                    change = (stream.codec_context.sample_aspect_ratio or 1) / aspect
-                    pictures[tick] = fit(pixels(frame, container, stream, change))
-                if needed[-1] in pictures:
-                    break
-                last = tick
-        if not pictures.keys() >= set(needed):
-            raise ValueError("damaged: frames are missing")
-        if len({picture.shape for picture in pictures.values()}) > 1:
-            raise ValueError("its pictures change their size; split it there")
-    except ValueError:
-        if len(keys) < 2:
-            raise
-        return decode_at(source, ticks, keys[:1], chosen, fit)
+    with open_video(source) as (container, stream, _):
+        if keys:
+            container.seek(max((key for key in keys if key <= needed[0]), default=needed[0]), stream=stream)
+        frames = chain.from_iterable(map(decoded, container.demux(stream)))
+        aspect = stream.codec_context.sample_aspect_ratio or 1
+        for order, frame in enumerate(frames):
+            tick = frame.pts if keys else int(ticks[order])
+            if frame.is_corrupt or tick is None or tick < last:     # what is predicted from it is not marked
+                break
+            if tick in needed:
+                change = (stream.codec_context.sample_aspect_ratio or 1) / aspect
+                pictures[tick] = fit(pixels(frame, container, stream, change))
+            if needed[-1] in pictures:
+                break
+            last = tick
+
+    if not pictures.keys() >= set(needed):
+        if keys[1:]:
+            pictures.clear()
+            return decode_at(source, ticks, keys[:1], chosen, fit)
+        raise ValueError("damaged: a frame is missing, out of order, or cannot be decoded")
+    if len({picture.shape for picture in pictures.values()}) > 1:
+        raise ValueError("its pictures change their size; split it there")
     return torch.stack([pictures[tick] for tick in needed], dim=1)
 
 
@@ -286,8 +286,8 @@ def png_folder(path: str | Path) -> Path:
 def check_output(path: str | Path, fps: float) -> None:
     """Raises UserError where `write_video` would: before there is a clip to lose."""
     folder = png_folder(path)
-    if folder.is_dir() and (folder == Path(path) or any(folder.iterdir())):
-        raise UserError(f"{path}: the folder {folder} is there already; choose another name")
+    if folder.is_dir() or folder != Path(path) and os.path.lexists(folder):
+        raise UserError(f"{path}: {folder} is there already; choose another name")
     if Path(path).suffix.lower() == ".gif" and fps > 50:
         raise UserError(f"fps {fps:g} for {path}: a .gif has at most 50")
 

@@ -85,7 +85,8 @@ def make(config) -> list[dict]:
 
 def base_of(folder: Path) -> Path:
     """Where teachers, VAE and rewards are: there, or for a folder of students alone the embedded ones."""
-    return folder if (folder / "vae.safetensors").exists() else shapes.WEIGHTS
+    own = [folder / f"{name}.safetensors" for name in ("vae", *shapes.FILES.values())]
+    return folder if any(file.exists() for file in own) else shapes.WEIGHTS
 
 
 def chosen(text: str, folder: Path) -> list[Row]:

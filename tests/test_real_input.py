@@ -33,7 +33,7 @@ TYPED = {                               # command -> what is typed behind it -> 
         f"{RED} --out ''": "--out: '' is neither a file's name nor a folder's",
         f"{RED} --out a.avi": "--out a.avi: choose a folder's name, or for one prompt one that ends",
         f"{RED} --out red.txt/x.mp4": "red.txt: nothing can be written there: ",
-        f"{RED} --out clips.mp4": "the folder clips.mp4 is there already",
+        f"{RED} --out clips.mp4": "clips.mp4 is there already",
         f"{RED} --sheet x.jpg": "--sheet x.jpg: its name must end in .png",
         f"{RED} --motion 0.1": "--motion belongs to a T2V-Turbo-v2",
         f"{RED} --method teacher --motion-from m.mp4": "--motion-from belongs to --method teacher, and ",
