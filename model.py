@@ -521,6 +521,7 @@ class Models:
     family: Family
     header: dict = field(default_factory=dict)  # how the student was trained (`complete`); {}: a teacher
     teacher: str = ""                       # fingerprint of the teacher's weights
+    autoencoder: str = ""                   # and of its VAE's
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -634,6 +635,7 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
     with weights.without_memory():
         models = untrained(name, guidance=config.guidance, motion=config.motion)
     fingerprint = weights.fingerprint(unet_state, models.unet)
+    autoencoder = weights.fingerprint(vae_state, models.vae)
     if lora:
         check_teacher(header, fingerprint, turbo)
     source = teacher if lora or turbo is None else turbo
@@ -641,7 +643,7 @@ def load(name: str, teacher: str | Path | None = None, turbo: str | Path | None 
     weights.fill(models.vae, vae_state, teacher, device, dtype)
     fast_cpu.speed_up(CPU_LAYERS, models.unet, models.vae)
     weights.fill(models.text, text_state, teacher, device, dtype)
-    return replace(models, header=header, teacher=fingerprint)
+    return replace(models, header=header, teacher=fingerprint, autoencoder=autoencoder)
 
 
 @torch.no_grad()

@@ -126,7 +126,8 @@ def header_of(config: Config, models: Models, clips: list[tuple]) -> dict:
     names = {option: [Path(name).name for name in getattr(config, option)]
              for option in ("data", "reward_data")}
     sizes = list({id(dataset): len(dataset) for dataset, *_ in clips}.values())
-    return recipe | names | {"sizes": sizes, "clips": len(clips), "teacher": models.teacher}
+    return recipe | names | {"sizes": sizes, "clips": len(clips), "teacher": models.teacher,
+                            "autoencoder": models.autoencoder}
 
 
 def open_mixture(config: Config, group: Group) -> list[tuple]:

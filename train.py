@@ -440,15 +440,15 @@ class Trainer:
     def state(self, record: dict) -> dict:
         """All that the next step depends on; draws depend on the seed and the position alone."""
         return dict(
-            settings=settings(self.config), teacher=self.models.teacher, step=self.done, record=record,
-            steps_skipped=self.skipped, clips_skipped=record["clips_skipped"],
+            settings=settings(self.config), teacher=self.models.teacher, autoencoder=self.models.autoencoder,
+            step=self.done, record=record, steps_skipped=self.skipped, clips_skipped=record["clips_skipped"],
             params={name: p.detach() for name, p in self.named.items()},
             ema=self.ema.average if self.ema else [], optimizer=self.optimizer.state_dict())
 
     @torch.no_grad()
     def load_state(self, state: dict) -> None:
         """The inverse of `state`."""
-        if state["teacher"] != self.models.teacher:
+        if any(state[name] != getattr(self.models, name) for name in ("teacher", "autoencoder")):
             raise UserError("this run began with another --teacher; give that one, or choose another --out")
         if state["step"] > self.config.train_steps:
             raise UserError(f"this run has made {state['step']} steps; give --train-steps as many, or more")
@@ -528,7 +528,8 @@ def load_world(config: Config, group: run.Group) -> tuple[model.Models, object, 
         config, config.data, group)
     load = partial(shapes.reward, device=device, folder=config.teacher or None, dtype=dtype)
     terms, models = reward_terms(config, load), load_models(config, device)
-    if cached and clips.header["teacher"] != models.teacher:
+    ours = {"teacher": models.teacher, "autoencoder": models.autoencoder}
+    if cached and any(clips.header.get(name, value) != value for name, value in ours.items()):
         raise UserError(f"the cache {config.data[0]} was made by another teacher; give that one")
     return models, clips, terms
 

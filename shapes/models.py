@@ -255,9 +255,10 @@ def load(turbo: str | Path | None = None, folder: str | Path | None = None,
     if lora:
         model.check_teacher(header, fingerprint, turbo)
     weights.fill(unet, state, turbo or folder, device, dtype, lora).out.float()          # see UNet3D.last
-    vae, text = load_vae(folder).to(device, dtype), load_text(folder).to(device)    # text stays in float32
-    speed_up(model.CPU_LAYERS, unet, vae)
-    return model.Models(name, unet, vae, text, family, header, fingerprint)
+    vae, text = load_vae(folder), load_text(folder).to(device)      # text stays in float32
+    autoencoder = weights.fingerprint(vae.state_dict(), vae)
+    speed_up(model.CPU_LAYERS, unet, vae.to(device, dtype))
+    return model.Models(name, unet, vae, text, family, header, fingerprint, autoencoder)
 
 
 def reward(name: str, path: str | Path | None, device: torch.device | str, folder: str | Path | None = None,

@@ -167,17 +167,19 @@ def test_options_of_the_whole_run_do_not_change(undisturbed, tmp_path):
     run = shutil.copytree(undisturbed(), tmp_path / "run")
     weights = (run / "turbo.safetensors").stat()
 
-    def another_teacher(rank):
-        made = tiny.networks
-        tiny.networks = lambda seed=0, unet=tiny.UNET: made(1, unet)
+    def another(**fingerprint):
+        def before(rank):
+            made = tiny.networks
+            tiny.networks = lambda **options: SimpleNamespace(**vars(made(**options)) | fingerprint)
+        return before
 
     for options, before, message in (
         (("--preset", "shapes"), None, "this run began with --preset shapes-vcm, not shapes"),
         (("--batch", 12), None, "this run began with --batch 6, not 12"),
-        (("--dtype", "bfloat16"), None, "this run began with --dtype float32, not bfloat16"),
         (("--reward", "shapes-clip:3", "--reward", "shapes-viclip"), None,
          "--reward shapes-clip:1 shapes-viclip:2, not shapes-clip:3 shapes-viclip:2"),
-        ((), another_teacher, "this run began with another --teacher"),
+        ((), another(teacher="x"), "this run began with another --teacher"),
+        ((), another(autoencoder="x"), "this run began with another --teacher"),
         (("--train-steps", 1), None, "this run has made 4 steps"),
     ):
         code, text = tiny.run(run, *options, "--resume", "auto", before=before)

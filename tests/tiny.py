@@ -79,7 +79,7 @@ def networks(seed=0, unet=UNET):
         if not p.any():
             nn.init.normal_(p, std=0.05)
     return SimpleNamespace(unet=unet.eval(), vae=vae.requires_grad_(False).eval(), text=Text(),
-                           teacher=f"of seed {seed}")
+                           teacher=f"of seed {seed}", autoencoder="")
 
 
 def load_world(config, group):
